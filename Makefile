@@ -1,0 +1,40 @@
+# Every target makes .venv when it is missing, from python3 (3.11 or newer).
+PYTHON ?= python3
+DATA ?= digits
+MODEL ?= resnet20
+TARGET ?= 0.5
+WORKDIR ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: demo test lint format
+
+demo: .venv/.library
+	$(BIN)/depthprune run gates --data $(DATA) --model $(MODEL) --target $(TARGET) \
+	  --workdir $(WORKDIR)
+	$(BIN)/depthprune report $(WORKDIR)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow' tests
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"depthprune needs Python 3.11 or newer, $(PYTHON) is {sys.version}: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+# The development install holds everything the library needs, so it serves both.
+.venv/.library: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/.library

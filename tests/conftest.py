@@ -1,0 +1,37 @@
+"""Settings that hold for every test: strict promotion, two cores, real data."""
+
+import os
+from pathlib import Path
+
+# Two test processes share two cores. One thread each is faster than four fighting,
+# and makes every sum run in one order. Read by XLA when it starts, hence up here.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_cpu_multi_thread_eigen=false',
+    'intra_op_parallelism_threads=1',
+  )
+).strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+
+@pytest.fixture(scope='session')
+def tfds_data_dir() -> Path:
+  """The folder with prepared TFDS sets, or a skip that says how to get one."""
+  shared = Path(__file__).parents[2] / 'shared' / 'data' / 'tfds'
+  folder = Path(os.environ.get('TFDS_DATA_DIR', shared))
+  if not folder.is_dir():
+    pytest.skip(f'no TFDS data in {folder}: set TFDS_DATA_DIR')
+  return folder
+
+
+@pytest.fixture
+def tfds_data(tfds_data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  """As `tfds_data_dir`, and TFDS_DATA_DIR set to it for the test."""
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tfds_data_dir))
+  return tfds_data_dir
