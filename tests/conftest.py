@@ -14,8 +14,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
   )
 ).strip()
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
