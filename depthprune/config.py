@@ -46,6 +46,21 @@ def fraction(value: str) -> float:
   return read
 
 
+# How the command line reads and describes what is more than a plain number.
+FRACTION = tyro.constructors.PrimitiveConstructorSpec(
+  nargs=1,
+  metavar='FRACTION',
+  instance_from_str=lambda words: fraction(words[0]),
+  is_instance=lambda value: isinstance(value, float),
+  str_from_instance=lambda value: [f'{value:g}'],
+)
+BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
+ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
+NAMED = tyro.conf.arg(
+  metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-TARGET-SEED)'
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Train a network, decide what may go, cut it out, fine-tune what is left.
@@ -61,12 +76,10 @@ class Config:
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, and so on."""
 
   data: str = 'digits'
-  """Images: digits (comes with scikit-learn), or the name of a TFDS image
-  classification set, looked for in $TFDS_DATA_DIR."""
+  """Images: digits (they come with scikit-learn), or any TFDS image classification
+  set, looked for in $TFDS_DATA_DIR."""
 
-  target: Annotated[
-    float, tyro.conf.arg(constructor=fraction, metavar='FRACTION')
-  ] = 0.5
+  target: Annotated[float, FRACTION] = 0.5
   """Part of the network's cost that is to remain: 0.5, or 50%."""
 
   of: Literal['flops', 'params'] = 'flops'
@@ -81,14 +94,14 @@ class Config:
   batch: int = 128
   """Images in a training step."""
 
-  train_epochs: int | None = None
-  """Passes over the images before anything is pruned; by default what suits the data."""
+  train_epochs: Annotated[int | None, BY_DATA] = None
+  """Passes over the images before anything is pruned."""
 
-  gate_epochs: int | None = None
-  """Passes while gates and weights are trained together; default by data."""
+  gate_epochs: Annotated[int | None, BY_DATA] = None
+  """Passes while gates and weights are trained together."""
 
-  finetune_epochs: int | None = None
-  """Passes after the cut; default by data."""
+  finetune_epochs: Annotated[int | None, BY_DATA] = None
+  """Passes after the cut."""
 
   learning_rate: float = 1e-3
   """Of the weights, at the peak of the schedule."""
@@ -105,7 +118,7 @@ class Config:
   distill: bool = False
   """Fine-tune towards the unpruned network's answers as well as the labels."""
 
-  subset: int | None = None
+  subset: Annotated[int | None, ALL] = None
   """Use only this many training images."""
 
   scan: bool = False
@@ -117,8 +130,8 @@ class Config:
   checkpoint_every_s: float = 60.0
   """Seconds between checkpoints within a stage."""
 
-  workdir: str | None = None
-  """Where everything is written; by default runs/METHOD-MODEL-DATA-..."""
+  workdir: Annotated[str | None, NAMED] = None
+  """Where everything is written."""
 
   resume: bool = True
   """Continue where an earlier run in the same directory stopped."""
