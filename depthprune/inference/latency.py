@@ -1,0 +1,190 @@
+"""Honest timing: what a cut gains on the device at hand, not on paper.
+
+Compiled once and warmed up; inputs and weights are on the device before the clock
+starts and are arguments of the program (a weight that is a constant would be folded);
+every call is waited for; the networks take turns, in alternating order, so that a
+clock that drifts or a neighbour that wakes up hits both; medians with quartiles.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Below this many times the latency of one image, a whole batch is mostly overhead.
+SATURATED = 4.0
+
+
+class Network(NamedTuple):
+  """A network to time: `apply(variables, *inputs)`."""
+
+  apply: Callable[..., Any]
+  variables: Any
+
+
+class Timing(NamedTuple):
+  """Milliseconds of one call: median and quartiles of `runs` calls."""
+
+  median: float
+  lower: float
+  upper: float
+  runs: int
+
+
+class Comparison(NamedTuple):
+  """Two networks on one batch, measured in turns."""
+
+  batch: int
+  before: Timing
+  after: Timing
+
+  @property
+  def speedup(self) -> float:
+    return self.before.median / self.after.median
+
+  @property
+  def distinct(self) -> bool:
+    """Whether the interquartile ranges lie apart."""
+    before, after = self.before, self.after
+    return before.lower > after.upper or before.upper < after.lower
+
+
+def interleave(
+  calls: Sequence[Callable[[], Any]],
+  seconds: float = 2.0,
+  least: int = 9,
+  most: int = 200,
+  warmup: int = 3,
+) -> list[Timing]:
+  """Times functions without arguments by turns; one Timing each, in milliseconds.
+
+  Rounds go on until `seconds` are spent on all of them together, but at least
+  `least` and at most `most` rounds. The first `warmup` rounds, which compile, do not
+  count. What a call returns is waited for on the device.
+  """
+  for _ in range(warmup):
+    for call in calls:
+      jax.block_until_ready(call())
+  samples: list[list[float]] = [[] for _ in calls]
+  spent = 0.0
+  for turn in range(most):
+    if turn >= least and spent >= seconds:
+      break
+    order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
+    for index in order:
+      start = time.perf_counter()
+      jax.block_until_ready(calls[index]())
+      elapsed = time.perf_counter() - start
+      samples[index].append(elapsed)
+      spent += elapsed
+  return [_timing(taken) for taken in samples]
+
+
+def compare(
+  before: Network,
+  after: Network,
+  *example: Any,
+  batches: Iterable[int] = (1, 128),
+  exits: Sequence[str] = (),
+  seconds: float = 2.0,
+) -> tuple[Comparison, ...]:
+  """Measured latency of two networks, one Comparison per batch size.
+
+  `example`: inputs with the batch in front, of any length; repeated or shortened to
+  every batch size. `exits`: where the networks return a dict, the outputs that are
+  computed (a tap that is returned would be computed and written for nobody).
+  Raises ValueError for inputs without a batch axis.
+  """
+  programs = [_program(network, exits) for network in (before, after)]
+  measured = []
+  for batch in sorted(set(batches)):
+    inputs = jax.block_until_ready([_sized(x, batch) for x in example])
+    calls = [lambda program=program: program(*inputs) for program in programs]
+    measured.append(Comparison(batch, *interleave(calls, seconds)))
+  return tuple(measured)
+
+
+def notes(measured: Sequence[Comparison]) -> list[str]:
+  """What the numbers do not say by themselves, as sentences."""
+  said = [
+    f'batch {m.batch}: before and after overlap (interquartile ranges); '
+    'no difference was measured'
+    for m in measured
+    if not m.distinct
+  ]
+  one = next((m for m in measured if m.batch == 1), None)
+  for m in measured:
+    if one is None or m.batch == 1:
+      continue
+    growth = m.after.median / one.after.median
+    if growth < min(SATURATED, m.batch):
+      said.append(
+        f'the device is not saturated: a batch of {m.batch} takes {growth:.1f} x the '
+        'time of one image, so most of it is overhead that fewer FLOPs do not reduce; '
+        'measure with a larger batch'
+      )
+  return said
+
+
+def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
+  """`{batch: {before, after, speedup, quartiles, runs}}`, milliseconds."""
+  return {
+    str(m.batch): {
+      'before': m.before.median,
+      'after': m.after.median,
+      'speedup': m.speedup,
+      'before_quartiles': [m.before.lower, m.before.upper],
+      'after_quartiles': [m.after.lower, m.after.upper],
+      'runs': m.after.runs,
+    }
+    for m in measured
+  }
+
+
+def device() -> str:
+  """The device that jax computes on, in words: 'NVIDIA H200', 'CPU ..., 2 cores'."""
+  first = jax.devices()[0]
+  if first.platform != 'cpu':
+    return first.device_kind
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None
+  counted = f'{cores or os.cpu_count()} cores'
+  return ', '.join(part for part in ('CPU', _processor(), counted) if part)
+
+
+def _processor() -> str:
+  listing = Path('/proc/cpuinfo')
+  lines = listing.read_text().splitlines() if listing.is_file() else []
+  names = (line.partition(':')[2] for line in lines if line.startswith('model name'))
+  return next((' '.join(name.split()) for name in names), '')
+
+
+def _program(network: Network, exits: Sequence[str]) -> Callable[..., Any]:
+  def answers(variables, *inputs):
+    outputs = network.apply(variables, *inputs)
+    if exits and isinstance(outputs, dict):
+      return {name: outputs[name] for name in exits if name in outputs}
+    return outputs
+
+  compiled = jax.jit(answers)
+  variables = jax.device_put(network.variables)
+  return lambda *inputs: compiled(variables, *inputs)
+
+
+def _sized(x: Any, batch: int) -> jax.Array:
+  x = jnp.asarray(x)
+  if x.ndim == 0 or x.shape[0] == 0:
+    raise ValueError(
+      f'compare: expected an example with the batch in front, got shape {x.shape}; '
+      'pass at least one image, such as images[:1]'
+    )
+  return jnp.take(x, np.arange(batch) % x.shape[0], axis=0)
+
+
+def _timing(seconds: Sequence[float]) -> Timing:
+  lower, median, upper = np.percentile(1e3 * np.asarray(seconds), (25, 50, 75))
+  return Timing(float(median), float(lower), float(upper), len(seconds))

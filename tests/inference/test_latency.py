@@ -1,0 +1,113 @@
+"""Timing: in turns, waited for, weights as arguments, and honest about overhead."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.inference import latency
+from depthprune.inference.latency import Comparison, Network, Timing
+
+
+def test_medians_and_quartiles_of_known_sleeps():
+  short, long = latency.interleave(
+    [lambda: time.sleep(0.002), lambda: time.sleep(0.006)], seconds=0, least=5
+  )
+  assert 2.0 <= short.lower <= short.median <= short.upper
+  assert 6.0 <= long.lower <= long.median <= long.upper
+  assert short.runs == long.runs == 5
+
+
+def test_turns_alternate_and_the_warm_up_does_not_count():
+  order = []
+  calls = [lambda name=name: order.append(name) for name in 'ab']
+  timings = latency.interleave(calls, seconds=0, least=3, warmup=2)
+  assert ''.join(order) == 'abab' + 'ab' + 'ba' + 'ab'
+  assert [t.runs for t in timings] == [3, 3]
+
+
+def test_rounds_are_bounded_by_time_and_by_number():
+  nap = lambda: time.sleep(0.001)
+  (timing,) = latency.interleave([nap], seconds=0.01, least=1, most=1000)
+  assert timing.runs <= 10
+  (timing,) = latency.interleave([nap], seconds=60, most=4)
+  assert timing.runs == 4
+
+
+def matmuls(variables, x):
+  for w in variables:
+    x = jnp.tanh(x @ w)
+  return {'main': x, 'tap': x}
+
+
+def test_a_network_of_more_work_takes_longer():
+  key = jax.random.key(0)
+  large = [jax.random.normal(key, (256, 256))] * 8
+  x = np.ones((1, 256), np.float32)
+  (measured,) = latency.compare(
+    Network(matmuls, large), Network(matmuls, large[:1]), x, batches=(64,), seconds=0.2
+  )
+  assert measured.batch == 64
+  assert measured.distinct
+  assert measured.speedup > 1.5
+
+
+def test_batch_sizes_exits_and_weights_reach_the_program_as_they_should():
+  shapes, weights = set(), set()
+
+  def network(variables, x):
+    shapes.add(x.shape)
+    weights.add(isinstance(variables, jax.core.Tracer))
+    return {'main': x * variables, 'tap': x}
+
+  program = latency._program(Network(network, jnp.float32(2)), ('main', 'gone'))
+  assert list(program(jnp.ones(3))) == ['main']
+  shapes.clear()
+  measured = latency.compare(
+    *2 * [Network(network, jnp.float32(2))],
+    np.ones((3, 4), np.float32),
+    batches=(7, 1),
+    seconds=0,
+  )
+  assert [m.batch for m in measured] == [1, 7]
+  assert shapes == {(1, 4), (7, 4)}
+  assert weights == {True}
+
+
+@pytest.mark.parametrize('shape', [(), (0, 4)])
+def test_an_example_without_images_is_refused(shape):
+  network = Network(lambda variables, x: x, None)
+  with pytest.raises(ValueError, match=r'batch in front, got shape .*images\[:1\]'):
+    latency.compare(network, network, np.zeros(shape, np.float32))
+
+
+def comparison(batch, before, after):
+  return Comparison(
+    batch, *(Timing(ms, 0.95 * ms, 1.05 * ms, 9) for ms in (before, after))
+  )
+
+
+def test_an_idle_device_is_said_to_be_idle():
+  (note,) = latency.notes([comparison(1, 2.0, 1.0), comparison(128, 3.0, 1.3)])
+  assert 'not saturated: a batch of 128 takes 1.3 x' in note
+  assert latency.notes([comparison(1, 2.0, 1.0), comparison(128, 80.0, 50.0)]) == []
+
+
+def test_an_overlap_is_not_a_speed_up():
+  (note,) = latency.notes([comparison(128, 1.02, 1.0)])
+  assert note.startswith('batch 128: before and after overlap')
+
+
+def test_json_has_the_medians_by_batch():
+  entry = latency.to_json([comparison(1, 3.0, 1.5)])['1']
+  assert (entry['before'], entry['after']) == (3.0, 1.5)
+  assert entry['speedup'] == 2.0
+  assert entry['after_quartiles'] == pytest.approx([1.425, 1.575])
+  assert entry['runs'] == 9
+
+
+def test_the_device_is_named():
+  assert latency.device().startswith('CPU')
+  assert latency.device().endswith('cores')
