@@ -1,0 +1,217 @@
+"""Image classification data: read once into memory, batched and augmented inside jit.
+
+`load` gives numpy arrays with deterministic splits; `batch` is a pure function of
+(key, step), so a run that is stopped and resumed sees the same images; `batches` goes
+through a split once, in order, for evaluation.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.training import catalogue
+from depthprune.training.catalogue import DataError, Split
+
+Batch = dict[str, jax.Array]
+"""{'image': float32 [batch, height, width, channels], 'label': int32 [batch]}, and in
+evaluation 'weight': float32 [batch], 0 where the batch was padded."""
+
+# A mirrored character is another one, or none.
+_CHARACTERS = frozenset(
+  ('digits', 'emnist', 'kmnist', 'mnist', 'mnist_corrupted', 'omniglot', 'svhn_cropped')
+)
+
+
+class Normalisation(NamedTuple):
+  """What makes inputs of stored pixels: (x / scale - mean) / std, per channel."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  scale: float = 255.0
+
+
+class Augment(NamedTuple):
+  """Random crops of the image padded with `pad` black pixels, and mirror images."""
+
+  pad: int = 0
+  flip: bool = False
+
+
+class Dataset(NamedTuple):
+  """One data set in memory.
+
+  `shape` is that of one image, (height, width, channels). `normalisation` was computed
+  on `train` alone. `augment` is what is usual for such images.
+  """
+
+  name: str
+  train: Split
+  held_out: Split
+  test: Split
+  classes: int
+  shape: tuple[int, int, int]
+  normalisation: Normalisation
+  augment: Augment
+
+
+def load(
+  name: str = 'digits',
+  seed: int = 0,
+  held_out: int | None = None,
+  subset: int | None = None,
+  resize: int | None = None,
+  download: bool = False,
+) -> Dataset:
+  """Reads a data set: 'digits', or any TFDS image classification set by its name.
+
+  The test images are always the same: the set's own, or a fixed quarter where it has
+  none. `seed` chooses the `held_out` images out of the training images (a tenth, 5000
+  at most, unless given) and the `subset` that is trained on (all the others, unless
+  given). Only chosen images are decoded. `resize` makes them square, with that side;
+  `download` lets TFDS fetch a set that is not in TFDS_DATA_DIR.
+
+  Raises DataError where the set is unknown, absent, not one of image classification,
+  or too large for the memory of this machine.
+  """
+  source = catalogue.source(name, resize, download)
+  rest = np.arange(source.train)
+  if source.test:
+    where, test = 'test', np.arange(source.test)
+  else:
+    # RandomState, because its streams are frozen for all versions of numpy.
+    where, rest = 'train', np.random.RandomState(0).permutation(source.train)
+    test, rest = np.split(rest, [source.train // 4])
+  rest = np.random.RandomState(seed).permutation(np.sort(rest))
+  held = min(5000, len(rest) // 10) if held_out is None else held_out
+  many = len(rest) - held if subset is None else subset
+  if held < 0 or many < 1 or held + many > len(rest):
+    raise DataError(
+      f'data {name!r}: has {len(rest)} images to train on, got held_out={held}, '
+      f'subset={many}: together at most {len(rest)}, and subset at least 1'
+    )
+  _fits(name, (len(test) + held + many) * int(np.prod(source.shape)))
+  train = source.read('train', np.sort(rest[held : held + many]))
+  return Dataset(
+    name,
+    train,
+    source.read('train', np.sort(rest[:held])),
+    source.read(where, np.sort(test)),
+    source.classes,
+    source.shape,
+    _normalisation(train['image'], source.scale),
+    # An eighth of the side: 4 pixels of 32, 1 of 8.
+    Augment(-(-source.shape[0] // 8), name.split(':')[0] not in _CHARACTERS),
+  )
+
+
+def _fits(name: str, size: int) -> None:
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if size > memory // 2:
+    raise DataError(
+      f'data {name!r}: {size / 2**30:.0f} GiB of images, expected at most half of the '
+      f'{memory / 2**30:.0f} GiB of this machine: pass subset=N or resize=SIDE'
+    )
+
+
+def _normalisation(image: np.ndarray, scale: float) -> Normalisation:
+  """Mean and standard deviation per channel, exact: from counts of pixel values."""
+  value = np.arange(256) / scale
+  mean, std = [], []
+  for channel in range(image.shape[-1]):
+    share = np.bincount(image[..., channel].ravel(), minlength=256) / image[..., 0].size
+    mean.append(float(share @ value))
+    std.append(float(share @ (value - mean[-1]) ** 2) ** 0.5 or 1.0)
+  return Normalisation(tuple(mean), tuple(std), scale)
+
+
+def normalise(image: jax.Array, by: Normalisation) -> jax.Array:
+  """float32 inputs [..., channels] of stored pixels [..., channels]."""
+  mean = jnp.asarray(by.mean, jnp.float32) * by.scale
+  std = jnp.asarray(by.std, jnp.float32) * by.scale
+  return (image.astype(jnp.float32) - mean) / std
+
+
+def augmented(image: jax.Array, key: jax.Array, by: Augment) -> jax.Array:
+  """Images [batch, height, width, channels], each cropped and mirrored its own way."""
+  crop, mirror = jax.random.split(key)
+  if by.pad:
+    edge = (by.pad, by.pad)
+    corners = jax.random.randint(crop, (len(image), 2), 0, 2 * by.pad + 1)
+    padded = jnp.pad(image, ((0, 0), edge, edge, (0, 0)))
+    cut = lambda padded, corner: jax.lax.dynamic_slice(
+      padded, (corner[0], corner[1], 0), image.shape[1:]
+    )
+    image = jax.vmap(cut)(padded, corners)
+  if by.flip:
+    mirrored = jax.random.bernoulli(mirror, shape=(len(image), 1, 1, 1))
+    image = jnp.where(mirrored, image[:, :, ::-1], image)
+  return image
+
+
+def order(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
+  """The order of n images in an epoch, int32 [n]: a pure function of (key, epoch)."""
+  # One sort of random bits; jax.random.permutation sorts twice.
+  bits = jax.random.bits(jax.random.fold_in(key, epoch), (n,))
+  return jnp.argsort(bits).astype(jnp.int32)
+
+
+def epoch_steps(split: Split, size: int) -> int:
+  """Batches of `size` in one epoch; what is left over takes its turn in another."""
+  n = len(split['label'])
+  if not 0 < size <= n:
+    raise DataError(
+      f'data: a batch has 1 to {n} images, as many as there are: got {size}'
+    )
+  return n // size
+
+
+def batch(
+  split: Split | Batch,
+  step: jax.Array | int,
+  key: jax.Array,
+  size: int,
+  normalisation: Normalisation,
+  augment: Augment = Augment(),
+) -> Batch:
+  """The training batch of a step: pure, to be called inside jit.
+
+  `split` lives on the device; the key is the run's, the same in every step. Every
+  epoch goes through the images in its own order. All of `size`, `normalisation` and
+  `augment` are static.
+  """
+  n = len(split['label'])
+  steps = epoch_steps(split, size)
+  ordering, augmenting = jax.random.split(key)
+  step = jnp.asarray(step, jnp.int32)
+  start = step % steps * size
+  rows = jax.lax.dynamic_slice_in_dim(order(ordering, step // steps, n), start, size)
+  image = jnp.asarray(split['image'])[rows]
+  image = augmented(image, jax.random.fold_in(augmenting, step), augment)
+  return {
+    'image': normalise(image, normalisation),
+    'label': jnp.asarray(split['label'])[rows],
+  }
+
+
+def batches(split: Split, size: int, normalisation: Normalisation) -> Iterator[Batch]:
+  """All images once, in order, for evaluation.
+
+  Every batch has `size` rows, so that one compilation serves them all: the last is
+  padded, with 'weight' 0 on the padding and 1 elsewhere.
+  """
+  for start in range(0, len(split['label']), size):
+    image = split['image'][start : start + size]
+    label = split['label'][start : start + size]
+    missing = size - len(label)
+    yield {
+      'image': normalise(
+        jnp.pad(jnp.asarray(image), ((0, missing), (0, 0), (0, 0), (0, 0))),
+        normalisation,
+      ),
+      'label': jnp.pad(jnp.asarray(label), (0, missing)),
+      'weight': (jnp.arange(size) < len(label)).astype(jnp.float32),
+    }
