@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -26,9 +27,13 @@ def test_a_percentage_is_stored_as_the_fraction():
   assert Config(target='50%') == Config(target=0.5)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize('target', [0.0, -0.1, 1.01, float('nan'), float('inf'), '120%'])
+@pytest.mark.parametrize(
+  'target', [0.0, -0.1, 1.01, float('nan'), float('inf'), '120%']
+)
 def test_target_outside_its_range(target):
-  with pytest.raises(ConfigError, match=r'target: expected a fraction in \(0, 1\], got'):
+  with pytest.raises(
+    ConfigError, match=r'target: expected a fraction in \(0, 1\], got'
+  ):
     Config(target=target)
 
 

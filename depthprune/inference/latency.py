@@ -6,6 +6,7 @@ every call is waited for; the networks take turns, in alternating order, so that
 clock that drifts or a neighbour that wakes up hits both; medians with quartiles.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -104,35 +105,20 @@ def compare(
   measured = []
   for batch in sorted(set(batches)):
     inputs = jax.block_until_ready([_sized(x, batch) for x in example])
-    calls = [lambda program=program: program(*inputs) for program in programs]
+    calls = [functools.partial(program, *inputs) for program in programs]
     measured.append(Comparison(batch, *interleave(calls, seconds)))
   return tuple(measured)
 
 
-def notes(measured: Sequence[Comparison]) -> list[str]:
-  """What the numbers do not say by themselves, as sentences."""
-  said = [
-    f'batch {m.batch}: before and after overlap (interquartile ranges); '
-    'no difference was measured'
-    for m in measured
-    if not m.distinct
-  ]
-  one = next((m for m in measured if m.batch == 1), None)
-  for m in measured:
-    if one is None or m.batch == 1:
-      continue
-    growth = m.after.median / one.after.median
-    if growth < min(SATURATED, m.batch):
-      said.append(
-        f'the device is not saturated: a batch of {m.batch} takes {growth:.1f} x the '
-        'time of one image, so most of it is overhead that fewer FLOPs do not reduce; '
-        'measure with a larger batch'
-      )
-  return said
+def notes(measured: Sequence[Comparison]) -> dict[int, list[str]]:
+  """What the numbers do not say by themselves, as sentences, by batch size."""
+  one = next((m.after.median for m in measured if m.batch == 1), None)
+  return {m.batch: _notes(m, one) for m in measured}
 
 
 def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-  """`{batch: {before, after, speedup, quartiles, runs}}`, milliseconds."""
+  """`{batch: {before, after, speedup, quartiles, runs, notes}}`, milliseconds."""
+  said = notes(measured)
   return {
     str(m.batch): {
       'before': m.before.median,
@@ -141,6 +127,7 @@ def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
       'before_quartiles': [m.before.lower, m.before.upper],
       'after_quartiles': [m.after.lower, m.after.upper],
       'runs': m.after.runs,
+      'notes': said[m.batch],
     }
     for m in measured
   }
@@ -154,6 +141,24 @@ def device() -> str:
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None
   counted = f'{cores or os.cpu_count()} cores'
   return ', '.join(part for part in ('CPU', _processor(), counted) if part)
+
+
+def _notes(m: Comparison, one: float | None) -> list[str]:
+  said = []
+  if not m.distinct:
+    said.append(
+      f'batch {m.batch}: the quartiles before and after overlap; '
+      'no difference in speed was measured'
+    )
+  if m.batch > 1 and one is not None:
+    growth = m.after.median / one
+    if growth < min(SATURATED, m.batch):
+      said.append(
+        f'batch {m.batch} takes only {growth:.1f} x the time of one image: the device '
+        'is not saturated and most of that time is overhead, which fewer FLOPs do not '
+        'reduce; measure with a larger batch'
+      )
+  return said
 
 
 def _processor() -> str:

@@ -1,0 +1,176 @@
+"""What a run reached, as rows of text and as a rich table on the screen."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+FLOPS = 'FLOPs per image (1 MAC = 2 FLOPs)'
+BAR = 24
+
+
+class Row(NamedTuple):
+  """One quantity before and after, and what became of it, in words."""
+
+  name: str
+  before: str
+  cut: str
+  after: str
+  change: str
+
+
+def count(number: float) -> str:
+  """`40550000` as `40.6 M`: three significant digits."""
+  for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+    if number >= 0.9995 * scale:
+      return f'{_three(number / scale)} {unit}'
+  return f'{number:g}'
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+  return f'{100 * fraction:.{digits}f} %'
+
+
+def milliseconds(value: float) -> str:
+  return f'{_three(value)} ms'
+
+
+def summary(result: Mapping[str, Any]) -> list[Row]:
+  """Accuracy, cost and measured latency of a finished run's `result.json`."""
+  rows = []
+  for name, key in (('test', 'accuracy'), ('held-out', 'held_out')):
+    accuracy = result.get(key)
+    if accuracy:
+      rows.append(_accuracy(f'accuracy, {name}', accuracy))
+  for name, key in ((FLOPS, 'flops'), ('parameters', 'params')):
+    rows.append(_cost(name, result[key]))
+  peak = result.get('report', {}).get('peak_bytes')
+  if peak:
+    rows.append(_cost('peak activation bytes', peak))
+  for batch, measured in result.get('latency_ms', {}).items():
+    before, after = (milliseconds(measured[when]) for when in ('before', 'after'))
+    speedup = f'speed-up {measured["speedup"]:.2f} x'
+    rows.append(Row(f'median latency, batch {batch}', before, '', after, speedup))
+  return rows
+
+
+def requested(result: Mapping[str, Any]) -> str:
+  """`requested 50.0 % of the FLOPs, reached 49.8 %`."""
+  cost = result[result['of']]
+  unit = {'flops': 'FLOPs', 'params': 'parameters'}[result['of']]
+  reached = percent(cost['after'] / cost['before'], 2)
+  return f'requested {percent(result["target"])} of the {unit}, reached {reached}'
+
+
+def verified(result: Mapping[str, Any]) -> str:
+  """How far the small network was from the masked one, in words."""
+  verify = result.get('verify') or result.get('report', {}).get('verify')
+  if not verify:
+    return 'the small network was not compared with the masked one'
+  text = (
+    'largest difference between the masked and the small network: '
+    f'{verify["difference"]:.1e} of the output'
+  )
+  if verify.get('settled'):
+    text += f'; rounding and emptied branches changed {verify["settled"]:.1e} before it'
+  return text
+
+
+def widths(result: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+  """`{layer: (before, after)}` in the network's order."""
+  return {name: (int(b), int(a)) for name, (b, a) in result['widths'].items()}
+
+
+def removed(result: Mapping[str, Any]) -> list[str]:
+  """The branches and exits that are no longer there."""
+  report = result.get('report', {})
+  parts = {**report.get('branches', {}), **report.get('exits', {})}
+  return [name for name, kept in parts.items() if not kept]
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+  """Everything the run has to say about itself: surgery and timing."""
+  said = list(result.get('report', {}).get('notes', []))
+  for measured in result.get('latency_ms', {}).values():
+    said += measured.get('notes', [])
+  return said
+
+
+def title(result: Mapping[str, Any]) -> str:
+  seed = f', seed {result["seed"]}' if 'seed' in result else ''
+  return f'{result["model"]} on {result["data"]}{seed}'
+
+
+def screen(result: Mapping[str, Any]) -> Group:
+  """The whole result for `rich.print`: costs, widths, then what there is to note."""
+  parts: list[Any] = [_costs(result), Text()]
+  for line in (requested(result), verified(result), measured_on(result)):
+    if line:
+      parts.append(Padding(Text(line), (0, 2)))
+  parts += [Text(), _widths(result), Text()]
+  if removed(result):
+    parts.append(Padding(Text(f'removed: {", ".join(removed(result))}'), (0, 2)))
+  for note in notes(result):
+    parts.append(Padding(Text(f'· {note}', style='yellow'), (0, 2)))
+  return Group(*parts)
+
+
+def _costs(result: Mapping[str, Any]) -> Table:
+  table = Table(
+    title=title(result),
+    title_justify='left',
+    title_style='bold',
+    caption='cut: right after surgery; after: fine-tuned',
+    caption_justify='left',
+    box=box.SIMPLE_HEAD,
+  )
+  table.add_column('')
+  for name in ('before', 'cut', 'after'):
+    table.add_column(name, justify='right', no_wrap=True)
+  table.add_column('', justify='left', no_wrap=True)
+  for row in summary(result):
+    table.add_row(row.name, row.before, row.cut, row.after, row.change)
+  return table
+
+
+def _widths(result: Mapping[str, Any]) -> Table:
+  table = Table(box=None, pad_edge=False, padding=(0, 1))
+  table.add_column('  layer', no_wrap=True)
+  table.add_column('before', justify='right')
+  table.add_column('after', justify='right')
+  table.add_column('')
+  for name, (before, after) in widths(result).items():
+    full = round(BAR * after / before)
+    bar = Text('█' * full, style='cyan') + Text('░' * (BAR - full), style='dim')
+    table.add_row(f'  {name}', str(before), str(after), bar)
+  return table
+
+
+def measured_on(result: Mapping[str, Any]) -> str:
+  device = result.get('device')
+  return f'measured on {device}' if device and result.get('latency_ms') else ''
+
+
+def _accuracy(name: str, accuracy: Mapping[str, float]) -> Row:
+  points = 100 * (accuracy['after'] - accuracy['before'])
+  cut = percent(accuracy['pruned'], 2) if 'pruned' in accuracy else ''
+  before, after = (percent(accuracy[when], 2) for when in ('before', 'after'))
+  return Row(name, before, cut, after, f'{points:+.2f} points')
+
+
+def _cost(name: str, cost: Mapping[str, float]) -> Row:
+  kept = percent(cost['after'] / cost['before'])
+  return Row(name, count(cost['before']), '', count(cost['after']), f'{kept} kept')
+
+
+def _three(value: float) -> str:
+  """Three significant digits without an exponent."""
+  if value <= 0:
+    return f'{value:g}'
+  digits = max(0, 2 - math.floor(math.log10(value) + 1e-9))
+  return f'{value:.{digits}f}'
