@@ -1,0 +1,63 @@
+"""A network measured on a whole split."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from depthprune.training.method import Tree, as_dict
+from depthprune.training.step import gated
+from depthprune.training.tasks import Task
+
+
+def evaluate(
+  model: Any,
+  variables: Tree,
+  batches: Iterable[Tree],
+  task: Task,
+  coupling: Any = None,
+  gates: Tree | None = None,
+) -> dict[str, float]:
+  """Loss and metrics of the main output in evaluation mode, averaged over examples.
+
+  Args:
+    model: a module with `apply`, or such a function (a Pruned's `apply`).
+    variables: its variables.
+    batches: batches of equal shape; 'weight' [batch] is 0 where one was padded.
+    task: what is measured.
+    coupling, gates: a coupling and gates (or a keep tree) to mask the network by.
+
+  Raises: ValueError when there is no batch.
+  """
+  return evaluator(model, task, coupling)(variables, batches, gates)
+
+
+def evaluator(
+  model: Any, task: Task, coupling: Any = None
+) -> Callable[..., dict[str, float]]:
+  """measure(variables, batches, gates=None): `evaluate`, compiled once for many."""
+  measure = jax.jit(partial(_measure, gated(model, coupling), task))
+
+  def over(variables: Tree, batches: Iterable[Tree], gates: Tree | None = None):
+    gates = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gates or {})
+    sums = [measure(variables, gates, batch) for batch in batches]
+    if not sums:
+      raise ValueError(
+        'evaluate: expected at least one batch, got none; is the split empty?'
+      )
+    totals = jax.tree.map(lambda *xs: sum(map(float, xs)), *jax.device_get(sums))
+    examples = totals.pop('examples')
+    return {name: total / max(examples, 1e-9) for name, total in totals.items()}
+
+  return over
+
+
+def _measure(run, task: Task, variables, gates, batch):
+  """Sums over the examples of one batch."""
+  logits = as_dict(run(variables, gates, batch['image'], train=False))['main']
+  size = jnp.asarray(batch['label'].shape[0], jnp.float32)
+  examples = batch['weight'].sum() if 'weight' in batch else size
+  means = {'loss': task.loss(logits, batch), **task.metrics(logits, batch)}
+  return {'examples': examples, **{k: v * examples for k, v in means.items()}}

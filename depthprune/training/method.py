@@ -1,0 +1,105 @@
+"""A pruning method: a handful of pure functions over a tree of gates.
+
+Everything that tells one paper from another is in these functions; the training step,
+the loop and the surgery are the same for all of them. `theta` is what a method trains
+besides the weights (often the gates themselves), and the trainable tree that the
+optimizer sees is always `{'params': weights, 'theta': theta}`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from depthprune.training.penalties import add_penalty
+from depthprune.training.tasks import Task
+
+Tree = Any
+"""A nested dict (or any other pytree) of arrays."""
+
+
+def supervised(task: Task, outputs: Tree, batch: Tree, theta: Tree, step: jax.Array):
+  """The task's own loss and metrics on the main output."""
+  del theta, step
+  logits = outputs['main']
+  return task.loss(logits, batch), task.metrics(logits, batch)
+
+
+def keep_everything(theta: Tree, stats: Tree, evaluate: Callable[[Tree], Any]) -> Tree:
+  """The decision that cuts nothing: an empty keep tree."""
+  del theta, stats, evaluate
+  return {}
+
+
+def no_theta(gates: Tree, outputs: Tree) -> Tree:
+  del gates, outputs
+  return {}
+
+
+def no_gates(theta: Tree, key: jax.Array, step: jax.Array) -> Tree:
+  del theta, key, step
+  return {}
+
+
+def no_stats(gates: Tree, gate_grads: Tree, outputs: Tree, batch: Tree) -> Tree:
+  del gates, gate_grads, outputs, batch
+  return {}
+
+
+class Method(NamedTuple):
+  """One way to decide what to cut. The defaults are plain supervised training.
+
+  Attributes:
+    objective: (task, outputs, batch, theta, step) -> (loss, metrics). `outputs` is the
+      network's dict of outputs; `task` turns logits into loss and metrics.
+    decide: (theta, stats, evaluate) -> keep; evaluate(keep) is the loss of the network
+      masked by keep on held-out data.
+    penalty: (theta, step) -> scalar, what depends on theta alone; its gradient is added
+      through optax. None: no penalty.
+    init: (gates, outputs) -> theta; outputs are abstract, their names say which exits
+      there are.
+    forward: (theta, key, step) -> gates that the forward pass uses.
+    observe: (gates, gate_grads, outputs, batch) -> stats, averaged over steps.
+    transform: (tx) -> tx for {'params', 'theta'}: own learning rates, frozen parts.
+    trunk_train: False runs the network in evaluation mode (stored batch statistics, no
+      dropout); which parameters then stay as they are is up to `transform`.
+    rounds: how many times fit, decide, prune are repeated.
+  """
+
+  objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = supervised
+  decide: Callable[[Tree, Tree, Callable[[Tree], Any]], Tree] = keep_everything
+  penalty: Callable[[Tree, jax.Array], jax.Array] | None = None
+  init: Callable[[Tree, Tree], Tree] = no_theta
+  forward: Callable[[Tree, jax.Array, jax.Array], Tree] = no_gates
+  observe: Callable[[Tree, Tree, Tree, Tree], Tree] = no_stats
+  transform: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
+    lambda tx: tx
+  )
+  trunk_train: bool = True
+  rounds: int = 1
+
+
+def plain() -> Method:
+  """Ordinary training of the weights: no gates, nothing is cut."""
+  return Method()
+
+
+def optimizer(
+  method: Method, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """tx as the method wants it: transformed, and with the method's penalty.
+
+  Works on {'params': weights, 'theta': theta}.
+  """
+  tx = method.transform(tx)
+  if method.penalty is not None:
+    tx = add_penalty(tx, method.penalty, where=lambda trained: trained['theta'])
+  return tx
+
+
+def as_dict(outputs: Any) -> dict[str, Any]:
+  """A network's outputs by name; a single array is 'main'."""
+  return dict(outputs) if hasattr(outputs, 'keys') else {'main': outputs}
+

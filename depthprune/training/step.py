@@ -1,0 +1,194 @@
+"""The training step of any method: one compiled program, state in and state out."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from depthprune.program.plug import plug, with_branches
+from depthprune.training.distill import with_teacher
+from depthprune.training.method import Method, Tree, as_dict, no_stats, optimizer
+from depthprune.training.tasks import Task
+
+
+@flax.struct.dataclass
+class State:
+  """Everything that training changes.
+
+  Attributes:
+    params: the weights. theta: what the method trains besides.
+    model_state: every other collection of the model, by name.
+    opt_state: of the optimizer over {'params': params, 'theta': theta}.
+    stats: what the method observes, averaged: over all steps at first, with the
+      newest step weighing 1 % from the 100th on.
+    step: int32 scalar, number of steps done.
+  """
+
+  params: Tree
+  theta: Tree
+  model_state: Tree
+  opt_state: Tree
+  stats: Tree
+  step: jax.Array
+
+  @property
+  def variables(self) -> dict[str, Tree]:
+    """What `model.apply` takes."""
+    return {'params': self.params, **self.model_state}
+
+
+def init_state(
+  model: Any,
+  method: Method,
+  tx: optax.GradientTransformation,
+  variables: Tree,
+  coupling: Any = None,
+  batch: Tree = None,
+) -> State:
+  """A fresh state at step 0; `variables` are copied, a step may consume its state.
+
+  Args:
+    model, method, tx, coupling: as for make_step.
+    variables: {'params': ..., and any other collection}.
+    batch: one batch (arrays or shapes); needed by methods that observe.
+  """
+  params = variables['params']
+  model_state = {k: v for k, v in variables.items() if k != 'params'}
+  gates, outputs = {}, {}
+  if coupling is not None:
+    gates = coupling.gates()
+    run = partial(apply_of(model), train=False)
+    outputs = as_dict(jax.eval_shape(run, coupling.variables, *coupling.inputs))
+  theta = method.init(gates, outputs)
+  state = State(
+    params=params,
+    theta=theta,
+    model_state=model_state,
+    opt_state=optimizer(method, tx).init({'params': params, 'theta': theta}),
+    stats=_no_stats_yet(model, method, variables, theta, batch),
+    step=jnp.zeros((), jnp.int32),
+  )
+  return jax.tree.map(jnp.array, state)
+
+
+def make_step(
+  model: Any,
+  method: Method,
+  task: Task,
+  tx: optax.GradientTransformation,
+  coupling: Any = None,
+  teacher: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """step(state, batch, key, teacher_variables=None) -> (state, metrics), jitted.
+
+  The state is donated: use the one that comes back. `key` is the same for every step,
+  the step number is folded in. Metrics are scalars on the device, with 'loss'.
+
+  Args:
+    model: anything with `apply(variables, image, train=..., mutable=..., rngs=...)`,
+      or that function itself.
+    tx: optimizer of the weights; the method adds what it needs (`method.optimizer`).
+    coupling: from `couple`; None for a method without channel gates.
+    teacher: apply function of a network whose logits go into the batch as 'teacher'.
+  """
+  run, tx = gated(model, coupling), optimizer(method, tx)
+
+  @partial(jax.jit, donate_argnums=0)
+  def step(state: State, batch, key, teacher_variables=None):
+    gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    if teacher is not None:
+      batch = with_teacher(teacher, teacher_variables, batch)
+
+    def loss(params, theta, gates):
+      variables = {'params': params, **state.model_state}
+      outputs, model_state = _forward(run, method, variables, gates, batch, dropout_key)
+      value, metrics = method.objective(task, outputs, batch, theta, state.step)
+      return value, (outputs, model_state, metrics)
+
+    forward = lambda theta: method.forward(theta, gate_key, state.step)
+    gates, pull = jax.vjp(forward, state.theta)
+    slopes = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (value, aux), (g_params, g_theta, g_gates) = slopes(
+      state.params, state.theta, gates
+    )
+    outputs, model_state, metrics = aux
+    grads = {'params': g_params, 'theta': jax.tree.map(jnp.add, g_theta, *pull(g_gates))}
+    trained = {'params': state.params, 'theta': state.theta}
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    seen = method.observe(gates, g_gates, outputs, batch)
+    new = state.replace(
+      **optax.apply_updates(trained, updates),
+      model_state={**state.model_state, **model_state},
+      opt_state=opt_state,
+      stats=_average(state.stats, seen, state.step),
+      step=state.step + 1,
+    )
+    return new, {'loss': value, **metrics}
+
+  return step
+
+
+def apply_of(model: Any) -> Callable[..., Any]:
+  """model.apply, or the model itself where it is a function."""
+  return getattr(model, 'apply', model)
+
+
+def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
+  """f(variables, gates, *inputs, **kwargs): the model with gates."""
+  if coupling is not None:
+    return plug(model, coupling)
+
+  def run(variables, gates, *inputs, **kwargs):
+    if gates.get('channels'):
+      raise ValueError(
+        'make_step: the method gates channels, but there is no coupling; '
+        'pass coupling=couple(model, variables, example)'
+      )
+    if gates.get('branches'):
+      variables = with_branches(variables, gates['branches'])
+    return apply_of(model)(variables, *inputs, **kwargs)
+
+  return run
+
+
+def _forward(run, method: Method, variables, gates, batch, key):
+  """(outputs by name, changed collections)."""
+  if not method.trunk_train:
+    return as_dict(run(variables, gates, batch['image'], train=False)), {}
+  rngs = {'dropout': key}
+  changing = [k for k in variables if k not in ('params', 'branches')]
+  if not changing:
+    return as_dict(run(variables, gates, batch['image'], train=True, rngs=rngs)), {}
+  outputs, changed = run(
+    variables, gates, batch['image'], train=True, mutable=changing, rngs=rngs
+  )
+  return as_dict(outputs), changed
+
+
+def _no_stats_yet(model, method: Method, variables, theta, batch):
+  """Zeros, of the shapes that the method will observe."""
+  if method.observe is no_stats:
+    return {}
+  if batch is None:
+    raise ValueError(
+      'init_state: this method observes training, so the shape of a batch is needed; '
+      'pass batch='
+    )
+
+  def seen(variables, theta, batch):
+    outputs = as_dict(apply_of(model)(variables, batch['image'], train=False))
+    gates = method.forward(theta, jax.random.key(0), jnp.zeros((), jnp.int32))
+    return method.observe(gates, gates, outputs, batch)
+
+  shapes = jax.eval_shape(seen, variables, theta, batch)
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _average(stats, seen, step):
+  """Moves stats towards what was seen: a mean over the first 100 steps, then slower."""
+  rate = jnp.maximum(1 / (step.astype(jnp.float32) + 1), 0.01)
+  return jax.tree.map(lambda a, b: a + rate.astype(a.dtype) * (b - a), stats, seen)

@@ -1,0 +1,141 @@
+"""The only training loop."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.training import progress
+from depthprune.training.method import Tree
+from depthprune.training.step import State as State
+from depthprune.training.step import init_state as init_state
+from depthprune.training.step import make_step as make_step
+
+Row = dict[str, float]
+"""One logged line: step, loss, the metrics, images_per_second, time in seconds."""
+
+
+class NonFiniteLoss(ArithmeticError):
+  """The loss (or a parameter) became infinite or NaN; the message names the step."""
+
+
+def fit(
+  step: Callable[..., Any],
+  state: State,
+  key: jax.Array,
+  batch_at: Callable[[Any, Any], Tree],
+  data: Tree = None,
+  *,
+  steps: int,
+  every: int = 50,
+  teacher: Tree = None,
+  callbacks: Sequence[Callable[[State, Row], None]] = (),
+  label: str = 'train',
+  show: bool = True,
+) -> State:
+  """Trains from state.step to `steps`; the only training loop.
+
+  Args:
+    step: from make_step. key: its key.
+    batch_at: (data, step) -> batch. With data it must be traceable, and `every` steps
+      at a time run as one program on the device; without, it is called on the host.
+    data: the whole data set as arrays, or None.
+    steps: where to stop, counted from step 0 and not from state.step.
+    every: steps between log lines. Batches and keys depend on the number of the step
+      alone, so neither `every` nor where a run was resumed changes the result.
+    teacher: the teacher's variables, if the step has one.
+    callbacks: called as (state, row) after every `every` steps; the state is valid
+      until the next step.
+    label: name of the stage. show: whether to draw the progress bar.
+
+  Raises: NonFiniteLoss, before any callback has seen the state that is not finite.
+  """
+  start = int(state.step)
+  if start >= steps:
+    return state
+  advance = _program(step, batch_at, every, state, key, data, teacher)
+  clock = time.perf_counter()
+  with progress.bar(label, start, steps, show) as draw:
+    while start < steps:
+      stop = min(start + every - start % every, steps)
+      state, log, images, finite = advance(state, key, data, teacher, stop)
+      log = {k: np.asarray(v)[: stop - start] for k, v in log.items()}
+      _check_finite(label, start, log['loss'], finite)
+      now = time.perf_counter()
+      row = {'step': float(stop), **{k: float(v.mean()) for k, v in log.items()}}
+      row |= {'images_per_second': images * (stop - start) / (now - clock)}
+      row |= {'time': time.time()}
+      for callback in callbacks:
+        callback(state, row)
+      draw(stop, row)
+      start, clock = stop, time.perf_counter()
+  return state
+
+
+def _program(step, batch_at, every, state, key, data, teacher):
+  """advance(state, key, data, teacher, stop) -> (state, log, images, finite).
+
+  log: {metric: [every]}, one entry per step, the first stop - state.step are filled.
+  """
+  if data is None:
+    return lambda *args: _advance_on_host(step, batch_at, *args)
+
+  def advance(state, key, data, teacher, stop):
+    first = state.step
+
+    def body(i, carry):
+      state, log = carry
+      state, metrics = step(state, batch_at(data, i), key, teacher)
+      log = jax.tree.map(lambda row, m: row.at[i - first].set(m), log, metrics)
+      return state, log
+
+    one = lambda state: step(state, batch_at(data, first), key, teacher)[1]
+    shapes = jax.eval_shape(one, state)
+    log = jax.tree.map(lambda s: jnp.zeros((every, *s.shape), s.dtype), shapes)
+    state, log = jax.lax.fori_loop(first, stop, body, (state, log))
+    return state, log, _finite(state)
+
+  batch = jax.eval_shape(batch_at, data, state.step)
+  images = jax.tree.leaves(batch)[0].shape[0]
+  example = (state, key, data, teacher, jnp.zeros((), jnp.int32))
+  compiled = jax.jit(advance, donate_argnums=0).lower(*example).compile()
+
+  def run(state, key, data, teacher, stop):
+    state, log, finite = compiled(state, key, data, teacher, jnp.int32(stop))
+    return state, jax.device_get(log), images, bool(finite)
+
+  return run
+
+
+def _advance_on_host(step, batch_at, state, key, data, teacher, stop):
+  rows, images = [], 0
+  for i in range(int(state.step), stop):
+    batch = batch_at(data, i)
+    images = jax.tree.leaves(batch)[0].shape[0]
+    state, metrics = step(state, batch, key, teacher)
+    rows.append(metrics)
+  log = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(rows))
+  return state, log, images, bool(jax.jit(_finite)(state))
+
+
+def _finite(state: State) -> jax.Array:
+  trained = jax.tree.leaves((state.params, state.theta))
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in trained]))
+
+
+def _check_finite(label: str, start: int, losses: np.ndarray, finite: bool) -> None:
+  bad = np.flatnonzero(~np.isfinite(losses))
+  if finite and not bad.size:
+    return
+  what = f'the loss is {losses[bad[0]]}' if bad.size else 'a parameter is not finite'
+  step = start + (int(bad[0]) if bad.size else len(losses))
+  good = losses[: bad[0]] if bad.size else losses
+  before = f' (the loss was {good[-1]:.4g} one step before)' if good.size else ''
+  raise NonFiniteLoss(
+    f'{label}: {what} at step {step}{before}; lower the learning rate or the strength '
+    'of the penalty, or look for an infinite value in the data. Nothing was saved '
+    'after the last good checkpoint'
+  )
