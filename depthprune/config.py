@@ -76,8 +76,7 @@ class Config:
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, and so on."""
 
   data: str = 'digits'
-  """Images: digits (they come with scikit-learn), or any TFDS image classification
-  set, looked for in $TFDS_DATA_DIR."""
+  """digits (comes with scikit-learn), or a TFDS image set found in $TFDS_DATA_DIR."""
 
   target: Annotated[float, FRACTION] = 0.5
   """Part of the network's cost that is to remain: 0.5, or 50%."""

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,7 +149,7 @@ def svg(figure: Figure) -> str:
 
 @contextmanager
 def _style() -> Iterator[None]:
-  settings = {
+  settings: dict[Any, Any] = {
     'font.size': 9,
     'font.family': 'sans-serif',
     'text.color': INK,
@@ -206,7 +206,7 @@ def _curve(axes: Axes, steps: Sequence[float], values: Sequence[float | None]) -
   axes.plot(x, smooth, color=FIRST, lw=1.6)
 
 
-def _name_stages(grid: Sequence[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
+def _name_stages(grid: Iterable[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
   for name, (steps, _) in stages.items():
     for axes in grid:
       axes.axvline(steps[0], color=LINE, lw=0.8)

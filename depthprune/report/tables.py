@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-FLOPS = 'FLOPs per image (1 MAC = 2 FLOPs)'
+FLOPS = 'FLOPs (1 MAC = 2)'
 BAR = 24
 
 
@@ -172,5 +172,5 @@ def _three(value: float) -> str:
   """Three significant digits without an exponent."""
   if value <= 0:
     return f'{value:g}'
-  digits = max(0, 2 - math.floor(math.log10(value) + 1e-9))
-  return f'{value:.{digits}f}'
+  rounded = float(f'{value:.3g}')
+  return f'{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f}'

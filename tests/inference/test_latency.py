@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 from depthprune.inference import latency
 from depthprune.inference.latency import Comparison, Network, Timing
@@ -59,7 +60,7 @@ def test_batch_sizes_exits_and_weights_reach_the_program_as_they_should():
 
   def network(variables, x):
     shapes.add(x.shape)
-    weights.add(isinstance(variables, jax.core.Tracer))
+    weights.add(isinstance(variables, Tracer))
     return {'main': x * variables, 'tap': x}
 
   program = latency._program(Network(network, jnp.float32(2)), ('main', 'gone'))

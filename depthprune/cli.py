@@ -1,0 +1,115 @@
+"""The command line: `depthprune run gates ...` and `depthprune report RUN`.
+
+What an option means is written once, at its field in `config.py`. The library itself is
+imported when there is work to do, so that `--help` answers at once.
+"""
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from depthprune.config import Config
+
+WRONG_INPUT = 2
+INTERRUPTED = 130
+
+GATES = tyro.conf.subcommand(
+  'gates',
+  description='Train a network, learn with trainable gates which channels and branches '
+  'may go, cut them out, fine-tune the small network that remains, and report. '
+  'Interrupted at any moment, the same command continues.',
+)
+# A union makes every method a word of its own; it needs a second member.
+Method = Annotated[Config, GATES] | Annotated[None, tyro.conf.Suppress]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Make a network smaller and faster: train, prune, fine-tune, report."""
+
+  config: Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Show what a finished run reached, and write its report.html again."""
+
+  run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar='RUN')]
+  """Directory that `depthprune run` wrote."""
+
+
+Command = (
+  Annotated[Run, tyro.conf.subcommand('run')]
+  | Annotated[Report, tyro.conf.subcommand('report')]
+)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit code: 0, 2 for input nobody can use."""
+  try:
+    command = tyro.cli(
+      Command,  # pyright: ignore[reportArgumentType]
+      prog='depthprune',
+      description='A trained network goes in, a smaller and faster one comes out.',
+      args=words,
+      config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if isinstance(command, Report):
+      _report(command.run)
+    elif isinstance(command, Run) and command.config is not None:
+      _run(command.config)
+  except KeyboardInterrupt:
+    print('stopped; the same command continues from here', file=sys.stderr)
+    return INTERRUPTED
+  except BrokenPipeError:
+    # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except Exception as error:
+    if not _meant_for_the_reader(error):
+      raise
+    print(f'error: {error}', file=sys.stderr)
+    return WRONG_INPUT
+  return 0
+
+
+def _run(config: Config) -> None:
+  from depthprune.training import rounds
+
+  rounds.run(config)
+  _report(config.path)
+
+
+def _report(path: Path) -> None:
+  import rich
+
+  from depthprune.report import artifacts, page, tables
+
+  run = artifacts.read(path)
+  written = page.write(path)
+  rich.print(tables.screen(run.result))
+  for note in run.notes:
+    print(note)
+  print(f'\n  {written}')
+
+
+def _meant_for_the_reader(error: Exception) -> bool:
+  """Whether the message says it all, or the traceback is needed to find a mistake.
+
+  Errors of our own classes, and a ValueError that our own code raises, name what was
+  given, what was expected and what to do. What comes from below is a mistake of ours.
+  """
+  if type(error).__module__.split('.')[0] == 'depthprune':
+    return True
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  raised_in = frames[-1].f_globals.get('__name__', '') if frames else ''
+  return isinstance(error, ValueError) and raised_in.split('.')[0] == 'depthprune'
+
+
+if __name__ == '__main__':
+  sys.exit(main())

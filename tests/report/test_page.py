@@ -1,0 +1,98 @@
+"""report.html: one file, nothing from outside, everything a run has to say."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from depthprune.report import artifacts, page, tables
+
+VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}
+
+
+class Reader(HTMLParser):
+  """Collects addresses and text, and checks that every element is closed."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.addresses, self.text = [], [], []
+
+  def handle_starttag(self, tag, attrs):
+    names = ('src', 'href', 'xlink:href', 'srcset', 'data', 'action')
+    self.addresses += [value for name, value in attrs if name in names]
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.handle_starttag(tag, attrs)
+    if tag not in VOID:
+      self.open.pop()
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+
+def read(html: str) -> Reader:
+  reader = Reader()
+  reader.feed(html)
+  assert reader.open == []
+  return reader
+
+
+@pytest.fixture
+def html(run_directory) -> str:
+  return page.write(run_directory).read_text(encoding='utf-8')
+
+
+def test_it_is_one_file_that_asks_for_nothing(html, run_directory):
+  for address in read(html).addresses:
+    assert address.startswith(('#', 'data:')), address
+  assert not re.search(r'@import|<script|<link|url\((?!#)', html)
+  assert [p.name for p in run_directory.iterdir() if 'html' in p.name] == [
+    'report.html'
+  ]
+
+
+def test_it_says_what_the_tables_say(html, result):
+  text = ' '.join(read(html).text)
+  for row in tables.summary(result):
+    assert all(cell in text for cell in row), row
+  for said in (tables.verified(result), result['command'], *tables.notes(result)):
+    assert said in text
+  assert 'Requested 50.0 % of the FLOPs, reached 49.95 %' in text
+
+
+def test_it_draws_widths_curves_and_gates(html):
+  assert html.count('<svg') == 3
+  assert all(f'<h2>{name}</h2>' in html for name in ('Training', 'Gates over time'))
+
+
+def test_charts_without_data_are_left_out(run_directory):
+  for name in ('history', 'gates'):
+    (run_directory / f'{name}.jsonl').write_text('')
+  assert page.write(run_directory).read_text().count('<svg') == 1
+
+
+def test_names_cannot_break_the_page(run_directory, result):
+  result['model'] = '<script>alert(1)</script>'
+  result['command'] = 'depthprune "<b>" $title'
+  (run_directory / 'result.json').write_text(json.dumps(result))
+  html = page.write(run_directory).read_text()
+  assert '<script' not in html
+  assert '&lt;b&gt;&quot; $title' in html
+
+
+def test_kept_channels_are_listed_as_ranges(html):
+  text = ' '.join(read(html).text)
+  assert '0–8' in text
+  assert 'Removed: stage1/block2/branch.' in text
+  assert page._ranges([5, 0, 1, 2, 7, 8]) == '0–2, 5, 7–8'
+  assert page._ranges([]) == 'none'
+
+
+def test_the_same_run_gives_the_same_page(run_directory, html):
+  assert page.page(artifacts.read(run_directory)) == html

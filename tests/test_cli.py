@@ -1,0 +1,125 @@
+"""The command line: help a person can read, one clear message when input is wrong."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from depthprune import cli
+from depthprune.config import Config
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[Config]:
+  """Configs that would have been run."""
+  taken: list[Config] = []
+  rounds = types.ModuleType('depthprune.training.rounds')
+  rounds.run = taken.append  # pyright: ignore[reportAttributeAccessIssue]
+  monkeypatch.setitem(sys.modules, rounds.__name__, rounds)
+  import depthprune.training
+
+  monkeypatch.setattr(depthprune.training, 'rounds', rounds, raising=False)
+  monkeypatch.setattr(cli, '_report', lambda path: None)
+  return taken
+
+
+def exit_code(words) -> int | str | None:
+  with pytest.raises(SystemExit) as stopped:
+    cli.main(words)
+  return stopped.value.code
+
+
+def test_options_become_the_config(runs):
+  words = 'run gates --data fashion_mnist --target 25% --subset 900 --distill'
+  assert cli.main([*words.split(), '--workdir', 'here']) == 0
+  assert runs == [
+    Config(data='fashion_mnist', target=0.25, subset=900, distill=True, workdir='here')
+  ]
+
+
+def test_no_options_are_the_defaults(runs):
+  assert cli.main(['run', 'gates']) == 0
+  assert runs == [Config()]
+
+
+@pytest.mark.parametrize('command', [[], ['run'], ['run', 'gates'], ['report']])
+def test_help_explains_every_command(command, capsys):
+  assert exit_code([*command, '--help']) == 0
+  said = capsys.readouterr().out
+  assert ' '.join(['usage: depthprune', *command]) in said
+  assert 'tyro' not in said
+  assert 'None}' not in said
+
+
+def test_help_names_every_field_of_the_config(capsys):
+  exit_code(['run', 'gates', '--help'])
+  said = capsys.readouterr().out
+  fields = set(Config.__dataclass_fields__) - {'method'}
+  assert {f for f in fields if f'--{f.replace("_", "-")}' not in said} == set()
+  assert '--method' not in said
+
+
+@pytest.mark.parametrize(
+  ('words', 'said'),
+  [
+    ([], 'Expected one of {run, report}'),
+    (['prune'], 'Available subcommands: run, report'),
+    (['run', 'gate'], 'Available subcommands: gates'),
+    (['run', 'gates', '--target', '1.5'], 'in (0, 1], got 1.5'),
+    (['run', 'gates', '--target', 'half'], "got 'half'"),
+    (['run', 'gates', '--batch', '0'], 'whole number >= 1, got 0'),
+    (['run', 'gates', '--sede', '1'], '--seed'),
+  ],
+)
+def test_wrong_words_are_one_message(words, said, capsys):
+  assert exit_code(words) == 2
+  printed = capsys.readouterr()
+  text = ' '.join((printed.out + printed.err).replace('│', ' ').split())
+  assert said in text
+  assert 'Traceback' not in text
+
+
+def test_a_report_of_nothing_is_one_message(tmp_path, capsys):
+  assert cli.main(['report', str(tmp_path / 'gone')]) == 2
+  printed = capsys.readouterr()
+  assert printed.err.startswith('error: ')
+  assert printed.err.count('\n') == 1
+  assert printed.out == ''
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+  def broken(config):
+    return [][1]
+
+  monkeypatch.setattr(cli, '_run', broken)
+  with pytest.raises(IndexError):
+    cli.main(['run', 'gates'])
+
+
+def test_an_error_from_below_keeps_its_traceback(monkeypatch):
+  monkeypatch.setattr(cli, '_run', lambda config: int('x'))
+  with pytest.raises(ValueError, match='invalid literal'):
+    cli.main(['run', 'gates'])
+
+
+def test_interrupting_says_how_to_go_on(monkeypatch, capsys):
+  def interrupted(config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cli, '_run', interrupted)
+  assert cli.main(['run', 'gates']) == 130
+  assert 'the same command continues' in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_jax():
+  code = (
+    'import sys\n'
+    'from depthprune import cli\n'
+    'try: cli.main(["run", "gates", "--help"])\n'
+    'except SystemExit: print(sorted({"jax", "flax", "matplotlib"} & set(sys.modules)))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.splitlines()[-1] == '[]'
