@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,10 +79,9 @@ def training_curves(
   }
   stages = _stages(history)
   with _style():
-    figure = Figure(
-      figsize=(7.2, 0.6 + 1.5 * max(len(panels), 1)), layout='constrained'
-    )
-    grid = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
+    rows = max(len(panels), 1)
+    figure = Figure(figsize=(7.2, 0.6 + 1.5 * rows), layout='constrained')
+    grid = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes, (key, label) in zip(grid, panels.items()):
       for steps, records in stages.values():
         _curve(axes, steps, [_number(record, key) for record in records])
@@ -206,7 +205,7 @@ def _curve(axes: Axes, steps: Sequence[float], values: Sequence[float | None]) -
   axes.plot(x, smooth, color=FIRST, lw=1.6)
 
 
-def _name_stages(grid: Iterable[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
+def _name_stages(grid: Sequence[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
   for name, (steps, _) in stages.items():
     for axes in grid:
       axes.axvline(steps[0], color=LINE, lw=0.8)

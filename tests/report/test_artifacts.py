@@ -50,7 +50,7 @@ def test_no_directory(tmp_path):
 
 def test_an_unfinished_run_says_how_to_go_on(run_directory):
   (run_directory / 'result.json').unlink()
-  with pytest.raises(RunError, match='has not finished .* continues where it stopped'):
+  with pytest.raises(RunError, match=r'has not finished .* continues where it stopped'):
     read(run_directory)
 
 
