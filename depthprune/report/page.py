@@ -38,7 +38,7 @@ def page(run: Run) -> str:
     _section('Widths of the layers', _chart(plots.width_chart(widths))),
   ]
   if run.history:
-    curves = plots.training_curves(run.history, result['target'])
+    curves = plots.training_curves(run.history, result['target'], result['of'])
     sections.append(_section('Training', _chart(curves)))
   if run.gates:
     chart = plots.gate_map(run.gates, widths)

@@ -26,6 +26,8 @@ ROLES = {
   SECOND: 'second',
   PAPER: 'paper',
 }
+COSTS = {'flops': 'FLOPs kept', 'params': 'params kept'}
+PANELS = {'loss': 'loss', 'accuracy': 'accuracy', **COSTS}
 ROW = 0.22  # inches for one layer
 OFFSET: Any = {'textcoords': 'offset points'}
 
@@ -62,19 +64,16 @@ def width_chart(widths: Mapping[str, tuple[int, int]]) -> Figure:
 
 
 def training_curves(
-  history: Sequence[Mapping[str, Any]], target: float | None = None
+  history: Sequence[Mapping[str, Any]], target: float | None = None, of: str = 'flops'
 ) -> Figure:
   """Loss, accuracy and cost over all stages, from the lines of history.jsonl.
 
-  `target`: the requested fraction of the cost, drawn as a dashed line.
+  `target`: the requested fraction of the cost `of` ('flops' or 'params'), drawn as a
+  dashed line.
   """
   panels = {
     key: label
-    for key, label in (
-      ('loss', 'loss'),
-      ('accuracy', 'accuracy'),
-      ('flops', 'cost kept'),
-    )
+    for key, label in PANELS.items()
     if any(_number(record, key) is not None for record in history)
   }
   stages = _stages(history)
@@ -86,14 +85,14 @@ def training_curves(
       for steps, records in stages.values():
         _curve(axes, steps, [_number(record, key) for record in records])
       axes.set_ylabel(label)
+      axes.grid(axis='y', color=LINE, lw=0.5)
       if key != 'loss':
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-      if key == 'flops':
+      if key in COSTS:
         axes.set_ylim(0, 1.04)
-      if key == 'flops' and target is not None:
+      if key == of and target is not None:
         axes.axhline(target, color=SECOND, lw=1, ls=(0, (4, 3)))
         axes.annotate('target', (0, target), (2, 3), **OFFSET, color=SECOND, size=8)
-      axes.grid(axis='y', color=LINE, lw=0.5)
     _name_stages(grid, stages)
     grid[-1].set_xlabel('step')
   return figure

@@ -37,6 +37,13 @@ def test_curves_follow_each_other_when_stages_count_from_zero(run_directory):
   assert 0.5 in [line.get_ydata()[0] for line in flops.lines]  # pyright: ignore
 
 
+def test_the_target_is_drawn_at_the_cost_it_counts():
+  history = [{'stage': 'gates', 'step': s, 'params': 0.8, 'flops': 0.7} for s in (0, 1)]
+  flops, params = plots.training_curves(history, 0.5, 'params').axes
+  assert (flops.get_ylabel(), params.get_ylabel()) == ('FLOPs kept', 'params kept')
+  assert len(params.lines) == len(flops.lines) + 1
+
+
 def test_curves_keep_steps_that_already_count_on():
   history = [
     {'stage': stage, 'step': step, 'loss': 1.0}
