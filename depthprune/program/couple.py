@@ -1,0 +1,210 @@
+"""Coupling: which slices of which parameters of a function must go together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program import explain as ex
+from depthprune.program import jaxpr as jx
+from depthprune.program import rules
+from depthprune.program.view import Decision, View, look, paths_of, runnable
+
+HARMLESS = {ax.UNIT, 'kernel window', 'input', 'output'}  # pins that surprise nobody
+
+
+class Group(NamedTuple):
+  """Slices that live and die together.
+
+  Attributes:
+    name: path of the first kernel that produces the axis, and which axis of it.
+    size: number of slices.
+    members: (path, axis) of every variable that has these slices.
+    kind: 'channel', or 'layer' for the layer axis of scanned parameters.
+    ungated: why no gate can stand for the slices, or ''."""
+
+  name: str
+  size: int
+  members: tuple[tuple[str, int], ...]
+  kind: str
+  ungated: str
+
+
+class Pinned(NamedTuple):
+  """An axis of a variable that must keep all its slices, and why."""
+
+  path: str
+  axis: int
+  size: int
+  reasons: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coupling:
+  """What `couple` found.
+
+  Attributes:
+    fn: the function that was traced.
+    variables, inputs: its abstract arguments (ShapeDtypeStruct trees); kwargs as given.
+    axes: axis expressions of every variable, by path.
+    view: the traced program that everything was read from.
+    groups: by name, in order of execution: every axis whose slices can be cut.
+    pinned: axes that must stay whole for a reason worth telling.
+    branches: paths of the scalar branch gates (leaves of the collection 'branches').
+    exits: names of the outputs, where the function returns a dict."""
+
+  fn: Callable
+  variables: Any
+  inputs: tuple
+  kwargs: dict
+  axes: dict[str, ax.Dims]
+  view: View
+  groups: dict[str, Group]
+  pinned: tuple[Pinned, ...]
+  branches: tuple[str, ...]
+  exits: tuple[str, ...]
+
+  @property
+  def unknown(self) -> tuple[str, ...]:
+    """Primitives without a rule; all that they touch is pinned."""
+    return tuple(sorted(self.view.facts.unknown))
+
+  def gates(self) -> dict:
+    """Open gates: float32 ones, [n] per group that can be gated, () per branch."""
+    free = (g for g in self.groups.values() if not g.ungated)
+    return {
+      'channels': {g.name: np.ones(g.size, np.float32) for g in free},
+      'branches': {b: np.ones((), np.float32) for b in self.branches},
+    }
+
+  def axis(self, group: str) -> ax.Var:
+    """The variable of a group. Raises: KeyError that names the nearest groups."""
+    if group not in self.groups:
+      raise KeyError(ex.unknown_group(self, group))
+    solved = ax.norm(self.view.groups[group])
+    assert isinstance(solved, ax.Var)
+    return solved
+
+  def explain(self, group: str | None = None) -> str:
+    """Why each slice is in its group; of all groups and pinned axes by default."""
+    return ex.explain(self, group)
+
+  def again(self, fn: Callable, inputs: tuple, kwargs: dict, keep: Mapping | None = None):
+    """The view of fn (this function, perhaps in another mode) at other inputs.
+
+    Its variables start with the axes solved here, so a group is the same group there.
+    keep: a decision on branches and exits to carry out first."""
+    memo: dict[ax.Var, ax.Var] = {}
+    axes = {p: [ax.copy(d, memo) for d in ds] for p, ds in self.axes.items()}
+    decision = None if keep is None else self.decision(keep)
+    view = look(fn, self.variables, inputs, kwargs, axes, decision)
+    return view._replace(groups={g: memo[self.axis(g)] for g in self.groups})
+
+  def decision(self, keep: Mapping) -> Decision:
+    """The depth part of keep, with the variables that it makes dead."""
+    decision = Decision(keep.get('branches', {}), keep.get('exits', {}))
+    before = self.view.unneeded(Decision({}, {}))
+    return decision._replace(dead=self.view.unneeded(decision) - before)
+
+
+def couple(
+  model: Any, variables: Any, *inputs: Any, fixed: Callable | None = None, **kwargs
+) -> Coupling:
+  """Finds every group of coupled slices of a traceable function.
+
+  model: a function of (variables, *inputs, **kwargs), or an object with such an
+    `apply` (a linen module). variables: a pytree, for linen the whole variables dict.
+  inputs: arrays or ShapeDtypeStructs; nothing is computed.
+  fixed: selects the outputs whose axes must stay, e.g. `lambda out: out[0]` where
+    fn also returns updated statistics. Default: all outputs.
+  kwargs: further arguments of the call, e.g. train=False.
+
+  Source: design.md, "Coupling is type inference"; prototype/trace.py."""
+  fn = runnable(model)
+  variables, inputs = jax.eval_shape(lambda *a: a, variables, tuple(inputs))
+  paths = paths_of(variables)
+  dims = {p: rules.fresh(leaf.shape) for p, leaf in paths.items()}
+  view = look(fn, variables, inputs, kwargs, dims)
+  outputs = view.unpack([view.facts.dims[v] for v in view.program.outputs])
+  _pin_outputs(outputs if fixed is None else fixed(outputs))
+  groups, solved = _groups(view, dims)
+  return Coupling(
+    fn=fn, variables=variables, inputs=inputs, kwargs=kwargs, axes=dims,
+    view=view._replace(groups=solved), groups=groups, pinned=_pinned(dims),
+    branches=tuple(
+      p.removeprefix('branches/') for p in paths if p.startswith('branches/')
+    ),
+    exits=tuple(outputs) if isinstance(outputs, Mapping) else (),
+  )  # fmt: skip
+
+
+def _pin_outputs(outputs):
+  for out in jax.tree.leaves(outputs, is_leaf=lambda x: isinstance(x, list)):
+    for d in out if isinstance(out, list) else [out]:
+      ax.pin(d, 'output')
+
+
+def _groups(view: View, dims) -> tuple[dict[str, Group], dict[str, ax.Axis]]:
+  members: dict[ax.Var, list] = {}
+  for path, axes in dims.items():
+    for i, d in enumerate(axes):
+      for v in dict.fromkeys(ax.leaves(d)):
+        if not v.pins and not path.startswith('branches/'):
+          members.setdefault(v, []).append((path, i))
+  first, read = _first_use(view), _contracted(view)
+  found = []
+  for v, where in members.items():
+    ungated = '; '.join(sorted(v.notes)) or ('' if v in read else 'no weight reads it')
+    kind = 'layer' if rules.LAYER in v.notes else 'channel'
+    name = _name(v, where, dims, first)
+    found.append((Group(name, v.size, tuple(where), kind, ungated), v))
+  found.sort(key=lambda pair: min(first[p] for p, _ in pair[0].members))
+  return {g.name: g for g, _ in found}, {g.name: v for g, v in found}
+
+
+def _name(v, where, dims, first) -> str:
+  """Path of the first kernel that produces the axis, its axis, and its factor."""
+
+  def order(member):
+    rank = len(dims[member[0]])
+    return rank < 2, first[member[0]], -rank, member
+
+  path, axis = min(where, key=order)
+  parts = list(dict.fromkeys(ax.leaves(dims[path][axis])))
+  factor = f'.{parts.index(v)}' if len(parts) > 1 else ''
+  short = path.removeprefix('params/').removesuffix('/value').removesuffix('/kernel')
+  return f'{short}:{axis}{factor}'
+
+
+def _first_use(view: View) -> dict[str, int]:
+  used: dict[jx.Value, int] = {}
+  for i, e in enumerate(view.program.equations):
+    for v in e.inputs:
+      used.setdefault(v, i)
+  return {p: used.get(v, len(view.program.equations)) for p, v in view.leaves.items()}
+
+
+def _contracted(view: View) -> set[ax.Var]:
+  """The variables that some equation sums over."""
+  return {
+    v
+    for e in jx.walk(view.program)
+    for side in rules.contracted(e)
+    for k, axis in side
+    for v in ax.leaves(view.facts.dims[e.inputs[k]][axis])
+  }
+
+
+def _pinned(dims) -> tuple[Pinned, ...]:
+  found = []
+  for path, axes in dims.items():
+    for i, d in enumerate(axes):
+      reasons = {why for v in ax.leaves(d) for why in v.pins} - HARMLESS
+      if reasons:
+        found.append(Pinned(path, i, d.size, tuple(sorted(reasons))))
+  return tuple(found)

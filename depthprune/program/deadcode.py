@@ -1,0 +1,103 @@
+"""Dead code: what a program still needs once some of its inputs are known to be 0.
+
+Closing a branch gate, dropping an exit and stripping an auxiliary path are all this one
+operation; channel pruning never needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import jax
+import numpy as np
+
+from depthprune.program import jaxpr as jx
+
+# f(0) = 0 and, but for the arithmetic ones, f(1) = 1.
+LAYOUT = frozenset(
+  """broadcast_in_dim convert_element_type copy expand_dims reshape slice squeeze
+  stop_gradient tile transpose""".split()
+)
+ZERO_TO_ZERO = LAYOUT | frozenset(
+  """abs cbrt erf integer_pow neg real reduce_max reduce_min reduce_sum sign sin sinh sqrt
+  square tan tanh""".split()
+)
+BILINEAR = frozenset(('mul', 'dot_general', 'conv_general_dilated', 'and'))
+SUMS = frozenset(('add', 'add_any', 'sub', 'or'))
+
+
+def simplify(
+  program: jx.Program, known: Mapping[jx.Value, int], drop: Collection[int] = ()
+) -> jx.Program:
+  """The program without what cannot matter, with the same inputs.
+
+  known: inputs that are 0 or 1 everywhere. drop: positions of outputs to leave out."""
+  number = dict(known)
+  same: dict[jx.Value, jx.Value] = {}
+  equations = []
+  constants = dict(program.constants)
+
+  def read(v):
+    v = same.get(v, v)
+    return _filled(v, number[v], equations, constants) if v in number else v
+
+  for e in program.equations:
+    ins = [same.get(v, v) for v in e.inputs]
+    answer = _fold(e, ins, [number.get(v) for v in ins])
+    if isinstance(answer, jx.Value):
+      same[e.outputs[0]] = answer
+    elif answer is not None:
+      number.update(dict.fromkeys(e.outputs, answer))
+    else:
+      inputs = tuple(read(v) for v in e.inputs)
+      equations.append(
+        jx.Equation(e.primitive, inputs, e.outputs, e.params, e.bodies, e.source)
+      )
+  outputs = tuple(read(v) for i, v in enumerate(program.outputs) if i not in drop)
+  whole = jx.Program(program.inputs, constants, tuple(equations), outputs)
+  kept, needed = jx.live(whole)
+  constants = {v: c for v, c in constants.items() if v in needed}
+  return jx.Program(program.inputs, constants, tuple(kept), outputs)
+
+
+def _fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
+  """What an equation is worth: a number, the input it equals, or None."""
+  name, out = e.name, e.outputs[0]
+  if all(k is None for k in known):
+    return None
+  if 0 in known and name in BILINEAR:
+    return 0
+  if all(k == 0 for k in known) and name in ZERO_TO_ZERO | SUMS | {'concatenate'}:
+    return 0
+  if name in LAYOUT and known[0] == 1:
+    return 1
+  if name == 'div' and known[0] == 0:
+    return 0
+  neutral = {'mul': 1, 'div': 1}.get(name, 0 if name in SUMS else None)
+  for other, k, position in ((0, known[-1], 1), (1, known[0], 0)):
+    if len(ins) != 2 or neutral is None or k != neutral or known[other] is not None:
+      continue
+    if position == 0 and name in ('div', 'sub'):
+      continue
+    if (ins[other].shape, ins[other].dtype) == (out.shape, out.dtype):
+      return ins[other]
+  return None
+
+
+def _filled(v: jx.Value, number: int, equations: list, constants: dict) -> jx.Value:
+  """A value that holds a known number in every place, by an equation of its own."""
+  scalar = jx.Value((), v.dtype)
+  constants[scalar] = np.asarray(number, v.dtype)
+  out = jx.Value(v.shape, v.dtype)
+  params = {'shape': v.shape, 'broadcast_dimensions': (), 'sharding': None}
+  equations.append(jx.Equation(jax.lax.broadcast_in_dim_p, (scalar,), (out,), params))
+  return out
+
+
+def dependent(program: jx.Program, values: Collection[jx.Value]) -> set[jx.Value]:
+  """Everything that is computed from any of the values."""
+  found = set(values)
+  for e in program.equations:
+    if any(v in found for v in e.inputs):
+      found.update(e.outputs)
+  return found

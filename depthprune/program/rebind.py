@@ -1,0 +1,165 @@
+"""The small network of any function: the same program at its new sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+from depthprune.program import rules
+from depthprune.program.couple import Coupling
+from depthprune.program.evaluate import bind, interpret
+from depthprune.program.view import View, paths_of, remembered, runnable
+
+
+def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
+  """f(small_variables, *inputs, **kwargs): the model after surgery.
+
+  keep: {'channels': {group: bool [n]}, 'branches': {path: bool}, 'exits': {name: bool}},
+    each part optional; what is missing stays. Branches that stay count as 1: `prune`
+    has folded their value into the arrays.
+  The model is traced anew at its full sizes for every input shape and mode, what is
+  dead is dropped, and every equation is rebound at the sizes that `keep` leaves.
+
+  Raises: KeyError for an unknown group, ValueError where a variable is missing or has
+    another shape than `keep` leaves."""
+  fn = runnable(model)
+  views = remembered(lambda inputs, kwargs: coupling.again(fn, inputs, kwargs, keep))
+  for group in keep.get('channels', {}):
+    coupling.axis(group)
+
+  def small(variables, *inputs, **kwargs):
+    view = views(inputs, kwargs)
+    kept = decided(view, keep)
+    dynamic = [x for x in jax.tree.leaves(kwargs) if hasattr(x, 'dtype')]
+    flat = [*_arguments(view, kept, variables), *jax.tree.leaves((inputs, dynamic))]
+    return view.unpack(_rebound(view.facts, kept)(view.program, flat))
+
+  return small
+
+
+def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
+  """The decision on groups as one on the axis variables of a view.
+
+  Raises: ValueError where the view ties groups together that keep treats apart."""
+  kept: dict[ax.Var, np.ndarray] = {}
+  for group, slices in keep.get('channels', {}).items():
+    try:
+      ax.assign(view.groups[group], np.asarray(slices, bool), kept)
+    except ax.LayoutError as error:
+      raise ValueError(
+        f'{group}: {error}; couple() the function in this mode and at these shapes'
+      ) from None
+  return kept
+
+
+def _arguments(view: View, kept: dict, variables: Any) -> list:
+  """The leaves of the small variables, in the order of the program's inputs."""
+  _, needed = jx.live(view.program)
+  leaves = paths_of(variables)
+  args = []
+  for path, v in view.leaves.items():
+    leaf = leaves.get(path)
+    expected = tuple(int(ax.mask(d, kept).sum()) for d in view.facts.dims[v])
+    if v in needed and leaf is None:
+      raise ValueError(f'{path}: missing in the variables of the small network')
+    if v in needed and tuple(np.shape(leaf)) != expected:
+      raise ValueError(
+        f'{path}: has shape {tuple(np.shape(leaf))}, keep leaves {expected} of {v.shape}'
+      )
+    args.append(leaf)
+  return args
+
+
+def _rebound(facts: rules.Facts, kept: dict[ax.Var, np.ndarray]) -> Callable:
+  """run(program, args) at the sizes that `kept` leaves."""
+  derived: dict[jx.Equation, Callable] = {}
+
+  def masks(v: jx.Value) -> list[np.ndarray]:
+    return [ax.mask(d, kept) for d in facts.dims[v]]
+
+  def run(program: jx.Program, args: Sequence) -> list:
+    constants = {v: _take(c, masks(v)) for v, c in program.constants.items()}
+    resized = jx.Program(program.inputs, constants, program.equations, program.outputs)
+    return interpret(resized, args, execute)
+
+  def execute(e: jx.Equation, ins: list) -> list:
+    outs = [masks(v) for v in e.outputs]
+    if e.name in rules.ANY_SHAPE:  # random bits of the full network, then its slices
+      full = bind(e, ins, e.params, run)
+      return [_take(x, m) for x, m in zip(full, outs, strict=True)]
+    return bind(e, ins, _resized(e, masks, outs, facts, kept), run, derive)
+
+  def derive(e: jx.Equation) -> Callable:
+    if e not in derived:
+      derived[e] = _derivative(e, facts, kept)
+    return derived[e]
+
+  return run
+
+
+def _take(x, masks):
+  for axis, m in enumerate(masks):
+    if not m.all():
+      x = jax.numpy.take(x, np.flatnonzero(m), axis=axis)
+  return x
+
+
+def _derivative(e: jx.Equation, facts: rules.Facts, kept: dict) -> Callable:
+  """The derivative rule of a custom call at its new sizes."""
+  program = jx.derivative(e)
+  smooth_in = [v for v in e.inputs if jx.differentiable(v)]
+  smooth_out = [v for v in e.outputs if jx.differentiable(v)]
+  rest = smooth_in if e.name == 'custom_jvp_call' else smooth_out
+  memo: dict[ax.Var, ax.Var] = {}
+  dims = [[ax.copy(d, memo) for d in facts.dims[v]] for v in (*e.inputs, *rest)]
+  inner = rules.Facts()
+  rules.infer(inner, program, dims)
+  inside: dict[ax.Var, np.ndarray] = {}
+  for outer, copied in memo.items():
+    if outer in kept:
+      ax.assign(copied, kept[outer], inside)
+  run = _rebound(inner, inside)
+  return lambda args: run(program, args)
+
+
+def _resized(e: jx.Equation, masks, outs, facts, kept) -> dict:
+  """The parameters of an equation at its new sizes."""
+  p = dict(e.params)
+  shape = tuple(int(m.sum()) for m in outs[0]) if outs else ()
+  if e.name in ('broadcast_in_dim', 'iota'):
+    p['shape'] = shape
+  elif e.name == 'reshape':
+    p['new_sizes'] = shape
+  elif e.name == 'dynamic_slice':
+    p['slice_sizes'] = shape
+  elif e.name == 'conv_general_dilated' and e in facts.hidden:
+    p['feature_group_count'] = int(ax.mask(facts.hidden[e], kept).sum())
+  elif e.name == 'scan':
+    p['length'] = int(ax.mask(facts.hidden[e], kept).sum())
+  elif e.name == 'split':
+    p['sizes'] = tuple(int(m[p['axis']].sum()) for m in outs)
+  elif e.name == 'gather':
+    p['slice_sizes'] = tuple(
+      int(m.sum()) if n == m.size else n
+      for n, m in zip(p['slice_sizes'], masks(e.inputs[0]), strict=True)
+    )
+  elif e.name == 'slice':
+    _resize_slice(p, masks(e.inputs[0]))
+  return p
+
+
+def _resize_slice(p: dict, masks: list[np.ndarray]):
+  starts, limits = list(p['start_indices']), list(p['limit_indices'])
+  for i, m in enumerate(masks):
+    if m.all():
+      continue
+    if p['strides'] is None or p['strides'][i] == 1:
+      starts[i], limits[i] = int(m[: starts[i]].sum()), int(m[: limits[i]].sum())
+    else:  # whole periods were dropped (rules.strided): the offset stays
+      limits[i] = int(m.sum())
+  p['start_indices'], p['limit_indices'] = tuple(starts), tuple(limits)

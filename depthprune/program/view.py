@@ -1,0 +1,170 @@
+"""A function at one set of input shapes and in one mode: traced, with its axes solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+from depthprune.program import rules
+from depthprune.program.deadcode import dependent, simplify
+
+
+class Decision(NamedTuple):
+  """What a `keep` says of depth.
+
+  Attributes:
+    branches: by path, is the branch kept. exits: by name, is the output kept.
+    dead: paths of the variables that nothing needs any more."""
+
+  branches: Mapping[str, Any]
+  exits: Mapping[str, Any]
+  dead: frozenset[str] = frozenset()
+
+
+class View(NamedTuple):
+  """A traced function.
+
+  Attributes:
+    program, facts: its equations, and the axes of every value.
+    leaves: the program's input for every variable, by path.
+    groups: the axis that each group of a coupling has here.
+    tree: structure of what the function returns; dropped: which of its leaves are not
+      among the program's outputs."""
+
+  program: jx.Program
+  facts: rules.Facts
+  leaves: dict[str, jx.Value]
+  groups: dict[str, ax.Axis]
+  tree: Any
+  dropped: frozenset[int]
+
+  def unpack(self, flat: Sequence) -> Any:
+    """What the function returns, from the program's outputs."""
+    rest, hole = iter(flat), object()
+    full = [
+      hole if i in self.dropped else next(rest) for i in range(self.tree.num_leaves)
+    ]
+    out = jax.tree.unflatten(self.tree, full)
+    return _without(out, hole) if self.dropped else out
+
+  def unneeded(self, decision: Decision) -> frozenset[str]:
+    """Paths of the variables that a decision leaves without a reader."""
+    program, _ = _decided(self.program, self.tree, self.leaves, decision)
+    _, needed = jx.live(program)
+    return frozenset(p for p, v in self.leaves.items() if v not in needed)
+
+
+def runnable(model: Any) -> Callable:
+  """A model's `apply`, restricted to its exits; a function as it is.
+
+  Taps that no exit needs are then dead code."""
+  apply = getattr(model, 'apply', model)
+  exits = getattr(model, 'exits', None)
+  if not isinstance(exits, tuple):
+    return apply
+
+  def fn(variables, *inputs, **kwargs):
+    out = apply(variables, *inputs, **kwargs)
+    if not kwargs.get('mutable'):
+      return {name: out[name] for name in exits}
+    return {name: out[0][name] for name in exits}, out[1]
+
+  return fn
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+  """The leaves of a pytree by their paths, joined with '/'."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in flat}
+
+
+def look(
+  fn: Callable, variables: Any, inputs: tuple, kwargs: dict,
+  dims: Mapping[str, ax.Dims], decision: Decision | None = None,
+) -> View:  # fmt: skip
+  """Traces fn(variables, *inputs, **kwargs) on shapes and solves its axes.
+
+  dims: the axes of every variable, by path. decision: what is dropped first; branches
+  that stay open then count as 1, which is what folding leaves behind."""
+  dynamic, merge = split_arrays(kwargs)
+  program, tree = jx.trace(
+    lambda v, i, d: fn(v, *i, **merge(d)), (variables, inputs, dynamic)
+  )
+  leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
+  dropped = frozenset()
+  if decision is not None:
+    program, dropped = _decided(program, tree, leaves, decision)
+  facts = rules.Facts()
+  data = [rules.fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
+  rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
+  return View(program, facts, leaves, {}, tree, dropped)
+
+
+def split_arrays(kwargs: dict) -> tuple[list, Callable]:
+  """The arrays among keyword arguments, and merge(arrays) -> kwargs."""
+  leaves, tree = jax.tree.flatten(kwargs)
+  array = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+  is_array = [isinstance(x, array) for x in leaves]
+
+  def merge(dynamic):
+    rest = iter(dynamic)
+    both = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
+    return jax.tree.unflatten(tree, both)
+
+  return [x for x, a in zip(leaves, is_array, strict=True) if a], merge
+
+
+def remembered(build: Callable) -> Callable:
+  """look-ups of build(inputs, kwargs) -> View by shapes, dtypes and static arguments.
+
+  A view that closes over arrays of an outer trace is never kept."""
+  views: dict[Any, View] = {}
+
+  def view(inputs: tuple, kwargs: dict) -> View:
+    dynamic, merge = split_arrays(kwargs)
+    inputs, dynamic = jax.eval_shape(lambda *a: a, inputs, dynamic)
+    arrays, tree = jax.tree.flatten((inputs, dynamic))
+    static = jax.tree.leaves(merge([None] * len(dynamic)))
+    key = (tree, tuple((a.shape, a.dtype, a.weak_type) for a in arrays), tuple(static))
+    if key in views:
+      return views[key]
+    built = build(inputs, merge(dynamic))
+    if not any(isinstance(c, jax.core.Tracer) for c in built.program.constants.values()):
+      views[key] = built
+    return built
+
+  return view
+
+
+def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int]]:
+  """Closes branches, drops exits, and drops the outputs that dead variables feed
+  (the running statistics of a closed branch)."""
+  known = {
+    leaf: int(np.all(decision.branches.get(path.removeprefix('branches/'), True)))
+    for path, leaf in leaves.items()
+    if path.startswith('branches/')
+  }
+  names = paths_of(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
+  closed = {exit for exit, kept in decision.exits.items() if not kept}
+  gone = {i for name, i in names.items() if name.removeprefix('0/') in closed}
+  absent = [leaf for path, leaf in leaves.items() if path in decision.dead]
+  reduced = simplify(program, known)
+  fed = dependent(reduced, absent)
+  gone |= {i for i, v in enumerate(reduced.outputs) if v in fed}
+  return simplify(program, known, gone), frozenset(gone)
+
+
+def _without(tree, hole):
+  """The tree, its dict entries that hold nothing but holes taken out."""
+  if isinstance(tree, Mapping):
+    parts = {k: _without(v, hole) for k, v in tree.items()}
+    parts = {k: v for k, v in parts.items() if v is not hole}
+    return type(tree)(parts) if parts or not tree else hole
+  if type(tree) is tuple:
+    return tuple({} if (v := _without(x, hole)) is hole else v for x in tree)
+  return tree
