@@ -1,0 +1,106 @@
+"""Training state that survives a kill: the newest few steps of a run, on disk."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from depthprune.training import store
+from depthprune.training.store import CheckpointError
+
+RECORD = 'state.json'
+
+
+class Restored(NamedTuple):
+  """What `Keeper.save` was given, with the same structure, dtypes and bits."""
+
+  step: int
+  state: Any
+  meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeper:
+  """The newest `keep` states of one stage of a run, one folder per step in `folder`.
+
+  Every write is atomic. `config` (plain JSON data) goes with each state, and the state
+  of another config is refused: put in it all that the result depends on.
+  """
+
+  folder: Path
+  keep: int = 3
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any] | None = None) -> None:
+    """Writes the state (a pytree of arrays) of a step; `meta` is plain JSON data.
+
+    States of later steps are removed: they are of a future that was given up.
+    """
+    for left in Path(self.folder).glob('.*-*'):  # of a write that was killed
+      shutil.rmtree(left, ignore_errors=True)
+    record = {'step': step, 'config': dict(self.config), 'meta': dict(meta or {})}
+    store.write(self._at(step), RECORD, state, record)
+    steps = self.steps()
+    later, kept = [s for s in steps if s > step], [s for s in steps if s <= step]
+    for old in later + kept[: -self.keep]:
+      store.discard(self._at(old))
+
+  def restore_latest(self, like: Any) -> Restored | None:
+    """The newest state that is whole, or None where none was saved yet.
+
+    `like` is a state, or an abstract one, of the structure, shapes and dtypes expected.
+    A damaged state is set aside, with a warning, and the one before it taken.
+
+    Raises CheckpointError where all are damaged, where the config is another (naming
+    the fields), and where a leaf is missing or has another shape or dtype.
+    """
+    broken: list[tuple[int, CheckpointError]] = []
+    for step in reversed(self.steps()):
+      try:
+        leaves, record = store.read(self._at(step), RECORD)
+      except CheckpointError as error:
+        broken.append((step, error))
+        continue
+      same_config(record['config'], self.config, str(self.folder))
+      state = store.matched(like, leaves, str(self._at(step)))
+      for bad, error in broken:
+        aside = self._at(bad).with_suffix('.damaged')
+        shutil.rmtree(aside, ignore_errors=True)
+        self._at(bad).rename(aside)
+        warnings.warn(f'{error}; going on from step {step}', stacklevel=2)
+      return Restored(step, state, record['meta'])
+    if broken:
+      raise CheckpointError(
+        f'{self.folder}: no state is whole, the newest says: {broken[0][1]}. To start '
+        'from step 0, delete the folder'
+      )
+    return None
+
+  def steps(self) -> list[int]:
+    """The steps that were saved, oldest first."""
+    found = Path(self.folder).glob('*')
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+  def _at(self, step: int) -> Path:
+    return Path(self.folder) / f'{step:08d}'
+
+
+def same_config(stored: Mapping, config: Mapping, where: str) -> None:
+  """Raises CheckpointError naming the fields in which a run differs from what is there.
+
+  Both are compared as JSON has them, where a tuple is a list.
+  """
+  stored, config = json.loads(json.dumps([dict(stored), dict(config)]))
+  differing = [
+    f'{field} (asked for {config.get(field)!r}, there {stored.get(field)!r})'
+    for field in sorted({*stored, *config})
+    if stored.get(field, ...) != config.get(field, ...)
+  ]
+  if differing:
+    raise CheckpointError(
+      f'{where}: belongs to a run of another config: {", ".join(differing)}. Choose '
+      'another directory, or the config it was made with'
+    )

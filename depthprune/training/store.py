@@ -1,0 +1,219 @@
+"""A tree of arrays and a JSON record in one folder, written at once or not at all.
+
+The arrays are an orbax checkpoint in `arrays/`, one entry per leaf, named by its path
+in the tree. The record has dtype and shape of every leaf, because orbax casts silently,
+and the checksum of every file, because not every flipped bit is noticed below orbax, and
+what is noticed leaves its event loop in pieces. Nothing is pickled.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that is absent, damaged, or of another network, run or program."""
+
+
+def paths(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree by path: 'params/stem/conv/kernel', 'opt_state/0/mu'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  named = {jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in leaves}
+  if len(named) < len(leaves):
+    raise CheckpointError(
+      f'expected {len(leaves)} different paths, got {len(named)}: rename keys with "/"'
+    )
+  return named
+
+
+def kind(leaf: Any) -> str:
+  """dtype and shape in a word: 'float32[3,3,16,16]', 'key<fry>[]'."""
+  leaf = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
+  return f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+
+
+def write(folder: Path, name: str, tree: Any, record: Mapping[str, Any]) -> None:
+  """Writes a tree and its record (the file called `name`) as `folder`.
+
+  A checkpoint that was there is replaced. Killed at any moment, the folder is what it
+  was, or the new one, whole; or, in the instant of replacing, both are beside it.
+
+  Raises CheckpointError where the folder holds something else.
+  """
+  if folder.exists() and not (folder / name).exists() and any(folder.iterdir()):
+    raise CheckpointError(
+      f'{folder}: expected a checkpoint to replace (with {name}) or nothing, got other '
+      'files: choose another path'
+    )
+  leaves = paths(tree)
+  arrays = {path: _array(leaf) for path, leaf in leaves.items()}
+  content = {
+    'format': FORMAT,
+    'library': _library(),
+    **record,
+    'leaves': {path: _about(leaves[path], array) for path, array in arrays.items()},
+  }
+  fresh = folder.with_name(f'.unfinished-{folder.name}')
+  shutil.rmtree(fresh, ignore_errors=True)
+  fresh.mkdir(parents=True)
+  # Orbax refuses empty arrays; the record has all there is to know about them.
+  filled = {path: array for path, array in arrays.items() if array.size}
+  if filled:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      orbax.save((fresh / 'arrays').absolute(), args=ocp.args.PyTreeSave(filled))
+  content['files'] = _checksums(fresh / 'arrays')
+  content['crc32'] = zlib.crc32(_json(content).encode())
+  (fresh / name).write_text(_json(content) + '\n')
+  if folder.exists():
+    discard(folder)
+  fresh.rename(folder)
+
+
+def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(leaves by path, record) as `write` got them; numpy arrays and typed key arrays.
+
+  Raises CheckpointError where there is no checkpoint, where one is of a newer format,
+  and where any file is not what was written.
+  """
+  record = read_record(folder, name)
+  about = record['leaves']
+  found = _checksums(folder / 'arrays')
+  for file, crc32 in record['files'].items():
+    if found.get(file) != crc32:
+      what = 'is not what was written' if file in found else 'is missing'
+      raise _damaged(folder, f'arrays/{file} {what}')
+  stored = _load(folder, {path for path, leaf in about.items() if all(leaf['shape'])})
+  leaves = {}
+  for path, leaf in about.items():
+    array = stored.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
+    key = leaf.pop('key', None)
+    if _about(array, array) != leaf:
+      raise _damaged(folder, f'{path}: expected {leaf}, got {kind(array)}')
+    leaves[path] = jax.random.wrap_key_data(array, impl=key) if key else array
+  return leaves, record
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+  """The record alone; raises as `read` does."""
+  try:
+    text = (folder / name).read_text()
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise CheckpointError(
+      f'{folder}: expected a checkpoint, got no file {name} in it: check the path'
+    ) from error
+  except (OSError, UnicodeDecodeError) as error:
+    raise _damaged(folder, f'{name} cannot be read ({error})') from error
+  try:
+    record = json.loads(text)
+    crc32 = record.pop('crc32')
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise _damaged(folder, f'{name} is not a record ({error})') from error
+  if zlib.crc32(_json(record).encode()) != crc32:
+    raise _damaged(folder, f'{name} is not what was written')
+  if record['format'] > FORMAT:
+    raise CheckpointError(
+      f'{folder}: expected format {FORMAT}, got {record["format"]} by '
+      f'{record["library"]}: read it with that version of the library'
+    )
+  return record
+
+
+def matched(like: Any, leaves: Mapping[str, Any], where: str) -> Any:
+  """The leaves in the structure of `like`, on its devices.
+
+  Raises CheckpointError naming the leaf that is missing, that nothing expects, or that
+  has another shape or dtype: nothing is cast, cut or made up.
+  """
+  expected = paths(like)
+  for path in [*expected, *leaves]:
+    want = kind(expected[path]) if path in expected else 'no such leaf'
+    got = kind(leaves[path]) if path in leaves else 'no such leaf'
+    if want != got:
+      raise CheckpointError(
+        f'{where}: {path}: expected {want}, got {got}: this is the checkpoint of '
+        'another network, optimizer or version of the program'
+      )
+  placed = [_placed(leaves[path], leaf) for path, leaf in expected.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def discard(folder: Path) -> None:
+  """Removes a folder so that it is never seen half empty."""
+  away = folder.with_name(f'.discarded-{folder.name}')
+  shutil.rmtree(away, ignore_errors=True)
+  folder.rename(away)
+  shutil.rmtree(away)
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+  return CheckpointError(
+    f'{folder}: damaged: {what}. Copy it again from where it came, or write it again'
+  )
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+  files = (path for path in sorted(folder.rglob('*')) if path.is_file())
+  return {
+    str(p.relative_to(folder).as_posix()): zlib.crc32(p.read_bytes()) for p in files
+  }
+
+
+def _load(folder: Path, filled: set[str]) -> dict[str, np.ndarray]:
+  if not filled:
+    return {}
+  wanted = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in filled}
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      return orbax.restore(
+        (folder / 'arrays').absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
+      )
+  except Exception as error:  # orbax and tensorstore raise whatever they meet
+    first = str(error).splitlines()[:1]
+    raise _damaged(folder, f'arrays/ cannot be read ({" ".join(first)})') from error
+
+
+def _array(leaf: Any) -> np.ndarray:
+  if _is_key(leaf):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(jax.device_get(leaf))
+
+
+def _placed(leaf: Any, like: Any) -> Any:
+  if not hasattr(like, 'dtype'):
+    return leaf.item()
+  if isinstance(like, np.ndarray | np.generic):
+    return leaf
+  where = like.sharding if getattr(like, 'committed', False) else None
+  # An alias of numpy's memory could be donated to the next step.
+  return jax.device_put(leaf, where, may_alias=False)
+
+
+def _about(leaf: Any, array: np.ndarray) -> dict[str, Any]:
+  about = {'dtype': str(array.dtype), 'shape': list(array.shape)}
+  return {**about, 'key': str(jax.random.key_impl(leaf))} if _is_key(leaf) else about
+
+
+def _library() -> str:
+  try:
+    return f'depthprune {metadata.version("depthprune")}'
+  except metadata.PackageNotFoundError:  # used from a source folder
+    return 'depthprune, not installed'
+
+
+def _is_key(leaf: Any) -> bool:
+  dtype = getattr(leaf, 'dtype', None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+  return json.dumps(content, indent=1, default=lambda value: value.tolist())
