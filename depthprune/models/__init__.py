@@ -1,0 +1,105 @@
+"""Models by name. One network family per file; a new file is found by itself.
+
+A file `family.py` offers what begins with its own name: `resnet20` is in `resnet.py`.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from depthprune.models.arch import nearest
+
+__all__ = ['build', 'describe', 'names']
+
+
+def names() -> list[str]:
+  """The names that `build` knows, such as 'resnet20'."""
+  return sorted(_constructors())
+
+
+def build(name: str, **fields) -> nn.Module:
+  """The model `name` with some of its fields set, or one that `describe` described.
+
+  Args:
+    name: one of `names()`, or 'file.Class' as in a description.
+    **fields: fields of the model's class, e.g. classes=10, dtype='bfloat16'. A field
+      may be a description itself.
+
+  Raises:
+    ValueError: no such model; names the nearest.
+  """
+  values = {key: _restored(key, value) for key, value in fields.items()}
+  file, _, cls = name.partition('.')
+  if cls:
+    constructor = getattr(_family(file), cls, None) if file in _files() else None
+  else:
+    constructor = _constructors().get(name)
+  if constructor is None:
+    raise ValueError(f'no model {name!r}. {nearest(name, names())}')
+  return constructor(**values)
+
+
+def describe(model: Any) -> dict[str, Any]:
+  """A model of this package as JSON: {'name': 'resnet.ResNet', 'fields': {...}}.
+
+  `build(name, **fields)` makes an equal model; without `arch` the unpruned one.
+
+  Raises:
+    ValueError: `model` is not from this package.
+  """
+  package, _, file = type(model).__module__.rpartition('.')
+  if package != __name__:
+    raise ValueError(
+      f'describe: {type(model).__module__}.{type(model).__name__} is not a model of '
+      f'{__name__}; keep its code and pass the model itself where it is loaded'
+    )
+  fields = {
+    field.name: _plain(field.name, getattr(model, field.name))
+    for field in dataclasses.fields(model)
+    if field.name not in ('parent', 'name')
+  }
+  return {'name': f'{file}.{type(model).__name__}', 'fields': fields}
+
+
+def _files() -> list[str]:
+  return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def _family(file: str) -> Any:
+  return importlib.import_module(f'{__name__}.{file}')
+
+
+def _constructors() -> dict[str, Callable[..., Any]]:
+  return {
+    name: value
+    for file in _files()
+    for name, value in vars(_family(file)).items()
+    if name.startswith(file) and callable(value)
+  }
+
+
+def _plain(key: str, value: Any) -> Any:
+  if key == 'dtype':
+    return jnp.dtype(value).name
+  if dataclasses.is_dataclass(value):
+    return describe(value)
+  if isinstance(value, Mapping):
+    return {name: _plain(name, item) for name, item in value.items()}
+  return list(value) if isinstance(value, tuple) else value
+
+
+def _restored(key: str, value: Any) -> Any:
+  if key == 'dtype':
+    return jnp.dtype(value)
+  if isinstance(value, list):
+    return tuple(value)
+  if not isinstance(value, Mapping):
+    return value
+  if set(value) == {'name', 'fields'}:
+    return build(value['name'], **value['fields'])
+  return {name: _restored(name, item) for name, item in value.items()}

@@ -1,0 +1,152 @@
+"""Heads on the taps of a trunk: exits of a network, early answers, auxiliary paths."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax import lax
+from jax.typing import DTypeLike
+
+from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.layers import he_normal
+from depthprune.models.stages import check_tap
+
+Pool = Literal['avg', 'max', 'grid4', 'cls']
+
+
+@dataclass(frozen=True)
+class Head:
+  """A perceptron on one tap of a trunk.
+
+  Attributes:
+    tap: name of the features it reads.
+    classes: number of logits.
+    hidden: width of its hidden layer; 0 for a linear head.
+    pool: how positions [batch, ..., c] become one vector: their mean 'avg', their
+      maximum 'max', the means over a grid of 4 × 4 'grid4' (images only), or the first
+      position 'cls'. A vector [batch, c] is taken as it is.
+  """
+
+  tap: str
+  classes: int = 10
+  hidden: int = 0
+  pool: Pool = 'avg'
+
+
+class Perceptron(nn.Module):
+  """Features [batch, ..., c] → pool → float32 logits [batch, classes]."""
+
+  head: Head
+  arch: Arch
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = pooled(x, self.head.pool)
+    if self.head.hidden:
+      width = self.arch['hidden']
+      dense = nn.Dense(width, kernel_init=he_normal, dtype=self.dtype, name='hidden')
+      x = nn.relu(dense(x))
+    return nn.Dense(self.head.classes, name='out')(x.astype(jnp.float32))
+
+
+def pooled(x: jax.Array, pool: Pool) -> jax.Array:
+  """Features [batch, ..., c] → one vector per example, as `Head.pool` says."""
+  positions = tuple(range(1, x.ndim - 1))
+  if not positions:
+    return x
+  if pool == 'avg':
+    return x.mean(axis=positions)
+  if pool == 'max':
+    return x.max(axis=positions)
+  if pool == 'cls':
+    return x[:, 0]
+  if pool == 'grid4' and x.ndim == 4:
+    # Cells overlap where 4 does not divide the size; smaller images stay as they are.
+    strides = tuple(max(size // 4, 1) for size in x.shape[1:3])
+    cells = tuple(max(n - 3 * step, 1) for n, step in zip(x.shape[1:3], strides))
+    x = nn.pool(x, 0.0, lax.add, cells, strides, 'VALID') / math.prod(cells)
+    return x.reshape(x.shape[0], -1)
+  raise ValueError(
+    f'head: cannot pool features {x.shape} by {pool!r}; expected avg, max, grid4 '
+    f'(images only) or cls'
+  )
+
+
+class WithHeads(nn.Module):
+  """A trunk and heads on its taps: {**trunk's outputs, NAME: [batch, classes], ...}.
+
+  The trunk's arrays are params/trunk, unchanged, so a trained trunk drops in; those of
+  a head are params/head_NAME. `arch` has their keys beneath 'trunk' and 'head_NAME',
+  and {'exit/NAME': 0} for an exit that is dropped: its head does not exist, and without
+  'main' neither does what lies behind the last tap that is still read.
+
+  Attributes:
+    trunk: a model of this package. An `arch` that it has is taken over.
+    heads: what to put where, by name.
+    arch: see above and `models.arch`.
+
+  Raises:
+    ValueError: a head named like an output of the trunk, or on a tap it does not have.
+  """
+
+  trunk: Any
+  heads: Mapping[str, Head]
+  arch: Arch = FrozenDict()
+
+  def __post_init__(self):
+    for name, head in self.heads.items():
+      check_tap(head.tap, self.trunk.taps)
+      if name in (*self.trunk.taps, 'main'):
+        raise ValueError(f'head {name!r}: the trunk has an output of that name')
+    self.heads = FrozenDict(self.heads)
+    self.arch = FrozenDict({**beneath(self.trunk.arch, 'trunk'), **self.arch})
+    part, until = FrozenDict(within(self.arch, 'trunk')), self._until()
+    if (self.trunk.arch, self.trunk.until) != (part, until):
+      self.trunk = self.trunk.clone(arch=part, until=until)
+    super().__post_init__()
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    main = () if self.trunk.until else ('main',)
+    return (*main, *(name for name in self.heads if not self._dropped(name)))
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    return self.trunk.taps
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold, with its value in the full network."""
+    hidden = {f'head_{n}/hidden': h.hidden for n, h in self.heads.items() if h.hidden}
+    exits = {f'exit/{name}': 1 for name in ('main', *self.heads)}
+    return beneath(self.trunk.widths, 'trunk') | hidden | exits
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    arch = complete(self.arch, self.widths, 'WithHeads')
+    outputs = self.trunk(x, train)
+    logits = {}
+    for name, head in self.heads.items():
+      if not self._dropped(name):
+        part = within(arch, f'head_{name}')
+        perceptron = Perceptron(head, part, self.trunk.dtype, name=f'head_{name}')
+        logits[name] = perceptron(outputs[head.tap])
+    return outputs | logits
+
+  def _dropped(self, name: str) -> bool:
+    return self.arch.get(f'exit/{name}') == 0
+
+  def _until(self) -> str:
+    """The last tap that the trunk must still reach; '' for all of it."""
+    if not self._dropped('main'):
+      return self.trunk.until
+    read = {head.tap for name, head in self.heads.items() if not self._dropped(name)}
+    if not read:
+      raise ValueError('WithHeads: arch drops every exit; keep at least one')
+    return [tap for tap in self.trunk.taps if tap in read][-1]

@@ -1,0 +1,89 @@
+"""A plain multi-layer perceptron: dense layers with ReLU on the flattened input."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+
+from depthprune.models.arch import Arch, complete
+from depthprune.models.layers import classify, he_normal
+from depthprune.models.stages import check_tap, repeat
+
+
+class Layer(nn.Module):
+  """[batch, n] → relu(dense) → [batch, features]."""
+
+  features: int
+  dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    dense = partial(nn.Dense, kernel_init=he_normal, dtype=self.dtype)
+    return nn.relu(dense(self.features, name='dense')(x))
+
+
+class MLP(nn.Module):
+  """Inputs [batch, ...] → {'layer0': [batch, n], ..., 'main': [batch, classes]}.
+
+  Attributes:
+    classes: number of logits.
+    hidden: width of every hidden layer.
+    arch: what differs from that, by key 'layer0/dense', ...; see `models.arch`.
+    until: the last tap to compute, nothing behind it exists; '' for the whole network.
+    dtype: compute type; parameters and logits are float32.
+    scan: the layers after the first, all of its width, are one stack 'layers'.
+  """
+
+  classes: int = 10
+  hidden: tuple[int, ...] = (200, 200)
+  arch: Arch = FrozenDict()
+  until: str = ''
+  dtype: DTypeLike = jnp.float32
+  scan: bool = False
+
+  def __post_init__(self):
+    self.arch = FrozenDict(self.arch)
+    if self.scan and len(set(self.hidden)) > 1:
+      raise ValueError(f'MLP: scan needs layers of one width, got {self.hidden}')
+    super().__post_init__()
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    return (self.until or 'main',)
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    last = len(self.hidden) - 1
+    if self.scan and last:
+      return ('layer0', f'layer{last}')
+    return tuple(f'layer{i}' for i in range(last + 1))
+
+  @property
+  def widths(self) -> dict[str, int]:
+    names = ('layer0', 'layers') if self.scan else self.taps
+    return {f'{name}/dense': width for name, width in zip(names, self.hidden)}
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    del train
+    arch = complete(self.arch, self.widths, 'MLP')
+    if self.until:
+      check_tap(self.until, self.taps)
+    layer = lambda name: Layer(arch[f'{name}/dense'], self.dtype, name=name)
+    x = x.reshape(x.shape[0], -1)
+    outputs = {}
+    for tap in self.taps:
+      if self.scan and outputs:
+        x = repeat(layer('layers'), x, len(self.hidden) - 1)
+      else:
+        x = layer(tap)(x)
+      outputs[tap] = x
+      if tap == self.until:
+        return outputs
+    return {**outputs, 'main': classify(x, self.classes)}
+
+
+mlp = MLP

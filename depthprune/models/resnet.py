@@ -1,0 +1,245 @@
+"""Residual networks: CIFAR (6n + 2 layers) and ImageNet (18 to 152), post-activation.
+
+Source: He, Zhang, Ren, Sun, arXiv 1512.03385. Bottlenecks have their stride in the 3×3
+convolution, as the common pretrained networks do.
+"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax import lax
+from jax.typing import DTypeLike
+
+from depthprune.gates import branch
+from depthprune.models import stages
+from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.layers import ConvNorm, classify, conv, norm
+
+IMAGENET = {
+  18: (2, 2, 2, 2),
+  34: (3, 4, 6, 3),
+  50: (3, 4, 6, 3),
+  101: (3, 4, 23, 3),
+  152: (3, 8, 36, 3),
+}
+
+
+class Shape(NamedTuple):
+  """What a residual unit is before any pruning. Shortcuts of option A pad by these."""
+
+  inputs: int
+  features: int
+  stride: int
+  bottleneck: bool
+  shortcut: Literal['A', 'B']
+
+  @property
+  def resized(self) -> bool:
+    return self.stride > 1 or self.inputs != self.features
+
+  @property
+  def after(self) -> 'Shape':
+    """The units that follow in the same stage: identity shortcuts."""
+    return self._replace(inputs=self.features, stride=1)
+
+  @property
+  def layers(self) -> tuple[tuple[int, int], ...]:
+    """Kernel size and stride of each convolution of the branch."""
+    if self.bottleneck:
+      return (1, 1), (3, self.stride), (1, 1)
+    return (3, self.stride), (3, 1)
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """The unit's keys of `arch` in the full network."""
+    inner = self.features // 4
+    widths = [inner, inner, self.features] if self.bottleneck else [self.features] * 2
+    keys = {f'conv{i}': width for i, width in enumerate(widths, 1)}
+    if self.resized and self.shortcut == 'B':
+      keys['shortcut/conv'] = self.features
+    return {**keys, 'branch': 1}
+
+
+class Unit(nn.Module):
+  """relu(shortcut(x) + gate · F(x)) on [batch, h, w, c]; without F if it is removed."""
+
+  shape: Shape
+  arch: Arch
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    kept = x
+    if self.shape.resized and self.shape.shortcut == 'A':
+      kept = subsample_and_pad(x, self.shape)
+    elif self.shape.resized:
+      width, stride = self.arch['shortcut/conv'], self.shape.stride
+      project = ConvNorm(width, 1, stride, False, self.dtype, name='shortcut')
+      kept = project(x, train)
+    if not self.arch['branch']:
+      return nn.relu(kept)
+    for i, (size, stride) in enumerate(self.shape.layers, 1):
+      x = nn.relu(x) if i > 1 else x
+      width = self.arch[f'conv{i}']
+      x = conv(width, size, stride, dtype=self.dtype, name=f'conv{i}')(x)
+      x = norm(x, train, dtype=self.dtype, name=f'norm{i}')
+    if x.shape != kept.shape:  # a width of one would broadcast in silence
+      raise ValueError(
+        f'{"/".join(self.path)}: the branch has shape {x.shape}, its shortcut '
+        f'{kept.shape}; arch must give kernels that are added to each other one width'
+      )
+    return nn.relu(kept + branch(self, x))
+
+
+def subsample_and_pad(x: jax.Array, shape: Shape) -> jax.Array:
+  """Shortcut of option A: every stride-th pixel, zeros for the channels that are new.
+
+  How many zeros depends on the full network alone, so pruning never changes the pad.
+  """
+  new = shape.features - shape.inputs
+  x = x[:, :: shape.stride, :: shape.stride]
+  channels = (new // 2, new - new // 2, 0)
+  return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0),) * 3 + (channels,))
+
+
+class Stage(nn.Module):
+  """[batch, h, w, c] → `blocks` units, the first of which may resize → their taps."""
+
+  blocks: int
+  shape: Shape  # of the first unit
+  arch: Arch
+  scan: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    outputs = {}
+    for name, tap, _ in stages.segments(self.blocks, self.scan):
+      shape = self.shape if name == 'block0' else self.shape.after
+      unit = Unit(shape, within(self.arch, name), self.dtype, name=name)
+      if name == stages.STACK:
+        x = stages.repeat(unit, x, self.arch[f'{name}/branch'], train)
+      else:
+        x = unit(x, train)
+      outputs[tap] = x
+    return outputs
+
+
+class ResNet(nn.Module):
+  """Images [batch, h, w, c] → {'stage1/block0': features, ..., 'main': logits}.
+
+  Attributes:
+    classes: number of logits, float32 [batch, classes].
+    depth: number of layers. CIFAR: 6n + 2, with bottlenecks 9n + 2. ImageNet: 18, 34,
+      50, 101 or 152.
+    imagenet: four stages behind a 7×7 convolution and a max pool, which take 1/4 of
+      the resolution; else three stages behind a 3×3 convolution.
+    bottleneck: units of 1×1, 3×3, 1×1 with 4 times the width outside.
+    shortcut: where a unit changes size, 'A' subsamples and pads with zeros, 'B' has a
+      1×1 convolution.
+    width: channels of the stem; they double with every stage.
+    arch: what differs from that, by key 'stage1/block0/conv1', ...; see `models.arch`.
+    until: the last tap to compute, nothing behind it exists; '' for the whole network.
+    dtype: compute type; parameters and logits are float32.
+    scan: the units after the first of each stage are one stack, 'blocks'.
+  """
+
+  classes: int = 10
+  depth: int = 20
+  imagenet: bool = False
+  bottleneck: bool = False
+  shortcut: Literal['A', 'B'] = 'A'
+  width: int = 16
+  arch: Arch = FrozenDict()
+  until: str = ''
+  dtype: DTypeLike = jnp.float32
+  scan: bool = False
+
+  def __post_init__(self):
+    self.arch = FrozenDict(self.arch)
+    super().__post_init__()
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    return (self.until or 'main',)
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    return stages.taps(self.blocks, self.scan)
+
+  @property
+  def blocks(self) -> tuple[int, ...]:
+    """Number of residual units in each stage."""
+    if self.imagenet:
+      if self.depth not in IMAGENET:
+        raise ValueError(f'ResNet: depth {self.depth} is none of {[*IMAGENET]}')
+      return IMAGENET[self.depth]
+    layers = 9 if self.bottleneck else 6
+    units, rest = divmod(self.depth - 2, layers)
+    if rest or units < 1:
+      raise ValueError(
+        f'ResNet: depth must be {layers}n + 2 with n ≥ 1, got {self.depth}; '
+        f'nearest is {layers * max(units, 1) + 2}'
+      )
+    return (units,) * 3
+
+  @property
+  def shapes(self) -> list[Shape]:
+    """The first unit of each stage."""
+    shapes, inputs = [], self.width
+    for i, _ in enumerate(self.blocks):
+      features = self.width * 2**i * (4 if self.bottleneck else 1)
+      stride = 2 if i else 1
+      shapes.append(Shape(inputs, features, stride, self.bottleneck, self.shortcut))
+      inputs = features
+    return shapes
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold, with its value in the full network."""
+    widths = {'stem/conv': self.width}
+    for i, (blocks, shape) in enumerate(zip(self.blocks, self.shapes), 1):
+      for name, _, times in stages.segments(blocks, self.scan):
+        unit = (shape if name == 'block0' else shape.after).widths
+        widths |= beneath(unit | {'branch': times}, f'stage{i}/{name}')
+    return widths
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    arch = complete(self.arch, self.widths, 'ResNet')
+    size, stride = (7, 2) if self.imagenet else (3, 1)
+    stem = ConvNorm(arch['stem/conv'], size, stride, dtype=self.dtype, name='stem')
+    x = stem(x, train)
+    if self.imagenet:
+      x = nn.pool(x, -jnp.inf, lax.max, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    outputs = {}
+    counts = stages.up_to(self.until, self.blocks, self.scan)
+    for i, (blocks, shape) in enumerate(zip(counts, self.shapes), 1):
+      name = f'stage{i}'
+      part = within(arch, name)
+      stage = Stage(blocks, shape, part, self.scan, self.dtype, name=name)
+      outputs |= beneath(stage(x, train), name)
+      x = outputs[self.taps[len(outputs) - 1]]
+    if self.until:
+      return outputs
+    return {**outputs, 'main': classify(x, self.classes)}
+
+
+resnet8 = partial(ResNet, depth=8)
+resnet14 = partial(ResNet, depth=14)
+resnet20 = partial(ResNet, depth=20)
+resnet32 = partial(ResNet, depth=32)
+resnet44 = partial(ResNet, depth=44)
+resnet56 = partial(ResNet, depth=56)
+resnet110 = partial(ResNet, depth=110)
+
+_imagenet = partial(ResNet, imagenet=True, shortcut='B', width=64, classes=1000)
+resnet18 = partial(_imagenet, depth=18)
+resnet34 = partial(_imagenet, depth=34)
+resnet50 = partial(_imagenet, depth=50, bottleneck=True)
+resnet101 = partial(_imagenet, depth=101, bottleneck=True)
+resnet152 = partial(_imagenet, depth=152, bottleneck=True)

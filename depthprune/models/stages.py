@@ -1,0 +1,65 @@
+"""Stages of equal blocks: the names of their blocks and taps, unrolled or scanned.
+
+A stage of n blocks is `block0` to `block{n-1}`. With `scan` all blocks after the first,
+which may change width or resolution, are one module `blocks` whose arrays are stacked
+along axis 0. Inside a scan no features can be read, so only its end is a tap.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from depthprune.models.arch import nearest
+
+STACK = 'blocks'  # the module that stands for all blocks of a stage after the first
+
+
+def segments(blocks: int, scan: bool) -> list[tuple[str, str, int]]:
+  """(name of the module, name of the tap at its end, number of blocks in it)."""
+  if not scan:
+    return [(f'block{i}', f'block{i}', 1) for i in range(blocks)]
+  rest = (STACK, f'block{blocks - 1}', blocks - 1)
+  return [('block0', 'block0', 1), rest][:blocks]
+
+
+def taps(stages: Sequence[int], scan: bool) -> tuple[str, ...]:
+  """The taps of a network, in order; `stages` holds the number of blocks of each."""
+  return tuple(
+    f'stage{i}/{tap}'
+    for i, blocks in enumerate(stages, 1)
+    for _, tap, _ in segments(blocks, scan)
+  )
+
+
+def up_to(until: str, stages: Sequence[int], scan: bool) -> tuple[int, ...]:
+  """The stages of the network that ends with the tap `until`; all of them if ''."""
+  if not until:
+    return tuple(stages)
+  check_tap(until, taps(stages, scan))
+  stage, block = until.split('/')
+  last = int(stage.removeprefix('stage'))
+  return (*stages[: last - 1], int(block.removeprefix('block')) + 1)
+
+
+def check_tap(tap: str, names: Sequence[str]) -> None:
+  """Raises ValueError unless `tap` is one of the `names` that a trunk has."""
+  if tap not in names:
+    raise ValueError(
+      f'no tap {tap!r} (a scanned segment has one at its end only; scan=False gives '
+      f'one per block). {nearest(tap, names)}'
+    )
+
+
+def repeat(block: nn.Module, x: jax.Array, times: int, *args) -> jax.Array:
+  """`x` through `times` blocks, each with its own weights, as one scan.
+
+  The arrays of `block` are stacked along axis 0, its batch statistics and gates too.
+  """
+  scan = nn.scan(
+    lambda block, x, _: (block(x, *args), None),
+    variable_axes={'params': 0, 'batch_stats': 0, 'branches': 0},
+    split_rngs={'params': True},
+    length=times,
+  )
+  return scan(block, x, None)[0] if times else x

@@ -1,0 +1,106 @@
+"""VGG with batch normalisation, in the CIFAR form: one dense layer as head.
+
+Source: Simonyan, Zisserman, arXiv 1409.1556, configurations A, B, D and E.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+
+from depthprune.models import stages
+from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.layers import ConvNorm, classify
+
+GROWTH = (1, 2, 4, 8, 8)  # width of each stage, in units of the first
+
+
+class Stage(nn.Module):
+  """[batch, h, w, c] → `blocks` of convolution, normalisation, ReLU → their taps."""
+
+  blocks: int
+  arch: Arch
+  scan: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    outputs = {}
+    for name, tap, times in stages.segments(self.blocks, self.scan):
+      block = ConvNorm(self.arch[f'{name}/conv'], dtype=self.dtype, name=name)
+      if name == stages.STACK:
+        x = stages.repeat(block, x, times, train)
+      else:
+        x = block(x, train)
+      outputs[tap] = x
+    return outputs
+
+
+class VGG(nn.Module):
+  """Images [batch, h, w, c] → {'stage1/block0': features, ..., 'main': logits}.
+
+  Each stage ends in a 2×2 max pool as long as there is something to pool: five at
+  32×32, four at 28×28, three at 8×8. What is left is averaged.
+
+  Attributes:
+    classes: number of logits.
+    blocks: number of convolutions in each of the five stages.
+    width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
+    arch: what differs from that, by key 'stage1/block0/conv', ...; see `models.arch`.
+    until: the last tap to compute, nothing behind it exists; '' for the whole network.
+    dtype: compute type; parameters and logits are float32.
+    scan: the blocks after the first of each stage are one stack, 'blocks'.
+  """
+
+  classes: int = 10
+  blocks: tuple[int, ...] = (2, 2, 3, 3, 3)
+  width: int = 64
+  arch: Arch = FrozenDict()
+  until: str = ''
+  dtype: DTypeLike = jnp.float32
+  scan: bool = False
+
+  def __post_init__(self):
+    self.arch = FrozenDict(self.arch)
+    super().__post_init__()
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    return (self.until or 'main',)
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    return stages.taps(self.blocks, self.scan)
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold, with its value in the full network."""
+    return {
+      f'stage{i}/{name}/conv': self.width * growth
+      for i, (blocks, growth) in enumerate(zip(self.blocks, GROWTH), 1)
+      for name, _, _ in stages.segments(blocks, self.scan)
+    }
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    arch = complete(self.arch, self.widths, 'VGG')
+    outputs = {}
+    for i, blocks in enumerate(stages.up_to(self.until, self.blocks, self.scan), 1):
+      name = f'stage{i}'
+      stage = Stage(blocks, within(arch, name), self.scan, self.dtype, name=name)
+      outputs |= beneath(stage(x, train), name)
+      x = outputs[self.taps[len(outputs) - 1]]
+      if min(x.shape[1:3]) > 1:
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+    if self.until:
+      return outputs
+    return {**outputs, 'main': classify(x, self.classes)}
+
+
+vgg11 = partial(VGG, blocks=(1, 1, 2, 2, 2))
+vgg13 = partial(VGG, blocks=(2, 2, 2, 2, 2))
+vgg16 = partial(VGG, blocks=(2, 2, 3, 3, 3))
+vgg19 = partial(VGG, blocks=(2, 2, 4, 4, 4))
