@@ -52,10 +52,13 @@ class View(NamedTuple):
     out = jax.tree.unflatten(self.tree, full)
     return _without(out, hole) if self.dropped else out
 
+  def decided(self, decision: Decision) -> jx.Program:
+    """The program after a decision on branches and exits."""
+    return _decided(self.program, self.tree, self.leaves, decision)[0]
+
   def unneeded(self, decision: Decision) -> frozenset[str]:
     """Paths of the variables that a decision leaves without a reader."""
-    program, _ = _decided(self.program, self.tree, self.leaves, decision)
-    _, needed = jx.live(program)
+    _, needed = jx.live(self.decided(decision))
     return frozenset(p for p, v in self.leaves.items() if v not in needed)
 
 

@@ -1,0 +1,224 @@
+"""What a program costs as a function of what is kept.
+
+The effective size of an axis follows its expression: count(Var) = sum of its gates,
+count(Prod) = product, count(Cat) = sum. A contraction costs 2 x the product of its
+counts (1 MAC = 2 FLOPs), a scan its body times its length. So the cost of hard decisions
+is exact and that of gates is differentiable, in both the inputs and the outputs of every
+layer.
+
+Only convolutions and dot products count as FLOPs, as in the literature. Kernel taps that
+fall on padding count, taps on the holes of a transposed convolution do not. Of `cond`
+the dearest branch counts; a `while` counts one turn, as its length is not known.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+from depthprune.program.couple import Coupling
+from depthprune.program.view import Decision, View
+
+Count = Callable[[ax.Axis], Any]
+
+
+def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
+  """FLOPs of one call at the coupling's input shapes (couple with batch 1 for one image).
+
+  gates: None for the whole network; a keep tree (bool) for an exact int; gates (float)
+    for a float32 scalar that can be differentiated."""
+  view, count, alive = _reading(coupling, gates)
+  return _flops(view, view.program, count, alive)
+
+
+def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
+  """Number of trainable parameters: leaves under 'params', or all where there is none.
+
+  gates: as in `flops`."""
+  view, count, alive = _reading(coupling, gates)
+  paths = [p for p in coupling.axes if p.startswith('params/')] or [
+    p for p in coupling.axes if not p.startswith('branches/')
+  ]
+  return sum(
+    alive(view.leaves[p]) * math.prod(count(d) for d in coupling.axes[p]) for p in paths
+  )
+
+
+def peak_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
+  """The most bytes of inputs and intermediate values that live at the same time.
+
+  Equations run in program order and nothing is fused, so this is an upper bound of what
+  a compiler needs; variables are not counted. gates: as in `flops`."""
+  view, count, alive = _reading(coupling, gates)
+  held = {*view.leaves.values(), *view.program.constants}
+  return _peak(view, view.program, count, alive, held)
+
+
+def rounded(gates: Mapping, round_to: int) -> dict:
+  """Gates whose sums are what will really be built, with the gradient of the plain sum.
+
+  Source: design.md, "Rounding to a hardware multiple enters the cost"."""
+
+  def one(gate):
+    n = jnp.sum(gate)
+    built = jnp.where(n > 0, multiple(n, gate.size, round_to, jnp) / n, 1.0)
+    return gate + jax.lax.stop_gradient(gate * built - gate)
+
+  channels = {g: one(gate) for g, gate in gates.get('channels', {}).items()}
+  return {**gates, 'channels': channels}
+
+
+def multiple(n: Any, size: int, round_to: int, xp: Any = np) -> Any:
+  """The width that is built for n kept slices of `size`: the multiple of round_to below,
+  at least one multiple, and the whole axis where all of it is kept."""
+  down = xp.maximum(n // round_to * round_to, min(round_to, size))
+  return xp.where(n >= size, size, down)
+
+
+# ---- how a decision is read --------------------------------------------------------------
+
+
+def _reading(coupling: Coupling, gates: Mapping | None):
+  """(view, count of an axis, factor of a value: 0 dead, 1 alive, between for gates)."""
+  gates = gates or {}
+  channels = gates.get('channels', {})
+  hard = all(
+    isinstance(g, (np.ndarray, np.bool_, bool)) and np.asarray(g).dtype == bool
+    for g in [*channels.values(), *gates.get('branches', {}).values()]
+  )
+  weights = {coupling.axis(g): w for g, w in channels.items()}
+
+  @functools.lru_cache(maxsize=None)
+  def of_variable(v: ax.Var):
+    if v not in weights:
+      return v.size
+    return int(np.sum(weights[v])) if hard else jnp.sum(weights[v])
+
+  def count(axis: ax.Axis):
+    axis = ax.norm(axis)
+    if isinstance(axis, ax.Var):
+      return of_variable(axis)
+    parts = [count(p) for p in axis.parts]
+    return math.prod(parts) if isinstance(axis, ax.Prod) else sum(parts)
+
+  decision = Decision(gates.get('branches', {}), gates.get('exits', {}))
+  if hard:
+    needed = _needed(coupling.view, decision)
+    return coupling.view, count, lambda v: int(v in needed)
+  return coupling.view, count, _soft_life(coupling, decision)
+
+
+def _needed(view: View, decision: Decision) -> set[jx.Value]:
+  return jx.live(view.decided(decision))[1]
+
+
+def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], Any]:
+  """The product of the gates of all branches whose closing makes a value dead."""
+  always = _needed(coupling.view, Decision({}, decision.exits))
+  killed = {
+    branch: always - _needed(coupling.view, Decision({branch: False}, decision.exits))
+    for branch in decision.branches
+  }
+
+  def alive(v: jx.Value):
+    if v not in always:
+      return 0
+    factors = [g for b, g in decision.branches.items() if v in killed[b]]
+    return math.prod(jnp.mean(g) for g in factors) if factors else 1
+
+  return alive
+
+
+# ---- the walks ---------------------------------------------------------------------------
+
+
+def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> Any:
+  total = 0
+  for e in program.equations:
+    life = max((alive(v) for v in e.outputs), key=_is_one) if e.outputs else 0
+    if isinstance(life, int) and life == 0:
+      continue
+    total = total + life * _of_equation(view, e, count)
+  return total
+
+
+def _is_one(life: Any) -> float:
+  return float(life) if isinstance(life, int) else 0.5
+
+
+def _of_equation(view: View, e: jx.Equation, count: Count) -> Any:
+  dims = view.facts.dims
+  everything = lambda _: 1  # noqa: E731  a body lives with the equation that holds it
+  if e.name == 'dot_general':
+    (contracting, _), _ = e.params['dimension_numbers']
+    lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
+    return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
+  if e.name == 'conv_general_dilated':
+    return _of_convolution(e, dims[e.inputs[1]], dims[e.outputs[0]], count)
+  inside = [_flops(view, body, count, everything) for body in e.bodies]
+  if e.name == 'scan':
+    return count(view.facts.hidden[e]) * inside[0]
+  if e.name == 'cond':
+    return functools.reduce(_larger, inside)
+  return sum(inside)
+
+
+def _of_convolution(e: jx.Equation, kernel, out, count: Count) -> Any:
+  """2 x batch x out channels x in channels per group x (position, tap) pairs."""
+  p, dn = e.params, e.params['dimension_numbers']
+  batch, features, *spatial = dn.out_spec
+  _, per_group, *window = dn.rhs_spec
+  pairs = 1
+  for i, (o, k) in enumerate(zip(spatial, window, strict=True)):
+    pairs *= _pairs(
+      out[o].size, kernel[k].size, p['window_strides'][i], p['padding'][i][0],
+      p['lhs_dilation'][i], p['rhs_dilation'][i],
+    )  # fmt: skip
+  return 2 * pairs * math.prod(map(count, (out[batch], out[features], kernel[per_group])))
+
+
+def _pairs(out: int, taps: int, stride: int, pad: int, holes: int, spread: int) -> int:
+  """How many (output position, kernel tap) pairs do not fall on an inserted hole."""
+  if holes == 1:
+    return out * taps
+  at = np.arange(out)[:, None] * stride - pad + np.arange(taps)[None, :] * spread
+  return int(np.sum(at % holes == 0))
+
+
+def _peak(view: View, program, count: Count, alive, held: set) -> Any:
+  last = {v: i for i, e in enumerate(program.equations) for v in e.inputs}
+  last.update(dict.fromkeys(program.outputs, len(program.equations)))
+
+  def size(v):
+    bytes_ = np.dtype(v.dtype).itemsize if not _is_key(v) else 8
+    return bytes_ * alive(v) * math.prod(map(count, view.facts.dims[v]))
+
+  live = {v: size(v) for v in program.inputs if v in last and v not in held}
+  peak = functools.reduce(lambda a, b: a + b, live.values(), 0)
+  for i, e in enumerate(program.equations):
+    live.update((v, size(v)) for v in e.outputs if v in last)
+    now = functools.reduce(lambda a, b: a + b, live.values(), 0)
+    for body in e.bodies:
+      inner = _peak(view, body, count, lambda _: 1, {*body.inputs, *body.constants})
+      now = now + inner
+    peak = _larger(peak, now)
+    live = {v: n for v, n in live.items() if last[v] > i}
+  return peak
+
+
+def _is_key(v: jx.Value) -> bool:
+  return jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended)
+
+
+def _larger(a: Any, b: Any) -> Any:
+  if isinstance(a, int) and isinstance(b, int):
+    return max(a, b)
+  return jnp.maximum(a, b)
