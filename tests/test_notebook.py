@@ -39,7 +39,6 @@ def test_it_is_valid_and_committed_without_output(path):
 
 # The kernel's own machinery warns about what is not ours to change.
 @pytest.mark.filterwarnings('default')
-@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, tmp_path):
   notebook = nbformat.read(path, as_version=4)

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 README = Path(__file__).parents[1] / 'README.md'
 BLOCK = re.compile(r'^```python\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
@@ -15,7 +13,6 @@ def blocks() -> list[tuple[int, str]]:
   return [(text.count('\n', 0, m.start(1)) + 1, m[1]) for m in BLOCK.finditer(text)]
 
 
-@pytest.mark.slow
 def test_the_blocks_run_in_order(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names: dict = {'__name__': 'readme'}
