@@ -2,8 +2,8 @@
 
 The arrays are an orbax checkpoint in `arrays/`, one entry per leaf, named by its path
 in the tree. The record has dtype and shape of every leaf, because orbax casts silently,
-and the checksum of every file, because not every flipped bit is noticed below orbax, and
-what is noticed leaves its event loop in pieces. Nothing is pickled.
+and the checksum of every file, because orbax does not notice every flipped bit, and
+what it notices leaves its event loop in pieces. Nothing is pickled.
 """
 
 import json
