@@ -147,7 +147,7 @@ def _keys(name: str, builder: Any) -> tuple[str, str]:
   features = dict(builder.info.features)
   images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
   labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-  first = (*images, None)[0], (*labels, None)[0]
+  first = (*images, '')[0], (*labels, '')[0]
   image, label, *_ = builder.info.supervised_keys or first
   if image not in images or label not in labels or features[image].np_dtype != np.uint8:
     raise DataError(

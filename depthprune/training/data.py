@@ -159,7 +159,7 @@ def order(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
   return jnp.argsort(bits).astype(jnp.int32)
 
 
-def epoch_steps(split: Split, size: int) -> int:
+def epoch_steps(split: Split | Batch, size: int) -> int:
   """Batches of `size` in one epoch; what is left over takes its turn in another."""
   n = len(split['label'])
   if not 0 < size <= n:

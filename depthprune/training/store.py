@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -99,7 +100,9 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     key = leaf.pop('key', None)
     if _about(array, array) != leaf:
       raise _damaged(folder, f'{path}: expected {leaf}, got {kind(array)}')
-    leaves[path] = jax.random.wrap_key_data(array, impl=key) if key else array
+    leaves[path] = (
+      jax.random.wrap_key_data(jnp.asarray(array), impl=key) if key else array
+    )
   return leaves, record
 
 
@@ -212,7 +215,7 @@ def _library() -> str:
 
 def _is_key(leaf: Any) -> bool:
   dtype = getattr(leaf, 'dtype', None)
-  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _json(content: Mapping[str, Any]) -> str:

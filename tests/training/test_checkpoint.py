@@ -21,7 +21,7 @@ from depthprune.training.checkpoint import CheckpointError, Keeper
 @flax.struct.dataclass
 class State:
   params: dict
-  opt_state: tuple
+  opt_state: optax.OptState
   key: jax.Array
   step: jax.Array
 
