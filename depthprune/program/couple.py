@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,6 +82,11 @@ class Coupling:
       'channels': {g.name: np.ones(g.size, np.float32) for g in free},
       'branches': {b: np.ones((), np.float32) for b in self.branches},
     }
+
+  @functools.cached_property
+  def reads(self) -> frozenset[tuple[str, int]]:
+    """(path, axis) of the variables that an equation sums over: the reading sides."""
+    return _reads(self.view)
 
   def axis(self, group: str) -> ax.Var:
     """The variable of a group. Raises: KeyError that names the nearest groups."""
@@ -198,6 +204,35 @@ def _contracted(view: View) -> set[ax.Var]:
     for k, axis in side
     for v in ax.leaves(view.facts.dims[e.inputs[k]][axis])
   }
+
+
+def _reads(view: View) -> frozenset[tuple[str, int]]:
+  """Contracted axes of variables, seen through casts, transposes and control flow."""
+  origin = {v: (p, tuple(range(len(v.shape)))) for p, v in view.leaves.items()}
+  found = set()
+
+  def walk(program: jx.Program):
+    for e in program.equations:
+      known = [origin.get(v) for v in e.inputs]
+      for k, axis in (pair for side in rules.contracted(e) for pair in side):
+        if (source := known[k]) is not None:
+          found.add((source[0], source[1][axis]))
+      if e.name in ('convert_element_type', 'copy') and known[0] is not None:
+        origin[e.outputs[0]] = known[0]
+      elif e.name == 'transpose' and known[0] is not None:
+        path, at = known[0]
+        origin[e.outputs[0]] = path, tuple(at[i] for i in e.params['permutation'])
+      for body, outer in jx.bodies_with_inputs(e):
+        scanned = len(jx.scan_parts(e, e.inputs)[2]) if e.name == 'scan' else 0
+        for i, (v, o) in enumerate(zip(body.inputs, outer, strict=True)):
+          if o in origin:
+            path, at = origin[o]
+            is_layer = i >= len(outer) - scanned
+            origin[v] = (path, at[1:]) if is_layer else (path, at)
+        walk(body)
+
+  walk(view.program)
+  return frozenset(found)
 
 
 def _pinned(dims) -> tuple[Pinned, ...]:

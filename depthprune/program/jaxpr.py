@@ -175,6 +175,15 @@ def while_parts(e: Equation, values: Sequence) -> tuple[list, list, list]:
   return list(values[:a]), list(values[a:b]), list(values[b:])
 
 
+def bodies_with_inputs(e: Equation) -> list[tuple[Program, list]]:
+  """Each body of an equation with what stands outside at its inputs."""
+  if e.name == 'while':
+    test, body, carry = while_parts(e, e.inputs)
+    return [(e.bodies[0], [*test, *carry]), (e.bodies[1], [*body, *carry])]
+  inputs = list(e.inputs[1:] if e.name == 'cond' else e.inputs)
+  return [(body, inputs) for body in e.bodies]
+
+
 # ---- walking -------------------------------------------------------------------------
 
 

@@ -1,0 +1,85 @@
+"""Branch gates that stay open become part of the arrays.
+
+y·g with y = BN(conv(x)) is the same as BN with its scale and bias multiplied by g. Which
+arrays carry the factor is read from the program: backwards from the product, through
+sums (both sides), products (one side) and what only moves values, to variables that are
+read once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from depthprune.program import jaxpr as jx
+from depthprune.program.deadcode import LAYOUT, SUMS
+from depthprune.program.view import View, paths_of
+
+
+def fold(view: View, variables: Any, open_: Mapping[str, np.ndarray]) -> Any:
+  """The variables with every branch gate multiplied into the arrays of its branch.
+
+  open_: by path, the value of each gate that stays, 0 where a layer of a scan is closed;
+    gates that are 1 everywhere are left alone. variables keep their branch gates.
+
+  Raises: ValueError where a gate cannot be folded."""
+  leaves = paths_of(variables)
+  for branch, value in open_.items():
+    if np.all(value == 1):
+      continue
+    path = f'branches/{branch}'
+    names = {v: p for p, v in view.leaves.items()}
+    found = _carriers(view.program, view.leaves[path], set(names))
+    if found is None:
+      raise ValueError(
+        f'{path}: its value {value} cannot be folded: the branch does not end in '
+        'weights of its own; set the gate to 1 or close the branch'
+      )
+    for v in found:
+      leaf = leaves[names[v]]
+      factor = np.reshape(value, np.shape(value) + (1,) * (leaf.ndim - np.ndim(value)))
+      leaves[names[v]] = leaf * factor.astype(leaf.dtype)
+  return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+
+
+def _carriers(
+  program: jx.Program, gate: jx.Value, variables: set[jx.Value]
+) -> set[jx.Value] | None:
+  """The variables that can carry the factor `gate` in its place, or None."""
+  made_by = {v: e for e in program.equations for v in e.outputs}
+  uses = Counter(v for e in program.equations for v in e.inputs)
+  uses.update(program.outputs)
+  aliases = {gate}
+  for e in program.equations:
+    if e.name in LAYOUT and e.inputs[0] in aliases:
+      aliases.add(e.outputs[0])
+    elif e.name == 'mul' and any(v in aliases for v in e.inputs):
+      other = [v for v in e.inputs if v not in aliases]
+      return _absorb(other[0], made_by, uses, variables) if len(other) == 1 else None
+    elif gate in e.inputs and e.name == 'scan':
+      (body,), at = e.bodies, dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
+      inside = {v for v, outer in at.items() if outer in variables}
+      found = _carriers(body, next(v for v, o in at.items() if o is gate), inside)
+      return None if found is None else {at[v] for v in found}
+  return None
+
+
+def _absorb(v: jx.Value, made_by, uses, variables) -> set[jx.Value] | None:
+  """The variables to scale so that v is scaled; None where there are none."""
+  if uses[v] > 1:
+    return None
+  if v not in made_by:
+    return {v} if v in variables else None
+  e = made_by[v]
+  inner = [_absorb(u, made_by, uses, variables) for u in e.inputs]
+  if e.name in SUMS or e.name == 'concatenate':
+    return None if None in inner else set().union(*(i for i in inner if i))
+  if e.name in LAYOUT or e.name in ('neg', 'reduce_sum', 'div'):
+    return inner[0]
+  if e.name in ('mul', 'dot_general', 'conv_general_dilated'):
+    return next((i for i in reversed(inner) if i is not None), None)
+  return None

@@ -1,0 +1,108 @@
+"""One index plan, and everything that is cut by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program.couple import Coupling
+from depthprune.program.view import paths_of
+
+Plan = Mapping[str, tuple[np.ndarray, ...]]  # path -> kept slices of each axis, bool
+
+
+def index_plan(coupling: Coupling, keep: Mapping) -> Plan:
+  """What stays of every variable: a mask per axis, by path; dead variables are absent.
+
+  keep: settled. Branch gates have no entry: their value is folded into the arrays."""
+  kept: dict[ax.Var, np.ndarray] = {}
+  for group, slices in keep.get('channels', {}).items():
+    kept[coupling.axis(group)] = np.asarray(slices)
+  dead = coupling.decision(keep).dead
+  return {
+    path: tuple(ax.mask(d, kept) for d in dims)
+    for path, dims in coupling.axes.items()
+    if path not in dead and not path.startswith('branches/')
+  }
+
+
+def cut(tree: Any, plan: Plan) -> Any:
+  """The variables that the plan leaves, in the structure they had.
+
+  Dict entries of dead variables go; a pytree of another kind keeps them uncut."""
+  leaves = paths_of(tree)
+  if isinstance(tree, Mapping):
+    return _cut_mapping(tree, plan, ())
+  small = [take(x, plan[p]) if p in plan else x for p, x in leaves.items()]
+  return jax.tree.unflatten(jax.tree.structure(tree), small)
+
+
+def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
+  """x without the slices that are masked out."""
+  for axis, m in enumerate(masks):
+    if not m.all():
+      x = jnp.take(jnp.asarray(x), np.flatnonzero(m), axis=axis)
+  return x
+
+
+def _cut_mapping(tree: Mapping, plan: Plan, prefix: tuple) -> Any:
+  small = {}
+  for name, sub in tree.items():
+    path = (*prefix, str(name))
+    if isinstance(sub, Mapping):
+      sub = _cut_mapping(sub, plan, path)
+      if sub or not tree[name]:
+        small[name] = sub
+    elif '/'.join(path) in plan:
+      small[name] = take(sub, plan['/'.join(path)])
+    elif not jax.tree.leaves(sub):
+      small[name] = sub
+    elif not hasattr(sub, 'shape'):
+      inner = {f'{"/".join(path)}/{p}': x for p, x in paths_of(sub).items()}
+      parts = [take(x, plan[p]) if p in plan else x for p, x in inner.items()]
+      if any(p in plan for p in inner):
+        small[name] = jax.tree.unflatten(jax.tree.structure(sub), parts)
+  return type(tree)(small)
+
+
+def cut_optimizer(
+  tx: Any, opt_state: Any, small: Any, plan: Plan, prefix: str
+) -> tuple[Any, list[str]]:
+  """The optimizer state for the small variables, and what had to start anew.
+
+  small: the tree that tx now optimises. prefix: where that tree stands in the paths of
+    the plan ('params/' for the tree of parameters).
+  A leaf whose path ends in a variable's path and that has the variable's shape is cut as
+  the variable is; counters are carried over; anything else (factored statistics) takes
+  the value of tx.init(small), and is named.
+
+  Raises: ValueError when opt_state is not a state of tx."""
+  fresh = tx.init(small)
+  old = paths_of(opt_state)
+  plans = {p.removeprefix(prefix): masks for p, masks in plan.items()}
+  leaves, anew = [], []
+  for path, template in paths_of(fresh).items():
+    if path not in old:
+      raise ValueError(
+        f'{path}: not in opt_state; pass the tx that made it, over the same tree'
+      )
+    leaf, masks = old[path], _masks_for(path, plans)
+    if masks is not None and np.shape(leaf) == tuple(m.size for m in masks):
+      leaf = take(leaf, masks)
+    if np.shape(leaf) != np.shape(template):
+      anew.append(f'optimizer state {path} has no slices to cut: it starts anew')
+      leaf = template
+    leaves.append(leaf)
+  return jax.tree.unflatten(jax.tree.structure(fresh), leaves), anew
+
+
+def _masks_for(path: str, plans: Plan) -> tuple[np.ndarray, ...] | None:
+  """The plan of the variable whose path ends `path`."""
+  parts = path.split('/')
+  tails = ('/'.join(parts[i:]) for i in range(len(parts)))
+  return next((plans[t] for t in tails if t in plans), None)

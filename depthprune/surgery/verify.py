@@ -1,0 +1,193 @@
+"""Is the small network the masked one? Always asked, inside `prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+from depthprune.program.couple import Coupling
+from depthprune.program.plug import plug
+from depthprune.program.rebind import slim
+from depthprune.program.view import paths_of
+
+SINGLE, HALF = 1e-4, 5e-2  # tolerated by the narrowest contraction: 32 bits, 16 bits
+
+
+class Verdict(NamedTuple):
+  """Relative differences max|a - b| / max|a|, the worst of all outputs and probes.
+
+  Attributes:
+    difference: masked network against small network.
+    settled: network masked as decided against masked as settled.
+    moved: full network against masked network; 0 means that the mask does nothing.
+    tolerance: the difference up to which the two networks count as the same.
+    responsible: where they do not, one sentence per group that is to blame."""
+
+  difference: float
+  settled: float
+  moved: float
+  tolerance: float
+  responsible: tuple[str, ...] = ()
+
+
+def verify(
+  coupling: Coupling,
+  variables: Any,
+  inputs: tuple,
+  shrink: Callable[[Any, Mapping], Any],
+  asked: Mapping,
+  keep: Mapping,
+) -> Verdict:
+  """Compares the small network with the masked one, in float32 at highest precision.
+
+  Both run on the given arrays and on randomised ones, so that zeros hide nothing.
+  Masking closes the gates of a group where it can be gated, and zeroes the slices of
+  other groups.
+
+  inputs: example inputs; floats are replaced by noise. shrink(variables, keep): the small
+  variables. asked, keep: the decision before and after settling, all entries present."""
+  masked = jax.jit(_masked(coupling))
+  small = jax.jit(slim(coupling.fn, coupling, keep))
+  nothing = {'channels': {}, 'branches': {}}
+  rows = []
+  with jax.default_matmul_precision('highest'):
+    for seed, arrays in enumerate((variables, randomised(variables))):
+      probe = _noise(inputs, seed)
+      full, wanted, reference = (
+        _kept(masked(*_mask(coupling, arrays, k), probe), keep)
+        for k in (nothing, asked, keep)
+      )
+      got = small(shrink(arrays, keep), *probe, **coupling.kwargs)
+      pairs = ((reference, got), (wanted, reference), (full, reference))
+      rows.append([relative(a, b) for a, b in pairs])
+  verdict = Verdict(*np.max(rows, axis=0).tolist(), _tolerance(coupling))
+  if verdict.difference <= verdict.tolerance:
+    return verdict
+  blame = _blame(coupling, variables, inputs, shrink, keep, verdict.tolerance)
+  return verdict._replace(responsible=blame)
+
+
+def relative(a: Any, b: Any) -> float:
+  """max|a - b| / max|a| over the worst leaf; NaN anywhere counts as infinite."""
+  worst = 0.0
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.size:
+      ratio = np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)
+      worst = max(worst, float(ratio) if np.isfinite(ratio) else np.inf)
+  return worst
+
+
+def randomised(variables: Any) -> Any:
+  """Float arrays moved by noise of their own size; what is nowhere negative stays so."""
+  rng = np.random.default_rng(0)
+
+  def one(path, x):
+    if path.startswith('branches/') or not _is_float(x):
+      return x
+    x = np.asarray(x, np.float32)
+    spread = max(float(np.sqrt(np.mean(x**2))) if x.size else 0.0, 0.1)
+    noise = 0.3 * spread * rng.normal(size=x.shape)
+    return jnp.asarray(x + (np.abs(noise) if (x >= 0).all() else noise), np.float32)
+
+  leaves = [one(p, x).astype(x.dtype) if _is_float(x) else x  # keys and counters stay
+            for p, x in paths_of(variables).items()]  # fmt: skip
+  return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+
+def _is_float(x) -> bool:
+  return hasattr(x, 'dtype') and jax.dtypes.issubdtype(x.dtype, np.floating)
+
+
+def _noise(inputs: tuple, seed: int) -> tuple:
+  """Example inputs, their floats replaced by noise; abstract integers become 0 and 1."""
+  rng = np.random.default_rng(seed)
+
+  def one(x):
+    if _is_float(x):
+      return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+      return x
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jnp.broadcast_to(jax.random.key(seed), x.shape)
+    return jnp.asarray(rng.integers(0, 2, x.shape), x.dtype)
+
+  return jax.tree.map(one, inputs)
+
+
+def _masked(coupling: Coupling) -> Callable:
+  gated = plug(coupling.fn, coupling)
+
+  def run(variables, gates, inputs):
+    return gated(variables, gates, *inputs, **coupling.kwargs)
+
+  return run
+
+
+def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]:
+  """(variables, gates) of the masked network; every gate has an entry."""
+  open_ = coupling.gates()
+  channels = dict(open_['channels'])
+  zeroed: dict[ax.Var, np.ndarray] = {}
+  for name, kept in keep['channels'].items():
+    if name in channels:
+      channels[name] = np.asarray(kept, np.float32)
+    else:
+      zeroed[coupling.axis(name)] = np.asarray(kept)
+  leaves = paths_of(variables)
+  branches = {
+    b: leaves[f'branches/{b}'] * keep['branches'].get(b, True) for b in coupling.branches
+  }
+  for path, leaf in leaves.items():
+    for i, d in enumerate(coupling.axes[path]):
+      kept = ax.mask(d, zeroed)
+      if not kept.all():
+        shape = [-1 if j == i else 1 for j in range(leaf.ndim)]
+        leaf = leaf * kept.reshape(shape).astype(leaf.dtype)
+    leaves[path] = leaf
+  variables = jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+  return variables, {'channels': channels, 'branches': branches}
+
+
+def _kept(outputs: Any, keep: Mapping) -> Any:
+  """The outputs without the dropped exits."""
+  if not keep['exits']:
+    return outputs
+  return {name: outputs[name] for name, kept in keep['exits'].items() if kept}
+
+
+def _tolerance(coupling: Coupling) -> float:
+  contractions = ('dot_general', 'conv_general_dilated')
+  found = [
+    np.dtype(v.dtype).itemsize
+    for e in jx.walk(coupling.view.program)
+    if e.name in contractions
+    for v in e.inputs
+  ]
+  return HALF if found and min(found) < 4 else SINGLE
+
+
+def _blame(coupling, variables, inputs, shrink, keep, tolerance) -> tuple[str, ...]:
+  """The groups that differ when they alone are closed, with their tensors."""
+  masked = _masked(coupling)
+  arrays, probe = randomised(variables), _noise(inputs, 1)
+  found = []
+  for name, kept in keep['channels'].items():
+    if np.all(kept):
+      continue
+    alone = {'channels': {name: kept}, 'branches': {}, 'exits': keep['exits']}
+    reference = _kept(masked(*_mask(coupling, arrays, alone), probe), keep)
+    small = slim(coupling.fn, coupling, alone)
+    got = small(shrink(arrays, alone), *probe, **coupling.kwargs)
+    if (difference := relative(reference, got)) > tolerance:
+      group = coupling.groups[name]
+      tensors = ', '.join(path for path, _ in group.members)
+      why = group.ungated or 'something that does not carry the axis writes to it'
+      found.append(f'{name}: off by {difference:.1e}: {why}. Tensors: {tensors}')
+  return tuple(found) or ('no group alone differs: only their combination does',)
