@@ -1,6 +1,202 @@
-"""What is written to disk: training state, and pruned networks."""
+"""What is written to disk: training state (`Keeper`) and pruned networks.
 
+A pruned network is a folder: its arrays, and `arch.json`, which says how to build the
+network around them: the model by name and fields, the decision as kept indices, the
+shapes of the full network, the normalisation of its inputs and the report of the cut.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune import models
+from depthprune.program.couple import Coupling, couple
+from depthprune.program.rebind import slim
+from depthprune.surgery.cut import Pruned
+from depthprune.surgery.plan import cut, index_plan
+from depthprune.training import store
+from depthprune.training.data import Normalisation
 from depthprune.training.keeper import Keeper as Keeper
 from depthprune.training.keeper import Restored as Restored
 from depthprune.training.keeper import same_config as same_config
-from depthprune.training.store import CheckpointError as CheckpointError
+from depthprune.training.store import CheckpointError
+
+RECORD = 'arch.json'
+_OTHER = '?'  # a node or leaf of a tree that JSON has no words for
+
+
+def save(
+  path: Path | str, pruned: Pruned, normalisation: Normalisation | None = None
+) -> None:
+  """Writes a pruned network as the folder `path`, at once; replaces one that was there.
+
+  `normalisation` is what its inputs went through; `load` returns it in the report. The
+  optimizer state is not written: `Keeper` is for training that is to be continued.
+
+  Raises CheckpointError naming the leaf where `pruned.variables` are not what the cut
+  left (a missing leaf, another shape or dtype), and where `path` holds something else.
+  """
+  path, coupling = Path(path), pruned.coupling
+  expected = _small(coupling, pruned.keep)
+  store.matched(expected, store.paths(pruned.variables), f'{path}: not saved')
+  report = dict(pruned.report)
+  if normalisation is not None:
+    report['normalisation'] = normalisation._asdict()
+  record = {
+    'model': _described(pruned),
+    'arch': pruned.arch,
+    'inputs': _abstract(coupling.inputs),
+    'kwargs': _plain(coupling.kwargs, path),
+    'keep': {
+      'channels': {g: np.flatnonzero(k) for g, k in pruned.keep['channels'].items()},
+      'branches': {b: np.asarray(k) for b, k in pruned.keep['branches'].items()},
+      'exits': {e: bool(k) for e, k in pruned.keep['exits'].items()},
+    },
+    'variables': _abstract(coupling.variables),
+    'report': report,
+  }
+  store.write(path, RECORD, pruned.variables, record)
+
+
+def load(
+  path: Path | str,
+  model: Any = None,
+  example: Any = None,
+  variables: Any = None,
+  fixed: Callable | None = None,
+) -> Pruned:
+  """A pruned network as `save` got it, but for the optimizer state.
+
+  model: for a model of depthprune, nothing; else the full model or function that was
+    pruned. example: one input array, or a tuple of all inputs; variables: the full
+    network's, abstract ones will do. Both are only asked for where they are more than
+    dicts, lists, tuples and arrays. fixed: as it was given to `couple`.
+
+  Raises CheckpointError where the folder is absent, foreign, of a newer format, or
+  damaged; where the model is another one; and where a leaf is missing, not expected, or
+  has another shape or dtype (naming it).
+  """
+  path = Path(path)
+  leaves, record = store.read(path, RECORD)
+  model = _model(record, path, model)
+  if example is not None:
+    inputs = example if isinstance(example, tuple) else (example,)
+  else:
+    inputs = _concrete(record['inputs'], f'{path}: pass example=: the inputs are')
+  if variables is None:
+    variables = _concrete(
+      record['variables'], f'{path}: pass variables=: those of the full network are'
+    )
+  try:
+    coupling = couple(model, variables, *inputs, fixed=fixed, **record['kwargs'])
+    keep = _keep(record, coupling)
+    small = _small(coupling, keep)
+  except (KeyError, ValueError, TypeError) as error:
+    raise CheckpointError(
+      f'{path}: the model that was given is not the one that was pruned: {error}'
+    ) from error
+  arrays = store.matched(small, leaves, str(path))
+  apply = slim(model, coupling, keep)
+  if record['arch']:
+    model = model.clone(arch=type(model.arch)(record['arch']))
+  return Pruned(
+    apply, arrays, None, record['arch'], record['report'], model, keep, coupling
+  )
+
+
+def _small(coupling: Coupling, keep: Mapping) -> Any:
+  """The abstract variables that are left."""
+  plan = index_plan(coupling, keep)
+  return jax.eval_shape(lambda full: cut(full, plan), coupling.variables)
+
+
+def _described(pruned: Pruned) -> dict[str, Any]:
+  """The model before the cut: by name and fields, or just what it was called."""
+  model = pruned.model
+  if not type(model).__module__.startswith(f'{models.__name__}.'):
+    name = getattr(model, '__qualname__', type(model).__qualname__)
+    return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
+  full = {k: v for k, v in model.arch.items() if k not in pruned.arch}
+  full |= {k: _uncut(k, v, pruned.coupling) for k, v in pruned.arch.items()}
+  return models.describe(model.clone(arch=type(model.arch)(full)))
+
+
+def _uncut(key: str, value: int, coupling: Coupling) -> int:
+  """What an entry of `arch` was before the cut, read off the full network's arrays.
+
+  What is not among the arrays had been cut before.
+  """
+  if key.startswith('exit/'):
+    return int(value or key.removeprefix('exit/') in coupling.exits)
+  leaves = store.paths(coupling.variables)
+  if key in coupling.branches:
+    return int(np.prod(leaves[f'branches/{key}'].shape))
+  kernel = leaves.get(f'params/{key}/kernel')
+  return value if kernel is None else kernel.shape[-1]
+
+
+def _model(record: Mapping, path: Path, given: Any) -> Any:
+  described = record['model']
+  if 'foreign' in described:
+    if given is None:
+      raise CheckpointError(
+        f'{path}: {described["foreign"]} is not a model of depthprune: expected '
+        'load(path, model=...) with the full model or function that was pruned'
+      )
+    return given
+  built = models.build(described['name'], **described['fields'])
+  if given is not None and given != built:
+    raise CheckpointError(f'{path}: model: expected {built}, got {given}: leave it out')
+  return built
+
+
+def _keep(record: Mapping, coupling: Coupling) -> dict[str, Any]:
+  keep = record['keep']
+  masks = {}
+  for group, kept in keep['channels'].items():
+    masks[group] = np.isin(np.arange(coupling.axis(group).size), kept)
+  branches = {b: np.asarray(k, bool) for b, k in keep['branches'].items()}
+  return {'channels': masks, 'branches': branches, 'exits': keep['exits']}
+
+
+def _plain(kwargs: Mapping, path: Path) -> dict[str, Any]:
+  try:
+    return json.loads(json.dumps(kwargs))
+  except TypeError as error:
+    raise CheckpointError(
+      f'{path}: expected numbers, strings and flags as keyword arguments of the model, '
+      f'got {kwargs}: {error}. Couple it without them'
+    ) from error
+
+
+def _abstract(tree: Any) -> Any:
+  """Shapes and dtypes of a tree in JSON; tuples and lists are told apart."""
+  if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+    return {key: _abstract(value) for key, value in tree.items()}
+  if type(tree) in (list, tuple):
+    return [type(tree).__name__, *map(_abstract, tree)]
+  if tree is None:
+    return None
+  plain = isinstance(getattr(tree, 'dtype', None), np.dtype)
+  return store.kind(tree) if plain else _OTHER
+
+
+def _concrete(abstract: Any, where: str) -> Any:
+  """The ShapeDtypeStructs that `_abstract` described."""
+  if isinstance(abstract, dict):
+    return {key: _concrete(value, where) for key, value in abstract.items()}
+  if isinstance(abstract, list):
+    parts = [_concrete(value, where) for value in abstract[1:]]
+    return tuple(parts) if abstract[0] == 'tuple' else parts
+  if abstract is None:
+    return None
+  if abstract == _OTHER:
+    raise CheckpointError(f'{where} of a kind that JSON has no words for')
+  dtype, shape = abstract.removesuffix(']').split('[')
+  sizes = tuple(int(size) for size in shape.split(',') if size)
+  return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))

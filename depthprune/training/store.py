@@ -219,4 +219,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-  return json.dumps(content, indent=1, default=lambda value: value.tolist())
+  """JSON with one line per entry: to be read, and compared line by line."""
+  plain = lambda value: json.dumps(value, default=lambda array: array.tolist())
+  lines = (f'{json.dumps(key)}: {plain(value)}' for key, value in content.items())
+  return '{\n' + ',\n'.join(lines) + '\n}'

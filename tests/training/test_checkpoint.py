@@ -1,278 +1,220 @@
-"""Training state and stored trees: exact, atomic, and never silently wrong."""
+"""Pruned networks on disk: the same network comes back, or an error names the leaf."""
 
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import NamedTuple
-
-import flax.struct
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from flax import nnx
 
-from depthprune.training import store
-from depthprune.training.checkpoint import CheckpointError, Keeper
+from depthprune import models
+from depthprune.program.couple import couple
+from depthprune.surgery.cut import Pruned, prune
+from depthprune.surgery.oneshot import oneshot
+from depthprune.training.checkpoint import CheckpointError, load, save
+from depthprune.training.data import Normalisation
 
-
-@flax.struct.dataclass
-class State:
-  params: dict
-  opt_state: optax.OptState
-  key: jax.Array
-  step: jax.Array
-
-
-class Extra(NamedTuple):
-  half: jax.Array
-  host: np.ndarray
-  count: int
-  nothing: None
-  empty: jax.Array
+X = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 
 
-def make_state(seed: int = 0):
-  kernel = jax.random.normal(jax.random.key(seed), (3, 3, 2, 4))
-  params = {'conv': {'kernel': kernel, 'bias': jnp.zeros(4)}}
-  tx = optax.adamw(1e-3)
-  extra = Extra(
-    kernel.astype(jnp.bfloat16), np.arange(3), 7, None, jnp.zeros((2, 0), jnp.int8)
-  )
-  state = State(params, tx.init(params), jax.random.key(seed, impl='rbg'), jnp.int32(5))
-  return {'state': state, 'extra': extra, 'mask': jnp.array([True, False])}
+def images(batch: int = 3, like=X) -> jax.Array:
+  return jax.random.normal(jax.random.key(9), (batch, *like.shape[1:]))
 
 
-def assert_identical(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    assert type(x) is type(y) and store.kind(x) == store.kind(y)
-    if store.kind(x).startswith('key'):
-      assert jax.random.key_impl(x) == jax.random.key_impl(y)
-      x, y = jax.random.key_data(x), jax.random.key_data(y)
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+def cut_to(target, model, variables, example=X, **keep) -> Pruned:
+  coupling = couple(model, variables, example)
+  decision = {**oneshot(coupling, variables, target), **keep}
+  return prune(model, variables, decision, example, coupling=coupling)
 
 
-def files_of(folder: Path) -> list[Path]:
-  return sorted(path for path in folder.rglob('*') if path.is_file())
-
-
-def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
-  keeper = Keeper(tmp_path)
-  state = make_state()
-  assert keeper.restore_latest(state) is None
-  keeper.save(5, state, {'stage': 'gates', 'best': 0.5})
-  back = keeper.restore_latest(make_state(1))
-  assert back is not None
-  assert (back.step, back.meta) == (5, {'stage': 'gates', 'best': 0.5})
-  assert_identical(back.state, state)
-
-
-def test_an_abstract_state_says_what_is_expected(tmp_path):
-  state = {'w': jnp.arange(3.0), 'key': jax.random.key(3)}
-  Keeper(tmp_path).save(1, state)
-  back = Keeper(tmp_path).restore_latest(jax.eval_shape(lambda: state))
-  assert back is not None
-  assert_identical(back.state, state)
-
-
-def test_values_that_are_not_finite_are_kept(tmp_path):
-  bits = np.array([0x7FC00001, 0xFF800000, 0x80000000, 1], np.uint32)
-  state = {'w': jnp.asarray(bits.view(np.float32))}
-  Keeper(tmp_path).save(1, state)
-  back = Keeper(tmp_path).restore_latest(state)
-  assert back is not None
-  assert np.asarray(back.state['w']).tobytes() == bits.tobytes()
-
-
-def test_keeps_the_newest_and_drops_a_future_that_was_given_up(tmp_path):
-  keeper = Keeper(tmp_path, keep=2)
-  for step in (10, 20, 30):
-    keeper.save(step, {'w': jnp.full(2, float(step))})
-  assert keeper.steps() == [20, 30]
-  keeper.save(25, {'w': jnp.zeros(2)})
-  assert keeper.steps() == [20, 25]
-  keeper.save(25, {'w': jnp.ones(2)})
-  back = keeper.restore_latest({'w': jnp.zeros(2)})
-  assert back is not None and back.state['w'].tolist() == [1, 1]
-
-
-def test_leftovers_of_a_kill_are_swept_and_never_read(tmp_path):
-  keeper = Keeper(tmp_path)
-  (tmp_path / '.unfinished-00000009' / 'arrays').mkdir(parents=True)
-  assert keeper.restore_latest({'w': jnp.zeros(2)}) is None
-  keeper.save(1, {'w': jnp.zeros(2)})
-  assert [path.name for path in tmp_path.iterdir()] == ['00000001']
-
-
-def test_another_config_is_refused_naming_the_fields(tmp_path):
-  state = {'w': jnp.zeros(2)}
-  Keeper(tmp_path, config={'target': 0.5, 'seed': 0, 'dims': (1, 2)}).save(1, state)
-  asked = {'target': 0.25, 'seed': 0, 'dims': (1, 2), 'of': 'params'}
-  with pytest.raises(CheckpointError, match='another config') as error:
-    Keeper(tmp_path, config=asked).restore_latest(state)
-  assert 'target (asked for 0.25, there 0.5)' in str(error.value)
-  assert "of (asked for 'params', there None)" in str(error.value)
-  assert 'seed' not in str(error.value) and 'dims' not in str(error.value)
-
-
-@pytest.mark.parametrize(
-  ('like', 'words'),
-  [
-    ({'w': jnp.zeros(3), 'b': jnp.zeros(1)}, r'w: expected float32\[3\].*float32\[2'),
-    ({'w': jnp.zeros(2, jnp.int32), 'b': jnp.zeros(1)}, r'w: expected int32\[2\]'),
-    ({'w': jnp.zeros(2)}, r'b: expected no such leaf, got float32\[1\]'),
-    (
-      {'w': jnp.zeros(2), 'b': jnp.zeros(1), 'mu': jnp.zeros(1)},
-      r'mu: expected float32\[1\], got no such leaf',
-    ),
-  ],
-)
-def test_a_leaf_that_does_not_fit_is_named(tmp_path, like, words):
-  Keeper(tmp_path).save(1, {'w': jnp.zeros(2), 'b': jnp.zeros(1)})
-  with pytest.raises(CheckpointError, match=words):
-    Keeper(tmp_path).restore_latest(like)
-
-
-def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path):
-  keeper = Keeper(tmp_path)
-  for step in (1, 2, 3):
-    keeper.save(step, {'w': jnp.full(2, float(step))})
-  for step in (2, 3):
-    record = tmp_path / f'{step:08d}' / 'state.json'
-    record.write_bytes(record.read_bytes()[:-40])
-  with pytest.warns(UserWarning, match='damaged.*going on from step 1'):
-    back = keeper.restore_latest({'w': jnp.zeros(2)})
-  assert back is not None and back.step == 1 and back.state['w'].tolist() == [1, 1]
-  assert keeper.steps() == [1]
-  keeper.save(2, {'w': jnp.zeros(2)})
-  assert keeper.steps() == [1, 2]
-
-
-def test_when_all_are_damaged_nothing_is_started_over_silently(tmp_path):
-  keeper = Keeper(tmp_path)
-  keeper.save(1, {'w': jnp.zeros(2)})
-  (tmp_path / '00000001' / 'state.json').unlink()
-  with pytest.raises(CheckpointError, match='no state is whole.*delete the folder'):
-    keeper.restore_latest({'w': jnp.zeros(2)})
-  assert keeper.steps() == [1]
-
-
-# Any file cut short, flipped or gone is an error, at every level of the folder.
+def assert_same(a: Pruned, b: Pruned, x: jax.Array) -> None:
+  """The same arrays, decision and answers."""
+  assert jax.tree.structure(a.variables) == jax.tree.structure(b.variables)
+  for one, two in zip(*map(jax.tree.leaves, (a.variables, b.variables)), strict=True):
+    assert (
+      one.dtype == two.dtype and np.asarray(one).tobytes() == np.asarray(two).tobytes()
+    )
+  for one, two in zip(*map(jax.tree.leaves, (a.keep, b.keep)), strict=True):
+    np.testing.assert_array_equal(one, two)
+  assert (a.arch, a.report) == (b.arch, b.report)
+  for one, two in zip(
+    *(jax.tree.leaves(p.apply(p.variables, x)) for p in (a, b)), strict=True
+  ):
+    np.testing.assert_array_equal(one, two)
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('whole') / 'one'
-  store.write(folder, 'arch.json', make_state(), {'arch': {'a': 1}})
-  return {path.relative_to(folder): path.read_bytes() for path in files_of(folder)}
+def resnet() -> Pruned:
+  model = models.build('resnet8', classes=4)
+  variables = model.init(jax.random.key(0), images(1))
+  return cut_to(0.6, model, variables, branches={'stage2/block0/branch': False})
 
 
-def lay_out(files, folder):
-  for path, content in files.items():
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    (folder / path).write_bytes(content)
+def test_our_model_comes_back_by_name(resnet, tmp_path):
+  save(tmp_path / 'small', resnet)
+  back = load(tmp_path / 'small')
+  assert back.model == resnet.model
+  assert_same(resnet, back, images())
+  native = back.model.apply(back.variables, images())['main']
+  np.testing.assert_array_equal(back.apply(back.variables, images())['main'], native)
 
 
-def test_whole_is_whole(whole, tmp_path):
-  lay_out(whole, tmp_path)
-  leaves, record = store.read(tmp_path, 'arch.json')
-  assert_identical(store.matched(make_state(1), leaves, ''), make_state())
-  assert record['arch'] == {'a': 1}
+def test_what_was_pruned_twice_comes_back(resnet, tmp_path):
+  twice = cut_to(0.7, resnet.model, resnet.variables)
+  save(tmp_path / 'smaller', twice)
+  back = load(tmp_path / 'smaller')
+  assert back.model == twice.model
+  assert back.coupling.groups == twice.coupling.groups
+  assert_same(twice, back, images())
+  assert twice.arch['stage2/block0/branch'] == 0
 
 
-DAMAGE = {
-  'cut': lambda content, rng: content[: len(content) // 2],
-  'emptied': lambda content, rng: b'',
-  'removed': lambda content, rng: None,
-  'zeroed': lambda content, rng: bytes(len(content)),
-  'flipped': lambda content, rng: flipped(content, rng.randint(8 * len(content))),
-}
+def test_dropped_exits_come_back_dropped(tmp_path):
+  from depthprune.models.heads import Head, WithHeads
+
+  trunk = models.build('resnet8', classes=4)
+  model = WithHeads(trunk, {'early': Head(tap='stage1/block0', classes=4)})
+  variables = model.init(jax.random.key(0), images(1))
+  small = cut_to(0.8, model, variables, exits={'main': False})
+  save(tmp_path / 'early', small)
+  back = load(tmp_path / 'early')
+  assert [*back.apply(back.variables, images())] == ['early']
+  assert back.model == small.model
+  assert_same(small, back, images())
 
 
-def flipped(content: bytes, bit: int) -> bytes:
-  """One bit is another; in JSON, that may be one that means nothing."""
-  changed = bytearray(content)
-  changed[bit // 8] ^= 1 << bit % 8
-  return bytes(changed)
+class Foreign(nn.Module):
+  """A linen model of somebody else."""
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(6, (3, 3))(x)))
+    return nn.Dense(3)(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize('damage', DAMAGE)
-def test_a_file_that_is_not_what_was_written_is_an_error(whole, tmp_path, damage):
-  rng = np.random.RandomState(0)
-  targets = [path for path, content in whole.items() if content]
-  assert len(targets) >= 5
-  for i, target in enumerate(targets):
-    folder = tmp_path / str(i)
-    lay_out({path: whole[path] for path in whole if path != target}, folder)
-    content = DAMAGE[damage](whole[target], rng)
-    if content is not None:
-      lay_out({target: content}, folder)
-    with pytest.raises(CheckpointError, match=target.name):
-      store.read(folder, 'arch.json')
+def test_a_foreign_model_comes_back_around_its_own_code(tmp_path):
+  variables = Foreign().init(jax.random.key(0), images(1))
+  small = cut_to(0.5, Foreign(), variables)
+  save(tmp_path / 'foreign', small)
+  back = load(tmp_path / 'foreign', model=Foreign())
+  assert_same(small, back, images())
+  out, stats = back.apply(
+    back.variables, images(16), train=True, mutable=['batch_stats']
+  )
+  assert out.shape == (16, 3) and jax.tree.leaves(stats)[0].shape != (6,)
+  with pytest.raises(CheckpointError, match=r'Foreign is not a model of .*model='):
+    load(tmp_path / 'foreign')
 
 
-def test_a_foreign_folder_and_a_newer_format_say_what_to_do(tmp_path):
-  with pytest.raises(CheckpointError, match='expected a checkpoint, got no file arch'):
-    store.read(tmp_path / 'nowhere', 'arch.json')
-  (tmp_path / 'arch.json').write_text('{"layers": [1, 2]}')
-  with pytest.raises(CheckpointError, match='arch.json is not a record'):
-    store.read(tmp_path, 'arch.json')
-  store.write(tmp_path / 'new', 'arch.json', {}, {'format': store.FORMAT + 1})
-  with pytest.raises(CheckpointError, match='expected format 1, got 2 by depthprune'):
-    store.read(tmp_path / 'new', 'arch.json')
+def test_a_function_of_lists_and_tuples_comes_back(tmp_path):
+  def f(variables, x):
+    layers, (scale,) = variables['layers'], variables['scale']
+    for kernel, bias in layers[:-1]:
+      x = jax.nn.relu(x @ kernel + bias)
+    return x @ layers[-1][0] * scale
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = [(5, 8), (8, 8), (8, 2)]
+  kernels = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+  layers = [(k, jnp.ones(k.shape[1])) for k in kernels]
+  variables = {'layers': layers, 'scale': (jnp.float32(2),), 'spare': None}
+  example = jax.ShapeDtypeStruct((1, 5), jnp.float32)
+  small = cut_to(0.5, f, variables, example)
+  save(tmp_path / 'f', small)
+  assert_same(small, load(tmp_path / 'f', model=f), images(4, example))
 
 
-def test_a_folder_with_other_files_is_not_replaced(tmp_path):
-  (tmp_path / 'thesis.txt').write_text('years of work')
-  with pytest.raises(CheckpointError, match='got other files'):
-    store.write(tmp_path, 'arch.json', {'w': np.zeros(1)}, {})
-  assert (tmp_path / 'thesis.txt').read_text() == 'years of work'
+def test_an_nnx_model_comes_back_with_its_state_as_the_structure(tmp_path):
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.first = nnx.Linear(5, 8, rngs=rngs)
+      self.last = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.last(nnx.relu(self.first(x)))
+
+  graph, state = nnx.split(Net(nnx.Rngs(0)))
+  f = lambda state, x: nnx.merge(graph, state)(x)
+  example = jax.ShapeDtypeStruct((1, 5), jnp.float32)
+  small = cut_to(0.5, f, state, example)
+  save(tmp_path / 'nnx', small)
+  with pytest.raises(CheckpointError, match='pass variables='):
+    load(tmp_path / 'nnx', model=f)
+  back = load(tmp_path / 'nnx', model=f, variables=state)
+  assert_same(small, back, images(4, example))
 
 
-def test_paths_that_collide_are_refused(tmp_path):
-  with pytest.raises(CheckpointError, match='2 different paths, got 1'):
-    store.write(tmp_path / 'a', 'r', {'a': {'b': np.zeros(1)}, 'a/b': np.zeros(1)}, {})
+def test_the_normalisation_is_recorded_with_the_network(resnet, tmp_path):
+  by = Normalisation((0.25, 0.5), (1.0, 2.0), 16.0)
+  save(tmp_path / 'small', resnet, normalisation=by)
+  recorded = load(tmp_path / 'small').report['normalisation']
+  assert recorded == {'mean': [0.25, 0.5], 'std': [1.0, 2.0], 'scale': 16.0}
 
 
-LOOP = """
-import sys
-import jax.numpy as jnp
-from depthprune.training.checkpoint import Keeper
-
-keeper = Keeper(sys.argv[1], keep=2)
-like = {'w': jnp.zeros((64, 64)), 'step': jnp.int32(0)}
-back = keeper.restore_latest(like)
-start = back.step + 1 if back else 0
-assert back is None or int(back.state['step']) == back.step
-for step in range(start, 100_000):
-  keeper.save(step, {'w': jnp.full((64, 64), float(step)), 'step': jnp.int32(step)})
-  print(step, flush=True)
-"""
+def test_what_was_fine_tuned_is_what_is_saved(resnet, tmp_path):
+  tuned = resnet._replace(variables=jax.tree.map(lambda x: x + 1, resnet.variables))
+  save(tmp_path / 'small', resnet)
+  save(tmp_path / 'small', tuned)
+  assert_same(tuned, load(tmp_path / 'small'), images())
 
 
-def killed_in_the_middle(folder: Path, rng: np.random.RandomState) -> int:
-  """Saves in a loop until killed at random; returns the last step that was reported."""
-  command = [sys.executable, '-W', 'error', '-c', LOOP, str(folder)]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    assert first, 'the loop ended before it saved anything'
-    time.sleep(rng.uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    said = process.stdout.read().split()
-  return int((said or [first])[-1])
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (lambda x: x.astype(jnp.bfloat16), r'params/stem/conv/kernel: .*got bfloat16'),
+    (lambda x: x[..., :1], r'params/stem/conv/kernel: .*got float32\[3,3,1,1\]'),
+    (None, r'params/stem/conv/kernel: expected float32.*got no such leaf'),
+  ],
+)
+def test_arrays_that_are_not_what_the_cut_left_are_not_saved(
+  resnet, tmp_path, change, words
+):
+  variables = jax.tree.map(lambda x: x, resnet.variables)
+  conv = variables['params']['stem']['conv']
+  kernel = conv.pop('kernel')
+  if change:
+    conv['kernel'] = change(kernel)
+  with pytest.raises(CheckpointError, match=words):
+    save(tmp_path / 'small', resnet._replace(variables=variables))
+  assert not (tmp_path / 'small').exists()
 
 
-@pytest.mark.parametrize('kills', [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path, kills):
-  rng = np.random.RandomState(0)
-  like = {'w': jnp.zeros((64, 64)), 'step': jnp.int32(0)}
-  for _ in range(kills):
-    said = killed_in_the_middle(tmp_path, rng)
-    back = Keeper(tmp_path, keep=2).restore_latest(like)  # a warning would be an error
-    # The last save may have been complete before it was reported.
-    assert back is not None and back.step in (said, said + 1)
-    assert np.all(np.asarray(back.state['w']) == back.step)
+def test_another_model_than_the_one_that_was_pruned_is_refused(resnet, tmp_path):
+  save(tmp_path / 'ours', resnet)
+  with pytest.raises(CheckpointError, match='model: expected .*got .*leave it out'):
+    load(tmp_path / 'ours', model=models.build('resnet14', classes=4))
+
+  def one(variables, x):
+    return jax.nn.relu(x @ variables['a']) @ variables['b']
+
+  def two(variables, x):
+    return x @ variables['a'] + variables['b'].sum()
+
+  variables = {
+    'a': jax.random.normal(jax.random.key(0), (5, 8)),
+    'b': jax.random.normal(jax.random.key(1), (8, 2)),
+  }
+  example = jax.ShapeDtypeStruct((1, 5), jnp.float32)
+  save(tmp_path / 'one', cut_to(0.5, one, variables, example))
+  with pytest.raises(CheckpointError, match='not the one that was pruned.*a:1'):
+    load(tmp_path / 'one', model=two)
+  wide = {**variables, 'a': jnp.zeros((5, 8), jnp.bfloat16)}
+  with pytest.raises(
+    CheckpointError, match=r'a: expected bfloat16\[5,4\], got float32'
+  ):
+    load(tmp_path / 'one', model=lambda v, x: one(jax.tree.map(jnp.float32, v), x),
+         variables=wide)  # fmt: skip
+
+
+def test_a_damaged_network_is_an_error_and_no_guess(resnet, tmp_path):
+  save(tmp_path / 'small', resnet)
+  record = tmp_path / 'small' / 'arch.json'
+  text = record.read_text()
+  record.write_text(text.replace('"stem/conv": ', '"stem/conv": 1'))
+  with pytest.raises(CheckpointError, match='damaged: arch.json is not what was'):
+    load(tmp_path / 'small')
+  record.write_text(text)
+  data = max((tmp_path / 'small' / 'arrays').rglob('*'), key=lambda p: p.stat().st_size)
+  data.write_bytes(data.read_bytes()[:-9])
+  with pytest.raises(CheckpointError, match=f'damaged: arrays/.*{data.name}'):
+    load(tmp_path / 'small')
