@@ -2,13 +2,13 @@
 
 The effective size of an axis follows its expression: count(Var) = sum of its gates,
 count(Prod) = product, count(Cat) = sum. A contraction costs 2 x the product of its
-counts (1 MAC = 2 FLOPs), a scan its body times its length. So the cost of hard decisions
-is exact and that of gates is differentiable, in both the inputs and the outputs of every
-layer.
+counts (1 MAC = 2 FLOPs), a scan its body times its length. So the cost of hard
+decisions is exact and that of gates is differentiable, in both the inputs and the
+outputs of every layer.
 
-Only convolutions and dot products count as FLOPs, as in the literature. Kernel taps that
-fall on padding count, taps on the holes of a transposed convolution do not. Of `cond`
-the dearest branch counts; a `while` counts one turn, as its length is not known.
+Only convolutions and dot products count as FLOPs, as in the literature. Kernel taps
+that fall on padding count, taps on the holes of a transposed convolution do not. Of
+`cond` the dearest branch counts; a `while` counts one turn, as its length is not known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Count = Callable[[ax.Axis], Any]
 
 
 def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
-  """FLOPs of one call at the coupling's input shapes (couple with batch 1 for one image).
+  """FLOPs of one call at the coupling's input shapes (couple with batch 1 for one
+  image).
 
   gates: None for the whole network; a keep tree (bool) for an exact int; gates (float)
     for a float32 scalar that can be differentiated."""
@@ -77,13 +78,13 @@ def rounded(gates: Mapping, round_to: int) -> dict:
 
 
 def multiple(n: Any, size: int, round_to: int, xp: Any = np) -> Any:
-  """The width that is built for n kept slices of `size`: the multiple of round_to below,
-  at least one multiple, and the whole axis where all of it is kept."""
+  """The width that is built for n kept slices of `size`: the multiple of round_to
+  below, at least one multiple, and the whole axis where all of it is kept."""
   down = xp.maximum(n // round_to * round_to, min(round_to, size))
   return xp.where(n >= size, size, down)
 
 
-# ---- how a decision is read --------------------------------------------------------------
+# ---- how a decision is read ----------------------------------------------------------
 
 
 def _reading(coupling: Coupling, gates: Mapping | None):
@@ -96,7 +97,7 @@ def _reading(coupling: Coupling, gates: Mapping | None):
   )
   weights = {coupling.axis(g): w for g, w in channels.items()}
 
-  @functools.lru_cache(maxsize=None)
+  @functools.cache
   def of_variable(v: ax.Var):
     if v not in weights:
       return v.size
@@ -137,7 +138,7 @@ def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], A
   return alive
 
 
-# ---- the walks ---------------------------------------------------------------------------
+# ---- the walks -----------------------------------------------------------------------
 
 
 def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> Any:
@@ -156,7 +157,7 @@ def _is_one(life: Any) -> float:
 
 def _of_equation(view: View, e: jx.Equation, count: Count) -> Any:
   dims = view.facts.dims
-  everything = lambda _: 1  # noqa: E731  a body lives with the equation that holds it
+  everything = lambda _: 1
   if e.name == 'dot_general':
     (contracting, _), _ = e.params['dimension_numbers']
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
@@ -182,7 +183,9 @@ def _of_convolution(e: jx.Equation, kernel, out, count: Count) -> Any:
       out[o].size, kernel[k].size, p['window_strides'][i], p['padding'][i][0],
       p['lhs_dilation'][i], p['rhs_dilation'][i],
     )  # fmt: skip
-  return 2 * pairs * math.prod(map(count, (out[batch], out[features], kernel[per_group])))
+  return (
+    2 * pairs * math.prod(map(count, (out[batch], out[features], kernel[per_group])))
+  )
 
 
 def _pairs(out: int, taps: int, stride: int, pad: int, holes: int, spread: int) -> int:
@@ -215,7 +218,7 @@ def _peak(view: View, program, count: Count, alive, held: set) -> Any:
 
 
 def _is_key(v: jx.Value) -> bool:
-  return jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended)
+  return jnp.issubdtype(v.dtype, jax.dtypes.extended)
 
 
 def _larger(a: Any, b: Any) -> Any:

@@ -14,6 +14,7 @@ from depthprune.program import axes as ax
 from depthprune.program import explain as ex
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
+from depthprune.program.facts import fresh
 from depthprune.program.view import Decision, View, look, paths_of, runnable
 
 HARMLESS = {ax.UNIT, 'kernel window', 'input', 'output'}  # pins that surprise nobody
@@ -63,7 +64,7 @@ class Coupling:
   variables: Any
   inputs: tuple
   kwargs: dict
-  axes: dict[str, ax.Dims]
+  axes: Mapping[str, ax.Dims]
   view: View
   groups: dict[str, Group]
   pinned: tuple[Pinned, ...]
@@ -100,7 +101,9 @@ class Coupling:
     """Why each slice is in its group; of all groups and pinned axes by default."""
     return ex.explain(self, group)
 
-  def again(self, fn: Callable, inputs: tuple, kwargs: dict, keep: Mapping | None = None):
+  def again(
+    self, fn: Callable, inputs: tuple, kwargs: dict, keep: Mapping | None = None
+  ):
     """The view of fn (this function, perhaps in another mode) at other inputs.
 
     Its variables start with the axes solved here, so a group is the same group there.
@@ -134,7 +137,7 @@ def couple(
   fn = runnable(model)
   variables, inputs = jax.eval_shape(lambda *a: a, variables, tuple(inputs))
   paths = paths_of(variables)
-  dims = {p: rules.fresh(leaf.shape) for p, leaf in paths.items()}
+  dims = {p: fresh(leaf.shape) for p, leaf in paths.items()}
   view = look(fn, variables, inputs, kwargs, dims)
   outputs = view.unpack([view.facts.dims[v] for v in view.program.outputs])
   _pin_outputs(outputs if fixed is None else fixed(outputs))

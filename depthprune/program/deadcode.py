@@ -19,8 +19,8 @@ LAYOUT = frozenset(
   stop_gradient tile transpose""".split()
 )
 ZERO_TO_ZERO = LAYOUT | frozenset(
-  """abs cbrt erf integer_pow neg real reduce_max reduce_min reduce_sum sign sin sinh sqrt
-  square tan tanh""".split()
+  """abs cbrt erf integer_pow neg real reduce_max reduce_min reduce_sum sign sin sinh
+  sqrt square tan tanh""".split()
 )
 BILINEAR = frozenset(('mul', 'dot_general', 'conv_general_dilated', 'and'))
 SUMS = frozenset(('add', 'add_any', 'sub', 'or'))

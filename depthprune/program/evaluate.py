@@ -1,4 +1,4 @@
-"""Running a Program equation by equation, with its control flow and derivative rules."""
+"""Running a program equation by equation, with its control flow and derivatives."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def bind(e: jx.Equation, ins: Sequence, params: dict, run: Run, derive=None) -> 
   """The outputs of one equation.
 
   params: the primitive's parameters, possibly for other sizes than were traced.
-  run: how a body is run. derive(equation): the function that computes jx.derivative at
-    the new sizes; asked for only where a function with a rule of its own changes size."""
+  run: how a body is run. derive(equation): the function that computes derivative at
+    the new sizes; asked for only where a function with a rule of its own changes
+    size."""
   if e.name == 'scan':
     return _scan(e, ins, params, run)
   if e.name == 'while':
@@ -75,6 +76,40 @@ def _while(e, ins, run):
     lambda c: run(body, [*body_consts, *c]),
     carry,
   )
+
+
+def derivative(e: jx.Equation) -> jx.Program:
+  """The derivative rule of a custom call at its traced shapes, as a program.
+
+  custom_jvp: (inputs, tangents of float inputs) -> (outputs, tangents of float outputs)
+  custom_vjp: (inputs, cotangents of float outputs) -> cotangents of float inputs"""
+  avals = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in e.inputs]
+  smooth = [a for v, a in zip(e.inputs, avals, strict=True) if jx.differentiable(v)]
+  if e.name == 'custom_jvp_call':
+
+    def jvp(args, tangents):
+      rest = iter(tangents)
+      full = [
+        next(rest) if jx.differentiable(v) else jx.no_tangent(v) for v in e.inputs
+      ]
+      outs, dots = jax.jvp(lambda *a: jx.original(e, a), args, full)
+      return outs, [
+        d for v, d in zip(e.outputs, dots, strict=True) if jx.differentiable(v)
+      ]
+
+    return jx.decode(jax.make_jaxpr(jvp)(avals, smooth))
+
+  def vjp(args, cotangents):
+    rest = iter(cotangents)
+    _, pull = jax.vjp(lambda *a: jx.original(e, a), *args)
+    full = [next(rest) if jx.differentiable(v) else jx.no_tangent(v) for v in e.outputs]
+    back = pull(full)
+    return [d for v, d in zip(e.inputs, back, strict=True) if jx.differentiable(v)]
+
+  outs = [
+    jax.ShapeDtypeStruct(v.shape, v.dtype) for v in e.outputs if jx.differentiable(v)
+  ]
+  return jx.decode(jax.make_jaxpr(vjp)(avals, outs))
 
 
 def _resized_jvp(e, run, derive):

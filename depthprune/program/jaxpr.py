@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
 from jax.extend import core as jex
 
 INLINED = {
-  'jit': 'jaxpr', 'pjit': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
-  'remat': 'jaxpr', 'remat2': 'jaxpr', 'checkpoint': 'jaxpr',
+  'jit': 'jaxpr', 'pjit': 'jaxpr', 'remat': 'jaxpr', 'remat2': 'jaxpr',
+  'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
 }  # fmt: skip
 OWN_DERIVATIVE = ('custom_jvp_call', 'custom_vjp_call')
 
@@ -135,7 +136,7 @@ def _open(jaxpr) -> tuple[Any, Sequence]:
   return getattr(jaxpr, 'jaxpr', jaxpr), getattr(jaxpr, 'consts', ())
 
 
-def _value(v) -> Value:
+def _value(v: Any) -> Value:
   return Value(tuple(v.aval.shape), v.aval.dtype)
 
 
@@ -206,7 +207,7 @@ def live(program: Program) -> tuple[list[Equation], set[Value]]:
   return kept[::-1], needed
 
 
-# ---- functions with a derivative rule of their own -------------------------------------
+# ---- functions with a derivative rule of their own -----------------------------------
 
 
 def original(e: Equation, inputs: Sequence) -> list:
@@ -217,36 +218,8 @@ def original(e: Equation, inputs: Sequence) -> list:
   return e.primitive.bind(*inputs, **params)
 
 
-def derivative(e: Equation) -> Program:
-  """The derivative rule of a custom call at its traced shapes, as a program.
-
-  custom_jvp: (inputs, tangents of float inputs) -> (outputs, tangents of float outputs)
-  custom_vjp: (inputs, cotangents of float outputs) -> cotangents of float inputs"""
-  avals = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in e.inputs]
-  smooth = [a for v, a in zip(e.inputs, avals, strict=True) if differentiable(v)]
-  if e.name == 'custom_jvp_call':
-
-    def jvp(args, tangents):
-      rest = iter(tangents)
-      full = [next(rest) if differentiable(v) else no_tangent(v) for v in e.inputs]
-      outs, dots = jax.jvp(lambda *a: original(e, a), args, full)
-      return outs, [d for v, d in zip(e.outputs, dots, strict=True) if differentiable(v)]
-
-    return decode(jax.make_jaxpr(jvp)(avals, smooth))
-
-  def vjp(args, cotangents):
-    rest = iter(cotangents)
-    _, pull = jax.vjp(lambda *a: original(e, a), *args)
-    full = [next(rest) if differentiable(v) else no_tangent(v) for v in e.outputs]
-    back = pull(full)
-    return [d for v, d in zip(e.inputs, back, strict=True) if differentiable(v)]
-
-  outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in e.outputs if differentiable(v)]
-  return decode(jax.make_jaxpr(vjp)(avals, outs))
-
-
 def differentiable(v) -> bool:
-  return jax.dtypes.issubdtype(v.dtype, np.inexact)
+  return jnp.issubdtype(v.dtype, np.inexact)
 
 
 def no_tangent(v) -> np.ndarray:

@@ -6,8 +6,8 @@ operand *at that equation* is scaled, never the stored array, so a square kernel
 that is used twice is gated on its reading side only. Where two activations meet
 (query · key), the smaller of them is scaled instead.
 
-Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"); placing it
-at the contraction is ours (design.md).
+Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"); placing
+it at the contraction is ours (design.md).
 """
 
 from __future__ import annotations

@@ -11,15 +11,18 @@ import numpy as np
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
+from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
-from depthprune.program.evaluate import bind, interpret
+from depthprune.program.evaluate import bind, derivative, interpret
+from depthprune.program.facts import Facts
 from depthprune.program.view import View, paths_of, remembered, runnable
 
 
 def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
   """f(small_variables, *inputs, **kwargs): the model after surgery.
 
-  keep: {'channels': {group: bool [n]}, 'branches': {path: bool}, 'exits': {name: bool}},
+  keep: {'channels': {group: bool [n]}, 'branches': {path: bool}, 'exits': {name:
+  bool}},
     each part optional; what is missing stays. Branches that stay count as 1: `prune`
     has folded their value into the arrays.
   The model is traced anew at its full sizes for every input shape and mode, what is
@@ -49,7 +52,7 @@ def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
   kept: dict[ax.Var, np.ndarray] = {}
   for group, slices in keep.get('channels', {}).items():
     try:
-      ax.assign(view.groups[group], np.asarray(slices, bool), kept)
+      sl.assign(view.groups[group], np.asarray(slices, bool), kept)
     except ax.LayoutError as error:
       raise ValueError(
         f'{group}: {error}; couple() the function in this mode and at these shapes'
@@ -64,23 +67,25 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
   args = []
   for path, v in view.leaves.items():
     leaf = leaves.get(path)
-    expected = tuple(int(ax.mask(d, kept).sum()) for d in view.facts.dims[v])
-    if v in needed and leaf is None:
-      raise ValueError(f'{path}: missing in the variables of the small network')
-    if v in needed and tuple(np.shape(leaf)) != expected:
-      raise ValueError(
-        f'{path}: has shape {tuple(np.shape(leaf))}, keep leaves {expected} of {v.shape}'
-      )
     args.append(leaf)
+    if v not in needed:
+      continue
+    if leaf is None:
+      raise ValueError(f'{path}: missing in the variables of the small network')
+    expected = tuple(int(sl.mask(d, kept).sum()) for d in view.facts.dims[v])
+    if np.shape(leaf) != expected:
+      raise ValueError(
+        f'{path}: has shape {np.shape(leaf)}, keep leaves {expected} of {v.shape}'
+      )
   return args
 
 
-def _rebound(facts: rules.Facts, kept: dict[ax.Var, np.ndarray]) -> Callable:
+def _rebound(facts: Facts, kept: dict[ax.Var, np.ndarray]) -> Callable:
   """run(program, args) at the sizes that `kept` leaves."""
   derived: dict[jx.Equation, Callable] = {}
 
   def masks(v: jx.Value) -> list[np.ndarray]:
-    return [ax.mask(d, kept) for d in facts.dims[v]]
+    return [sl.mask(d, kept) for d in facts.dims[v]]
 
   def run(program: jx.Program, args: Sequence) -> list:
     constants = {v: _take(c, masks(v)) for v, c in program.constants.items()}
@@ -109,20 +114,20 @@ def _take(x, masks):
   return x
 
 
-def _derivative(e: jx.Equation, facts: rules.Facts, kept: dict) -> Callable:
+def _derivative(e: jx.Equation, facts: Facts, kept: dict) -> Callable:
   """The derivative rule of a custom call at its new sizes."""
-  program = jx.derivative(e)
+  program = derivative(e)
   smooth_in = [v for v in e.inputs if jx.differentiable(v)]
   smooth_out = [v for v in e.outputs if jx.differentiable(v)]
   rest = smooth_in if e.name == 'custom_jvp_call' else smooth_out
   memo: dict[ax.Var, ax.Var] = {}
   dims = [[ax.copy(d, memo) for d in facts.dims[v]] for v in (*e.inputs, *rest)]
-  inner = rules.Facts()
+  inner = Facts()
   rules.infer(inner, program, dims)
   inside: dict[ax.Var, np.ndarray] = {}
   for outer, copied in memo.items():
     if outer in kept:
-      ax.assign(copied, kept[outer], inside)
+      sl.assign(copied, kept[outer], inside)
   run = _rebound(inner, inside)
   return lambda args: run(program, args)
 
@@ -138,9 +143,9 @@ def _resized(e: jx.Equation, masks, outs, facts, kept) -> dict:
   elif e.name == 'dynamic_slice':
     p['slice_sizes'] = shape
   elif e.name == 'conv_general_dilated' and e in facts.hidden:
-    p['feature_group_count'] = int(ax.mask(facts.hidden[e], kept).sum())
+    p['feature_group_count'] = int(sl.mask(facts.hidden[e], kept).sum())
   elif e.name == 'scan':
-    p['length'] = int(ax.mask(facts.hidden[e], kept).sum())
+    p['length'] = int(sl.mask(facts.hidden[e], kept).sum())
   elif e.name == 'split':
     p['sizes'] = tuple(int(m[p['axis']].sum()) for m in outs)
   elif e.name == 'gather':

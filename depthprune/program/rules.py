@@ -6,24 +6,23 @@ of every output. A primitive without a rule pins all that it touches and is repo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from depthprune.program import jaxpr as jx
-from depthprune.program.axes import (
-  Axis, Cat, Dims, LayoutError, Prod, Var, factor, leaves, norm, note, pin, split, unify,
-)  # fmt: skip
+from depthprune.program import layout as lay
+from depthprune.program.axes import Axis, Dims, Prod, Var, norm, note, pin, unify
+from depthprune.program.facts import Facts, any_shape, equal, fresh, opaque
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
   bitcast_convert_type cbrt ceil clamp conj convert_element_type copy copy_p cos cosh
-  custom_lin device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
-  igammac imag integer_pow is_finite le lgamma log log1p logistic lt max mesh_cast min mul
-  ne neg nextafter not optimization_barrier or polygamma population_count pow pvary
-  pvary_invariant random_gamma real reduce_precision regularized_incomplete_beta rem
-  reshard round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-  sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta name
-  real_part complex""".split()
+  custom_lin device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+  igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
+  mesh_cast min mul ne neg nextafter not optimization_barrier or polygamma
+  population_count pow pvary pvary_invariant random_gamma real reduce_precision
+  regularized_incomplete_beta rem reshard round rsqrt select_n shift_left
+  shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt
+  square stop_gradient sub tan tanh xor zeta name real_part complex""".split()
 )
 LAYER = 'a layer of a scan'  # close its branches instead
 REDUCE = frozenset(
@@ -45,24 +44,6 @@ ANY_SHAPE = frozenset(
   """random_bits random_wrap random_unwrap random_seed random_fold_in random_split
   random_clone rng_bit_generator rng_uniform threefry2x32 empty create_token""".split()
 )
-
-
-@dataclasses.dataclass
-class Facts:
-  """What has been inferred: the axes of every value, filled in by `infer`.
-
-  Attributes:
-    dims: the axes of every value, those inside bodies included.
-    hidden: axes that lie on no array: a convolution's feature groups, a scan's loop.
-    unknown: names of primitives without a rule that were met."""
-
-  dims: dict[jx.Value, Dims] = dataclasses.field(default_factory=dict)
-  hidden: dict[jx.Equation, Axis] = dataclasses.field(default_factory=dict)
-  unknown: set[str] = dataclasses.field(default_factory=set)
-
-
-def fresh(shape: Sequence[int], why: str | None = None) -> list[Axis]:
-  return [Var(n, why) for n in shape]
 
 
 def infer(facts: Facts, program: jx.Program, in_dims: Sequence[Dims]) -> list[Dims]:
@@ -93,30 +74,10 @@ def rule_of(name: str):
     return RULES[name]
   families = (
     (ELEMENTWISE, elementwise), (REDUCE, reduce), (ARGREDUCE, argreduce),
-    (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, scatter),
+    (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, lay.scatter),
     (ANY_SHAPE, any_shape),
   )  # fmt: skip
   return next((rule for names, rule in families if name in names), opaque)
-
-
-def equal(a: Dims, b: Dims, e: jx.Equation):
-  for x, y in zip(a, b, strict=True):
-    unify(x, y, e)
-
-
-def opaque(facts, e, *ins):
-  """The sound default: an unknown primitive forbids slicing everything it touches."""
-  why = f'no rule for the primitive {e.name}'
-  if any(d.size > 1 for x in ins for d in x):
-    facts.unknown.add(e.name)
-  for x in ins:
-    for d in x:
-      pin(d, why)
-  return [fresh(v.shape, why) for v in e.outputs]
-
-
-def any_shape(facts, e, *_):
-  return [fresh(v.shape) for v in e.outputs]
 
 
 # ---- shape-preserving ----------------------------------------------------------------
@@ -153,160 +114,7 @@ def top_k(facts, e, x):
   return [[*x[:axis], *last, *x[axis + 1 :]]] * len(e.outputs)
 
 
-def rev(facts, e, x):
-  for d in e.params['dimensions']:
-    pin(x[d], 'reversed')
-  return [x]
-
-
-def fft(facts, e, x):
-  k = len(e.params['fft_lengths'])
-  for d in x[len(x) - k :]:
-    pin(d, 'fft')
-  return [[*x[: len(x) - k], *fresh(e.outputs[0].shape[len(x) - k :], 'fft')]]
-
-
-# ---- moving axes ---------------------------------------------------------------------
-
-
-def transpose(facts, e, x):
-  return [[x[i] for i in e.params['permutation']]]
-
-
-def squeeze(facts, e, x):
-  return [[d for i, d in enumerate(x) if i not in e.params['dimensions']]]
-
-
-def broadcast_in_dim(facts, e, x, *_):
-  out = fresh(e.outputs[0].shape)
-  for i, o in enumerate(e.params['broadcast_dimensions']):
-    if x[i].size == out[o].size:
-      out[o] = x[i]
-  return [out]
-
-
-def reshape(facts, e, x, *_):
-  """Matches runs of axes with equal products: prod(ins) = prod(outs)."""
-  shape = e.outputs[0].shape
-  if 0 in shape:
-    return opaque(facts, e, x)
-  out: list[Axis] = fresh(shape)
-  i = j = 0
-  while i < len(x) or j < len(shape):
-    i0, j0, a, b = i, j, 1, 1
-    if i < len(x):
-      a, i = x[i].size, i + 1
-    if j < len(shape):
-      b, j = shape[j], j + 1
-    while a != b:
-      if a < b:
-        a, i = a * x[i].size, i + 1
-      else:
-        b, j = b * shape[j], j + 1
-    ins = [d for d in x[i0:i] if d.size != 1]
-    big = [k for k in range(j0, j) if shape[k] != 1]
-    if len(big) == 1:
-      out[big[0]] = norm(Prod(*ins))
-    elif big:
-      unify(Prod(*ins), Prod(*(out[k] for k in big)), e)
-  return [out]
-
-
-def cut(a: Axis, lo: int, hi: int, e: jx.Equation) -> Axis:
-  """The part of an axis from lo to hi."""
-  if (lo, hi) == (0, a.size):
-    return a
-  try:
-    _, rest = split(a, lo, e)
-    return norm(split(rest, hi - lo, e)[0])
-  except LayoutError as error:
-    pin(a, f'sliced across its layout: {error}')
-    return Var(hi - lo, 'a slice across a layout')
-
-
-def split_rule(facts, e, x):
-  sizes, axis = e.params['sizes'], e.params['axis']
-  outs, at = [], 0
-  for n in map(int, sizes):
-    outs.append([*x[:axis], cut(x[axis], at, at + n, e), *x[axis + 1 :]])
-    at += n
-  return outs
-
-
-def slice_rule(facts, e, x):
-  p = e.params
-  steps = p['strides'] or [1] * len(x)
-  bounds = zip(x, p['start_indices'], p['limit_indices'], steps, strict=True)
-  return [
-    [
-      cut(d, lo, hi, e) if step == 1 else strided(d, lo, hi, step, e)
-      for d, lo, hi, step in bounds
-    ]
-  ]
-
-
-def strided(d: Axis, lo: int, hi: int, step: int, e: jx.Equation) -> Axis:
-  """Every step-th slice: the outer factor of outer*step, where the layout allows it."""
-  count = -(-(hi - lo) // step)
-  if lo < step and count * step == d.size:
-    try:
-      outer, inner = factor(d, count, e)
-      pin(inner, 'strided slice')
-      return outer
-    except LayoutError:
-      pass
-  pin(d, 'strided slice')
-  return Var(count, 'strided slice')
-
-
-def concatenate(facts, e, *ins):
-  k = e.params['dimension']
-  first, *rest = ins
-  for x in rest:
-    equal([*first[:k], *first[k + 1 :]], [*x[:k], *x[k + 1 :]], e)
-  return [[*first[:k], norm(Cat(*(x[k] for x in ins))), *first[k + 1 :]]]
-
-
-def pad(facts, e, x, _):
-  out = []
-  for d, (lo, hi, inner), n in zip(
-    x, e.params['padding_config'], e.outputs[0].shape, strict=True
-  ):
-    if inner or lo < 0 or hi < 0:
-      pin(d, 'padded inside or cropped')
-      out.append(Var(n, 'padded inside or cropped'))
-    else:
-      ends = [Var(n, 'padding') if n else Cat() for n in (lo, hi)]
-      out.append(norm(Cat(ends[0], d, ends[1])))
-  return [out]
-
-
-def tile(facts, e, x):
-  reps = e.params['reps']
-  return [
-    [norm(Prod(Var(r, 'tiled'), d)) if r > 1 else d for d, r in zip(x, reps, strict=True)]
-  ]
-
-
-def stack(facts, e, *ins):
-  for x in ins[1:]:
-    equal(ins[0], x, e)
-  axis = e.params['axis']
-  return [[*ins[0][:axis], Var(len(ins), 'stacked'), *ins[0][axis:]]]
-
-
-def unstack(facts, e, x):
-  axis = e.params['axis']
-  pin(x[axis], 'unstacked')
-  return [[d for i, d in enumerate(x) if i != axis]] * len(e.outputs)
-
-
-def iota(facts, e, *_):
-  d = e.params['dimension']
-  return [[Var(n, 'iota' if i == d else None) for i, n in enumerate(e.params['shape'])]]
-
-
-# ---- contracting, reducing -------------------------------------------------------------
+# ---- contracting, reducing -----------------------------------------------------------
 
 
 def dot_general(facts, e, lhs, rhs):
@@ -364,70 +172,6 @@ def window(facts, e, *ins):
   return [out] * len(e.outputs)
 
 
-# ---- indexing ------------------------------------------------------------------------
-
-
-def gather(facts, e, x, idx):
-  dn, sizes = e.params['dimension_numbers'], e.params['slice_sizes']
-  batching = dict(
-    zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
-  )
-  for i, j in batching.items():
-    unify(x[i], idx[j], e)
-  for i in dn.start_index_map:
-    pin(x[i], 'indexed')
-  offset = iter(
-    i for i in range(len(x)) if i not in {*dn.collapsed_slice_dims, *batching}
-  )
-  rows, out = iter(idx[:-1]), []
-  for k in range(len(e.outputs[0].shape)):
-    if k not in dn.offset_dims:
-      out.append(next(rows))
-      continue
-    i = next(offset)
-    out.append(x[i] if sizes[i] == x[i].size else Var(sizes[i], 'indexed'))
-  return [out]
-
-
-def scatter(facts, e, x, idx, updates):
-  dn = e.params['dimension_numbers']
-  batching = dict(
-    zip(dn.operand_batching_dims, dn.scatter_indices_batching_dims, strict=True)
-  )
-  for i, j in batching.items():
-    unify(x[i], idx[j], e)
-  for i in dn.scatter_dims_to_operand_dims:
-    pin(x[i], 'indexed')
-  kept = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
-  for i, k in zip(kept, dn.update_window_dims, strict=True):
-    _same_or_pin(x[i], updates[k], e)
-  rows = [d for k, d in enumerate(updates) if k not in dn.update_window_dims]
-  equal(rows, idx[:-1], e)
-  return [x]
-
-
-def dynamic_slice(facts, e, x, *_):
-  return [
-    [_same_or_pin(d, Var(n), e) for d, n in zip(x, e.params['slice_sizes'], strict=True)]
-  ]
-
-
-def dynamic_update_slice(facts, e, x, update, *_):
-  for d, u in zip(x, update, strict=True):
-    _same_or_pin(d, u, e)
-  return [x]
-
-
-def _same_or_pin(d: Axis, part: Axis, e: jx.Equation) -> Axis:
-  """A window over all of d is d itself; a smaller one pins both."""
-  if d.size == part.size:
-    unify(d, part, e)
-  else:
-    pin(d, f'part of it is addressed by {e.name}')
-    pin(part, f'part of an axis addressed by {e.name}')
-  return part
-
-
 # ---- control flow --------------------------------------------------------------------
 
 
@@ -480,12 +224,14 @@ def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
 
 
 RULES = {
-  'broadcast_in_dim': broadcast_in_dim, 'concatenate': concatenate, 'cond': cond,
-  'conv_general_dilated': conv_general_dilated, 'custom_jvp_call': own_derivative,
+  'broadcast_in_dim': lay.broadcast_in_dim, 'concatenate': lay.concatenate,
+  'cond': cond, 'conv_general_dilated': conv_general_dilated,
+  'custom_jvp_call': own_derivative,
   'custom_vjp_call': own_derivative, 'dot_general': dot_general,
-  'dynamic_slice': dynamic_slice, 'dynamic_update_slice': dynamic_update_slice,
-  'expand_dims': reshape, 'fft': fft, 'gather': gather, 'iota': iota, 'pad': pad,
-  'reshape': reshape, 'rev': rev, 'scan': scan, 'slice': slice_rule, 'sort': sort,
-  'split': split_rule, 'squeeze': squeeze, 'stack': stack, 'tile': tile, 'top_k': top_k,
-  'transpose': transpose, 'unstack': unstack, 'while': while_rule,
+  'dynamic_slice': lay.dynamic_slice, 'dynamic_update_slice': lay.dynamic_update_slice,
+  'expand_dims': lay.reshape, 'fft': lay.fft, 'gather': lay.gather, 'iota': lay.iota,
+  'pad': lay.pad, 'reshape': lay.reshape, 'rev': lay.rev, 'scan': scan,
+  'slice': lay.slice_rule, 'sort': sort, 'split': lay.split_rule,
+  'squeeze': lay.squeeze, 'stack': lay.stack, 'tile': lay.tile, 'top_k': top_k,
+  'transpose': lay.transpose, 'unstack': lay.unstack, 'while': while_rule,
 }  # fmt: skip

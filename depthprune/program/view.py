@@ -1,4 +1,4 @@
-"""A function at one set of input shapes and in one mode: traced, with its axes solved."""
+"""A function at one set of input shapes and in one mode: traced, its axes solved."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.deadcode import dependent, simplify
+from depthprune.program.facts import Facts, fresh
 
 
 class Decision(NamedTuple):
@@ -37,7 +39,7 @@ class View(NamedTuple):
       among the program's outputs."""
 
   program: jx.Program
-  facts: rules.Facts
+  facts: Facts
   leaves: dict[str, jx.Value]
   groups: dict[str, ax.Axis]
   tree: Any
@@ -50,7 +52,7 @@ class View(NamedTuple):
       hole if i in self.dropped else next(rest) for i in range(self.tree.num_leaves)
     ]
     out = jax.tree.unflatten(self.tree, full)
-    return _without(out, hole) if self.dropped else out
+    return without(out, hole) if self.dropped else out
 
   def decided(self, decision: Decision) -> jx.Program:
     """The program after a decision on branches and exits."""
@@ -102,8 +104,8 @@ def look(
   dropped = frozenset()
   if decision is not None:
     program, dropped = _decided(program, tree, leaves, decision)
-  facts = rules.Facts()
-  data = [rules.fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
+  facts = Facts()
+  data = [fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
   rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
   return View(program, facts, leaves, {}, tree, dropped)
 
@@ -132,12 +134,14 @@ def remembered(build: Callable) -> Callable:
     dynamic, merge = split_arrays(kwargs)
     inputs, dynamic = jax.eval_shape(lambda *a: a, inputs, dynamic)
     arrays, tree = jax.tree.flatten((inputs, dynamic))
-    static = jax.tree.leaves(merge([None] * len(dynamic)))
-    key = (tree, tuple((a.shape, a.dtype, a.weak_type) for a in arrays), tuple(static))
+    static, names = jax.tree.flatten(merge([None] * len(dynamic)))
+    shapes = tuple((a.shape, a.dtype, a.weak_type) for a in arrays)
+    key = (tree, shapes, names, tuple(static))
     if key in views:
       return views[key]
     built = build(inputs, merge(dynamic))
-    if not any(isinstance(c, jax.core.Tracer) for c in built.program.constants.values()):
+    constants = built.program.constants.values()
+    if not any(isinstance(c, Tracer) for c in constants):
       views[key] = built
     return built
 
@@ -162,12 +166,13 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
   return simplify(program, known, gone), frozenset(gone)
 
 
-def _without(tree, hole):
+def without(tree: Any, hole: Any) -> Any:
   """The tree, its dict entries that hold nothing but holes taken out."""
   if isinstance(tree, Mapping):
-    parts = {k: _without(v, hole) for k, v in tree.items()}
+    parts = {k: without(v, hole) for k, v in tree.items()}
     parts = {k: v for k, v in parts.items() if v is not hole}
-    return type(tree)(parts) if parts or not tree else hole
+    make: Any = type(tree)
+    return make(parts) if parts or not tree else hole
   if type(tree) is tuple:
-    return tuple({} if (v := _without(x, hole)) is hole else v for x in tree)
+    return tuple({} if (v := without(x, hole)) is hole else v for x in tree)
   return tree

@@ -1,9 +1,9 @@
 """Branch gates that stay open become part of the arrays.
 
-y·g with y = BN(conv(x)) is the same as BN with its scale and bias multiplied by g. Which
-arrays carry the factor is read from the program: backwards from the product, through
-sums (both sides), products (one side) and what only moves values, to variables that are
-read once.
+y·g with y = BN(conv(x)) is the same as BN with its scale and bias multiplied by g.
+Which arrays carry the factor is read from the program: backwards from the product,
+through sums (both sides), products (one side) and what only moves values, to variables
+that are read once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from depthprune.program.view import View, paths_of
 def fold(view: View, variables: Any, open_: Mapping[str, np.ndarray]) -> Any:
   """The variables with every branch gate multiplied into the arrays of its branch.
 
-  open_: by path, the value of each gate that stays, 0 where a layer of a scan is closed;
+  open_: by path, the value of each gate that stays, 0 where a layer of a scan is
+  closed;
     gates that are 1 everywhere are left alone. variables keep their branch gates.
 
   Raises: ValueError where a gate cannot be folded."""

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from depthprune.program import axes as ax
 from depthprune.program import cost
+from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.view import paths_of
 
@@ -89,7 +89,7 @@ def rank(
 ) -> dict[str, np.ndarray]:
   """The score of every slice of every group that can be gated. {group: float [n]}"""
   groups = [g for g in coupling.groups.values() if not g.ungated]
-  if score == 'random':
+  if key is not None and score == 'random':
     keys = jax.random.split(key, len(groups))
     pairs = zip(groups, keys, strict=True)
     return {g.name: np.asarray(jax.random.uniform(k, (g.size,))) for g, k in pairs}
@@ -112,7 +112,7 @@ def norms(
   written = [m for m in members if m not in coupling.reads] or members
   total = np.zeros(size)
   for path, axis in written or coupling.groups[group].members:
-    at = ax.index_of(coupling.axes[path][axis], variable)
+    at = sl.index_of(coupling.axes[path][axis], variable)
     weight = np.abs(np.asarray(leaves[path], np.float64)) ** power
     others = tuple(i for i in range(weight.ndim) if i != axis)
     np.add.at(total, at[at >= 0], weight.sum(axis=others)[at >= 0])

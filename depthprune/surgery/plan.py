@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
+from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
-from depthprune.program.view import paths_of
+from depthprune.program.view import paths_of, without
 
 Plan = Mapping[str, tuple[np.ndarray, ...]]  # path -> kept slices of each axis, bool
 
@@ -25,7 +26,7 @@ def index_plan(coupling: Coupling, keep: Mapping) -> Plan:
     kept[coupling.axis(group)] = np.asarray(slices)
   dead = coupling.decision(keep).dead
   return {
-    path: tuple(ax.mask(d, kept) for d in dims)
+    path: tuple(sl.mask(d, kept) for d in dims)
     for path, dims in coupling.axes.items()
     if path not in dead and not path.startswith('branches/')
   }
@@ -35,11 +36,12 @@ def cut(tree: Any, plan: Plan) -> Any:
   """The variables that the plan leaves, in the structure they had.
 
   Dict entries of dead variables go; a pytree of another kind keeps them uncut."""
-  leaves = paths_of(tree)
-  if isinstance(tree, Mapping):
-    return _cut_mapping(tree, plan, ())
-  small = [take(x, plan[p]) if p in plan else x for p, x in leaves.items()]
-  return jax.tree.unflatten(jax.tree.structure(tree), small)
+  hole = object() if isinstance(tree, Mapping) else None
+  small = [
+    take(x, plan[path]) if path in plan else x if hole is None else hole
+    for path, x in paths_of(tree).items()
+  ]
+  return without(jax.tree.unflatten(jax.tree.structure(tree), small), hole)
 
 
 def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
@@ -50,26 +52,6 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
   return x
 
 
-def _cut_mapping(tree: Mapping, plan: Plan, prefix: tuple) -> Any:
-  small = {}
-  for name, sub in tree.items():
-    path = (*prefix, str(name))
-    if isinstance(sub, Mapping):
-      sub = _cut_mapping(sub, plan, path)
-      if sub or not tree[name]:
-        small[name] = sub
-    elif '/'.join(path) in plan:
-      small[name] = take(sub, plan['/'.join(path)])
-    elif not jax.tree.leaves(sub):
-      small[name] = sub
-    elif not hasattr(sub, 'shape'):
-      inner = {f'{"/".join(path)}/{p}': x for p, x in paths_of(sub).items()}
-      parts = [take(x, plan[p]) if p in plan else x for p, x in inner.items()]
-      if any(p in plan for p in inner):
-        small[name] = jax.tree.unflatten(jax.tree.structure(sub), parts)
-  return type(tree)(small)
-
-
 def cut_optimizer(
   tx: Any, opt_state: Any, small: Any, plan: Plan, prefix: str
 ) -> tuple[Any, list[str]]:
@@ -77,9 +59,9 @@ def cut_optimizer(
 
   small: the tree that tx now optimises. prefix: where that tree stands in the paths of
     the plan ('params/' for the tree of parameters).
-  A leaf whose path ends in a variable's path and that has the variable's shape is cut as
-  the variable is; counters are carried over; anything else (factored statistics) takes
-  the value of tx.init(small), and is named.
+  A leaf whose path ends in a variable's path and that has the variable's shape is cut
+  as the variable is; counters are carried over; anything else (factored statistics)
+  takes the value of tx.init(small), and is named.
 
   Raises: ValueError when opt_state is not a state of tx."""
   fresh = tx.init(small)

@@ -1,4 +1,4 @@
-"""A decision made coherent: whole tree, no empty trunk, hardware widths, all explained."""
+"""A decision made coherent: complete, no empty trunk, hardware widths, explained."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
+from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.plug import plug
 from depthprune.program.rebind import slim
@@ -50,8 +51,9 @@ def verify(
   Masking closes the gates of a group where it can be gated, and zeroes the slices of
   other groups.
 
-  inputs: example inputs; floats are replaced by noise. shrink(variables, keep): the small
-  variables. asked, keep: the decision before and after settling, all entries present."""
+  inputs: example inputs; floats are replaced by noise. shrink(variables, keep): the
+  small variables. asked, keep: the decision before and after settling, all entries
+  present."""
   masked = jax.jit(_masked(coupling))
   small = jax.jit(slim(coupling.fn, coupling, keep))
   nothing = {'channels': {}, 'branches': {}}
@@ -66,7 +68,9 @@ def verify(
       got = small(shrink(arrays, keep), *probe, **coupling.kwargs)
       pairs = ((reference, got), (wanted, reference), (full, reference))
       rows.append([relative(a, b) for a, b in pairs])
-  verdict = Verdict(*np.max(rows, axis=0).tolist(), _tolerance(coupling))
+  verdict = Verdict(
+    *(max(column) for column in zip(*rows)), tolerance=_tolerance(coupling)
+  )
   if verdict.difference <= verdict.tolerance:
     return verdict
   blame = _blame(coupling, variables, inputs, shrink, keep, verdict.tolerance)
@@ -85,7 +89,7 @@ def relative(a: Any, b: Any) -> float:
 
 
 def randomised(variables: Any) -> Any:
-  """Float arrays moved by noise of their own size; what is nowhere negative stays so."""
+  """Float arrays moved by noise of their size; what is nowhere negative stays so."""
   rng = np.random.default_rng(0)
 
   def one(path, x):
@@ -102,11 +106,11 @@ def randomised(variables: Any) -> Any:
 
 
 def _is_float(x) -> bool:
-  return hasattr(x, 'dtype') and jax.dtypes.issubdtype(x.dtype, np.floating)
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, np.floating)
 
 
 def _noise(inputs: tuple, seed: int) -> tuple:
-  """Example inputs, their floats replaced by noise; abstract integers become 0 and 1."""
+  """Inputs with their floats replaced by noise; abstract integers become 0 and 1."""
   rng = np.random.default_rng(seed)
 
   def one(x):
@@ -114,7 +118,7 @@ def _noise(inputs: tuple, seed: int) -> tuple:
       return jnp.asarray(rng.normal(size=x.shape), x.dtype)
     if not isinstance(x, jax.ShapeDtypeStruct):
       return x
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       return jnp.broadcast_to(jax.random.key(seed), x.shape)
     return jnp.asarray(rng.integers(0, 2, x.shape), x.dtype)
 
@@ -142,11 +146,12 @@ def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]
       zeroed[coupling.axis(name)] = np.asarray(kept)
   leaves = paths_of(variables)
   branches = {
-    b: leaves[f'branches/{b}'] * keep['branches'].get(b, True) for b in coupling.branches
+    b: leaves[f'branches/{b}'] * keep['branches'].get(b, True)
+    for b in coupling.branches
   }
   for path, leaf in leaves.items():
     for i, d in enumerate(coupling.axes[path]):
-      kept = ax.mask(d, zeroed)
+      kept = sl.mask(d, zeroed)
       if not kept.all():
         shape = [-1 if j == i else 1 for j in range(leaf.ndim)]
         leaf = leaf * kept.reshape(shape).astype(leaf.dtype)

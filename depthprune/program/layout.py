@@ -1,0 +1,241 @@
+"""Rules of the primitives that move, cut, join or address axes."""
+
+from __future__ import annotations
+
+from depthprune.program import jaxpr as jx
+from depthprune.program.axes import (
+  Axis,
+  Cat,
+  LayoutError,
+  Prod,
+  Var,
+  factor,
+  norm,
+  pin,
+  split,
+  unify,
+)  # fmt: skip
+from depthprune.program.facts import equal, fresh, opaque
+
+
+def rev(facts, e, x):
+  for d in e.params['dimensions']:
+    pin(x[d], 'reversed')
+  return [x]
+
+
+def fft(facts, e, x):
+  k = len(e.params['fft_lengths'])
+  for d in x[len(x) - k :]:
+    pin(d, 'fft')
+  return [[*x[: len(x) - k], *fresh(e.outputs[0].shape[len(x) - k :], 'fft')]]
+
+
+# ---- moving axes ---------------------------------------------------------------------
+
+
+def transpose(facts, e, x):
+  return [[x[i] for i in e.params['permutation']]]
+
+
+def squeeze(facts, e, x):
+  return [[d for i, d in enumerate(x) if i not in e.params['dimensions']]]
+
+
+def broadcast_in_dim(facts, e, x, *_):
+  out = fresh(e.outputs[0].shape)
+  for i, o in enumerate(e.params['broadcast_dimensions']):
+    if x[i].size == out[o].size:
+      out[o] = x[i]
+  return [out]
+
+
+def reshape(facts, e, x, *_):
+  """Matches runs of axes with equal products: prod(ins) = prod(outs)."""
+  shape = e.outputs[0].shape
+  if 0 in shape:
+    return opaque(facts, e, x)
+  out: list[Axis] = fresh(shape)
+  i = j = 0
+  while i < len(x) or j < len(shape):
+    i0, j0, a, b = i, j, 1, 1
+    if i < len(x):
+      a, i = x[i].size, i + 1
+    if j < len(shape):
+      b, j = shape[j], j + 1
+    while a != b:
+      if a < b:
+        a, i = a * x[i].size, i + 1
+      else:
+        b, j = b * shape[j], j + 1
+    ins = [d for d in x[i0:i] if d.size != 1]
+    big = [k for k in range(j0, j) if shape[k] != 1]
+    if len(big) == 1:
+      out[big[0]] = norm(Prod(*ins))
+    elif big:
+      unify(Prod(*ins), Prod(*(out[k] for k in big)), e)
+  return [out]
+
+
+def cut(a: Axis, lo: int, hi: int, e: jx.Equation) -> Axis:
+  """The part of an axis from lo to hi."""
+  if (lo, hi) == (0, a.size):
+    return a
+  try:
+    _, rest = split(a, lo, e)
+    return norm(split(rest, hi - lo, e)[0])
+  except LayoutError as error:
+    pin(a, f'sliced across its layout: {error}')
+    return Var(hi - lo, 'a slice across a layout')
+
+
+def split_rule(facts, e, x):
+  sizes, axis = e.params['sizes'], e.params['axis']
+  outs, at = [], 0
+  for n in map(int, sizes):
+    outs.append([*x[:axis], cut(x[axis], at, at + n, e), *x[axis + 1 :]])
+    at += n
+  return outs
+
+
+def slice_rule(facts, e, x):
+  p = e.params
+  steps = p['strides'] or [1] * len(x)
+  bounds = zip(x, p['start_indices'], p['limit_indices'], steps, strict=True)
+  return [
+    [
+      cut(d, lo, hi, e) if step == 1 else strided(d, lo, hi, step, e)
+      for d, lo, hi, step in bounds
+    ]
+  ]
+
+
+def strided(d: Axis, lo: int, hi: int, step: int, e: jx.Equation) -> Axis:
+  """Every step-th slice: the outer factor of outer*step, where the layout allows it."""
+  count = -(-(hi - lo) // step)
+  if lo < step and count * step == d.size:
+    try:
+      outer, inner = factor(d, count, e)
+      pin(inner, 'strided slice')
+      return outer
+    except LayoutError:
+      pass
+  pin(d, 'strided slice')
+  return Var(count, 'strided slice')
+
+
+def concatenate(facts, e, *ins):
+  k = e.params['dimension']
+  first, *rest = ins
+  for x in rest:
+    equal([*first[:k], *first[k + 1 :]], [*x[:k], *x[k + 1 :]], e)
+  return [[*first[:k], norm(Cat(*(x[k] for x in ins))), *first[k + 1 :]]]
+
+
+def pad(facts, e, x, _):
+  out = []
+  for d, (lo, hi, inner), n in zip(
+    x, e.params['padding_config'], e.outputs[0].shape, strict=True
+  ):
+    if inner or lo < 0 or hi < 0:
+      pin(d, 'padded inside or cropped')
+      out.append(Var(n, 'padded inside or cropped'))
+    else:
+      ends = [Var(n, 'padding') if n else Cat() for n in (lo, hi)]
+      out.append(norm(Cat(ends[0], d, ends[1])))
+  return [out]
+
+
+def tile(facts, e, x):
+  reps = e.params['reps']
+  return [
+    [
+      norm(Prod(Var(r, 'tiled'), d)) if r > 1 else d
+      for d, r in zip(x, reps, strict=True)
+    ]
+  ]
+
+
+def stack(facts, e, *ins):
+  for x in ins[1:]:
+    equal(ins[0], x, e)
+  axis = e.params['axis']
+  return [[*ins[0][:axis], Var(len(ins), 'stacked'), *ins[0][axis:]]]
+
+
+def unstack(facts, e, x):
+  axis = e.params['axis']
+  pin(x[axis], 'unstacked')
+  return [[d for i, d in enumerate(x) if i != axis]] * len(e.outputs)
+
+
+def iota(facts, e, *_):
+  d = e.params['dimension']
+  return [[Var(n, 'iota' if i == d else None) for i, n in enumerate(e.params['shape'])]]
+
+
+# ---- indexing ------------------------------------------------------------------------
+
+
+def gather(facts, e, x, idx):
+  dn, sizes = e.params['dimension_numbers'], e.params['slice_sizes']
+  batching = dict(
+    zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
+  )
+  for i, j in batching.items():
+    unify(x[i], idx[j], e)
+  for i in dn.start_index_map:
+    pin(x[i], 'indexed')
+  offset = iter(
+    i for i in range(len(x)) if i not in {*dn.collapsed_slice_dims, *batching}
+  )
+  rows, out = iter(idx[:-1]), []
+  for k in range(len(e.outputs[0].shape)):
+    if k not in dn.offset_dims:
+      out.append(next(rows))
+      continue
+    i = next(offset)
+    out.append(x[i] if sizes[i] == x[i].size else Var(sizes[i], 'indexed'))
+  return [out]
+
+
+def scatter(facts, e, x, idx, updates):
+  dn = e.params['dimension_numbers']
+  batching = dict(
+    zip(dn.operand_batching_dims, dn.scatter_indices_batching_dims, strict=True)
+  )
+  for i, j in batching.items():
+    unify(x[i], idx[j], e)
+  for i in dn.scatter_dims_to_operand_dims:
+    pin(x[i], 'indexed')
+  kept = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
+  for i, k in zip(kept, dn.update_window_dims, strict=True):
+    _same_or_pin(x[i], updates[k], e)
+  rows = [d for k, d in enumerate(updates) if k not in dn.update_window_dims]
+  equal(rows, idx[:-1], e)
+  return [x]
+
+
+def dynamic_slice(facts, e, x, *_):
+  return [
+    [
+      _same_or_pin(d, Var(n), e)
+      for d, n in zip(x, e.params['slice_sizes'], strict=True)
+    ]
+  ]
+
+
+def dynamic_update_slice(facts, e, x, update, *_):
+  for d, u in zip(x, update, strict=True):
+    _same_or_pin(d, u, e)
+  return [x]
+
+
+def _same_or_pin(d: Axis, part: Axis, e: jx.Equation) -> Axis:
+  """A window over all of d is d itself; a smaller one pins both."""
+  if d.size == part.size:
+    unify(d, part, e)
+  else:
+    pin(d, f'part of it is addressed by {e.name}')
+    pin(part, f'part of an axis addressed by {e.name}')
+  return part
