@@ -1,0 +1,235 @@
+"""What every model must do: outputs, taps, `arch`, `until`, scan, compute type."""
+
+import json
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from depthprune.models import build, describe, names
+from depthprune.models.heads import Head, WithHeads
+from depthprune.models.mlp import MLP
+from depthprune.models.resnet import ResNet
+from depthprune.models.vgg import VGG
+
+SMALL = {
+  'mlp': lambda **more: MLP(hidden=(6, 6, 6), **more),
+  'vgg': lambda **more: VGG(blocks=(1, 3, 2), width=4, **more),
+  'resnet A': lambda **more: ResNet(depth=20, width=4, **more),
+  'resnet B': lambda **more: ResNet(depth=14, width=4, shortcut='B', **more),
+  'bottleneck': lambda **more: ResNet(
+    depth=11, width=4, bottleneck=True, shortcut='B', **more
+  ),
+  'imagenet': lambda **more: build('resnet18', width=4, **more),
+  'heads': lambda **more: WithHeads(
+    ResNet(depth=14, width=4, shortcut='B', **more),
+    {'early': Head('stage1/block1', hidden=5), 'late': Head('stage3/block1')},
+  ),
+}
+every_model = pytest.mark.parametrize('make', SMALL.values(), ids=SMALL)
+X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+
+
+def shapes(model, x=X):
+  return jax.eval_shape(model.init, jax.random.key(0), x)
+
+
+def flat(tree) -> dict[str, Any]:
+  return cast(Any, flatten_dict(tree, sep='/'))
+
+
+def kernel_widths(variables):
+  """{path: outputs} of all kernels, and of all branch gates {path: how many}."""
+  params = flat(variables['params'])
+  gates = flat(variables.get('branches', {}))
+  kernels = {k.removesuffix('/kernel'): v.shape[-1] for k, v in params.items()}
+  widths = {
+    path: width for path, width in kernels.items() if f'{path}/kernel' in params
+  }
+  return widths | {path: gate.size for path, gate in gates.items()}
+
+
+def without_logits(widths):
+  return {
+    path: width
+    for path, width in widths.items()
+    if path.split('/')[-1] not in ('head', 'out') and not path.startswith('exit/')
+  }
+
+
+@pytest.mark.parametrize('name', names())
+def test_named_models_have_float32_logits_and_every_tap(name):
+  model, x = build(name, classes=7), jnp.ones((2, 32, 32, 3))
+  outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+  assert set(outputs) == {*model.taps, 'main'} and model.exits == ('main',)
+  assert outputs['main'].shape == (2, 7) and outputs['main'].dtype == jnp.float32
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@every_model
+def test_widths_are_those_of_the_arrays(make, scan):
+  model = make(scan=scan)
+  assert without_logits(kernel_widths(shapes(model))) == without_logits(model.widths)
+
+
+@pytest.mark.parametrize('name', [name for name in SMALL if name != 'resnet A'])
+def test_arch_gives_exactly_its_shapes_and_trains(name, randomised):
+  """Every kernel half as wide, so that streams agree, and some branches removed."""
+  model = SMALL[name]()
+  half = {key: max(w // 2, 1) for key, w in without_logits(model.widths).items()}
+  units = [key for key in half if key.endswith('/branch')]
+  arch = half | {key: int(i % 3 > 0) for i, key in enumerate(units)}
+  removed = tuple(key.removesuffix('branch') for key in units if not arch[key])
+  small = model.clone(arch=arch)
+  variables = randomised(small, X)
+  assert without_logits(kernel_widths(variables)) == {
+    key: width
+    for key, width in arch.items()
+    if not key.startswith(removed) or 'shortcut' in key
+  }
+
+  def loss(params):
+    trained = {**variables, 'params': params}
+    outputs, _ = small.apply(trained, X, True, mutable='batch_stats')
+    return jnp.square(outputs['main']).sum()
+
+  slopes = jax.jit(jax.grad(loss))(variables['params'])
+  assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
+  assert jnp.any(flat(slopes)[f'{next(iter(half))}/kernel'] != 0)
+
+
+@every_model
+def test_unknown_arch_keys_are_refused_with_the_nearest(make):
+  model = make()
+  key = next(iter(model.widths))
+  with pytest.raises(ValueError, match=f"no key '{key}x'.*Nearest: .*{key}"):
+    shapes(model.clone(arch={f'{key}x': 1}))
+  with pytest.raises(ValueError, match=rf"arch\['{key}'\] is 99; expected .* from 1"):
+    shapes(model.clone(arch={key: 99}))
+
+
+@every_model
+def test_until_ends_the_network_at_that_tap(make, randomised):
+  model = make()
+  model = getattr(model, 'trunk', model)
+  variables = randomised(model, X)
+  full = jax.jit(model.apply)(variables, X)
+  middle = model.taps[len(model.taps) // 2]
+  part = model.clone(until=middle)
+  outputs = jax.jit(part.apply)(variables, X)
+  assert part.exits == (middle,) and {middle} <= set(outputs) < set(full)
+  np.testing.assert_array_equal(outputs[middle], full[middle])
+  ours, all_ = (flat(shapes(m)['params']) for m in (part, model))
+  assert ours.keys() < all_.keys() and not any(k.startswith('head') for k in ours)
+  with pytest.raises(ValueError, match=rf"no tap '{middle}x'.*Nearest: .*{middle}"):
+    shapes(model.clone(until=f'{middle}x'))
+
+
+def stacked(tree):
+  """The tree of a scanned model, from that of the unrolled one."""
+  if not isinstance(tree, dict):
+    return tree
+  tree = {name: stacked(part) for name, part in tree.items()}
+  for kind in ('block', 'layer'):
+    rest = [name for name in tree if name.startswith(kind) and name != f'{kind}0']
+    if rest:
+      parts = [tree.pop(f'{kind}{i}') for i in range(1, len(rest) + 1)]
+      tree[f'{kind}s'] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+  return tree
+
+
+@pytest.mark.parametrize('train', [False, True])
+@every_model
+def test_scanned_equals_unrolled(make, train, randomised):
+  unrolled, scanned = make(), make(scan=True)
+  variables = randomised(unrolled, X)
+  expected_shapes = jax.tree.map(jnp.shape, shapes(scanned))
+  assert jax.tree.map(jnp.shape, stacked(variables)) == expected_shapes
+
+  def run(model, variables):
+    return jax.jit(model.apply, static_argnames=('train', 'mutable'))(
+      variables, X, train=train, mutable=('batch_stats',)
+    )
+
+  (one, one_stats), (two, two_stats) = (
+    run(unrolled, variables),
+    run(scanned, stacked(variables)),
+  )
+  assert set(two) == {*scanned.taps, *scanned.exits} <= set(one)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+  jax.tree.map(close, {name: one[name] for name in two}, two)
+  jax.tree.map(close, stacked(one_stats), two_stats)
+
+
+@pytest.mark.parametrize('left', [0, 1])
+def test_a_scanned_stack_has_as_many_layers_as_arch_says(left, randomised):
+  model = ResNet(depth=20, width=4, scan=True)
+  variables = randomised(model, X)
+  small = model.clone(arch={'stage2/blocks/branch': left})
+
+  def first(path, leaf):
+    return leaf[:left] if 'stage2/blocks/' in path else leaf
+
+  full = flat(variables)
+  cut = {path: first(path, leaf) for path, leaf in full.items()}
+  cut = {path: leaf for path, leaf in cut.items() if leaf.size}
+  small_shapes = flat(shapes(small))
+  assert {k: v.shape for k, v in cut.items()} == {
+    k: v.shape for k, v in small_shapes.items()
+  }
+  gate = 'branches/stage2/blocks/branch'
+  masked = unflatten_dict({**full, gate: full[gate].at[left:].set(0)}, sep='/')
+  expected = jax.jit(model.apply)(masked, X)['main']
+  reached = jax.jit(small.apply)(unflatten_dict(cut, sep='/'), X)['main']
+  np.testing.assert_allclose(reached, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_model
+def test_bfloat16_computes_so_and_keeps_float32_parameters_and_logits(make, randomised):
+  full, half = make(), make(dtype=jnp.bfloat16)
+  variables = randomised(full, X)
+  expected = jax.jit(full.apply)(variables, X)
+  assert jax.tree.map(jnp.dtype, shapes(half)) == jax.tree.map(jnp.dtype, shapes(full))
+  outputs = jax.jit(half.apply)(variables, X)
+  for name in (*half.taps, *half.exits):
+    assert outputs[name].dtype == (jnp.float32 if name in half.exits else jnp.bfloat16)
+    scale = jnp.abs(expected[name]).max()
+    error = jnp.abs(outputs[name].astype(jnp.float32) - expected[name]).max() / scale
+    assert error < 0.1
+  assert error > 0
+
+
+@every_model
+def test_runs_without_the_collection_of_branch_gates(make, randomised):
+  model = make()
+  variables = randomised(model, X)
+  variables['branches'] = jax.tree.map(jnp.ones_like, variables.get('branches', {}))
+  outputs = jax.jit(model.apply)(variables, X)
+  bare = {name: tree for name, tree in variables.items() if name != 'branches'}
+  again = jax.jit(model.apply)(bare, X)
+  jax.tree.map(np.testing.assert_array_equal, again, outputs)
+
+
+@every_model
+def test_a_description_is_json_and_builds_an_equal_model(make):
+  model = make(dtype=jnp.bfloat16)
+  key = next(iter(model.widths))
+  model = model.clone(arch={key: 2})
+  description = json.loads(json.dumps(describe(model)))
+  assert build(description['name'], **description['fields']) == model
+  assert hash(model) == hash(model.clone())
+
+
+def test_wrong_names_are_refused_with_the_nearest():
+  with pytest.raises(ValueError, match=r"'resnet21'\. Nearest: .*resnet20"):
+    build('resnet21')
+  for name in ('resnet.Resnet', 'os.system', 'nothing.here'):
+    with pytest.raises(ValueError, match='no model'):
+      build(name)
+  with pytest.raises(ValueError, match='not a model of depthprune'):
+    describe(nn.Dense(3))

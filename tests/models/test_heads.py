@@ -1,0 +1,143 @@
+"""Exits on a trunk: arrays drop in, dropped exits disappear, pooling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.models import build
+from depthprune.models.heads import Head, WithHeads, pooled
+
+X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+TRUNK = build('resnet14', width=4)
+HEADS = {
+  'early': Head('stage1/block1', classes=3, hidden=5, pool='grid4'),
+  'late': Head('stage2/block1', classes=4, pool='max'),
+}
+
+
+def shapes(model):
+  tree = jax.eval_shape(model.init, jax.random.key(0), X)
+  return jax.tree.map(jnp.shape, tree)
+
+
+@pytest.fixture
+def run(randomised):
+  """model → its outputs on X, and the random arrays they were computed with."""
+
+  def outputs_and_variables(model, seed=0):
+    variables = randomised(model, X, seed)
+    return jax.jit(model.apply)(variables, X), variables
+
+  return outputs_and_variables
+
+
+def test_the_arrays_of_a_trunk_drop_in_unchanged(run):
+  outputs, trunk = run(TRUNK)
+  model = WithHeads(TRUNK, HEADS)
+  _, variables = run(model, seed=1)
+  for name, tree in trunk.items():
+    assert jax.tree.map(jnp.shape, variables[name]['trunk']) == jax.tree.map(
+      jnp.shape, tree
+    )
+    variables[name]['trunk'] = tree
+  assert set(variables['params']) == {'trunk', 'head_early', 'head_late'}
+  both = jax.jit(model.apply)(variables, X)
+  assert model.exits == ('main', 'early', 'late')
+  assert (both['early'].shape, both['late'].shape) == ((2, 3), (2, 4))
+  for name, value in outputs.items():
+    np.testing.assert_array_equal(both[name], value)
+
+
+def test_a_head_is_a_perceptron_on_the_pooled_tap(run):
+  outputs, variables = run(WithHeads(TRUNK, HEADS))
+  params = jax.tree.map(np.asarray, variables['params'])
+  out = params['head_late']['out']
+  late = outputs['stage2/block1'].max((1, 2)) @ out['kernel'] + out['bias']
+  np.testing.assert_allclose(outputs['late'], late, rtol=1e-5, atol=1e-6)
+  hidden, out = params['head_early']['hidden'], params['head_early']['out']
+  grid = np.asarray(outputs['stage1/block1']).reshape(2, 4, 2, 4, 2, 4).mean((2, 4))
+  z = np.maximum(grid.reshape(2, -1) @ hidden['kernel'] + hidden['bias'], 0)
+  early = z @ out['kernel'] + out['bias']
+  np.testing.assert_allclose(outputs['early'], early, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dropped_exit_has_no_arrays_and_changes_nothing_else(run):
+  model = WithHeads(TRUNK, HEADS)
+  outputs, variables = run(model)
+  small = model.clone(arch={'exit/early': 0})
+  assert small.exits == ('main', 'late')
+  expected = shapes(model)
+  del expected['params']['head_early']
+  assert shapes(small) == expected
+  left = jax.jit(small.apply)(variables, X)
+  assert set(outputs) - set(left) == {'early'}
+  for name, value in left.items():
+    np.testing.assert_array_equal(value, outputs[name])
+
+
+def test_without_main_the_trunk_ends_at_the_last_tap_still_read(run):
+  model = WithHeads(TRUNK, HEADS)
+  outputs, variables = run(model)
+  small = model.clone(arch={'exit/main': 0})
+  assert small.exits == ('early', 'late')
+  expected = shapes(model)
+  for tree in expected.values():
+    tree['trunk'].pop('stage3')
+  expected['params']['trunk'].pop('head')
+  assert shapes(small) == expected
+  np.testing.assert_array_equal(
+    jax.jit(small.apply)(variables, X)['late'], outputs['late']
+  )
+  smaller = small.clone(arch={**small.arch, 'exit/late': 0})
+  assert set(shapes(smaller)['params']['trunk']) == {'stem', 'stage1'}
+  assert smaller.exits == ('early',)
+
+
+def test_arch_reaches_into_the_trunk_and_the_heads():
+  arch = {'trunk/stage1/block0/conv1': 2, 'trunk/stage3/block1/branch': 0}
+  params = shapes(WithHeads(TRUNK, HEADS, {**arch, 'head_early/hidden': 3}))['params']
+  assert params['trunk']['stage1']['block0']['conv1']['kernel'] == (3, 3, 4, 2)
+  assert 'block1' not in params['trunk']['stage3']
+  assert params['head_early']['hidden']['kernel'] == (16 * 4, 3)
+  assert params['head_early']['out']['kernel'] == (3, 3)
+
+
+def test_a_pruned_trunk_stays_pruned_when_it_gets_heads():
+  thin = TRUNK.clone(arch={'stage1/block0/conv1': 2})
+  model = WithHeads(thin, HEADS)
+  assert model.arch == {'trunk/stage1/block0/conv1': 2}
+  again = model.clone(arch={**model.arch, 'exit/late': 0})
+  kernel = shapes(again)['params']['trunk']['stage1']['block0']['conv1']['kernel']
+  assert kernel == (3, 3, 4, 2)
+
+
+@pytest.mark.parametrize(
+  ('heads', 'arch', 'message'),
+  [
+    ({'a': Head('stage1/block9')}, {}, "no tap 'stage1/block9'.*Nearest: stage1/block"),
+    ({'main': Head('stage1/block0')}, {}, "head 'main': the trunk has an output"),
+    ({'a': Head('stage1/block0')}, {'exit/main': 0, 'exit/a': 0}, 'keep at least one'),
+  ],
+)
+def test_impossible_heads_are_refused(heads, arch, message):
+  with pytest.raises(ValueError, match=message):
+    WithHeads(TRUNK, heads, arch)
+
+
+def test_taps_inside_a_scan_are_refused_with_advice():
+  with pytest.raises(ValueError, match=r'scan=False gives one per block'):
+    WithHeads(build('resnet20', scan=True), {'a': Head('stage1/block1')})
+
+
+def test_pooling():
+  x = jnp.arange(2 * 7 * 2 * 3.0).reshape(2, 7, 2, 3)
+  np.testing.assert_allclose(pooled(x, 'avg'), x.mean((1, 2)))
+  np.testing.assert_array_equal(pooled(x, 'max'), x.max((1, 2)))
+  rows = np.stack([np.asarray(x)[:, i : i + 4].mean(1) for i in range(4)], 1)
+  np.testing.assert_allclose(pooled(x, 'grid4'), rows.reshape(2, -1), rtol=1e-6)
+  tokens = x.reshape(2, 14, 3)
+  np.testing.assert_array_equal(pooled(tokens, 'cls'), tokens[:, 0])
+  np.testing.assert_array_equal(pooled(tokens[:, 0], 'max'), tokens[:, 0])
+  with pytest.raises(ValueError, match=r"\(2, 14, 3\) by 'grid4'"):
+    pooled(tokens, 'grid4')
