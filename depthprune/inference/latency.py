@@ -43,6 +43,8 @@ class Comparison(NamedTuple):
   batch: int
   before: Timing
   after: Timing
+  faster: int
+  """Turns, out of `after.runs`, in which the second network was the faster one."""
 
   @property
   def speedup(self) -> float:
@@ -50,9 +52,9 @@ class Comparison(NamedTuple):
 
   @property
   def distinct(self) -> bool:
-    """Whether the interquartile ranges lie apart."""
-    before, after = self.before, self.after
-    return before.lower > after.upper or before.upper < after.lower
+    """Whether chance is ruled out: a sign test over the turns, two sigma."""
+    runs = self.after.runs
+    return abs(self.faster - runs / 2) > runs**0.5
 
 
 def interleave(
@@ -61,29 +63,34 @@ def interleave(
   least: int = 9,
   most: int = 200,
   warmup: int = 3,
-) -> list[Timing]:
-  """Times functions without arguments by turns; one Timing each, in milliseconds.
+) -> np.ndarray:
+  """Times functions without arguments by turns: milliseconds [calls, turns].
 
-  Rounds go on until `seconds` are spent on all of them together, but at least
-  `least` and at most `most` rounds. The first `warmup` rounds, which compile, do not
-  count. What a call returns is waited for on the device.
+  Turns go on until `seconds` are spent on all of them together, but at least `least`
+  and at most `most`. The first `warmup` rounds, which compile, do not count. What a
+  call returns is waited for on the device.
   """
   for _ in range(warmup):
     for call in calls:
       jax.block_until_ready(call())
-  samples: list[list[float]] = [[] for _ in calls]
+  turns: list[list[float]] = []
   spent = 0.0
-  for turn in range(most):
-    if turn >= least and spent >= seconds:
-      break
-    order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
+  while len(turns) < most and (len(turns) < least or spent < seconds):
+    order = list(range(len(calls)))[:: 1 if len(turns) % 2 == 0 else -1]
+    taken = [0.0] * len(calls)
     for index in order:
       start = time.perf_counter()
       jax.block_until_ready(calls[index]())
-      elapsed = time.perf_counter() - start
-      samples[index].append(elapsed)
-      spent += elapsed
-  return [_timing(taken) for taken in samples]
+      taken[index] = time.perf_counter() - start
+    turns.append(taken)
+    spent += sum(taken)
+  return 1e3 * np.array(turns).T
+
+
+def timing(milliseconds: np.ndarray) -> Timing:
+  """Median and quartiles of one function's turns [turns]."""
+  lower, median, upper = np.percentile(milliseconds, (25, 50, 75))
+  return Timing(float(median), float(lower), float(upper), len(milliseconds))
 
 
 def compare(
@@ -106,19 +113,21 @@ def compare(
   for batch in sorted(set(batches)):
     inputs = jax.block_until_ready([_sized(x, batch) for x in example])
     calls = [functools.partial(program, *inputs) for program in programs]
-    measured.append(Comparison(batch, *interleave(calls, seconds)))
+    taken = interleave(calls, seconds)
+    faster = int(np.sum(taken[1] < taken[0]))
+    measured.append(Comparison(batch, timing(taken[0]), timing(taken[1]), faster))
   return tuple(measured)
 
 
-def notes(measured: Sequence[Comparison]) -> dict[int, list[str]]:
-  """What the numbers do not say by themselves, as sentences, by batch size."""
+def notes(measured: Sequence[Comparison]) -> list[str]:
+  """What the numbers do not say by themselves, as sentences."""
   one = next((m.after.median for m in measured if m.batch == 1), None)
-  return {m.batch: _notes(m, one) for m in measured}
+  return [note for m in measured for note in _notes(m, one)]
 
 
 def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-  """`{batch: {before, after, speedup, quartiles, runs, notes}}`, milliseconds."""
-  said = notes(measured)
+  """`{batch: {before, after, speedup, ..., notes}}`, times in milliseconds."""
+  one = next((m.after.median for m in measured if m.batch == 1), None)
   return {
     str(m.batch): {
       'before': m.before.median,
@@ -127,7 +136,8 @@ def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
       'before_quartiles': [m.before.lower, m.before.upper],
       'after_quartiles': [m.after.lower, m.after.upper],
       'runs': m.after.runs,
-      'notes': said[m.batch],
+      'faster': m.faster,
+      'notes': _notes(m, one),
     }
     for m in measured
   }
@@ -147,8 +157,8 @@ def _notes(m: Comparison, one: float | None) -> list[str]:
   said = []
   if not m.distinct:
     said.append(
-      f'batch {m.batch}: the quartiles before and after overlap; '
-      'no difference in speed was measured'
+      f'batch {m.batch}: faster in {m.faster} of {m.after.runs} turns, which may be '
+      'chance; no difference in speed was measured'
     )
   if m.batch > 1 and one is not None:
     growth = m.after.median / one
@@ -188,8 +198,3 @@ def _sized(x: Any, batch: int) -> jax.Array:
       'pass at least one image, such as images[:1]'
     )
   return jnp.take(x, np.arange(batch) % x.shape[0], axis=0)
-
-
-def _timing(seconds: Sequence[float]) -> Timing:
-  lower, median, upper = np.percentile(1e3 * np.asarray(seconds), (25, 50, 75))
-  return Timing(float(median), float(lower), float(upper), len(seconds))

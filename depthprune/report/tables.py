@@ -98,7 +98,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
   said = list(result.get('report', {}).get('notes', []))
   for measured in result.get('latency_ms', {}).values():
     said += measured.get('notes', [])
-  return said
+  return list(dict.fromkeys(said))
 
 
 def title(result: Mapping[str, Any]) -> str:
