@@ -102,17 +102,17 @@ class Config:
   finetune_epochs: Annotated[int | None, BY_DATA] = None
   """Passes after the cut."""
 
-  learning_rate: float = 1e-3
-  """Of the weights, at the peak of the schedule."""
+  learning_rate: float = 0.1
+  """Of the weights (SGD, momentum 0.9), at the peak of the schedule."""
 
-  gate_learning_rate: float = 1e-2
+  gate_learning_rate: float = 2e-4
   """Of the gates."""
 
-  strength: float = 10.0
+  strength: float = 200.0
   """Weight of the distance to the target in the loss."""
 
-  weight_decay: float = 1e-4
-  """Decoupled; a gate that is closed spares its slices from it."""
+  weight_decay: float = 5e-4
+  """Of kernels; a gate that is closed spares its slices from it."""
 
   distill: bool = False
   """Fine-tune towards the unpruned network's answers as well as the labels."""

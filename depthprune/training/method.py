@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from depthprune.training.penalties import add_penalty
@@ -102,4 +101,3 @@ def optimizer(
 def as_dict(outputs: Any) -> dict[str, Any]:
   """A network's outputs by name; a single array is 'main'."""
   return dict(outputs) if hasattr(outputs, 'keys') else {'main': outputs}
-

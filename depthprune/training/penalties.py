@@ -101,7 +101,9 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
     for i, axis in enumerate(coupling.axes[f'params/{name}']):
       gate = expand(axis, weights)
       if gate is not None:
-        product = product * gate.reshape([-1 if k == i else 1 for k in range(leaf.ndim)])
+        product = product * gate.reshape(
+          [-1 if k == i else 1 for k in range(leaf.ndim)]
+        )
     return product
 
   return jax.tree_util.tree_map_with_path(factor, params)

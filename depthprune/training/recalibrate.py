@@ -34,7 +34,7 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
   if not jax.tree.leaves(variables.get(COLLECTION, {})):
     raise ValueError(
       f'recalibrate: the variables have no {COLLECTION!r} collection, got '
-      f'{sorted(variables)}; a network without batch normalisation needs no recalibration'
+      f'{sorted(variables)}; a network without batch normalisation needs none'
     )
   measure = jax.jit(partial(_measure, apply_of(model)))
   total, count = None, 0

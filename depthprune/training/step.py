@@ -116,7 +116,10 @@ def make_step(
       state.params, state.theta, gates
     )
     outputs, model_state, metrics = aux
-    grads = {'params': g_params, 'theta': jax.tree.map(jnp.add, g_theta, *pull(g_gates))}
+    grads = {
+      'params': g_params,
+      'theta': jax.tree.map(jnp.add, g_theta, *pull(g_gates)),
+    }
     trained = {'params': state.params, 'theta': state.theta}
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     seen = method.observe(gates, g_gates, outputs, batch)

@@ -35,14 +35,15 @@ def fit(
   callbacks: Sequence[Callable[[State, Row], None]] = (),
   label: str = 'train',
   show: bool = True,
+  fused: bool | None = None,
 ) -> State:
   """Trains from state.step to `steps`; the only training loop.
 
   Args:
     step: from make_step. key: its key.
-    batch_at: (data, step) -> batch. With data it must be traceable, and `every` steps
-      at a time run as one program on the device; without, it is called on the host.
-    data: the whole data set as arrays, or None.
+    batch_at: (data, step) -> batch; with data it must be traceable, without it is
+      called on the host.
+    data: the whole data set as arrays, on the device, or None.
     steps: where to stop, counted from step 0 and not from state.step.
     every: steps between log lines. Batches and keys depend on the number of the step
       alone, so neither `every` nor where a run was resumed changes the result.
@@ -50,13 +51,19 @@ def fit(
     callbacks: called as (state, row) after every `every` steps; the state is valid
       until the next step.
     label: name of the stage. show: whether to draw the progress bar.
+    fused: whether `every` steps run as one program (this needs data). By default on
+      all devices but the CPU, where XLA's convolutions inside a loop are far slower
+      (ResNet-20 at 8x8, batch 128, 2 cores: 2.6 s instead of 0.18 s per step).
 
   Raises: NonFiniteLoss, before any callback has seen the state that is not finite.
   """
   start = int(state.step)
   if start >= steps:
     return state
-  advance = _program(step, batch_at, every, state, key, data, teacher)
+  if fused is None:
+    fused = data is not None and jax.default_backend() != 'cpu'
+  program = _fused if fused else _one_by_one
+  advance = program(step, batch_at, every, state, key, data, teacher)
   clock = time.perf_counter()
   with progress.bar(label, start, steps, show) as draw:
     while start < steps:
@@ -75,13 +82,11 @@ def fit(
   return state
 
 
-def _program(step, batch_at, every, state, key, data, teacher):
+def _fused(step, batch_at, every, state, key, data, teacher):
   """advance(state, key, data, teacher, stop) -> (state, log, images, finite).
 
   log: {metric: [every]}, one entry per step, the first stop - state.step are filled.
   """
-  if data is None:
-    return lambda *args: _advance_on_host(step, batch_at, *args)
 
   def advance(state, key, data, teacher, stop):
     first = state.step
@@ -98,8 +103,8 @@ def _program(step, batch_at, every, state, key, data, teacher):
     state, log = jax.lax.fori_loop(first, stop, body, (state, log))
     return state, log, _finite(state)
 
-  batch = jax.eval_shape(batch_at, data, state.step)
-  images = jax.tree.leaves(batch)[0].shape[0]
+  images = _size(jax.eval_shape(batch_at, data, state.step))
+  # Compiled here, so that the first line's images per second are of training alone.
   example = (state, key, data, teacher, jnp.zeros((), jnp.int32))
   compiled = jax.jit(advance, donate_argnums=0).lower(*example).compile()
 
@@ -110,15 +115,30 @@ def _program(step, batch_at, every, state, key, data, teacher):
   return run
 
 
-def _advance_on_host(step, batch_at, state, key, data, teacher, stop):
-  rows, images = [], 0
-  for i in range(int(state.step), stop):
-    batch = batch_at(data, i)
-    images = jax.tree.leaves(batch)[0].shape[0]
-    state, metrics = step(state, batch, key, teacher)
-    rows.append(metrics)
-  log = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(rows))
-  return state, log, images, bool(jax.jit(_finite)(state))
+def _one_by_one(step, batch_at, every, state, key, data, teacher):
+  """As `_fused`, but every step is dispatched by itself."""
+  del every
+  batch_at = batch_at if data is None else jax.jit(batch_at)
+  if data is not None and hasattr(step, 'lower'):
+    batch = jax.eval_shape(batch_at, data, state.step)
+    step.lower(state, batch, key, teacher).compile()
+  finite = jax.jit(_finite)
+
+  def run(state, key, data, teacher, stop):
+    rows, images = [], 0
+    for i in range(int(state.step), stop):
+      batch = batch_at(data, i)
+      images = _size(batch)
+      state, metrics = step(state, batch, key, teacher)
+      rows.append(metrics)
+    log = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(rows))
+    return state, log, images, bool(finite(state))
+
+  return run
+
+
+def _size(batch: Tree) -> int:
+  return jax.tree.leaves(batch)[0].shape[0]
 
 
 def _finite(state: State) -> jax.Array:

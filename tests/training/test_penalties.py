@@ -49,7 +49,9 @@ def test_penalty_equals_adding_it_to_the_loss_under_any_optimizer():
   grads = jax.grad(lambda p: loss(p) + penalty(p['a'], 0))(params)
   expected, _ = one.update(grads, one.init(params), params)
   found, _ = two.update(jax.grad(loss)(params), two.init(params), params)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected
+  )
 
 
 @optax_promotion

@@ -34,10 +34,15 @@ def test_statistics_are_the_plain_mean_over_batches(momentum):
   fresh = recalibrate(net, {**variables, 'batch_stats': stats}, batches(5))
   images = [b['image'] for b in batches(5)]
   found = fresh['batch_stats']['BatchNorm_0']
-  mean, var = np.mean([x.mean(0) for x in images], 0), np.mean([x.var(0) for x in images], 0)
+  mean, var = (
+    np.mean([x.mean(0) for x in images], 0),
+    np.mean([x.var(0) for x in images], 0),
+  )
   np.testing.assert_allclose(found['mean'], mean, rtol=1e-4)
   np.testing.assert_allclose(found['var'], var, rtol=1e-4)
-  np.testing.assert_array_equal(fresh['batch_stats']['frozen']['mean'], np.full(4, 0.25))
+  np.testing.assert_array_equal(
+    fresh['batch_stats']['frozen']['mean'], np.full(4, 0.25)
+  )
   assert fresh['params'] is variables['params']
 
 

@@ -28,7 +28,10 @@ class Net(nn.Module):
 def data():
   rng = np.random.default_rng(0)
   image = rng.normal(size=(24, 4)).astype(np.float32)
-  return {'image': jnp.asarray(image), 'label': jnp.asarray(np.arange(24) % 3, jnp.int32)}
+  return {
+    'image': jnp.asarray(image),
+    'label': jnp.asarray(np.arange(24) % 3, jnp.int32),
+  }
 
 
 def batch_at(split, step):
@@ -145,7 +148,9 @@ def test_a_parameter_that_is_not_finite_is_found_before_it_is_saved():
   seen = []
   see = lambda state, row: seen.append(int(state.step))
   with pytest.raises(NonFiniteLoss, match='a parameter is not finite at step 4'):
-    fit(step, state, KEY, batch_at, data(), steps=9, every=2, callbacks=[see], show=False)
+    fit(
+      step, state, KEY, batch_at, data(), steps=9, every=2, callbacks=[see], show=False
+    )
   assert seen == [2]
 
 
@@ -194,7 +199,7 @@ def test_teacher_arrays_are_arguments_of_the_step():
   from depthprune.training.distill import distill
 
   method = distill(plain(), weight=1.0)
-  step, state, variables = setting(method, teacher=Net().apply)
+  step, _, variables = setting(method, teacher=Net().apply)
   batch, other = batch_at(data(), 0), jax.tree.map(lambda x: 2 * x, variables)
   values = []
   for teacher in (variables, other):

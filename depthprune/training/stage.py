@@ -1,0 +1,209 @@
+"""One stage of a run: a network trained for some epochs, recorded and resumable."""
+
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from depthprune.config import Config
+from depthprune.training import data, record, tasks
+from depthprune.training.keeper import Keeper, same_config
+from depthprune.training.method import Method, Tree
+from depthprune.training.step import State, init_state, make_step
+from depthprune.training.train import Row, fit
+
+LINES = 50  # of history that a stage writes
+UNRELATED = ('workdir', 'resume', 'checkpoint_every_s')  # the result does not depend on
+
+
+class Job(NamedTuple):
+  """What all stages of a run share.
+
+  Attributes:
+    config: of the run. folder: its directory.
+    images: the data set. train: its training images, on the device.
+    task: what is learnt. show: whether to draw progress bars.
+  """
+
+  config: Config
+  folder: Path
+  images: data.Dataset
+  train: Tree
+  task: tasks.Task
+  show: bool = True
+
+  def steps(self, epochs: int) -> int:
+    return epochs * data.epoch_steps(self.train, self.config.batch)
+
+  def key(self, name: str) -> jax.Array:
+    """A key of the run's seed, for the stage (or other use) of that name."""
+    return jax.random.fold_in(
+      jax.random.key(self.config.seed), zlib.crc32(name.encode()) >> 1
+    )
+
+  def batch_at(self, name: str) -> Callable[[Tree, Any], Tree]:
+    """(images, step) -> augmented training batch of the stage of that name."""
+    key, set_ = self.key(f'{name}/data'), self.images
+    return lambda images, step: data.batch(
+      images, step, key, self.config.batch, set_.normalisation, set_.augment
+    )
+
+  def held_out(self) -> Iterator[Tree]:
+    """Batches of the images that decisions may look at."""
+    return self.batches(self.images.held_out)
+
+  def batches(self, split: data.Split) -> Iterator[Tree]:
+    return data.batches(split, self.config.batch, self.images.normalisation)
+
+  def relevant(self) -> dict[str, Any]:
+    """The part of the config that decides about the result."""
+    return {k: v for k, v in self.config.to_json().items() if k not in UNRELATED}
+
+
+def prepare(config: Config, show: bool = True) -> Job:
+  """Reads the data and makes the run's directory ready.
+
+  Raises: CheckpointError where the directory belongs to a run of another config.
+  """
+  images = data.load(config.data, seed=config.seed, subset=config.subset)
+  task, folder = tasks.classification(images.classes), config.path
+  job = Job(config, folder, images, jax.device_put(images.train), task, show)
+  before = folder / 'config.json'
+  if config.resume and before.is_file():
+    stored = json.loads(before.read_text())['config']
+    unrelated = dict.fromkeys(UNRELATED)
+    same_config({**stored, **unrelated}, {**config.to_json(), **unrelated}, str(folder))
+  elif folder.is_dir():
+    for name in ('history.jsonl', 'gates.jsonl', 'result.json'):
+      (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+  return job
+
+
+class Teacher(NamedTuple):
+  apply: Callable[..., Any]
+  variables: Tree
+
+
+def stage(
+  job: Job,
+  name: str,
+  model: Any,
+  method: Method,
+  variables: Tree,
+  *,
+  epochs: int,
+  peak: float,
+  coupling: Any = None,
+  teacher: Teacher | None = None,
+) -> State:
+  """Trains, from the newest checkpoint of this stage if there is one.
+
+  Args:
+    job: the run. name: of the stage; its random numbers depend on it.
+    model, method, coupling: as for `make_step`. variables: where to start.
+    epochs: passes over the training images. peak: highest learning rate.
+    teacher: a network to learn from, for methods wrapped by `distill`.
+  """
+  steps = job.steps(epochs)
+  tx = sgd(peak, steps, job.config.weight_decay)
+  batch_at = job.batch_at(name)
+  batch = jax.eval_shape(batch_at, job.train, 0)
+  state = init_state(model, method, tx, variables, coupling, batch)
+  keeper = Keeper(job.folder / 'checkpoints' / name, keep=2, config=job.relevant())
+  restored = keeper.restore_latest(state)
+  if restored is not None:
+    state = jax.tree.map(jnp.asarray, restored.state)
+  step = make_step(
+    model, method, job.task, tx, coupling, teacher.apply if teacher else None
+  )
+  callbacks = [_historian(job, name), _saver(keeper, job.config)]
+  if state.theta:
+    callbacks.append(_gate_watch(job, method))
+  state = fit(
+    step,
+    state,
+    job.key(name),
+    batch_at,
+    job.train,
+    steps=steps,
+    every=max(1, min(100, steps // LINES)),
+    teacher=teacher.variables if teacher else None,
+    callbacks=callbacks,
+    label=name,
+    show=job.show,
+  )
+  if steps and steps not in keeper.steps():
+    keeper.save(steps, state)
+  return state
+
+
+def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
+  """Nesterov momentum 0.9, cosine to zero after a warm-up, decay of kernels only.
+
+  Args:
+    peak: learning rate after the warm-up, which is a twentieth of all `steps`.
+    weight_decay: its gradient, weight_decay * kernel, goes through the momentum.
+  """
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=_kernels),
+    optax.sgd(lambda step: cosine(step, peak, steps), momentum=0.9, nesterov=True),
+  )
+
+
+def cosine(step: jax.Array, peak: float, steps: int) -> jax.Array:
+  """Learning rate of a step: linear warm-up to peak, then half a cosine to zero."""
+  t, warm = step.astype(jnp.float32), max(1, steps // 20)
+  up = (t + 1) / warm
+  down = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - warm) / max(1, steps - warm), 0, 1)))
+  return peak * jnp.minimum(up, down)
+
+
+def _kernels(params: Tree) -> Tree:
+  is_kernel = lambda path, _: getattr(path[-1], 'key', None) == 'kernel'
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+def _historian(job: Job, name: str) -> Callable[[State, Row], None]:
+  def write(state: State, row: Row) -> None:
+    del state
+    line = {'stage': name, 'flops': None, **row, 'step': int(row['step'])}
+    record.append(job.folder / 'history.jsonl', line)
+
+  return write
+
+
+def _saver(keeper: Keeper, config: Config) -> Callable[[State, Row], None]:
+  last = time.monotonic()
+
+  def save(state: State, row: Row) -> None:
+    nonlocal last
+    if time.monotonic() - last >= config.checkpoint_every_s:
+      keeper.save(int(row['step']), state)
+      last = time.monotonic()
+
+  return save
+
+
+def _gate_watch(job: Job, method: Method) -> Callable[[State, Row], None]:
+  """Writes how many gates of every group are open."""
+  opened = jax.jit(
+    lambda theta, step: jax.tree.map(
+      lambda g: (g > 0).sum(), method.forward(theta, job.key('watch'), step)
+    )
+  )
+
+  def write(state: State, row: Row) -> None:
+    gates = jax.device_get(opened(state.theta, state.step))
+    counts = {**gates.get('channels', {}), **gates.get('branches', {})}
+    line = {'step': int(row['step']), 'open': {g: int(n) for g, n in counts.items()}}
+    record.append(job.folder / 'gates.jsonl', line)
+
+  return write
