@@ -106,15 +106,17 @@ class WithHeads(nn.Module):
         raise ValueError(f'head {name!r}: the trunk has an output of that name')
     self.heads = FrozenDict(self.heads)
     self.arch = FrozenDict({**beneath(self.trunk.arch, 'trunk'), **self.arch})
-    part, until = FrozenDict(within(self.arch, 'trunk')), self._until()
-    if (self.trunk.arch, self.trunk.until) != (part, until):
-      self.trunk = self.trunk.clone(arch=part, until=until)
+    part = FrozenDict(within(self.arch, 'trunk'))
+    if self.trunk.arch != part:
+      self.trunk = self.trunk.clone(arch=part)
+    if not self.exits:
+      raise ValueError('WithHeads: arch drops every exit; keep at least one')
     super().__post_init__()
 
   @property
   def exits(self) -> tuple[str, ...]:
-    main = () if self.trunk.until else ('main',)
-    return (*main, *(name for name in self.heads if not self._dropped(name)))
+    names = ('main', *self.heads)
+    return tuple(name for name in names if self.arch.get(f'exit/{name}', 1))
 
   @property
   def taps(self) -> tuple[str, ...]:
@@ -130,23 +132,13 @@ class WithHeads(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
     arch = complete(self.arch, self.widths, 'WithHeads')
-    outputs = self.trunk(x, train)
+    heads = {name: head for name, head in self.heads.items() if name in self.exits}
+    read = {head.tap for head in heads.values()}
+    last = [tap for tap in self.taps if tap in read][-1:]
+    outputs = self.trunk(x, train, until='' if 'main' in self.exits else last[0])
     logits = {}
-    for name, head in self.heads.items():
-      if not self._dropped(name):
-        part = within(arch, f'head_{name}')
-        perceptron = Perceptron(head, part, self.trunk.dtype, name=f'head_{name}')
-        logits[name] = perceptron(outputs[head.tap])
+    for name, head in heads.items():
+      part = within(arch, f'head_{name}')
+      perceptron = Perceptron(head, part, self.trunk.dtype, name=f'head_{name}')
+      logits[name] = perceptron(outputs[head.tap])
     return outputs | logits
-
-  def _dropped(self, name: str) -> bool:
-    return self.arch.get(f'exit/{name}') == 0
-
-  def _until(self) -> str:
-    """The last tap that the trunk must still reach; '' for all of it."""
-    if not self._dropped('main'):
-      return self.trunk.until
-    read = {head.tap for name, head in self.heads.items() if not self._dropped(name)}
-    if not read:
-      raise ValueError('WithHeads: arch drops every exit; keep at least one')
-    return [tap for tap in self.trunk.taps if tap in read][-1]

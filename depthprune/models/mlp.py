@@ -32,7 +32,6 @@ class MLP(nn.Module):
     classes: number of logits.
     hidden: width of every hidden layer.
     arch: what differs from that, by key 'layer0/dense', ...; see `models.arch`.
-    until: the last tap to compute, nothing behind it exists; '' for the whole network.
     dtype: compute type; parameters and logits are float32.
     scan: the layers after the first, all of its width, are one stack 'layers'.
   """
@@ -40,7 +39,6 @@ class MLP(nn.Module):
   classes: int = 10
   hidden: tuple[int, ...] = (200, 200)
   arch: Arch = FrozenDict()
-  until: str = ''
   dtype: DTypeLike = jnp.float32
   scan: bool = False
 
@@ -52,7 +50,7 @@ class MLP(nn.Module):
 
   @property
   def exits(self) -> tuple[str, ...]:
-    return (self.until or 'main',)
+    return ('main',)
 
   @property
   def taps(self) -> tuple[str, ...]:
@@ -67,11 +65,14 @@ class MLP(nn.Module):
     return {f'{name}/dense': width for name, width in zip(names, self.hidden)}
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+  def __call__(
+    self, x: jax.Array, train: bool = False, until: str = ''
+  ) -> dict[str, jax.Array]:
+    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
     del train
     arch = complete(self.arch, self.widths, 'MLP')
-    if self.until:
-      check_tap(self.until, self.taps)
+    if until:
+      check_tap(until, self.taps)
     layer = lambda name: Layer(arch[f'{name}/dense'], self.dtype, name=name)
     x = x.reshape(x.shape[0], -1)
     outputs = {}
@@ -81,7 +82,7 @@ class MLP(nn.Module):
       else:
         x = layer(tap)(x)
       outputs[tap] = x
-      if tap == self.until:
+      if tap == until:
         return outputs
     return {**outputs, 'main': classify(x, self.classes)}
 

@@ -143,7 +143,6 @@ class ResNet(nn.Module):
       1×1 convolution.
     width: channels of the stem; they double with every stage.
     arch: what differs from that, by key 'stage1/block0/conv1', ...; see `models.arch`.
-    until: the last tap to compute, nothing behind it exists; '' for the whole network.
     dtype: compute type; parameters and logits are float32.
     scan: the units after the first of each stage are one stack, 'blocks'.
   """
@@ -155,7 +154,6 @@ class ResNet(nn.Module):
   shortcut: Literal['A', 'B'] = 'A'
   width: int = 16
   arch: Arch = FrozenDict()
-  until: str = ''
   dtype: DTypeLike = jnp.float32
   scan: bool = False
 
@@ -165,7 +163,7 @@ class ResNet(nn.Module):
 
   @property
   def exits(self) -> tuple[str, ...]:
-    return (self.until or 'main',)
+    return ('main',)
 
   @property
   def taps(self) -> tuple[str, ...]:
@@ -209,7 +207,10 @@ class ResNet(nn.Module):
     return widths
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+  def __call__(
+    self, x: jax.Array, train: bool = False, until: str = ''
+  ) -> dict[str, jax.Array]:
+    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
     arch = complete(self.arch, self.widths, 'ResNet')
     size, stride = (7, 2) if self.imagenet else (3, 1)
     stem = ConvNorm(arch['stem/conv'], size, stride, dtype=self.dtype, name='stem')
@@ -217,14 +218,14 @@ class ResNet(nn.Module):
     if self.imagenet:
       x = nn.pool(x, -jnp.inf, lax.max, (3, 3), (2, 2), ((1, 1), (1, 1)))
     outputs = {}
-    counts = stages.up_to(self.until, self.blocks, self.scan)
+    counts = stages.up_to(until, self.blocks, self.scan)
     for i, (blocks, shape) in enumerate(zip(counts, self.shapes), 1):
       name = f'stage{i}'
       part = within(arch, name)
       stage = Stage(blocks, shape, part, self.scan, self.dtype, name=name)
       outputs |= beneath(stage(x, train), name)
       x = outputs[self.taps[len(outputs) - 1]]
-    if self.until:
+    if until:
       return outputs
     return {**outputs, 'main': classify(x, self.classes)}
 

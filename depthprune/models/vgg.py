@@ -50,7 +50,6 @@ class VGG(nn.Module):
     blocks: number of convolutions in each of the five stages.
     width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
     arch: what differs from that, by key 'stage1/block0/conv', ...; see `models.arch`.
-    until: the last tap to compute, nothing behind it exists; '' for the whole network.
     dtype: compute type; parameters and logits are float32.
     scan: the blocks after the first of each stage are one stack, 'blocks'.
   """
@@ -59,7 +58,6 @@ class VGG(nn.Module):
   blocks: tuple[int, ...] = (2, 2, 3, 3, 3)
   width: int = 64
   arch: Arch = FrozenDict()
-  until: str = ''
   dtype: DTypeLike = jnp.float32
   scan: bool = False
 
@@ -69,7 +67,7 @@ class VGG(nn.Module):
 
   @property
   def exits(self) -> tuple[str, ...]:
-    return (self.until or 'main',)
+    return ('main',)
 
   @property
   def taps(self) -> tuple[str, ...]:
@@ -85,17 +83,20 @@ class VGG(nn.Module):
     }
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+  def __call__(
+    self, x: jax.Array, train: bool = False, until: str = ''
+  ) -> dict[str, jax.Array]:
+    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
     arch = complete(self.arch, self.widths, 'VGG')
     outputs = {}
-    for i, blocks in enumerate(stages.up_to(self.until, self.blocks, self.scan), 1):
+    for i, blocks in enumerate(stages.up_to(until, self.blocks, self.scan), 1):
       name = f'stage{i}'
       stage = Stage(blocks, within(arch, name), self.scan, self.dtype, name=name)
       outputs |= beneath(stage(x, train), name)
       x = outputs[self.taps[len(outputs) - 1]]
       if min(x.shape[1:3]) > 1:
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-    if self.until:
+    if until:
       return outputs
     return {**outputs, 'main': classify(x, self.classes)}
 

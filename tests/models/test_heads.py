@@ -92,6 +92,8 @@ def test_without_main_the_trunk_ends_at_the_last_tap_still_read(run):
   smaller = small.clone(arch={**small.arch, 'exit/late': 0})
   assert set(shapes(smaller)['params']['trunk']) == {'stem', 'stage1'}
   assert smaller.exits == ('early',)
+  whole = smaller.clone(arch={'exit/main': 1, 'exit/late': 1})
+  assert shapes(whole) == shapes(model)
 
 
 def test_arch_reaches_into_the_trunk_and_the_heads():
