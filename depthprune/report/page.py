@@ -109,12 +109,8 @@ def _table(result: Mapping[str, Any]) -> str:
 
 
 def _said(result: Mapping[str, Any]) -> str:
-  lines = (
-    'cut: right after surgery; after: fine-tuned',
-    tables.verified(result),
-    tables.measured_on(result),
-  )
-  return ''.join(f'<p class="small">{escape(line)}</p>' for line in lines if line)
+  lines = (tables.LEGEND, *tables.said(result))
+  return ''.join(f'<p class="small">{escape(line)}</p>' for line in lines)
 
 
 def _notes(notes: Iterable[str]) -> str:

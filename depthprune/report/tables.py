@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 FLOPS = 'FLOPs (1 MAC = 2)'
+LEGEND = 'cut: right after surgery; after: fine-tuned'
 BAR = 24
 
 
@@ -67,6 +68,27 @@ def requested(result: Mapping[str, Any]) -> str:
   return f'requested {percent(result["target"])} of the {unit}, reached {reached}'
 
 
+def recalibrated(result: Mapping[str, Any]) -> str:
+  """What fresh batch statistics alone did after the cut; nothing if not measured."""
+  accuracy = result['accuracy'].get('recalibrated')
+  if accuracy is None:
+    return ''
+  return (
+    f'test accuracy with fresh batch statistics, not yet tuned: {percent(accuracy)}'
+  )
+
+
+def said(result: Mapping[str, Any]) -> list[str]:
+  """The sentences that go with the numbers."""
+  lines = (
+    requested(result),
+    recalibrated(result),
+    verified(result),
+    measured_on(result),
+  )
+  return [line for line in lines if line]
+
+
 def verified(result: Mapping[str, Any]) -> str:
   """How far the small network was from the masked one, in words."""
   verify = result.get('verify') or result.get('report', {}).get('verify')
@@ -95,10 +117,10 @@ def removed(result: Mapping[str, Any]) -> list[str]:
 
 def notes(result: Mapping[str, Any]) -> list[str]:
   """Everything the run has to say about itself: surgery and timing."""
-  said = list(result.get('report', {}).get('notes', []))
+  found = list(result.get('report', {}).get('notes', []))
   for measured in result.get('latency_ms', {}).values():
-    said += measured.get('notes', [])
-  return list(dict.fromkeys(said))
+    found += measured.get('notes', [])
+  return list(dict.fromkeys(found))
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -109,9 +131,7 @@ def title(result: Mapping[str, Any]) -> str:
 def screen(result: Mapping[str, Any]) -> Group:
   """The whole result for `rich.print`: costs, widths, then what there is to note."""
   parts: list[Any] = [_costs(result), Text()]
-  for line in (requested(result), verified(result), measured_on(result)):
-    if line:
-      parts.append(Padding(Text(line), (0, 2)))
+  parts += [Padding(Text(line), (0, 2)) for line in said(result)]
   parts += [Text(), _widths(result), Text()]
   if removed(result):
     parts.append(Padding(Text(f'removed: {", ".join(removed(result))}'), (0, 2)))
@@ -125,7 +145,7 @@ def _costs(result: Mapping[str, Any]) -> Table:
     title=title(result),
     title_justify='left',
     title_style='bold',
-    caption='cut: right after surgery; after: fine-tuned',
+    caption=LEGEND,
     caption_justify='left',
     box=box.SIMPLE_HEAD,
   )

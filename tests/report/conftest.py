@@ -38,7 +38,12 @@ def made_up_result() -> dict:
     'data': 'digits',
     'target': 0.5,
     'of': 'flops',
-    'accuracy': {'before': 0.9833, 'pruned': 0.9361, 'after': 0.9806},
+    'accuracy': {
+      'before': 0.9833,
+      'pruned': 0.9361,
+      'recalibrated': 0.9722,
+      'after': 0.9806,
+    },
     'held_out': {'before': 0.9861, 'pruned': 0.9444, 'after': 0.9861},
     'flops': {'before': 5_071_360, 'after': 2_532_980, 'target': 0.5},
     'params': {'before': 272_474, 'after': 131_204},

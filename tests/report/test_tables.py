@@ -62,6 +62,13 @@ def test_the_largest_difference_is_said_and_so_is_its_absence(result):
   assert 'not compared' in tables.verified(result)
 
 
+def test_recalibration_is_told_apart_from_fine_tuning(result):
+  assert 'not yet tuned: 97.2 %' in tables.recalibrated(result)
+  assert len(tables.said(result)) == 4
+  del result['accuracy']['recalibrated']
+  assert len(tables.said(result)) == 3
+
+
 def test_notes_are_of_surgery_and_of_timing(result):
   assert len(tables.notes(result)) == 3
   assert tables.notes(result)[-1] == 'batch 128: a note about its timing'
