@@ -149,10 +149,19 @@ def _model(record: Mapping, path: Path, given: Any) -> Any:
         'load(path, model=...) with the full model or function that was pruned'
       )
     return given
-  built = models.build(described['name'], **described['fields'])
-  if given is not None and given != built:
-    raise CheckpointError(f'{path}: model: expected {built}, got {given}: leave it out')
-  return built
+  if given is not None:
+    # `arch` is left out: it may also say what is as the fields say anyway.
+    there, here = (
+      {'name': d['name'], **d['fields'], 'arch': None}
+      for d in (described, models.describe(given))
+    )
+    apart = [f for f in sorted({*there, *here}) if there.get(f) != here.get(f)]
+    if apart:
+      what = '; '.join(
+        f'{f}: expected {there.get(f)}, got {here.get(f)}' for f in apart
+      )
+      raise CheckpointError(f'{path}: another model: {what}: leave it out of the call')
+  return models.build(described['name'], **described['fields'])
 
 
 def _keep(record: Mapping, coupling: Coupling) -> dict[str, Any]:
