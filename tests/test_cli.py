@@ -90,6 +90,15 @@ def test_a_report_of_nothing_is_one_message(tmp_path, capsys):
   assert printed.out == ''
 
 
+def test_an_unknown_model_is_one_message_with_the_nearest_names(tmp_path, capsys):
+  words = ['run', 'gates', '--model', 'resnet21', '--workdir', str(tmp_path / 'run')]
+  assert cli.main(words) == 2
+  printed = capsys.readouterr().err
+  assert printed.startswith("error: no model 'resnet21'")
+  assert 'resnet20' in printed
+  assert printed.count('\n') == 1
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
   def broken(config):
     return [][1]
