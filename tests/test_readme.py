@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax
+
 README = Path(__file__).parents[1] / 'README.md'
 BLOCK = re.compile(r'^```python\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
@@ -16,9 +18,10 @@ def blocks() -> list[tuple[int, str]]:
 def test_the_blocks_run_in_order(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names: dict = {'__name__': 'readme'}
-  for line, source in blocks():
-    # Line numbers as in the README, so that a failure points into it.
-    exec(compile('\n' * (line - 1) + source, str(README), 'exec'), names)
+  with jax.numpy_dtype_promotion('standard'):  # as a reader has it; optax.adam needs it
+    for line, source in blocks():
+      # Line numbers as in the README, so that a failure points into it.
+      exec(compile('\n' * (line - 1) + source, str(README), 'exec'), names)
   assert names.keys() - {'__name__', '__builtins__'}
 
 
