@@ -29,7 +29,8 @@ whatever its weight: a network with an empty layer has no gradient to lead it ba
 Where widths are rounded, the gates are so in training too, with the same gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,17 +93,9 @@ def trainable_gates(
     loss, metrics = supervised(task, outputs, batch, theta, step)
     return loss, {**metrics, of: share(theta), 'target': rho_t(step)}
 
-  def transform(tx):
-    gate_tx = optax.chain(_per_price(c), optax.sgd(eta_t))
-    parts = {'params': tx, 'theta': gate_tx}
-    tx = optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})
-    return spare_closed(
-      tx,
-      lambda trained: {
-        'params': openness(coupling, forward(trained['theta']), trained['params']),
-        'theta': jax.tree.map(jnp.ones_like, trained['theta']),
-      },
-    )
+  def open_part(trained):
+    params = openness(coupling, forward(trained['theta']), trained['params'])
+    return {'params': params, 'theta': jax.tree.map(jnp.ones_like, trained['theta'])}
 
   return Method(
     objective=objective,
@@ -112,7 +105,7 @@ def trainable_gates(
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta)) ** 2,
     init=lambda gates, outputs: {'channels': _spread(start, scores or {})},
     forward=forward,
-    transform=transform,
+    transform=lambda tx: spare_closed(_both(tx, _gate_tx(c, eta_t)), open_part),
   )
 
 
@@ -161,12 +154,17 @@ def _spread(start: Mapping, scores: Mapping) -> dict[str, jax.Array]:
   return spread
 
 
-def _per_price(c: Tree) -> optax.GradientTransformation:
-  """Divides the gradient of theta by the price of a channel."""
+def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:
+  """SGD on theta, with the gradient divided by the price of a channel."""
 
   def divided(updates, params):
     del params
     theta = jax.tree.map(lambda u, c: u / c.mean(), updates['theta'], c)
     return {**updates, 'theta': theta}
 
-  return optax.stateless(divided)
+  return optax.chain(optax.stateless(divided), optax.sgd(eta))
+
+
+def _both(params_tx, theta_tx) -> optax.GradientTransformation:
+  parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
+  return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})

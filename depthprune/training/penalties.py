@@ -46,11 +46,11 @@ def add_penalty(
   def init(params):
     return PenaltyState(jnp.zeros((), jnp.int32), tx.init(params))
 
-  def update(grads, state, params=None, **extra):
+  def update(updates, state, params=None, **extra):
     params = _given(params, 'add_penalty')
     slope = jax.grad(lambda tree: penalty(where(tree), state.step))(params)
-    grads = jax.tree.map(lambda g, s: g + s.astype(g.dtype), grads, slope)
-    updates, inner = _update(tx, grads, state.inner, params, extra)
+    updates = jax.tree.map(lambda g, s: g + s.astype(g.dtype), updates, slope)
+    updates, inner = _update(tx, updates, state.inner, params, extra)
     return updates, PenaltyState(state.step + 1, inner)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -74,12 +74,12 @@ def spare_closed(
   Raises: ValueError from `update` without params.
   """
 
-  def update(grads, state, params=None, **extra):
+  def update(updates, state, params=None, **extra):
     params = _given(params, 'spare_closed')
     open_part = jax.tree.map(
       lambda p, f: p * jnp.asarray(f, p.dtype), params, openness(params)
     )
-    return _update(tx, grads, state, open_part, extra)
+    return _update(tx, updates, state, open_part, extra)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -154,7 +154,9 @@ def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransform
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=_kernels),
-    optax.sgd(lambda step: cosine(step, peak, steps), momentum=0.9, nesterov=True),
+    optax.sgd(
+      lambda step: cosine(jnp.asarray(step), peak, steps), momentum=0.9, nesterov=True
+    ),
   )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -99,40 +99,54 @@ def make_step(
 
   @partial(jax.jit, donate_argnums=0)
   def step(state: State, batch, key, teacher_variables=None):
-    gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     if teacher is not None:
       batch = with_teacher(teacher, teacher_variables, batch)
-
-    def loss(params, theta, gates):
-      variables = {'params': params, **state.model_state}
-      outputs, model_state = _forward(run, method, variables, gates, batch, dropout_key)
-      value, metrics = method.objective(task, outputs, batch, theta, state.step)
-      return value, (outputs, model_state, metrics)
-
-    forward = lambda theta: method.forward(theta, gate_key, state.step)
-    gates, pull = jax.vjp(forward, state.theta)
-    slopes = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (value, aux), (g_params, g_theta, g_gates) = slopes(
-      state.params, state.theta, gates
-    )
-    outputs, model_state, metrics = aux
-    grads = {
-      'params': g_params,
-      'theta': jax.tree.map(jnp.add, g_theta, *pull(g_gates)),
-    }
+    found = _both_ways(run, method, task, state, batch, key)
     trained = {'params': state.params, 'theta': state.theta}
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
-    seen = method.observe(gates, g_gates, outputs, batch)
-    new = state.replace(
-      **optax.apply_updates(trained, updates),
-      model_state={**state.model_state, **model_state},
+    updates, opt_state = tx.update(found.grads, state.opt_state, trained)
+    learnt: Any = optax.apply_updates(trained, updates)
+    seen = method.observe(found.gates, found.gate_grads, found.outputs, batch)
+    new = State(
+      params=learnt['params'],
+      theta=learnt['theta'],
+      model_state={**state.model_state, **found.model_state},
       opt_state=opt_state,
       stats=_average(state.stats, seen, state.step),
       step=state.step + 1,
     )
-    return new, {'loss': value, **metrics}
+    return new, {'loss': found.loss, **found.metrics}
 
   return step
+
+
+class _Found(NamedTuple):
+  """What one pass forward and back finds; `grads` is shaped like what is trained."""
+
+  loss: jax.Array
+  metrics: dict[str, jax.Array]
+  outputs: Tree
+  model_state: Tree
+  gates: Tree
+  gate_grads: Tree
+  grads: Tree
+
+
+def _both_ways(run, method: Method, task: Task, state: State, batch, key) -> _Found:
+  gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+
+  def loss(params, theta, gates):
+    variables = {'params': params, **state.model_state}
+    outputs, model_state = _forward(run, method, variables, gates, batch, dropout_key)
+    value, metrics = method.objective(task, outputs, batch, theta, state.step)
+    return value, (metrics, outputs, model_state)
+
+  forward = lambda theta: method.forward(theta, gate_key, state.step)
+  gates, pull = jax.vjp(forward, state.theta)
+  slopes = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+  (value, aux), (params, theta, gate_grads) = slopes(state.params, state.theta, gates)
+  metrics, outputs, model_state = aux
+  grads = {'params': params, 'theta': jax.tree.map(jnp.add, theta, *pull(gate_grads))}
+  return _Found(value, metrics, outputs, model_state, gates, gate_grads, grads)
 
 
 def apply_of(model: Any) -> Callable[..., Any]:

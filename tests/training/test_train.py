@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -86,12 +88,14 @@ def test_init_state_copies_so_that_the_caller_keeps_his_arrays():
   assert float(jnp.abs(variables['params']['Dense_0']['kernel']).sum()) > 0
 
 
-def test_chunks_resumption_and_hand_written_loop_are_the_same_to_the_bit():
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_resumed_training_is_the_same_to_the_bit(fused):
+  run = partial(fit, fused=fused, show=False)
   step, state, _ = setting()
-  whole = fit(step, state, KEY, batch_at, data(), steps=11, every=4, show=False)
+  whole = run(step, state, KEY, batch_at, data(), steps=11, every=4)
   _, state, _ = setting()
-  part = fit(step, state, KEY, batch_at, data(), steps=7, every=3, show=False)
-  resumed = fit(step, part, KEY, batch_at, data(), steps=11, every=5, show=False)
+  part = run(step, state, KEY, batch_at, data(), steps=7, every=3)
+  resumed = run(step, part, KEY, batch_at, data(), steps=11, every=5)
   assert equal(whole, resumed)
   _, state, _ = setting()
   for i in range(11):
@@ -130,16 +134,25 @@ def poisoned(at):
   return lambda d, i: {**(b := batch_at(d, i)), 'image': b['image'] * bad(i)}
 
 
-@pytest.mark.parametrize('resident', [True, False])
-def test_a_loss_that_is_not_finite_names_its_step_and_reaches_no_callback(resident):
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_loss_that_is_not_finite_names_its_step_and_reaches_no_callback(fused):
   step, state, _ = setting()
   seen = []
   see = lambda state, row: seen.append(int(state.step))
-  batches = poisoned(5)
-  at, split = (batches, data()) if resident else (lambda _, i: batches(data(), i), None)
   with pytest.raises(NonFiniteLoss, match=r'gates: the loss is nan at step 5 .*before'):
-    fit(step, state, KEY, at, split, steps=9, every=2, callbacks=[see], label='gates',
-        show=False)  # fmt: skip
+    fit(
+      step,
+      state,
+      KEY,
+      poisoned(5),
+      data(),
+      steps=9,
+      every=2,
+      callbacks=[see],
+      label='gates',
+      show=False,
+      fused=fused,
+    )
   assert seen == [2, 4]
 
 

@@ -1,0 +1,206 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from depthprune.methods.trainable_gates import START, gate, trainable_gates
+from depthprune.program import cost
+from depthprune.program.couple import couple
+from depthprune.program.plug import plug
+from depthprune.training.method import optimizer
+from depthprune.training.tasks import classification
+
+SIZES = (5, 16, 12, 3)
+STEP = jnp.zeros((), jnp.int32)
+
+
+def network(variables, x):
+  p = variables['params']
+  h = jax.nn.relu(x @ p['first'])
+  return jax.nn.relu(h @ p['second']) @ p['last']
+
+
+def weights(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  shapes = zip(('first', 'second', 'last'), SIZES, SIZES[1:], strict=False)
+  return {
+    'params': {
+      name: jax.random.normal(key, (n, m)) / np.sqrt(n)
+      for key, (name, n, m) in zip(keys, shapes, strict=True)
+    }
+  }
+
+
+COUPLING = couple(network, weights(), jnp.ones((1, 5)))
+
+
+def flops(n, m):
+  """Of the network with n and m hidden channels, by hand."""
+  return 2 * (5 * n + n * m + m * 3)
+
+
+def share(n, m):
+  return flops(n, m) / flops(16, 12)
+
+
+def theta_of(n, m):
+  """Gate weights with n and m channels open."""
+  w = lambda size, open_: jnp.where(jnp.arange(size) < open_, 0.1, -0.1)
+  return {'channels': {'first:1': w(16, n), 'second:1': w(12, m)}}
+
+
+SLOPES = {
+  'constant': lambda w: np.ones_like(w),
+  'sigmoid': lambda w: np.exp(-w) / (1 + np.exp(-w)) ** 2,
+  'tanh': lambda w: 1 - np.tanh(w) ** 2,
+}
+
+
+@pytest.mark.parametrize('surrogate', SLOPES)
+def test_the_gate_is_a_step_with_the_derivative_of_its_surrogate(surrogate):
+  w = np.asarray([0.2, -0.2, -3.0], np.float32)
+  np.testing.assert_array_equal(gate(jnp.asarray(w), surrogate), [1, 0, 0])
+  slopes = jax.grad(lambda w: gate(w, surrogate).sum())(jnp.asarray(w))
+  np.testing.assert_allclose(slopes, SLOPES[surrogate](w), rtol=1e-4)
+
+
+def test_the_largest_gate_of_a_group_stays_open():
+  w = jnp.asarray([-0.3, -0.1, -0.2])
+  np.testing.assert_array_equal(gate(w), [0, 1, 0])
+  np.testing.assert_array_equal(jax.grad(lambda w: gate(w).sum())(w), [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+  ('positive', 'width'), [(8, 8), (7, 4), (4, 4), (1, 4), (0, 4)]
+)
+def test_rounded_gates_open_what_will_be_built(positive, width):
+  w = jnp.where(jnp.arange(10) < positive, 1.0, -1.0) * jnp.arange(1.0, 11.0)
+  built = gate(w, round_to=4)
+  assert int(built.sum()) == width
+  assert float(w[built == 1].min()) >= float(w[built == 0].max())
+  np.testing.assert_array_equal(jax.grad(lambda w: gate(w, round_to=4).sum())(w), 1)
+
+
+def test_the_penalty_is_the_squared_distance_to_the_target():
+  method = trainable_gates(COUPLING, 0.5, strength=7.0)
+  found = method.penalty(theta_of(9, 4), STEP)
+  assert float(found) == pytest.approx(7 * (share(9, 4) - 0.5) ** 2, rel=1e-5)
+
+
+def test_the_target_goes_down_in_the_first_half_and_shows_in_the_metrics():
+  method = trainable_gates(COUPLING, 0.5, steps=100)
+  batch = {'label': jnp.asarray([0])}
+
+  def target(step):
+    outputs = {'main': jnp.ones((1, 3))}
+    task, theta = classification(3), theta_of(9, 4)
+    metrics = method.objective(task, outputs, batch, theta, jnp.asarray(step))[1]
+    assert float(metrics['flops']) == pytest.approx(share(9, 4), rel=1e-6)
+    return float(metrics['target'])
+
+  np.testing.assert_allclose([target(s) for s in (0, 25, 50, 99)], [1, 0.75, 0.5, 0.5])
+
+
+def test_all_gates_start_open_and_in_the_order_of_the_scores():
+  scores = {'first:1': np.arange(16.0)[::-1]}
+  theta = trainable_gates(COUPLING, 0.5, scores=scores).init({}, {})['channels']
+  first = np.asarray(theta['first:1'])
+  assert first.min() > 0 and first.max() < 2 * START
+  np.testing.assert_array_equal(np.argsort(-first), np.arange(16))
+  assert len(np.unique(np.concatenate([first, theta['second:1']]))) == 28
+
+
+def update(method, theta, step=0):
+  """theta after one update in which the task has no gradient."""
+  tx = optimizer(method, optax.sgd(0.1))
+  trained = {'params': weights()['params'], 'theta': theta}
+  state = tx.init(trained)
+  for _ in range(step):
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, trained), state, trained)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, trained), state, trained)
+  return jax.tree.map(lambda w, u: np.asarray(u), theta, updates['theta'])['channels']
+
+
+def test_the_penalty_moves_the_gates_of_the_full_network_alike():
+  moved = update(
+    trainable_gates(COUPLING, 0.5, strength=3.0, gate_lr=0.1), theta_of(16, 12)
+  )
+  for u in moved.values():
+    np.testing.assert_allclose(u, -0.1 * 2 * 3.0 * (1 - 0.5), rtol=1e-5)
+
+
+def test_gates_reopen_below_the_target_and_rest_in_the_last_quarter():
+  method = trainable_gates(COUPLING, 0.9, steps=8)
+  theta = theta_of(4, 3)
+  assert all((u > 0).all() for u in update(method, theta, step=4).values())
+  assert all((u == 0).all() for u in update(method, theta, step=6).values())
+
+
+# optax's bias correction raises a float to the power of an int32 step.
+@jax.numpy_dtype_promotion('standard')
+def test_a_slice_closed_for_100_steps_of_adamw_keeps_its_weights():
+  method = trainable_gates(COUPLING, 0.4, gate_lr=0.0)
+  tx = optimizer(method, optax.adamw(1e-2, weight_decay=0.1))
+  trained = {'params': weights()['params'], 'theta': theta_of(9, 4)}
+  gated, x = plug(network, COUPLING), jax.random.normal(jax.random.key(1), (8, 5))
+
+  def loss(trained):
+    gates = method.forward(trained['theta'], jax.random.key(0), STEP)
+    return (gated({'params': trained['params']}, gates, x) ** 2).mean()
+
+  @jax.jit
+  def step(trained, state):
+    updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+    return optax.apply_updates(trained, updates), state
+
+  state = tx.init(trained)
+  for _ in range(100):
+    trained, state = step(trained, state)
+  before, after = weights()['params'], trained['params']
+  np.testing.assert_array_equal(after['first'][:, 9:], before['first'][:, 9:])
+  np.testing.assert_array_equal(after['second'][9:], before['second'][9:])
+  np.testing.assert_array_equal(after['second'][:, 4:], before['second'][:, 4:])
+  np.testing.assert_array_equal(after['last'][4:], before['last'][4:])
+  assert float(jnp.abs(after['first'][:, :9] - before['first'][:, :9]).min()) > 0
+
+
+@pytest.mark.parametrize('of', ['flops', 'params'])
+@pytest.mark.parametrize('target', [0.3, 0.5, 0.75])
+def test_training_reaches_the_target(of, target):
+  """In a loop written by hand, and the gates end where the decision wants them."""
+  method = trainable_gates(COUPLING, target, of, steps=120)
+  tx = optimizer(method, optax.sgd(0.05))
+  trained = {'params': weights()['params'], 'theta': method.init({}, {})}
+  gated = plug(network, COUPLING)
+  x = jax.random.normal(jax.random.key(1), (64, 5))
+  y = network(weights(1), x)
+
+  def loss(trained):
+    gates = method.forward(trained['theta'], jax.random.key(0), STEP)
+    return ((gated({'params': trained['params']}, gates, x) - y) ** 2).mean()
+
+  @jax.jit
+  def step(trained, state):
+    updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+    return optax.apply_updates(trained, updates), state
+
+  state = tx.init(trained)
+  for _ in range(120):
+    trained, state = step(trained, state)
+  keep = method.decide(trained['theta'], {}, None)
+  C = {'flops': cost.flops, 'params': cost.params}[of]
+  assert abs(C(COUPLING, keep) / C(COUPLING) - target) <= 0.02
+  gates = method.forward(trained['theta'], jax.random.key(0), STEP)['channels']
+  moved = sum(
+    int((np.asarray(gates[g] > 0) != k).sum()) for g, k in keep['channels'].items()
+  )
+  assert moved <= 2
+
+
+def test_nothing_to_gate_is_an_error():
+  pinned = couple(
+    lambda v, x: x @ v['params'], {'params': jnp.ones((5, 3))}, jnp.ones((1, 5))
+  )
+  with pytest.raises(ValueError, match='no group of channels can be gated'):
+    trainable_gates(pinned)
