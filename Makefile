@@ -11,7 +11,6 @@ BIN := .venv/bin
 demo: .venv/.library
 	$(BIN)/depthprune run gates --data $(DATA) --model $(MODEL) --target $(TARGET) \
 	  --workdir $(WORKDIR)
-	$(BIN)/depthprune report $(WORKDIR)
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow' tests
@@ -32,7 +31,7 @@ $(BIN)/python:
 
 # The development install holds everything the library needs, so it serves both.
 .venv/.library: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[data]'
 	touch $@
 
 .venv/.dev: pyproject.toml | $(BIN)/python

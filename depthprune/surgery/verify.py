@@ -146,7 +146,7 @@ def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]
       zeroed[coupling.axis(name)] = np.asarray(kept)
   leaves = paths_of(variables)
   branches = {
-    b: leaves[f'branches/{b}'] * keep['branches'].get(b, True)
+    b: leaves[f'branches/{b}'] * np.asarray(keep['branches'].get(b, 1), np.float32)
     for b in coupling.branches
   }
   for path, leaf in leaves.items():
