@@ -1,0 +1,98 @@
+"""The other way to remove slices: zeros in their place. Independent of the library."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program.couple import Coupling
+from depthprune.program.view import paths_of
+
+# Tests compile many small programs and run each once.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
+def quick(f: Callable) -> Callable:
+  """jit that compiles fast rather than well."""
+  return jax.jit(f, compiler_options=QUICK)
+
+
+def random_keep(coupling: Coupling, seed: int = 0, gated: bool = False) -> dict:
+  """A random half of every channel group. gated: only of those that take a gate."""
+  draw = np.random.default_rng(seed)
+  channels = {}
+  for group in coupling.groups.values():
+    kept = np.arange(group.size) < max(1, group.size // 2)
+    kept = draw.permutation(kept)
+    if group.kind == 'channel' and not (gated and group.ungated):
+      channels[group.name] = kept
+  return {'channels': channels}
+
+
+def kept_slices(coupling: Coupling, keep: Mapping) -> dict[str, list[np.ndarray]]:
+  """A mask for every axis of every array, by composing the groups' members."""
+  masks = {
+    path: [np.ones(n, bool) for n in leaf.shape]
+    for path, leaf in paths_of(coupling.variables).items()
+  }
+  for path, axes in masks.items():
+    for i, axis in enumerate(coupling.axes[path]):
+      axes[i] = _mask(axis, {coupling.axis(g): k for g, k in keep['channels'].items()})
+  return masks
+
+
+def _mask(axis, kept) -> np.ndarray:
+  while getattr(axis, 'bound', None) is not None:
+    axis = axis.bound
+  if not hasattr(axis, 'parts'):
+    return np.asarray(kept.get(axis, np.ones(axis.size, bool)))
+  parts = [_mask(p, kept) for p in axis.parts]
+  if type(axis).__name__ == 'Cat':
+    return np.concatenate(parts)
+  out = np.ones((), bool)
+  for p in parts:
+    out = np.logical_and.outer(out, p)
+  return out.ravel()
+
+
+def zeroed(coupling: Coupling, variables: Any, keep: Mapping) -> Any:
+  """The variables with zeros in every slice that keep drops."""
+  masks = kept_slices(coupling, keep)
+  return _each(variables, lambda p, x: x * _grid(masks[p]).astype(x.dtype))
+
+
+def smaller(coupling: Coupling, variables: Any, keep: Mapping) -> Any:
+  """The variables without the slices that keep drops."""
+  masks = kept_slices(coupling, keep)
+  return _each(variables, lambda p, x: x[np.ix_(*map(np.flatnonzero, masks[p]))])
+
+
+def _grid(masks) -> np.ndarray:
+  out = np.ones((), bool)
+  for m in masks:
+    out = np.logical_and.outer(out, m)
+  return out
+
+
+def _each(tree: Any, f: Callable) -> Any:
+  leaves = [f(p, x) for p, x in paths_of(tree).items()]
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def as_gates(keep: Mapping) -> dict:
+  return {
+    'channels': {g: jnp.asarray(k, jnp.float32) for g, k in keep['channels'].items()}
+  }
+
+
+def difference(a: Any, b: Any) -> float:
+  """max|a - b| / max|a| over the worst leaf; the trees must have one structure."""
+  worst = 0.0
+  jax.tree.map(lambda x, y: None, a, b)  # raises where the structures differ
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.shape == y.shape, (x.shape, y.shape)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    worst = max(worst, float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)))
+  return worst
