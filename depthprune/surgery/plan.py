@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from depthprune.program import axes as ax
 from depthprune.program import slices as sl
@@ -47,10 +48,11 @@ def cut(tree: Any, plan: Plan) -> Any:
 def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
   """x without the slices that are masked out.
 
-  On the host: on a device every new shape would be a program to compile."""
+  On the host, but for traced arrays: every new shape would be a program to compile."""
   if all(m.all() for m in masks):
     return x
-  return jnp.asarray(np.asarray(x)[np.ix_(*masks)])
+  x = x if isinstance(x, Tracer) else np.asarray(x)
+  return jnp.asarray(x[np.ix_(*masks)])
 
 
 def cut_optimizer(
