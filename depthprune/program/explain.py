@@ -18,8 +18,10 @@ def explain(coupling: Coupling, group: str | None = None) -> str:
     return _group(coupling, group)
   lines = [_group(coupling, g) for g in coupling.groups]
   for pinned in coupling.pinned:
+    parts = ax.leaves(coupling.axes[pinned.path][pinned.axis])
+    extent = 'partly pinned' if any(not v.pins for v in parts) else 'pinned'
     lines.append(
-      f'pinned {pinned.path} axis {pinned.axis} ({pinned.size}): '
+      f'{extent}: {pinned.path} axis {pinned.axis} ({pinned.size}): '
       + '; '.join(pinned.reasons)
     )
   for name in coupling.unknown:
