@@ -52,8 +52,8 @@ def digits() -> str:
     ('speed-up at batch 1 / 128', '', '', f'{speedup("1")} / {speedup("128")}'),
   ]
   return (
-    f'`make demo`: {config["model"]} on {config["data"]}, {images["test"]} test images, '
-    f'to {100 * config["target"]:g} % of its FLOPs; {len(runs)} seeds, mean ± standard '
+    f'`make demo`: {config["model"]} on {config["data"]}, {images["test"]} test '
+    f'images, to {100 * config["target"]:g} % of its FLOPs; {len(runs)} seeds, mean ± standard '
     f'deviation; {runs[0]["device"]} ([{path}](experiments/{path})):\n\n'
     + table(head, rows)
   )
@@ -98,8 +98,8 @@ def bench() -> str:
   )
   shape = '×'.join(map(str, found['shape']))
   return (
-    f'A training step with gates takes {gating["ratio"]:.3f} of the time of a plain one '
-    f'(quartiles {gating["quartiles"][0]:.3f} to {gating["quartiles"][1]:.3f}; '
+    f'A training step with gates takes {gating["ratio"]:.3f} of the time of a plain '
+    f'one (quartiles {gating["quartiles"][0]:.3f} to {gating["quartiles"][1]:.3f}; '
     f'{found["model"]}, {shape}, batch {found["batch"]}, {found["device"]}). '
     f'{fast["flop_ratio"]:.2f}× fewer FLOPs there gave {timed} '
     f'([{path}](experiments/{path})).'
