@@ -53,8 +53,8 @@ def digits() -> str:
   ]
   return (
     f'`make demo`: {config["model"]} on {config["data"]}, {images["test"]} test '
-    f'images, to {100 * config["target"]:g} % of its FLOPs; {len(runs)} seeds, mean ± standard '
-    f'deviation; {runs[0]["device"]} ([{path}](experiments/{path})):\n\n'
+    f'images, to {100 * config["target"]:g} % of its FLOPs; {len(runs)} seeds, '
+    f'mean ± standard deviation; {runs[0]["device"]} ([{path}](experiments/{path})):\n\n'
     + table(head, rows)
   )
 

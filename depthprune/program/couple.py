@@ -77,12 +77,17 @@ class Coupling:
     return tuple(sorted(self.view.facts.unknown))
 
   def gates(self) -> dict:
-    """Open gates: float32 ones, [n] per group that can be gated, () per branch."""
+    """Open gates: float32 ones, [n] per group that can be gated, () per branch
+    ([layers] per branch of a scanned stack)."""
     free = (g for g in self.groups.values() if not g.ungated)
     return {
       'channels': {g.name: np.ones(g.size, np.float32) for g in free},
-      'branches': {b: np.ones((), np.float32) for b in self.branches},
+      'branches': {b: np.ones(self.branch_shape(b), np.float32) for b in self.branches},
     }
+
+  def branch_shape(self, branch: str) -> tuple[int, ...]:
+    """The shape of a branch gate: (), or [layers] in a scanned stack."""
+    return tuple(d.size for d in self.axes[f'branches/{branch}'])
 
   @functools.cached_property
   def reads(self) -> frozenset[tuple[str, int]]:

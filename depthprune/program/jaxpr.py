@@ -137,7 +137,8 @@ def _open(jaxpr) -> tuple[Any, Sequence]:
 
 
 def _value(v: Any) -> Value:
-  return Value(tuple(v.aval.shape), v.aval.dtype)
+  aval: Any = v.aval
+  return Value(tuple(aval.shape), aval.dtype)
 
 
 def _read(v, env) -> Value:

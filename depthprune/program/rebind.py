@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
@@ -15,7 +16,7 @@ from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.evaluate import bind, derivative, interpret
 from depthprune.program.facts import Facts
-from depthprune.program.view import View, paths_of, remembered, runnable
+from depthprune.program.view import GONE, View, paths_of, remembered, runnable
 
 
 def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
@@ -40,7 +41,8 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     kept = decided(view, keep)
     dynamic = [x for x in jax.tree.leaves(kwargs) if hasattr(x, 'dtype')]
     flat = [*_arguments(view, kept, variables), *jax.tree.leaves((inputs, dynamic))]
-    return view.unpack(_rebound(view.facts, kept)(view.program, flat))
+    outs = _rebound(view.facts, kept)(view.program, flat)
+    return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
   return small
 
@@ -70,10 +72,12 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
     args.append(leaf)
     if v not in needed:
       continue
-    if leaf is None:
-      raise ValueError(f'{path}: missing in the variables of the small network')
     expected = tuple(int(sl.mask(d, kept).sum()) for d in view.facts.dims[v])
-    if np.shape(leaf) != expected:
+    if 0 in expected and leaf is None:  # all layers of a scan are gone
+      args[-1] = jnp.zeros(expected, v.dtype)
+    elif leaf is None:
+      raise ValueError(f'{path}: missing in the variables of the small network')
+    elif np.shape(leaf) != expected:
       raise ValueError(
         f'{path}: has shape {np.shape(leaf)}, keep leaves {expected} of {v.shape}'
       )

@@ -15,6 +15,8 @@ from depthprune.program import rules
 from depthprune.program.deadcode import dependent, simplify
 from depthprune.program.facts import Facts, fresh
 
+GONE = object()  # stands in a pytree for what is to be taken out of it
+
 
 class Decision(NamedTuple):
   """What a `keep` says of depth.
@@ -46,13 +48,13 @@ class View(NamedTuple):
   dropped: frozenset[int]
 
   def unpack(self, flat: Sequence) -> Any:
-    """What the function returns, from the program's outputs."""
-    rest, hole = iter(flat), object()
+    """What the function returns, from the program's outputs, some of them GONE."""
+    rest = iter(flat)
     full = [
-      hole if i in self.dropped else next(rest) for i in range(self.tree.num_leaves)
+      GONE if i in self.dropped else next(rest) for i in range(self.tree.num_leaves)
     ]
     out = jax.tree.unflatten(self.tree, full)
-    return without(out, hole) if self.dropped else out
+    return without(out) if any(x is GONE for x in full) else out
 
   def decided(self, decision: Decision) -> jx.Program:
     """The program after a decision on branches and exits."""
@@ -152,7 +154,7 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
   """Closes branches, drops exits, and drops the outputs that dead variables feed
   (the running statistics of a closed branch)."""
   known = {
-    leaf: int(np.all(decision.branches.get(path.removeprefix('branches/'), True)))
+    leaf: int(np.any(decision.branches.get(path.removeprefix('branches/'), True)))
     for path, leaf in leaves.items()
     if path.startswith('branches/')
   }
@@ -166,13 +168,13 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
   return simplify(program, known, gone), frozenset(gone)
 
 
-def without(tree: Any, hole: Any) -> Any:
-  """The tree, its dict entries that hold nothing but holes taken out."""
+def without(tree: Any) -> Any:
+  """The tree, its dict entries that hold nothing but GONE taken out."""
   if isinstance(tree, Mapping):
-    parts = {k: without(v, hole) for k, v in tree.items()}
-    parts = {k: v for k, v in parts.items() if v is not hole}
+    parts = {k: without(v) for k, v in tree.items()}
+    parts = {k: v for k, v in parts.items() if v is not GONE}
     make: Any = type(tree)
-    return make(parts) if parts or not tree else hole
+    return make(parts) if parts or not tree else GONE
   if type(tree) is tuple:
-    return tuple({} if (v := without(x, hole)) is hole else v for x in tree)
+    return tuple({} if (v := without(x)) is GONE else v for x in tree)
   return tree

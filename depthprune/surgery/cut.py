@@ -141,7 +141,8 @@ def _arch(plan: Plan, keep: Mapping) -> dict[str, int]:
     if path.startswith('params/') and path.endswith('/kernel') and not masks[-1].all():
       name = path.removeprefix('params/').removesuffix('/kernel')
       arch[name] = int(masks[-1].sum())
-  arch |= {b: 0 for b, kept in keep['branches'].items() if not np.any(kept)}
+  closed = {b: kept for b, kept in keep['branches'].items() if not np.all(kept)}
+  arch |= {b: int(np.sum(kept)) for b, kept in closed.items()}  # layers left, or 0
   return arch | {f'exit/{e}': 0 for e, kept in keep['exits'].items() if not kept}
 
 

@@ -13,36 +13,39 @@ from jax.core import Tracer
 from depthprune.program import axes as ax
 from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
-from depthprune.program.view import paths_of, without
+from depthprune.program.view import GONE, paths_of, without
 
 Plan = Mapping[str, tuple[np.ndarray, ...]]  # path -> kept slices of each axis, bool
 
 
 def index_plan(coupling: Coupling, keep: Mapping) -> Plan:
-  """What stays of every variable: a mask per axis, by path; dead variables are absent.
+  """What stays of every variable: a mask per axis, by path.
+
+  Variables that are dead or have no slice left are absent.
 
   keep: settled. Branch gates have no entry: their value is folded into the arrays."""
   kept: dict[ax.Var, np.ndarray] = {}
   for group, slices in keep.get('channels', {}).items():
     kept[coupling.axis(group)] = np.asarray(slices)
   dead = coupling.decision(keep).dead
-  return {
+  plan = {
     path: tuple(sl.mask(d, kept) for d in dims)
     for path, dims in coupling.axes.items()
     if path not in dead and not path.startswith('branches/')
   }
+  return {path: masks for path, masks in plan.items() if all(m.any() for m in masks)}
 
 
 def cut(tree: Any, plan: Plan) -> Any:
   """The variables that the plan leaves, in the structure they had.
 
   Dict entries of dead variables go; a pytree of another kind keeps them uncut."""
-  hole = object() if isinstance(tree, Mapping) else None
+  named = isinstance(tree, Mapping)
   small = [
-    take(x, plan[path]) if path in plan else x if hole is None else hole
+    take(x, plan[path]) if path in plan else GONE if named else x
     for path, x in paths_of(tree).items()
   ]
-  return without(jax.tree.unflatten(jax.tree.structure(tree), small), hole)
+  return without(jax.tree.unflatten(jax.tree.structure(tree), small))
 
 
 def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:

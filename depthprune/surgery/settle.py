@@ -69,7 +69,7 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
   for name, kept in keep.get('channels', {}).items():
     coupling.axis(name)
     channels[name] = _entry(name, kept, channels[name].shape, coupling.groups[name])
-  shapes = {b: _branch_shape(coupling, b) for b in coupling.branches}
+  shapes = {b: coupling.branch_shape(b) for b in coupling.branches}
   branches = {b: np.ones(shape, bool) for b, shape in shapes.items()}
   for name, kept in keep.get('branches', {}).items():
     if name not in branches:
@@ -84,11 +84,6 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     raise ValueError(f'keep: all exits are dropped ({", ".join(exits)}); keep one')
   _layers_of_branches(coupling, channels, branches)
   return channels, branches, exits
-
-
-def _branch_shape(coupling: Coupling, branch: str) -> tuple[int, ...]:
-  """The shape of a branch gate: () or, of a scanned one, [layers]."""
-  return tuple(d.size for d in coupling.axes[f'branches/{branch}'])
 
 
 def _entry(name, kept, shape, group=None) -> np.ndarray:
@@ -121,7 +116,8 @@ def _close_empty(coupling, channels, branches, exits, leaves, notes):
   for name, kept in channels.items():
     group = coupling.groups[name]
     decision = coupling.decision({'branches': branches, 'exits': exits})
-    if kept.any() or all(path in decision.dead for path, _ in group.members):
+    closed = group.kind == 'layer' or all(p in decision.dead for p, _ in group.members)
+    if kept.any() or closed:
       continue
     branch = _branch_around(coupling, group, branches)
     if branch is not None:
