@@ -137,13 +137,13 @@ def _open(jaxpr) -> tuple[Any, Sequence]:
 
 
 def _value(v: Any) -> Value:
-  aval: Any = v.aval
-  return Value(tuple(aval.shape), aval.dtype)
+  return Value(tuple(v.aval.shape), v.aval.dtype)
 
 
 def _read(v, env) -> Value:
   if isinstance(v, jex.Literal):
-    return Literal(tuple(v.aval.shape), v.aval.dtype, v.val)
+    value = _value(v)
+    return Literal(value.shape, value.dtype, v.val)
   return env[v]
 
 
