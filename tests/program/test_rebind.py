@@ -1,4 +1,4 @@
-"""slim: the small network equals the masked one, at every batch size and in training."""
+"""slim: the small network equals the masked one, at every batch size, in training."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Networks as plain functions of (arrays, x): tuples, (out, in) layout, control flow."""
+"""Networks as plain functions of (arrays, x): tuples, [out, in], control flow."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def branching(p, x):
   """`cond` between two layers of one width, and a `while` that halves large states."""
   h = jax.nn.relu(x.mean((1, 2)) @ p['in'])
   h = lax.cond(
-    h.mean() > 0.5,
+    x.mean() > 0.5,
     lambda h: jnp.tanh(h @ p['one']) + h,
     lambda h: jax.nn.relu(h @ p['two']) - h,
     h,
@@ -65,15 +65,14 @@ BRANCHING = {
 
 
 def strided(p, x):
-  """Every other channel goes another way; channels picked by a list of indices."""
+  """Every other channel goes another way, so that pairs of channels stay together."""
   h = jax.nn.relu(convolve(x, p['in']))
-  even, odd = h[..., ::2], h[..., 1::2]
-  h = jax.nn.relu(convolve(even, p['even']) + convolve(odd, p['odd']))
+  h = jax.nn.relu(convolve(h[..., ::2], p['even']) + convolve(h, p['all']))
   return h.mean((1, 2)) @ p['out']
 
 
 STRIDED = {
-  'in': (3, 3, 3, 8), 'even': (3, 3, 4, 6), 'odd': (1, 1, 4, 6), 'out': (6, 4),
+  'in': (3, 3, 3, 8), 'even': (3, 3, 4, 6), 'all': (1, 1, 8, 6), 'out': (6, 4),
 }  # fmt: skip
 
 
