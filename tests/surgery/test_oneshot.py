@@ -1,0 +1,196 @@
+"""One-shot decisions: scores by hand, targets met, wrong arguments refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune import models
+from depthprune.program import cost
+from depthprune.program.couple import couple
+from depthprune.program.plug import plug
+from depthprune.surgery.oneshot import oneshot, rank
+from depthprune.surgery.settle import settle
+from tests import zoo
+
+X = jnp.asarray([[1.0, 2.0, -1.0]])
+# Column sums of |A|: 1, 2, 3, 6. Of |B|: 1, 4, 7. By L2 the first two of A change place.
+A = [[1.0, 0.6, 1.0, 2.0], [0.0, -0.7, 1.0, 2.0], [0.0, 0.7, -1.0, 2.0]]
+B = [[1.0, 1.0, 1.0], [0.0, -1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
+C = [[-3.0, -1.0], [1.0, 1.0], [5.0, 2.0]]
+ARRAYS = {name: jnp.asarray(x) for name, x in (('a', A), ('b', B), ('c', C))}
+
+
+def net(p, x):
+  return jax.nn.relu(jax.nn.relu(x @ p['a']) @ p['b']) @ p['c']
+
+
+COUPLING = couple(net, ARRAYS, X)
+
+
+def priced(na, nb):
+  """FLOPs of the network with na and nb hidden units left. 2 per multiply-add."""
+  return 2 * (3 * na + na * nb + nb * 2)
+
+
+def widths(keep):
+  return {g: int(k.sum()) for g, k in keep['channels'].items()}
+
+
+def masks(*kept):
+  return [np.asarray(k, bool).tolist() for k in kept]
+
+
+def decided(*args, **kwargs):
+  keep = oneshot(COUPLING, ARRAYS, *args, **kwargs)['channels']
+  return masks(keep['a:1'], keep['b:1'])
+
+
+def test_norms_are_those_of_the_kernel_that_writes():
+  """Not of the one that reads: the rows of C would rank the units of B 0, 2, 1."""
+  ones = rank(COUPLING, ARRAYS, 'l1')
+  np.testing.assert_allclose(ones['a:1'], [1, 2, 3, 6], rtol=1e-6)
+  np.testing.assert_allclose(ones['b:1'], [1, 4, 7], rtol=1e-6)
+  twos = rank(COUPLING, ARRAYS, 'l2')
+  np.testing.assert_allclose(twos['a:1'], np.sqrt([1, 1.34, 3, 12]), rtol=1e-6)
+  np.testing.assert_allclose(twos['b:1'], np.sqrt([1, 4, 13]), rtol=1e-6)
+
+
+def test_one_group_may_have_many_writers():
+  """All that is added to a residual stream counts, reading sides do not."""
+  arrays = {
+    'in': jnp.asarray([[1.0, 2.0], [0.0, -2.0]]),
+    'square': jnp.asarray([[10.0, 0.5], [0.0, 0.25]]),
+    'out': jnp.asarray([[100.0], [0.0]]),
+  }
+
+  def residual(p, x):
+    h = x @ p['in']
+    return (h + jnp.tanh(h @ p['square'])) @ p['out']
+
+  coupling = couple(residual, arrays, X[:, :2])
+  np.testing.assert_allclose(rank(coupling, arrays, 'l1')['in:1'], [11, 4.75])
+
+
+def test_global_closes_the_lowest_relative_to_their_group():
+  """Over the mean: A 1/3, 2/3, 1, 2 and B 1/4, 1, 7/4. Order: b0, a0, a1, a2, b1."""
+  everything = masks([1] * 4, [1] * 3)
+  assert priced(4, 3) == cost.flops(COUPLING) == 60
+  for n, kept in (
+    (60, everything),
+    (priced(4, 2), masks([1, 1, 1, 1], [0, 1, 1])),
+    (priced(3, 2), masks([0, 1, 1, 1], [0, 1, 1])),
+    (priced(2, 2), masks([0, 0, 1, 1], [0, 1, 1])),
+    (priced(1, 2), masks([0, 0, 0, 1], [0, 1, 1])),
+    (priced(1, 1), masks([0, 0, 0, 1], [0, 0, 1])),
+  ):
+    assert decided(n) == kept
+    assert decided(n + 1.9 if n < 60 else n) == kept  # the nearest, not the one below
+
+
+def test_a_target_is_a_fraction_a_percentage_or_a_number():
+  assert priced(2, 2) == 28
+  for target in (28 / 60, '46.7%', ' 46 % ', 28, 28.0, '28'):
+    assert decided(target) == masks([0, 0, 1, 1], [0, 1, 1])
+  assert decided(1) == decided(1.0) == decided('100%') == masks([1] * 4, [1] * 3)
+
+
+def test_parameters_as_target():
+  """12 + 12 + 6 of them; half is 15, and 2·3 + 2·2 + 2·2 = 14 is the nearest."""
+  keep = oneshot(COUPLING, ARRAYS, 0.5, of='params')
+  assert cost.params(COUPLING) == 30 and cost.params(COUPLING, keep) == 14
+  assert widths(keep) == {'a:1': 2, 'b:1': 2}
+
+
+def test_uniform_closes_the_same_part_of_every_group():
+  skewed = {**ARRAYS, 'b': ARRAYS['b'] * jnp.asarray([1e-3, 1e-3, 1.0])}
+  keep = oneshot(COUPLING, skewed, priced(2, 2), scope='uniform')
+  assert widths(keep) == {'a:1': 2, 'b:1': 2}
+  assert masks(*keep['channels'].values()) == masks([0, 0, 1, 1], [0, 1, 1])
+  keep = oneshot(COUPLING, skewed, priced(4, 1))
+  assert widths(keep) == {'a:1': 4, 'b:1': 1}
+
+
+def test_taylor_is_the_slope_of_the_loss_by_the_gate():
+  """L = Σ out. Hidden units are 1, 0, 4, 4 and 1, 9, 17; the rows of C add to -4, 2, 7;
+  row by row, B weighs these to 5, 12, 16, 16."""
+  gated = plug(net, COUPLING)
+  grads = jax.grad(lambda g: gated(ARRAYS, g, X).sum())(COUPLING.gates())
+  scores = rank(COUPLING, ARRAYS, 'taylor', grads)
+  np.testing.assert_allclose(scores['b:1'], [4, 18, 119], rtol=1e-5)
+  np.testing.assert_allclose(scores['a:1'], [5, 0, 64, 64], rtol=1e-5)
+  closed = masks([1, 0, 1, 1], [1, 1, 1])  # where L1 closes b0, at the same cost
+  assert decided(priced(3, 3), score='taylor', grads=grads) == closed
+  assert decided(priced(3, 3)) == masks([1, 1, 1, 1], [0, 1, 1])
+
+
+def test_random_depends_on_the_key_alone():
+  draw = lambda seed: decided(0.5, score='random', key=jax.random.key(seed))
+  assert draw(1) == draw(1)
+  assert len({str(draw(seed)) for seed in range(6)}) > 2
+
+
+@pytest.fixture(scope='module')
+def resnet20():
+  model, x = models.build('resnet20'), jax.ShapeDtypeStruct((1, 16, 16, 3), 'f4')
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  variables = zoo.randomised(shapes)
+  return couple(model, variables, x), variables
+
+
+@pytest.mark.parametrize('of', ['flops', 'params'])
+@pytest.mark.parametrize('scope', ['global', 'uniform'])
+def test_targets_are_met_on_a_resnet20(resnet20, scope, of):
+  coupling, variables = resnet20
+  count = {'flops': cost.flops, 'params': cost.params}[of]
+  total = count(coupling)
+  for target in (0.75, 0.5, 0.25):
+    keep = oneshot(coupling, variables, target, scope=scope, of=of)
+    assert abs(count(coupling, keep) / total - target) <= 0.01
+    assert all(k.dtype == bool and k.any() for k in keep['channels'].values())
+    if scope == 'uniform':  # one fraction is within a slice of all of them
+      parts = [(k.sum(), k.size) for k in keep['channels'].values()]
+      assert max((n - 1) / s for n, s in parts) <= min((n + 1) / s for n, s in parts)
+
+
+@pytest.mark.parametrize('scope', ['global', 'uniform'])
+def test_rounded_widths_are_what_the_target_counts(resnet20, scope):
+  """Rounded afterwards, the same target would be missed by more."""
+  coupling, variables = resnet20
+  total = cost.flops(coupling)
+  keep = oneshot(coupling, variables, 0.5, scope=scope, round_to=4)
+  settled = settle(coupling, keep, variables, round_to=4)
+  assert settled.notes == ()
+  assert all(n % 4 == 0 for n in widths(keep).values())
+  reached = abs(cost.flops(coupling, settled.keep) / total - 0.5)
+  plain = oneshot(coupling, variables, 0.5, scope=scope)
+  late = settle(coupling, plain, variables, round_to=4).keep
+  assert reached <= 0.03 < abs(cost.flops(coupling, late) / total - 0.5)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'target': 0}, r'target 0: expected a fraction in \(0, 1\]'),
+    ({'target': -0.5}, r'target -0.5: expected a fraction in \(0, 1\]'),
+    ({'target': '120%'}, 'target 120%: expected a fraction'),
+    ({'target': 61}, 'target 61: expected .* an absolute number up to 60'),
+    ({'target': float('nan')}, 'target nan: expected a fraction'),
+    ({'target': 0.1}, r'target 0.1 is 6 flops.* the floor is 12 \(0.200 of 60\)'),
+    ({'target': '10%', 'of': 'params'}, r'is 3 params.* the floor is 6 \(0.200 of 30'),
+    ({'score': 'l3'}, "score='l3': expected one of l1, l2, random, taylor"),
+    ({'scope': 'local'}, "scope='local': expected one of global, uniform"),
+    ({'of': 'latency'}, "of='latency': expected one of flops, params"),
+    ({'score': 'random'}, "score='random' needs key"),
+    ({'score': 'taylor'}, "score='taylor' needs grads"),
+  ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    oneshot(COUPLING, ARRAYS, **{'target': 0.5, **arguments})
+
+
+def test_a_network_without_hidden_channels_has_nothing_to_close():
+  coupling = couple(lambda p, x: x @ p, jnp.ones((3, 2)), X)
+  with pytest.raises(ValueError, match='no group of this network can be gated'):
+    oneshot(coupling, jnp.ones((3, 2)), 0.5)
