@@ -76,11 +76,13 @@ def prepare(config: Config, show: bool = True) -> Job:
   task, folder = tasks.classification(images.classes), config.path
   job = Job(config, folder, images, jax.device_put(images.train), task, show)
   before = folder / 'config.json'
-  if config.resume and before.is_file():
+  if not before.is_file():
+    return job
+  if config.resume:
     stored = json.loads(before.read_text())['config']
     unrelated = dict.fromkeys(UNRELATED)
     same_config({**stored, **unrelated}, {**config.to_json(), **unrelated}, str(folder))
-  elif folder.is_dir():
+  else:
     for name in ('history.jsonl', 'gates.jsonl', 'result.json'):
       (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / 'checkpoints', ignore_errors=True)

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from depthprune.config import Config
-from depthprune.training import checkpoint, rounds
+from depthprune.training import checkpoint, record, rounds, store
 from depthprune.training.data import Augment, Dataset, Normalisation
 from depthprune.training.keeper import CheckpointError
 from depthprune.training.method import Method
 from depthprune.training.stage import Job
 from depthprune.training.tasks import classification
+from depthprune.training.train import NonFiniteLoss
 
 CONFIG = Config(
   model='mlp',
@@ -136,8 +137,6 @@ def start(config: Config) -> subprocess.Popen:
 
 def arrays(config: Config) -> dict[str, np.ndarray]:
   """Everything the last stage ended with."""
-  from depthprune.training import store
-
   folder = sorted((config.path / 'checkpoints' / 'finetune').glob('0*'))[-1]
   return store.read(folder, 'state.json')[0]
 
@@ -224,3 +223,39 @@ def test_distillation_is_an_option_of_a_run(finished, tmp_path):
   rounds.run(config, show=False)
   rows = lines(tmp_path / 'history.jsonl')
   assert all('distillation' in r for r in rows if r['stage'] != 'train')
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(tmp_path):
+  config = dataclasses.replace(CONFIG, learning_rate=1e6, workdir=str(tmp_path))
+  with pytest.raises(NonFiniteLoss, match=r'train: .* at step \d+'):
+    rounds.run(config, show=False)
+  kept = sorted((tmp_path / 'checkpoints' / 'train').glob('0*'))
+  for folder in kept:
+    leaves, _ = store.read(folder, 'state.json')
+    assert all(np.isfinite(x).all() for x in leaves.values())
+  logged = [row['step'] for row in lines(tmp_path / 'history.jsonl')]
+  assert int(kept[-1].name) == logged[-1] < 32
+
+
+def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path), resume=False)
+  mine = tmp_path / 'checkpoints' / 'mine.txt'
+  mine.parent.mkdir()
+  mine.write_text('not of a run')
+  rounds.prepare(config)
+  assert mine.exists()
+  record.write(tmp_path / 'config.json', {'config': finished[0].to_json()})
+  record.append(tmp_path / 'history.jsonl', {'step': 1})
+  rounds.prepare(dataclasses.replace(config, seed=7))
+  assert not (tmp_path / 'history.jsonl').exists()
+
+
+def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):
+  config = dataclasses.replace(
+    CONFIG, of='params', round_to=8, bfloat16=True, workdir=str(tmp_path)
+  )
+  result = rounds.run(config, show=False)
+  assert all(after % 8 == 0 for _, after in result['widths'].values())
+  params = result['params']
+  assert abs(params['after'] / params['before'] - 0.5) <= 0.03
+  assert params['target'] == 0.5 * params['before']

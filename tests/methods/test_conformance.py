@@ -1,0 +1,57 @@
+"""What every method must do, whatever its paper: found by name, one compiled step."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from depthprune import methods
+from depthprune.config import Config
+from depthprune.program.couple import couple
+from depthprune.surgery.cut import prune
+from depthprune.surgery.oneshot import rank
+from depthprune.training.method import Method
+from depthprune.training.tasks import classification
+from depthprune.training.train import init_state, make_step
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.normal(KEY, (8, 4, 4, 2))
+BATCH = {'image': IMAGES, 'label': jnp.arange(8) % 3}
+
+
+class Net(nn.Module):
+  """A residual unit with a gated branch."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = lambda: nn.BatchNorm(not train)
+    x = nn.relu(norm()(nn.Conv(6, (3, 3), name='stem')(x)))
+    y = nn.relu(norm()(nn.Conv(8, (3, 3), name='inside')(x)))
+    gate = self.variable('branches', 'unit', jnp.ones, ()).value
+    x = nn.relu(x + gate * norm()(nn.Conv(6, (3, 3), name='out')(y)))
+    return {'main': nn.Dense(3, name='head')(x.mean((1, 2)))}
+
+
+@pytest.mark.parametrize('name', methods.names())
+def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
+  net = Net()
+  variables = net.init(KEY, IMAGES[:1])
+  coupling = couple(net, variables, IMAGES[:1])
+  scores = rank(coupling, variables, 'l1')
+  method = methods.build(Config(method=name, target=0.6), coupling, 10, scores)
+  assert isinstance(method, Method)
+  tx = optax.sgd(0.05)
+  state = init_state(net, method, tx, variables, coupling, BATCH)
+  start = jax.tree.map(np.asarray, state.theta)
+  step = make_step(net, method, classification(3), tx, coupling)
+  for _ in range(3):
+    state, metrics = step(state, BATCH, KEY)
+    assert all(np.isfinite(m) for m in jax.tree.leaves(metrics))
+  assert step._cache_size() == 1
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, state.theta)
+  assert any(jax.tree.leaves(moved))
+  keep = method.decide(jax.device_get(state.theta), state.stats, lambda keep: 1.0)
+  pruned = prune(net, state.variables, keep, IMAGES[:1], coupling=coupling)
+  assert pruned.report['flops']['after'] < pruned.report['flops']['before']
