@@ -14,7 +14,7 @@ from depthprune.surgery.settle import settle
 from tests import zoo
 
 X = jnp.asarray([[1.0, 2.0, -1.0]])
-# Column sums of |A|: 1, 2, 3, 6. Of |B|: 1, 4, 7. By L2 the first two of A change place.
+# Column sums of |A|: 1, 2, 3, 6. Of |B|: 1, 4, 7.
 A = [[1.0, 0.6, 1.0, 2.0], [0.0, -0.7, 1.0, 2.0], [0.0, 0.7, -1.0, 2.0]]
 B = [[1.0, 1.0, 1.0], [0.0, -1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
 C = [[-3.0, -1.0], [1.0, 1.0], [5.0, 2.0]]
@@ -86,6 +86,12 @@ def test_global_closes_the_lowest_relative_to_their_group():
   ):
     assert decided(n) == kept
     assert decided(n + 1.9 if n < 60 else n) == kept  # the nearest, not the one below
+
+
+def test_l2_closes_in_another_order():
+  """Over the mean: A .54, .63, .94, 1.88 and B .45, .91, 1.64: b1 goes before a2."""
+  assert decided(priced(2, 1), score='l2') == masks([0, 0, 1, 1], [0, 0, 1])
+  assert decided(priced(2, 1)) == masks([0, 0, 0, 1], [0, 1, 1])
 
 
 def test_a_target_is_a_fraction_a_percentage_or_a_number():
