@@ -74,12 +74,13 @@ class GatedLayer(nn.Module):
 
 
 class ScannedViT(nn.Module):
-  """Scan over layers: every parameter has a leading layer axis."""
+  """Scan over layers: every parameter has a leading layer axis. Or no scan."""
 
   width: int = 16
   depth: int = 3
   patch: int = 4
   block: Callable = EncoderBlock
+  scan: bool = True
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -87,6 +88,10 @@ class ScannedViT(nn.Module):
     x = nn.Conv(self.width, patch, patch, name='embedding')(x)
     n, h, w, c = x.shape
     x = x.reshape(n, h * w, c)
+    if not self.scan:
+      for i in range(self.depth):
+        x, _ = GatedLayer(self.block, name=f'layer{i}')(x, None)
+      return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
     layers = nn.scan(
       GatedLayer,
       variable_axes={'params': 0},
