@@ -84,6 +84,7 @@ def test_rounded_gates_open_what_will_be_built(positive, width):
 
 def test_the_penalty_is_the_squared_distance_to_the_target():
   method = trainable_gates(COUPLING, 0.5, strength=7.0)
+  assert method.penalty is not None
   found = method.penalty(theta_of(9, 4), STEP)
   assert float(found) == pytest.approx(7 * (share(9, 4) - 0.5) ** 2, rel=1e-5)
 
