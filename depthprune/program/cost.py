@@ -7,7 +7,7 @@ decisions is exact and that of gates is differentiable, in both the inputs and t
 outputs of every layer.
 
 Only convolutions and dot products count as FLOPs, as in the literature. Kernel taps
-that fall on padding count, taps on the holes of a transposed convolution do not. Of
+that fall on padding count, those on the holes of a transposed convolution do not. Of
 `cond` the dearest branch counts; a `while` counts one turn, as its length is not known.
 """
 
@@ -163,7 +163,7 @@ def _of_equation(view: View, e: jx.Equation, count: Count) -> Any:
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
     return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
   if e.name == 'conv_general_dilated':
-    return _of_convolution(e, dims[e.inputs[1]], dims[e.outputs[0]], count)
+    return _of_convolution(e, dims, count)
   inside = [_flops(view, body, count, everything) for body in e.bodies]
   if e.name == 'scan':
     return count(view.facts.hidden[e]) * inside[0]
@@ -172,26 +172,32 @@ def _of_equation(view: View, e: jx.Equation, count: Count) -> Any:
   return sum(inside)
 
 
-def _of_convolution(e: jx.Equation, kernel, out, count: Count) -> Any:
+def _of_convolution(e: jx.Equation, dims: Mapping, count: Count) -> Any:
   """2 x batch x out channels x in channels per group x (position, tap) pairs."""
   p, dn = e.params, e.params['dimension_numbers']
+  lhs, kernel, out = (dims[v] for v in (*e.inputs, *e.outputs))
   batch, features, *spatial = dn.out_spec
   _, per_group, *window = dn.rhs_spec
   pairs = 1
   for i, (o, k) in enumerate(zip(spatial, window, strict=True)):
     pairs *= _pairs(
-      out[o].size, kernel[k].size, p['window_strides'][i], p['padding'][i][0],
-      p['lhs_dilation'][i], p['rhs_dilation'][i],
+      lhs[dn.lhs_spec[2 + i]].size, kernel[k].size, out[o].size,
+      p['window_strides'][i], p['padding'][i][0], p['lhs_dilation'][i],
+      p['rhs_dilation'][i],
     )  # fmt: skip
-  return (
-    2 * pairs * math.prod(map(count, (out[batch], out[features], kernel[per_group])))
-  )
+  channels = math.prod(map(count, (out[batch], out[features], kernel[per_group])))
+  return 2 * pairs * channels
 
 
-def _pairs(out: int, taps: int, stride: int, pad: int, holes: int, spread: int) -> int:
-  """How many (output position, kernel tap) pairs do not fall on an inserted hole."""
+def _pairs(size: int, taps: int, out: int, stride, pad, holes, spread) -> int:
+  """How many (position, tap) pairs multiply, along one axis of `size` inputs.
+
+  Padding counts as input, holes do not: in a transposed convolution every input meets
+  every tap once."""
   if holes == 1:
     return out * taps
+  if stride == 1:
+    return size * taps
   at = np.arange(out)[:, None] * stride - pad + np.arange(taps)[None, :] * spread
   return int(np.sum(at % holes == 0))
 

@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import explain as ex
-from depthprune.program import jaxpr as jx
-from depthprune.program import rules
 from depthprune.program.facts import fresh
-from depthprune.program.view import Decision, View, look, paths_of, runnable
-
-HARMLESS = {ax.UNIT, 'kernel window', 'input', 'output'}  # pins that surprise nobody
-
-
-class Group(NamedTuple):
-  """Slices that live and die together.
-
-  Attributes:
-    name: path of the first kernel that produces the axis, and which axis of it.
-    size: number of slices.
-    members: (path, axis) of every variable that has these slices.
-    kind: 'channel', or 'layer' for the layer axis of scanned parameters.
-    ungated: why no gate can stand for the slices, or ''."""
-
-  name: str
-  size: int
-  members: tuple[tuple[str, int], ...]
-  kind: str
-  ungated: str
-
-
-class Pinned(NamedTuple):
-  """An axis of a variable that must keep all its slices, and why."""
-
-  path: str
-  axis: int
-  size: int
-  reasons: tuple[str, ...]
+from depthprune.program.groups import (
+  Group,
+  Pinned,
+  find_groups,
+  find_pinned,
+  find_reads,
+)
+from depthprune.program.view import (
+  Decision,
+  View,
+  abstract,
+  look,
+  paths_of,
+  runnable,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +76,7 @@ class Coupling:
   @functools.cached_property
   def reads(self) -> frozenset[tuple[str, int]]:
     """(path, axis) of the variables that an equation sums over: the reading sides."""
-    return _reads(self.view)
+    return find_reads(self.view)
 
   def axis(self, group: str) -> ax.Var:
     """The variable of a group. Raises: KeyError that names the nearest groups."""
@@ -119,11 +103,32 @@ class Coupling:
     view = look(fn, self.variables, inputs, kwargs, axes, decision)
     return view._replace(groups={g: memo[self.axis(g)] for g in self.groups})
 
+  def same(self, view: View, groups: Iterable[str]):
+    """Checks that these groups can be cut or gated in a view as they were coupled.
+
+    Raises: ValueError where its mode or shapes forbid what the coupling allows."""
+    for group in groups:
+      if self.groups[group].ungated:
+        continue
+      for v in ax.leaves(view.groups[group]):
+        if reasons := v.pins - {ax.UNIT} | v.notes:
+          raise ValueError(
+            f'{group}: {"; ".join(sorted(reasons))}, which was not so where the '
+            'function was coupled; couple() it in this mode and at these shapes'
+          )
+
   def decision(self, keep: Mapping) -> Decision:
     """The depth part of keep, with the variables that it makes dead."""
     decision = Decision(keep.get('branches', {}), keep.get('exits', {}))
     before = self.view.unneeded(Decision({}, {}))
     return decision._replace(dead=self.view.unneeded(decision) - before)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+  """Stands for one output in what `fixed` selects from."""
+
+  dims: ax.Dims
 
 
 def couple(
@@ -140,114 +145,21 @@ def couple(
 
   Source: design.md, "Coupling is type inference"; prototype/trace.py."""
   fn = runnable(model)
-  variables, inputs = jax.eval_shape(lambda *a: a, variables, tuple(inputs))
+  variables = jax.eval_shape(lambda v: v, variables)
+  inputs, kwargs = abstract((tuple(inputs), kwargs))
   paths = paths_of(variables)
   dims = {p: fresh(leaf.shape) for p, leaf in paths.items()}
   view = look(fn, variables, inputs, kwargs, dims)
-  outputs = view.unpack([view.facts.dims[v] for v in view.program.outputs])
-  _pin_outputs(outputs if fixed is None else fixed(outputs))
-  groups, solved = _groups(view, dims)
+  outputs = view.unpack([_Output(view.facts.dims[v]) for v in view.program.outputs])
+  for output in jax.tree.leaves(outputs if fixed is None else fixed(outputs)):
+    for d in output.dims:
+      ax.pin(d, 'output')
+  groups, solved = find_groups(view, dims)
   return Coupling(
     fn=fn, variables=variables, inputs=inputs, kwargs=kwargs, axes=dims,
-    view=view._replace(groups=solved), groups=groups, pinned=_pinned(dims),
+    view=view._replace(groups=solved), groups=groups, pinned=find_pinned(dims),
     branches=tuple(
       p.removeprefix('branches/') for p in paths if p.startswith('branches/')
     ),
     exits=tuple(outputs) if isinstance(outputs, Mapping) else (),
   )  # fmt: skip
-
-
-def _pin_outputs(outputs):
-  for out in jax.tree.leaves(outputs, is_leaf=lambda x: isinstance(x, list)):
-    for d in out if isinstance(out, list) else [out]:
-      ax.pin(d, 'output')
-
-
-def _groups(view: View, dims) -> tuple[dict[str, Group], dict[str, ax.Axis]]:
-  members: dict[ax.Var, list] = {}
-  for path, axes in dims.items():
-    for i, d in enumerate(axes):
-      for v in dict.fromkeys(ax.leaves(d)):
-        if not v.pins and not path.startswith('branches/'):
-          members.setdefault(v, []).append((path, i))
-  first, read = _first_use(view), _contracted(view)
-  found = []
-  for v, where in members.items():
-    ungated = '; '.join(sorted(v.notes)) or ('' if v in read else 'no weight reads it')
-    kind = 'layer' if rules.LAYER in v.notes else 'channel'
-    name = _name(v, where, dims, first)
-    found.append((Group(name, v.size, tuple(where), kind, ungated), v))
-  found.sort(key=lambda pair: min(first[p] for p, _ in pair[0].members))
-  return {g.name: g for g, _ in found}, {g.name: v for g, v in found}
-
-
-def _name(v, where, dims, first) -> str:
-  """Path of the first kernel that produces the axis, its axis, and its factor."""
-
-  def order(member):
-    rank = len(dims[member[0]])
-    return rank < 2, first[member[0]], -rank, member
-
-  path, axis = min(where, key=order)
-  parts = list(dict.fromkeys(ax.leaves(dims[path][axis])))
-  factor = f'.{parts.index(v)}' if len(parts) > 1 else ''
-  short = path.removeprefix('params/').removesuffix('/value').removesuffix('/kernel')
-  return f'{short}:{axis}{factor}'
-
-
-def _first_use(view: View) -> dict[str, int]:
-  used: dict[jx.Value, int] = {}
-  for i, e in enumerate(view.program.equations):
-    for v in e.inputs:
-      used.setdefault(v, i)
-  return {p: used.get(v, len(view.program.equations)) for p, v in view.leaves.items()}
-
-
-def _contracted(view: View) -> set[ax.Var]:
-  """The variables that some equation sums over."""
-  return {
-    v
-    for e in jx.walk(view.program)
-    for side in rules.contracted(e)
-    for k, axis in side
-    for v in ax.leaves(view.facts.dims[e.inputs[k]][axis])
-  }
-
-
-def _reads(view: View) -> frozenset[tuple[str, int]]:
-  """Contracted axes of variables, seen through casts, transposes and control flow."""
-  origin = {v: (p, tuple(range(len(v.shape)))) for p, v in view.leaves.items()}
-  found = set()
-
-  def walk(program: jx.Program):
-    for e in program.equations:
-      known = [origin.get(v) for v in e.inputs]
-      for k, axis in (pair for side in rules.contracted(e) for pair in side):
-        if (source := known[k]) is not None:
-          found.add((source[0], source[1][axis]))
-      if e.name in ('convert_element_type', 'copy') and known[0] is not None:
-        origin[e.outputs[0]] = known[0]
-      elif e.name == 'transpose' and known[0] is not None:
-        path, at = known[0]
-        origin[e.outputs[0]] = path, tuple(at[i] for i in e.params['permutation'])
-      for body, outer in jx.bodies_with_inputs(e):
-        scanned = len(jx.scan_parts(e, e.inputs)[2]) if e.name == 'scan' else 0
-        for i, (v, o) in enumerate(zip(body.inputs, outer, strict=True)):
-          if o in origin:
-            path, at = origin[o]
-            is_layer = i >= len(outer) - scanned
-            origin[v] = (path, at[1:]) if is_layer else (path, at)
-        walk(body)
-
-  walk(view.program)
-  return frozenset(found)
-
-
-def _pinned(dims) -> tuple[Pinned, ...]:
-  found = []
-  for path, axes in dims.items():
-    for i, d in enumerate(axes):
-      reasons = {why for v in ax.leaves(d) for why in v.pins} - HARMLESS
-      if reasons:
-        found.append(Pinned(path, i, d.size, tuple(sorted(reasons))))
-  return tuple(found)

@@ -49,9 +49,10 @@ def simplify(
     elif answer is not None:
       number.update(dict.fromkeys(e.outputs, answer))
     else:
+      bodies = _scanned(e, ins, number) or e.bodies
       inputs = tuple(read(v) for v in e.inputs)
       equations.append(
-        jx.Equation(e.primitive, inputs, e.outputs, e.params, e.bodies, e.source)
+        jx.Equation(e.primitive, inputs, e.outputs, e.params, bodies, e.source)
       )
   outputs = tuple(read(v) for i, v in enumerate(program.outputs) if i not in drop)
   whole = jx.Program(program.inputs, constants, tuple(equations), outputs)
@@ -62,9 +63,9 @@ def simplify(
 
 def _fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
   """What an equation is worth: a number, the input it equals, or None."""
-  name, out = e.name, e.outputs[0]
-  if all(k is None for k in known):
+  if not e.outputs or all(k is None for k in known):
     return None
+  name, out = e.name, e.outputs[0]
   if 0 in known and name in BILINEAR:
     return 0
   if all(k == 0 for k in known) and name in ZERO_TO_ZERO | SUMS | {'concatenate'}:
@@ -82,6 +83,16 @@ def _fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
     if (ins[other].shape, ins[other].dtype) == (out.shape, out.dtype):
       return ins[other]
   return None
+
+
+def _scanned(e: jx.Equation, ins: list, number: Mapping) -> tuple[jx.Program, ...]:
+  """The body of a scan for what is known of its constants and of what it scans over."""
+  if e.name != 'scan' or not any(v in number for v in ins):
+    return ()
+  consts, carry, xs = jx.scan_parts(e, [number.get(v) for v in ins])
+  known = [*consts, *[None] * len(carry), *xs]
+  pairs = zip(e.bodies[0].inputs, known, strict=True)
+  return (simplify(e.bodies[0], {v: k for v, k in pairs if k is not None}),)
 
 
 def _filled(v: jx.Value, number: int, equations: list, constants: dict) -> jx.Value:

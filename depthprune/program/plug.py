@@ -4,7 +4,7 @@ x·(g∘W) = (x∘g)·W: scaling the weight of every equation that sums over an 
 gating the activation at every read, whatever produced it, in value and in gradient. The
 operand *at that equation* is scaled, never the stored array, so a square kernel or one
 that is used twice is gated on its reading side only. Where two activations meet
-(query · key), the smaller of them is scaled instead.
+(query · key), the smaller of them is scaled, once.
 
 Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"); placing
 it at the contraction is ours (design.md).
@@ -24,7 +24,7 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.couple import Coupling
 from depthprune.program.evaluate import bind, interpret
 from depthprune.program.rules import contracted
-from depthprune.program.view import View, paths_of, remembered, runnable
+from depthprune.program.view import View, paths_of, remembered, runnable, split_arrays
 
 
 def plug(model: Any, coupling: Coupling) -> Callable:
@@ -46,13 +46,13 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     if gates.get('branches'):
       variables = with_branches(variables, gates['branches'])
     view = views(inputs, kwargs)
+    coupling.same(view, channels)
     weights: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
       _place(group, view.groups[group], jnp.asarray(gate), weights)
     run = _gated(view, weights)
-    dynamic = [x for x in jax.tree.leaves(kwargs) if hasattr(x, 'dtype')]
-    flat = [*jax.tree.leaves(variables), *jax.tree.leaves(inputs), *dynamic]
-    return view.unpack(run(view.program, flat))
+    arrays, _ = split_arrays((inputs, kwargs))
+    return view.unpack(run(view.program, [*jax.tree.leaves(variables), *arrays]))
 
   return gated
 

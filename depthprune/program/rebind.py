@@ -16,7 +16,14 @@ from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.evaluate import bind, derivative, interpret
 from depthprune.program.facts import Facts
-from depthprune.program.view import GONE, View, paths_of, remembered, runnable
+from depthprune.program.view import (
+  GONE,
+  View,
+  paths_of,
+  remembered,
+  runnable,
+  split_arrays,
+)
 
 
 def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
@@ -33,14 +40,17 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     another shape than `keep` leaves."""
   fn = runnable(model)
   views = remembered(lambda inputs, kwargs: coupling.again(fn, inputs, kwargs, keep))
-  for group in keep.get('channels', {}):
+  channels = keep.get('channels', {})
+  cut = [group for group, slices in channels.items() if not np.all(slices)]
+  for group in channels:
     coupling.axis(group)
 
   def small(variables, *inputs, **kwargs):
     view = views(inputs, kwargs)
+    coupling.same(view, cut)
     kept = decided(view, keep)
-    dynamic = [x for x in jax.tree.leaves(kwargs) if hasattr(x, 'dtype')]
-    flat = [*_arguments(view, kept, variables), *jax.tree.leaves((inputs, dynamic))]
+    arrays, _ = split_arrays((inputs, kwargs))
+    flat = [*_arguments(view, kept, variables), *arrays]
     outs = _rebound(view.facts, kept)(view.program, flat)
     return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
@@ -101,7 +111,12 @@ def _rebound(facts: Facts, kept: dict[ax.Var, np.ndarray]) -> Callable:
     if e.name in rules.ANY_SHAPE:  # random bits of the full network, then its slices
       full = bind(e, ins, e.params, run)
       return [_take(x, m) for x, m in zip(full, outs, strict=True)]
-    return bind(e, ins, _resized(e, masks, outs, facts, kept), run, derive)
+    params = _resized(e, masks, outs, facts, kept)
+    if e.name == 'scan' and params['length'] == 0:  # all layers are gone
+      _, carry, _ = jx.scan_parts(e, ins)
+      empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)
+      return [*carry, *(jnp.zeros([m.sum() for m in ms], v.dtype) for v, ms in empty)]
+    return bind(e, ins, params, run, derive)
 
   def derive(e: jx.Equation) -> Callable:
     if e not in derived:

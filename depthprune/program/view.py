@@ -98,10 +98,13 @@ def look(
 
   dims: the axes of every variable, by path. decision: what is dropped first; branches
   that stay open then count as 1, which is what folding leaves behind."""
-  dynamic, merge = split_arrays(kwargs)
-  program, tree = jx.trace(
-    lambda v, i, d: fn(v, *i, **merge(d)), (variables, inputs, dynamic)
-  )
+  arrays, merge = split_arrays((inputs, kwargs))
+
+  def call(variables, arrays):
+    args, named = merge(arrays)
+    return fn(variables, *args, **named)
+
+  program, tree = jx.trace(call, (variables, arrays))
   leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
   dropped = frozenset()
   if decision is not None:
@@ -112,18 +115,24 @@ def look(
   return View(program, facts, leaves, {}, tree, dropped)
 
 
-def split_arrays(kwargs: dict) -> tuple[list, Callable]:
-  """The arrays among keyword arguments, and merge(arrays) -> kwargs."""
-  leaves, tree = jax.tree.flatten(kwargs)
-  array = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+def split_arrays(arguments: Any) -> tuple[list, Callable]:
+  """The arrays among arguments, and merge(arrays) -> arguments; the rest is static."""
+  leaves, tree = jax.tree.flatten(arguments)
+  array = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
   is_array = [isinstance(x, array) for x in leaves]
 
-  def merge(dynamic):
-    rest = iter(dynamic)
+  def merge(arrays):
+    rest = iter(arrays)
     both = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
     return jax.tree.unflatten(tree, both)
 
   return [x for x, a in zip(leaves, is_array, strict=True) if a], merge
+
+
+def abstract(tree: Any) -> Any:
+  """The tree with ShapeDtypeStructs for its arrays."""
+  arrays, merge = split_arrays(tree)
+  return merge(jax.eval_shape(lambda x: x, arrays))
 
 
 def remembered(build: Callable) -> Callable:
@@ -133,21 +142,24 @@ def remembered(build: Callable) -> Callable:
   views: dict[Any, View] = {}
 
   def view(inputs: tuple, kwargs: dict) -> View:
-    dynamic, merge = split_arrays(kwargs)
-    inputs, dynamic = jax.eval_shape(lambda *a: a, inputs, dynamic)
-    arrays, tree = jax.tree.flatten((inputs, dynamic))
-    static, names = jax.tree.flatten(merge([None] * len(dynamic)))
-    shapes = tuple((a.shape, a.dtype, a.weak_type) for a in arrays)
-    key = (tree, shapes, names, tuple(static))
+    arguments = abstract((inputs, kwargs))
+    leaves, tree = jax.tree.flatten(arguments)
+    key = (tree, *(_signature(x) for x in leaves))
     if key in views:
       return views[key]
-    built = build(inputs, merge(dynamic))
+    built = build(*arguments)
     constants = built.program.constants.values()
     if not any(isinstance(c, Tracer) for c in constants):
       views[key] = built
     return built
 
   return view
+
+
+def _signature(x: Any) -> Any:
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x.shape, x.dtype, x.weak_type
+  return type(x), x
 
 
 def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int]]:
@@ -160,7 +172,9 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
   }
   names = paths_of(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
   closed = {exit for exit, kept in decision.exits.items() if not kept}
-  gone = {i for name, i in names.items() if name.removeprefix('0/') in closed}
+  gone = {
+    i for name, i in names.items() if name.removeprefix('0/').split('/')[0] in closed
+  }
   absent = [leaf for path, leaf in leaves.items() if path in decision.dead]
   reduced = simplify(program, known)
   fed = dependent(reduced, absent)

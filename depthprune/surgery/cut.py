@@ -90,7 +90,7 @@ def prune(
   small = shrink(variables, settled.keep)
   notes = list(settled.notes)
   if opt_state is not None:
-    opt_state, anew = _small_state(tx, opt_state, small, plan)
+    opt_state, anew = _small_state(tx, opt_state, variables, small, plan)
     notes += anew
   small_model, arch = _native(model, coupling, plan, settled.keep, small, notes)
   report = _report(coupling, variables, keep, settled.keep, plan, verdict, notes)
@@ -111,12 +111,13 @@ def _folded(coupling: Coupling, variables: Any, keep: Mapping) -> Any:
   return fold(coupling.view, variables, values)
 
 
-def _small_state(tx, opt_state, small, plan: Plan):
+def _small_state(tx, opt_state, full, small, plan: Plan):
   if tx is None:
     raise ValueError('opt_state was given without the tx that it belongs to')
   is_flax = isinstance(small, Mapping) and 'params' in small
-  tree, prefix = (small['params'], 'params/') if is_flax else (small, '')
-  return cut_optimizer(tx, opt_state, tree, plan, prefix)
+  if is_flax:
+    full, small = full['params'], small['params']
+  return cut_optimizer(tx, opt_state, full, small, plan, 'params/' if is_flax else '')
 
 
 def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, int]]:

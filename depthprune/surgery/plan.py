@@ -59,26 +59,28 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
 
 
 def cut_optimizer(
-  tx: Any, opt_state: Any, small: Any, plan: Plan, prefix: str
+  tx: Any, opt_state: Any, full: Any, small: Any, plan: Plan, prefix: str
 ) -> tuple[Any, list[str]]:
   """The optimizer state for the small variables, and what had to start anew.
 
-  small: the tree that tx now optimises. prefix: where that tree stands in the paths of
-    the plan ('params/' for the tree of parameters).
+  full, small: the tree that tx optimised and the one it will. prefix: where that tree
+    stands in the paths of the plan ('params/' for the tree of parameters).
   A leaf whose path ends in a variable's path and that has the variable's shape is cut
-  as the variable is; counters are carried over; anything else (factored statistics)
-  takes the value of tx.init(small), and is named.
+  as the variable is; counters are carried over; anything else (factored statistics) takes
+  the value of tx.init(small), and is named.
 
-  Raises: ValueError when opt_state is not a state of tx."""
-  fresh = tx.init(small)
-  old = paths_of(opt_state)
-  plans = {p.removeprefix(prefix): masks for p, masks in plan.items()}
-  leaves, anew = [], []
-  for path, template in paths_of(fresh).items():
-    if path not in old:
+  Raises: ValueError when opt_state is not a state of tx over full."""
+  expected, old = paths_of(jax.eval_shape(tx.init, full)), paths_of(opt_state)
+  for path in {**expected, **old}:
+    want, got = (np.shape(t[path]) if path in t else 'absent' for t in (expected, old))
+    if want != got:
       raise ValueError(
-        f'{path}: not in opt_state; pass the tx that made it, over the same tree'
+        f'opt_state is not that of tx over these variables: {path}: expected {want}, '
+        f'got {got}; pass the tx and the state that belong together'
       )
+  plans = {p.removeprefix(prefix): masks for p, masks in plan.items()}
+  fresh, leaves, anew = tx.init(small), [], []
+  for path, template in paths_of(fresh).items():
     leaf, masks = old[path], _masks_for(path, plans)
     if masks is not None and np.shape(leaf) == tuple(m.size for m in masks):
       leaf = take(leaf, masks)

@@ -12,6 +12,7 @@ from depthprune.program import cost
 from depthprune.program.couple import Coupling
 from depthprune.program.view import Decision, paths_of
 from depthprune.surgery.oneshot import norms
+from depthprune.surgery.plan import index_plan
 
 
 class Settled(NamedTuple):
@@ -43,16 +44,14 @@ def settle(
   leaves = paths_of(variables)
   notes: list[str] = []
   _close_empty(coupling, channels, branches, exits, leaves, notes)
-  dead = coupling.decision({'branches': branches, 'exits': exits}).dead
-  for name in list(channels):
-    group = coupling.groups[name]
-    if all(path in dead for path, _ in group.members):
+  settled = {'channels': channels, 'branches': branches, 'exits': exits}
+  left = index_plan(coupling, settled)
+  for name, group in coupling.groups.items():
+    if group.kind == 'channel' and not any(path in left for path, _ in group.members):
       del channels[name]
     elif group.kind == 'channel':
       channels[name] = _round(coupling, name, channels[name], leaves, round_to, notes)
-  return Settled(
-    {'channels': channels, 'branches': branches, 'exits': exits}, tuple(notes)
-  )
+  return Settled(settled, tuple(notes))
 
 
 def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:

@@ -16,6 +16,7 @@ from depthprune.program.couple import Coupling
 from depthprune.program.plug import plug
 from depthprune.program.rebind import slim
 from depthprune.program.view import paths_of
+from depthprune.surgery.plan import take
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerated by the narrowest contraction: 32 bits, 16 bits
 
@@ -47,11 +48,12 @@ def verify(
 ) -> Verdict:
   """Compares the small network with the masked one, in float32 at highest precision.
 
-  Both run on the given arrays and on randomised ones, so that zeros hide nothing.
+  Both run on the given arrays and on randomised ones, so that zeros hide nothing;
+  the same holds for the inputs.
   Masking closes the gates of a group where it can be gated, and zeroes the slices of
   other groups.
 
-  inputs: example inputs; floats are replaced by noise. shrink(variables, keep): the
+  inputs: example inputs, arrays or abstract. shrink(variables, keep): the
   small variables. asked, keep: the decision before and after settling, all entries
   present."""
   masked = jax.jit(_masked(coupling))
@@ -59,18 +61,19 @@ def verify(
   nothing = {'channels': {}, 'branches': {}}
   rows = []
   with jax.default_matmul_precision('highest'):
-    for seed, arrays in enumerate((variables, randomised(variables))):
-      probe = _noise(inputs, seed)
+    for arrays, probe in (
+      (variables, _concrete(inputs)),
+      (randomised(variables), randomised(_concrete(inputs))),
+    ):
       full, wanted, reference = (
-        _kept(masked(*_mask(coupling, arrays, k), probe), keep)
+        _cut_outputs(coupling, masked(*_mask(coupling, arrays, k), probe), keep)
         for k in (nothing, asked, keep)
       )
       got = small(shrink(arrays, keep), *probe, **coupling.kwargs)
       pairs = ((reference, got), (wanted, reference), (full, reference))
       rows.append([relative(a, b) for a, b in pairs])
-  verdict = Verdict(
-    *(max(column) for column in zip(*rows)), tolerance=_tolerance(coupling)
-  )
+  worst = (max(column) for column in zip(*rows))
+  verdict = Verdict(*worst, tolerance=_tolerance(coupling))
   if verdict.difference <= verdict.tolerance:
     return verdict
   blame = _blame(coupling, variables, inputs, shrink, keep, verdict.tolerance)
@@ -78,13 +81,16 @@ def verify(
 
 
 def relative(a: Any, b: Any) -> float:
-  """max|a - b| / max|a| over the worst leaf; NaN anywhere counts as infinite."""
+  """max|a - b| / max|a| over the worst leaf; infinite where only one is finite."""
   worst = 0.0
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.size:
-      ratio = np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)
-      worst = max(worst, float(ratio) if np.isfinite(ratio) else np.inf)
+    finite = np.isfinite(x)
+    if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+      return np.inf
+    if finite.any():
+      off, size = np.abs(x - y)[finite].max(), np.abs(x[finite]).max()
+      worst = max(worst, float(off / max(size, 1e-30)))
   return worst
 
 
@@ -109,17 +115,17 @@ def _is_float(x) -> bool:
   return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, np.floating)
 
 
-def _noise(inputs: tuple, seed: int) -> tuple:
-  """Inputs with their floats replaced by noise; abstract integers become 0 and 1."""
-  rng = np.random.default_rng(seed)
+def _concrete(inputs: tuple) -> tuple:
+  """The inputs as arrays; what is abstract or all zeros becomes noise, or 0 and 1."""
+  rng = np.random.default_rng(0)
 
   def one(x):
-    if _is_float(x):
+    if _is_float(x) and (isinstance(x, jax.ShapeDtypeStruct) or not np.any(x)):
       return jnp.asarray(rng.normal(size=x.shape), x.dtype)
     if not isinstance(x, jax.ShapeDtypeStruct):
       return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jnp.broadcast_to(jax.random.key(seed), x.shape)
+      return jnp.broadcast_to(jax.random.key(0), x.shape)
     return jnp.asarray(rng.integers(0, 2, x.shape), x.dtype)
 
   return jax.tree.map(one, inputs)
@@ -160,8 +166,14 @@ def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]
   return variables, {'channels': channels, 'branches': branches}
 
 
-def _kept(outputs: Any, keep: Mapping) -> Any:
-  """The outputs without the dropped exits."""
+def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
+  """The slices of the outputs that the small network returns, without dropped exits."""
+  kept = {coupling.axis(g): np.asarray(k) for g, k in keep['channels'].items()}
+  leaves = [
+    take(x, tuple(sl.mask(d, kept) for d in coupling.view.facts.dims[v]))
+    for x, v in zip(jax.tree.leaves(outputs), coupling.view.program.outputs)
+  ]
+  outputs = jax.tree.unflatten(jax.tree.structure(outputs), leaves)
   if not keep['exits']:
     return outputs
   return {name: outputs[name] for name, kept in keep['exits'].items() if kept}
@@ -181,13 +193,14 @@ def _tolerance(coupling: Coupling) -> float:
 def _blame(coupling, variables, inputs, shrink, keep, tolerance) -> tuple[str, ...]:
   """The groups that differ when they alone are closed, with their tensors."""
   masked = _masked(coupling)
-  arrays, probe = randomised(variables), _noise(inputs, 1)
+  arrays, probe = randomised(variables), randomised(_concrete(inputs))
   found = []
   for name, kept in keep['channels'].items():
     if np.all(kept):
       continue
     alone = {'channels': {name: kept}, 'branches': {}, 'exits': keep['exits']}
-    reference = _kept(masked(*_mask(coupling, arrays, alone), probe), keep)
+    outputs = masked(*_mask(coupling, arrays, alone), probe)
+    reference = _cut_outputs(coupling, outputs, alone)
     small = slim(coupling.fn, coupling, alone)
     got = small(shrink(arrays, alone), *probe, **coupling.kwargs)
     if (difference := relative(reference, got)) > tolerance:
