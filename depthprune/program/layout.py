@@ -9,7 +9,6 @@ from depthprune.program.axes import (
   LayoutError,
   Prod,
   Var,
-  factor,
   norm,
   pin,
   split,
@@ -114,12 +113,9 @@ def strided(d: Axis, lo: int, hi: int, step: int, e: jx.Equation) -> Axis:
   """Every step-th slice: the outer factor of outer*step, where the layout allows it."""
   count = -(-(hi - lo) // step)
   if lo < step and count * step == d.size:
-    try:
-      outer, inner = factor(d, count, e)
-      pin(inner, 'strided slice')
-      return outer
-    except LayoutError:
-      pass
+    outer = Var(count)
+    unify(d, Prod(outer, Var(step, 'strided slice')), e)
+    return norm(outer)
   pin(d, 'strided slice')
   return Var(count, 'strided slice')
 
@@ -184,8 +180,9 @@ def gather(facts, e, x, idx):
   )
   for i, j in batching.items():
     unify(x[i], idx[j], e)
-  for i in dn.start_index_map:
-    pin(x[i], 'indexed')
+  for i, n in enumerate(sizes):
+    if i in dn.start_index_map or (i not in batching and n != x[i].size):
+      pin(x[i], 'indexed')
   offset = iter(
     i for i in range(len(x)) if i not in {*dn.collapsed_slice_dims, *batching}
   )

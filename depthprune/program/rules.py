@@ -15,11 +15,11 @@ from depthprune.program.facts import Facts, any_shape, equal, fresh, opaque
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-  bitcast_convert_type cbrt ceil clamp conj convert_element_type copy copy_p cos cosh
-  custom_lin device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+  cbrt ceil clamp conj convert_element_type copy copy_p cos cosh
+  custom_lin device_put digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
   igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
   mesh_cast min mul ne neg nextafter not optimization_barrier or polygamma
-  population_count pow pvary pvary_invariant random_gamma real reduce_precision
+  population_count pow pvary pvary_invariant real reduce_precision
   regularized_incomplete_beta rem reshard round rsqrt select_n shift_left
   shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt
   square stop_gradient sub tan tanh xor zeta name real_part complex""".split()
@@ -94,6 +94,16 @@ def elementwise(facts, e, *ins):
       dims.append(same[0] if same else Var(n))
     outs.append(dims)
   return outs
+
+
+def bitcast(facts, e, x):
+  """Between types of different width, the last axis is what one element falls into."""
+  rank = len(e.outputs[0].shape)
+  if rank > len(x):
+    return [[*x, Var(e.outputs[0].shape[-1], 'bitcast')]]
+  if rank < len(x):
+    pin(x[-1], 'bitcast')
+  return [x[:rank]]
 
 
 def cumulative(facts, e, x):
@@ -224,6 +234,7 @@ def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
 
 
 RULES = {
+  'bitcast_convert_type': bitcast,
   'broadcast_in_dim': lay.broadcast_in_dim, 'concatenate': lay.concatenate,
   'cond': cond, 'conv_general_dilated': conv_general_dilated,
   'custom_jvp_call': own_derivative,

@@ -18,7 +18,7 @@ def mask(a: Axis, keep: Keep) -> np.ndarray:
     return np.asarray(keep[a]) if a in keep else np.ones(a.size, bool)
   parts = [mask(p, keep) for p in a.parts]
   if isinstance(a, Cat):
-    return np.concatenate(parts)
+    return np.concatenate([np.ones(0, bool), *parts])
   out = np.ones(1, bool)
   for p in parts:
     out = np.outer(out, p).ravel()
@@ -55,7 +55,7 @@ def index_of(a: Axis, v: Var) -> np.ndarray:
     return np.arange(a.size) if a is v else np.full(a.size, -1)
   parts = [index_of(p, v) for p in a.parts]
   if isinstance(a, Cat):
-    return np.concatenate(parts)
+    return np.concatenate([np.full(0, -1), *parts])
   out = np.full(1, -1)
   for p in parts:
     out = np.maximum(out[:, None], p[None, :]).ravel()

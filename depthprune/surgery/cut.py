@@ -73,6 +73,13 @@ def prune(
   inputs = example if isinstance(example, tuple) else (example,)
   coupling = coupling or couple(model, variables, *inputs)
   settled = settle(coupling, keep, variables, round_to)
+  inexact = _inexact(coupling, settled.keep)
+  if inexact and not allow_inexact:
+    raise InexactCut(
+      'masked and small network are not the same function:\n  '
+      + '\n  '.join(inexact)
+      + '\nkeep these groups whole, or pass allow_inexact=True'
+    )
 
   def shrink(arrays, keep):
     return cut(_folded(coupling, arrays, keep), index_plan(coupling, keep))
@@ -88,7 +95,7 @@ def prune(
     )
   plan = index_plan(coupling, settled.keep)
   small = shrink(variables, settled.keep)
-  notes = list(settled.notes)
+  notes = [*settled.notes, *inexact]
   if opt_state is not None:
     opt_state, anew = _small_state(tx, opt_state, variables, small, plan)
     notes += anew
@@ -98,6 +105,17 @@ def prune(
   return Pruned(
     apply, small, opt_state, arch, report, small_model, settled.keep, coupling
   )
+
+
+def _inexact(coupling: Coupling, keep: Mapping) -> list[str]:
+  """One sentence for every axis that is cut although its size enters the result."""
+  found = []
+  for name, kept in keep['channels'].items():
+    group = coupling.groups[name]
+    if group.kind == 'channel' and coupling.axis(name).notes and not np.all(kept):
+      tensors = ', '.join(path for path, _ in group.members)
+      found.append(f'{name}: {group.ungated}. Tensors: {tensors}')
+  return found
 
 
 def _folded(coupling: Coupling, variables: Any, keep: Mapping) -> Any:

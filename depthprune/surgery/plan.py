@@ -66,8 +66,8 @@ def cut_optimizer(
   full, small: the tree that tx optimised and the one it will. prefix: where that tree
     stands in the paths of the plan ('params/' for the tree of parameters).
   A leaf whose path ends in a variable's path and that has the variable's shape is cut
-  as the variable is; counters are carried over; anything else (factored statistics) takes
-  the value of tx.init(small), and is named.
+  as the variable is; statistics of another shape (factored ones) of a variable that is
+  cut take the value of tx.init(small), and are named; the rest is carried over.
 
   Raises: ValueError when opt_state is not a state of tx over full."""
   expected, old = paths_of(jax.eval_shape(tx.init, full)), paths_of(opt_state)
@@ -84,7 +84,7 @@ def cut_optimizer(
     leaf, masks = old[path], _masks_for(path, plans)
     if masks is not None and np.shape(leaf) == tuple(m.size for m in masks):
       leaf = take(leaf, masks)
-    if np.shape(leaf) != np.shape(template):
+    elif masks is not None and np.ndim(leaf) and not all(m.all() for m in masks):
       anew.append(f'optimizer state {path} has no slices to cut: it starts anew')
       leaf = template
     leaves.append(leaf)
