@@ -39,4 +39,7 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
   """How this process was started, without the path to the interpreter."""
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  if spec is not None:
+    return ' '.join(['python -m', spec.name.removesuffix('.__main__'), *sys.argv[1:]])
   return ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
