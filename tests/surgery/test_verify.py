@@ -1,0 +1,175 @@
+"""verify: what cannot be cut exactly is refused by name; a wrong cut is caught."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.models.mlp import MLP
+from depthprune.program import rebind
+from depthprune.program.couple import couple
+from depthprune.surgery import plan
+from depthprune.surgery.cut import InexactCut, prune
+from depthprune.surgery.verify import HALF, SINGLE, randomised, relative
+from tests import masking as m
+from tests import zoo
+
+
+class Normed(nn.Module):
+  """Normalised over its width, by the textbook's variance."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(8, name='one')(x.mean((1, 2)))
+    x = nn.LayerNorm(use_fast_variance=False)(x)
+    return nn.Dense(4)(x)
+
+
+INEXACT = {  # network, the group that is to blame, a tensor that has it
+  'layer norm': (zoo.Case(Normed()), 'one:1', 'params/one/kernel'),
+  'mixer': (zoo.INEXACT['mixer'], 'Conv_0:3', 'params/Conv_0/kernel'),
+  'softmax': (zoo.INEXACT['channel softmax'], 'Conv_1:3', 'params/Conv_1/kernel'),
+}
+
+
+@pytest.mark.parametrize('name', INEXACT)
+def test_where_masked_is_not_small_the_tensors_are_named(name):
+  """Refused; on request cut nevertheless, and the difference reported."""
+  case, group, tensor = INEXACT[name]
+  variables, x = case.variables(), case.inputs(2)
+  coupling = couple(case.model, variables, x)
+  size = coupling.groups[group].size
+  keep = {'channels': {group: np.arange(size) < size // 2}}
+  cut = lambda **more: prune(case.model, variables, keep, x, coupling=coupling, **more)
+  with pytest.raises(InexactCut) as error:
+    cut()
+  message = str(error.value)
+  assert f'{group}: reduced over by' in message and tensor in message
+  assert 'allow_inexact=True' in message
+  pruned = cut(allow_inexact=True)
+  verify = pruned.report['verify']
+  assert verify['difference'] > verify['tolerance'] == SINGLE
+  assert any(group in note and tensor in note for note in pruned.report['notes'])
+  zeroed = case.apply(m.zeroed(coupling, variables, keep), x)
+  got = pruned.apply(pruned.variables, x)
+  assert got.shape == zeroed.shape and m.difference(zeroed, got) > SINGLE
+
+
+def test_only_the_group_to_blame_is_named():
+  case, group, _ = INEXACT['softmax']
+  variables, x = case.variables(), case.inputs(2)
+  coupling = couple(case.model, variables, x)
+  other = next(g for g in coupling.groups if g != group)
+  keep = m.random_keep(coupling)
+  with pytest.raises(InexactCut) as error:
+    prune(case.model, variables, keep, x, coupling=coupling)
+  assert f'{group}: ' in str(error.value) and f'{other}: ' not in str(error.value)
+  keep = {'channels': {other: keep['channels'][other]}}
+  report = prune(case.model, variables, keep, x, coupling=coupling).report
+  assert report['verify']['difference'] <= 1e-5
+
+
+# ---- an ordinary network -------------------------------------------------------------
+
+MODEL, X = MLP(hidden=(8, 6)), zoo.image(2)
+VARIABLES = zoo.randomised(jax.eval_shape(MODEL.init, jax.random.key(0), X))
+HALVED = {'channels': {'layer0/dense:1': np.arange(8) < 4}}
+
+
+def wrong_slices(path: str):
+  """plan.take, but the slices of one array are taken in another order."""
+  take, shape = plan.take, np.shape(path_leaf(path))
+
+  def wrong(x, masks):
+    if np.shape(x) == shape:
+      masks = tuple(np.roll(mask, 1) for mask in masks)
+    return take(x, masks)
+
+  return wrong
+
+
+def path_leaf(path):
+  leaf = VARIABLES['params']
+  for name in path.split('/'):
+    leaf = leaf[name]
+  return leaf
+
+
+@pytest.mark.parametrize('path', ['layer0/dense/kernel', 'layer0/dense/bias'])
+def test_an_array_cut_at_the_wrong_slices_is_caught(monkeypatch, path):
+  monkeypatch.setattr(plan, 'take', wrong_slices(path))
+  with pytest.raises(InexactCut, match=r'layer0/dense:1: off by'):
+    prune(MODEL, VARIABLES, HALVED, X)
+
+
+def test_a_wrong_size_in_the_program_is_caught(monkeypatch):
+  """A slice of the program that is moved by one: no shape tells."""
+  resize = rebind._resize_slice
+
+  def moved(p, masks):
+    resize(p, masks)
+    if not all(mask.all() for mask in masks):
+      p['start_indices'] = tuple(max(i - 1, 0) for i in p['start_indices'])
+      p['limit_indices'] = tuple(
+        max(i - 1, 0) if start else i
+        for start, i in zip(p['start_indices'], p['limit_indices'], strict=True)
+      )
+
+  def halves(p, x):
+    h = jnp.tanh(x.mean((1, 2)) @ p['in'])
+    return h[:, :3] @ p['left'] + h[:, 3:6] @ p['mid'] + h[:, 6:] @ p['right']
+
+  shapes = {'in': (3, 9), 'left': (3, 2), 'mid': (3, 2), 'right': (3, 2)}
+  case = zoo.Case(halves, shapes=shapes)
+  coupling = couple(halves, case.variables(), X)
+  keep = {'channels': {g: np.arange(3) != 1 for g in coupling.groups}}
+  assert len(keep['channels']) == 3
+  cut = lambda: prune(halves, case.variables(), keep, X, coupling=coupling)
+  assert cut().report['verify']['difference'] <= 1e-5
+  monkeypatch.setattr(rebind, '_resize_slice', moved)
+  with pytest.raises(InexactCut):
+    cut()
+
+
+def test_zeros_hide_nothing():
+  """Fresh biases are 0, and a cut of them that is wrong would not show."""
+  zero = jax.tree.map(jnp.zeros_like, VARIABLES)
+  report = prune(MODEL, zero, HALVED, X).report
+  assert report['verify']['moved'] > 1e-3 and report['notes'] == []
+  noisy = jax.tree.leaves(randomised(zero))
+  assert all((np.asarray(x) != 0).all() for x in noisy)
+
+
+def test_what_closes_nothing_moves_nothing():
+  report = prune(MODEL, VARIABLES, {}, X).report
+  assert report['verify'] == {
+    'difference': 0.0, 'settled': 0.0, 'moved': 0.0, 'tolerance': SINGLE,
+  }  # fmt: skip
+  assert report['notes'] == [] and report['requested'] == {}
+  assert report['flops']['before'] == report['flops']['after']
+
+
+def test_slices_that_nothing_reads_are_told():
+  """Times zero: closing them cannot change the output, and a person should know."""
+  f = lambda p, x: jnp.tanh(x.mean((1, 2)) @ p['in']) @ p['out'] * 0 + x.mean()
+  p = zoo.Case(f, shapes={'in': (3, 6), 'out': (6, 2)}).variables()
+  report = prune(f, p, {'channels': {'in:1': np.arange(6) < 3}}, X).report
+  assert report['verify']['moved'] == 0
+  assert report['notes'] == ['closing these slices does not change the output']
+
+
+def test_half_precision_has_its_own_tolerance():
+  model = MODEL.clone(dtype=jnp.bfloat16)
+  verify = prune(model, VARIABLES, HALVED, X).report['verify']
+  assert verify['tolerance'] == HALF > SINGLE
+  assert verify['difference'] <= HALF and verify['moved'] > 1e-2
+  assert prune(MODEL, VARIABLES, HALVED, X).report['verify']['tolerance'] == SINGLE
+
+
+def test_the_difference_is_relative_and_the_worst():
+  a = {'x': jnp.asarray([1.0, -4.0]), 'y': jnp.asarray([0.1])}
+  b = {'x': jnp.asarray([1.0, -3.0]), 'y': jnp.asarray([0.15])}
+  assert relative(a, b) == pytest.approx(0.5)
+  assert relative(a, a) == 0
+  assert relative(a, {**a, 'y': jnp.asarray([jnp.nan])}) == np.inf
