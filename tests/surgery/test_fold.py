@@ -1,0 +1,164 @@
+"""Soft branch gates become part of the arrays, or it is said why they cannot."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.gates import branch
+from depthprune.models.resnet import ResNet
+from depthprune.program.view import paths_of
+from depthprune.surgery.cut import prune
+from tests import masking as m
+from tests import zoo
+
+X = zoo.image(2)
+UNROLLED = ResNet(depth=8, width=4, shortcut='B')
+SCANNED = ResNet(depth=20, width=2, scan=True)
+
+
+def arrays(model, gates: dict):
+  """Random arrays; every branch gate is 1 but for those given by path."""
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), X))
+  ones = jax.tree.map(jnp.ones_like, variables['branches'])
+  leaves = [jnp.asarray(gates.get(p, x), x.dtype) for p, x in paths_of(ones).items()]
+  variables['branches'] = jax.tree.unflatten(jax.tree.structure(ones), leaves)
+  return variables
+
+
+SOFT = {
+  'unrolled': (
+    UNROLLED,
+    {'stage1/block0/branch': 0.7, 'stage3/block0/branch': -0.3},
+    {'stage1/block0/norm2', 'stage3/block0/norm2'},
+  ),
+  'scanned': (
+    SCANNED,
+    {'stage1/block0/branch': 0.7, 'stage2/blocks/branch': [0.7, 1.4]},
+    {'stage1/block0/norm2', 'stage2/blocks/norm2'},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', SOFT)
+def test_a_soft_gate_is_folded_into_the_last_normalisation(name):
+  """The same outputs without gates, and no other array is touched."""
+  model, gates, scaled = SOFT[name]
+  variables = arrays(model, gates)
+  pruned = prune(model, variables, {}, X)
+  assert 'branches' not in pruned.variables and pruned.model == model
+  x = zoo.image(3)
+  run = m.quick(lambda v: model.apply(v, x)['main'])
+  expected = run(variables)
+  got = m.quick(lambda v: pruned.apply(v, x)['main'])(pruned.variables)
+  assert m.difference(expected, got) <= 1e-6
+  open_ = {**variables, 'branches': jax.tree.map(jnp.ones_like, variables['branches'])}
+  assert m.difference(expected, run(open_)) > 1e-2
+  old, new = paths_of(variables), paths_of(pruned.variables)
+  changed = {p for p in new if not np.array_equal(old[p], new[p])}
+  assert changed == {f'params/{s}/{leaf}' for s in scaled for leaf in ('bias', 'scale')}
+
+
+def test_gates_of_a_stack_are_cut_with_their_layers():
+  """The layer that goes takes its priority along; the other's is folded."""
+  path = 'stage2/blocks/branch'
+  variables = arrays(SCANNED, {path: [0.4, 0.7]})
+  keep = {'branches': {path: np.asarray([False, True])}}
+  pruned = prune(SCANNED, variables, keep, X)
+  assert pruned.arch == {path: 1}
+  assert pruned.report['verify']['difference'] <= 1e-5
+  unit = variables['params']['stage2']['blocks']['norm2']
+  left = pruned.variables['params']['stage2']['blocks']['norm2']
+  for name in ('scale', 'bias'):
+    np.testing.assert_allclose(left[name], 0.7 * unit[name][1:], rtol=1e-6)
+
+
+def test_the_priority_of_a_closed_branch_vanishes():
+  """Whatever it was: the small network is that of any other value."""
+  path = 'stage3/block0/branch'
+  keep = {'branches': {path: np.asarray(False)}}
+  results = []
+  for priority in (0.3, -4.0):
+    pruned = prune(UNROLLED, arrays(UNROLLED, {path: priority}), keep, X)
+    assert 'branches' not in pruned.variables and pruned.arch == {path: 0}
+    assert pruned.report['branches'][path] is False
+    assert pruned.report['verify']['difference'] <= 1e-5
+    results.append(pruned.variables)
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  assert results[0]['params']['stage3']['block0'].keys() == {'shortcut'}
+
+
+# ---- branches written by others ------------------------------------------------------
+
+
+class Branch(nn.Module):
+  """x + gate · F(x) with `end` as the last thing that F does."""
+
+  end: str
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(6, name='stem')(x.mean((1, 2)))
+    y = nn.relu(nn.Dense(5, name='inner')(x))
+    if self.end == 'shared':  # the weights are read by the trunk, too
+      dense = nn.Dense(6, name='last')
+      x, y = dense(x), dense(nn.Dense(6, name='grow')(y))
+    elif self.end == 'sum':
+      y = nn.Dense(6, name='left')(y) - nn.Dense(6, name='right', use_bias=False)(y)
+    elif self.end == 'twice':  # what is gated has another reader
+      y = nn.Dense(6, name='last')(y)
+      x = x + jnp.tanh(y)
+    else:
+      y = nn.Dense(6, name='last')(y)
+      y = {'tanh': jnp.tanh, 'dense': lambda y: y}[self.end](y)
+    return nn.Dense(4, name='head')(x + branch(self, y))
+
+
+FOLDED = {
+  'dense': {'last/kernel', 'last/bias'},
+  'sum': {'left/kernel', 'left/bias', 'right/kernel'},
+}
+
+
+@pytest.mark.parametrize('end', FOLDED)
+def test_every_summand_carries_the_factor(end):
+  model = Branch(end)
+  variables = arrays(model, {'branch': 0.7})
+  pruned = prune(model, variables, {}, X)
+  assert pruned.report['verify']['difference'] <= 1e-6
+  x = zoo.image(3)
+  got = pruned.apply(pruned.variables, x)
+  assert m.difference(model.apply(variables, x), got) <= 1e-6
+  old, new = paths_of(variables), paths_of(pruned.variables)
+  changed = {p for p in new if not np.array_equal(old[p], new[p])}
+  assert changed == {f'params/{p}' for p in FOLDED[end]}
+
+
+@pytest.mark.parametrize('end', ['tanh', 'shared', 'twice'])
+def test_a_gate_that_no_array_can_carry_is_named(end):
+  model = Branch(end)
+  with pytest.raises(
+    ValueError, match='branches/branch: its value .* cannot be folded'
+  ):
+    prune(model, arrays(model, {'branch': 0.7}), {}, X)
+  for gate, keep in ((1.0, {}), (0.7, {'branches': {'branch': np.asarray(False)}})):
+    pruned = prune(model, arrays(model, {'branch': gate}), keep, X)
+    assert pruned.report['verify']['difference'] <= 1e-5
+
+
+def test_layers_that_share_their_weights_cannot_have_gates_of_their_own():
+  """A stack that reads the same kernel in every turn, gated turn by turn."""
+
+  def f(v, x):
+    def turn(h, gate):
+      return h + gate * (h @ v['params']['shared']), None
+
+    h = x.mean((1, 2)) @ v['params']['in']
+    return jax.lax.scan(turn, h, v['branches']['gate'])[0] @ v['params']['out']
+
+  shapes = {'in': (3, 5), 'shared': (5, 5), 'out': (5, 2)}
+  params = zoo.Case(f, shapes=shapes).variables()
+  variables = {'params': params, 'branches': {'gate': jnp.asarray([0.7, 0.2])}}
+  with pytest.raises(ValueError, match=r'branches/gate: its value .* cannot be folded'):
+    prune(f, variables, {}, X)
