@@ -63,7 +63,9 @@ def test_what_is_found_in_each_network(name):
   case = NETWORKS[name]
   coupling = couple(case.model, case.variables(), case.inputs(2))
   ungated = sum(bool(g.ungated) for g in coupling.groups.values())
-  found = len(coupling.groups), ungated, len(coupling.pinned)
+  # jax < 0.12 has no unstack: it slices, which leaves nothing to tell.
+  told = [p for p in coupling.pinned if p.reasons != ('unstacked',)]
+  found = len(coupling.groups), ungated, len(told)
   assert found == EXPECTED[name], coupling.explain()
   assert all(g.size > 1 for g in coupling.groups.values())
 
