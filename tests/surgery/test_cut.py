@@ -194,6 +194,11 @@ def test_widths_are_rounded_and_that_is_said(mlp):
   [note] = pruned.report['notes']
   assert note == 'layer0/dense:1: 7 became 4, a multiple of 4 (of 8)'
   assert pruned.report['verify']['settled'] > 1e-3
+  small = couple(
+    pruned.apply, pruned.variables, X
+  )  # what was built, not what was asked
+  assert pruned.report['flops']['after'] == cost.flops(small)
+  assert pruned.report['params']['after'] == cost.params(small)
 
 
 def test_a_wider_network_s_state_or_another_optimizer_s_is_refused(mlp):

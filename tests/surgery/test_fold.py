@@ -162,3 +162,29 @@ def test_layers_that_share_their_weights_cannot_have_gates_of_their_own():
   variables = {'params': params, 'branches': {'gate': jnp.asarray([0.7, 0.2])}}
   with pytest.raises(ValueError, match=r'branches/gate: its value .* cannot be folded'):
     prune(f, variables, {}, X)
+
+
+def test_a_layer_stays_for_the_branch_that_stays():
+  """Two branches per layer, one of them closed in one layer: it becomes zeros."""
+
+  def f(v, x):
+    def turn(h, layer):
+      p, gate = layer
+      h = h + gate['one'] * (jnp.tanh(h @ p['a']) @ p['b'])
+      return h + gate['two'] * (h @ p['c']), None
+
+    h = x.mean((1, 2)) @ v['params']['in']
+    h, _ = jax.lax.scan(turn, h, (v['params']['stack'], v['branches']))
+    return h @ v['params']['out']
+
+  stack = {'a': (2, 5, 4), 'b': (2, 4, 5), 'c': (2, 5, 5)}
+  shapes = {'in': (3, 5), 'stack': stack, 'out': (5, 2)}
+  params = zoo.Case(f, shapes=shapes).variables()
+  gates = {'one': jnp.asarray([0.7, 0.5]), 'two': jnp.asarray([1.0, 0.2])}
+  keep = {'branches': {'one': np.asarray([True, False])}}
+  pruned = prune(f, {'params': params, 'branches': gates}, keep, X)
+  assert pruned.report['verify']['difference'] <= 1e-5
+  masked = {'one': jnp.asarray([0.7, 0.0]), 'two': gates['two']}
+  expected = f({'params': params, 'branches': masked}, X)
+  assert m.difference(expected, pruned.apply(pruned.variables, X)) <= 1e-5
+  assert not np.any(pruned.variables['params']['stack']['b'][1])
