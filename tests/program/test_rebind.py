@@ -20,7 +20,7 @@ WITH_INTEGERS = (  # ReLU and BatchNorm only, averages over powers of two
 )  # fmt: skip
 IN_TRAINING = (
   'resnet basic', 'densenet', 'vgg', 'u-net', 'shufflenet', 'vit scanned', 'char cnn',
-  'recurrent', 'strided', 'own rules',
+  'recurrent', 'strided', 'own rules', 'own contraction',
 )  # fmt: skip
 
 

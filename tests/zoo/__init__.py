@@ -88,6 +88,7 @@ NETWORKS = {
   'strided': Case(f.strided, image, f.STRIDED),
   'gathered': Case(f.gathered, image, f.GATHERED),
   'own rules': Case(f.own_rules, image, f.OWN_RULES),
+  'own contraction': Case(f.own_contraction, image, f.OWN_CONTRACTION),
   'square': Case(f.square, image, f.SQUARE),
   'channels first': Case(f.channels_first, image, f.CHANNELS_FIRST),
 }
