@@ -1,6 +1,7 @@
 """prune on our models: what is left, what is reported, and that it trains on."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def resnet():
   variables['branches'] = jax.tree.map(jnp.ones_like, variables['branches'])
   coupling = couple(RESNET, variables, X)
   keep = m.random_keep(coupling) | {'branches': {CLOSED: np.asarray(False)}}
-  state = TX.init(variables['params'])
+  state: Any = TX.init(variables['params'])
   slopes = jax.tree.map(lambda x: 1e-2 * x, zoo.randomised(variables['params'], 4))
   squares = jax.tree.map(lambda x: jnp.full_like(x, 0.01), slopes)
   adam = state[0]._replace(count=jnp.asarray(99), mu=slopes, nu=squares)
