@@ -63,9 +63,7 @@ def test_what_is_found_in_each_network(name):
   case = NETWORKS[name]
   coupling = couple(case.model, case.variables(), case.inputs(2))
   ungated = sum(bool(g.ungated) for g in coupling.groups.values())
-  # jax < 0.12 has no unstack: it slices, which leaves nothing to tell.
-  told = [p for p in coupling.pinned if p.reasons != ('unstacked',)]
-  found = len(coupling.groups), ungated, len(told)
+  found = len(coupling.groups), ungated, len(coupling.pinned)
   assert found == EXPECTED[name], coupling.explain()
   assert all(g.size > 1 for g in coupling.groups.values())
 
@@ -134,6 +132,14 @@ def test_axes_that_must_stay_say_why():
   assert 'indexed' in taken['a:1']
   half = pins(lambda p, x: (x @ p['a']).argmax(-1) + p['b'].argmin(), **both)
   assert 'argmax' in half['a:1']
+
+
+def test_single_channels_are_nobody_s_group():
+  def f(p, x):
+    return jnp.stack(jnp.unstack(x @ p['a'], axis=1)[:3], -1) @ p['b']
+
+  coupling = couple(f, arrays(a=(5, 8), b=(3, 3)), X)
+  assert not coupling.groups and not coupling.unknown
 
 
 def test_outputs_stay_and_fixed_selects_which():

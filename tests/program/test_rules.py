@@ -80,7 +80,6 @@ PINNED = {
   'dilate': lambda h: lax.pad(h, 0.0, ((0, 0, 0), (0, 0, 0), (0, 0, 1))),
   'pool': lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 1, 2), (1, 1, 2), 'VALID'),
   'argmax': lambda h: jax.nn.one_hot(h.argmax(-1), 8),
-  'unstack': lambda h: jnp.stack(jnp.unstack(h, axis=2)[:3], -1),
   'convolved as space': lambda h: lax.conv_general_dilated(
     h[..., None], jnp.ones((2, 2, 1, 1)), (1, 1), 'VALID',
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
