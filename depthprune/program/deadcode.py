@@ -15,7 +15,7 @@ from depthprune.program import jaxpr as jx
 
 # f(0) = 0 and, but for the arithmetic ones, f(1) = 1.
 LAYOUT = frozenset(
-  """broadcast_in_dim convert_element_type copy expand_dims reshape slice squeeze
+  """broadcast_in_dim convert_element_type copy reshape slice squeeze
   stop_gradient tile transpose""".split()
 )
 ZERO_TO_ZERO = LAYOUT | frozenset(
@@ -66,6 +66,8 @@ def _fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
   if not e.outputs or all(k is None for k in known):
     return None
   name, out = e.name, e.outputs[0]
+  if name == 'integer_pow' and e.params['y'] <= 0:
+    return None
   if 0 in known and name in BILINEAR:
     return 0
   if all(k == 0 for k in known) and name in ZERO_TO_ZERO | SUMS | {'concatenate'}:

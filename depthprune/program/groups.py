@@ -50,18 +50,23 @@ def find_groups(
         if not v.pins and not path.startswith('branches/'):
           members.setdefault(v, []).append((path, i))
   first, read = _first_use(view), _contracted(view)
-  found = []
+  found, names = [], set()
   for v, where in members.items():
+    if all(first[path] == len(view.program.equations) for path, _ in where):
+      continue  # variables that nothing reads
     ungated = '; '.join(sorted(v.notes)) or ('' if v in read else 'no weight reads it')
     kind = 'layer' if rules.LAYER in v.notes else 'channel'
-    name = _name(v, where, dims, first)
+    name = _name(v, where, dims, first, names)
+    names.add(name)
     found.append((Group(name, v.size, tuple(where), kind, ungated), v))
   found.sort(key=lambda pair: min(first[p] for p, _ in pair[0].members))
   return {g.name: g for g, _ in found}, {g.name: v for g, v in found}
 
 
-def _name(v, where, dims, first) -> str:
-  """Path of the first kernel that produces the axis, its axis, and its factor."""
+def _name(v, where, dims, first, taken) -> str:
+  """Path of the first kernel that produces the axis, its axis, and its factor.
+
+  Without 'params/' and '/kernel', unless another group has that name."""
 
   def order(member):
     rank = len(dims[member[0]])
@@ -71,7 +76,8 @@ def _name(v, where, dims, first) -> str:
   parts = list(dict.fromkeys(ax.leaves(dims[path][axis])))
   factor = f'.{parts.index(v)}' if len(parts) > 1 else ''
   short = path.removeprefix('params/').removesuffix('/value').removesuffix('/kernel')
-  return f'{short}:{axis}{factor}'
+  name = f'{short}:{axis}{factor}'
+  return f'{path}:{axis}{factor}' if name in taken else name
 
 
 def _first_use(view: View) -> dict[str, int]:

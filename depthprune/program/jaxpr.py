@@ -65,7 +65,8 @@ class Equation:
       return self.name
     scope = str(self.source.name_stack)
     line = source_info_util.summarize(self.source).split(' ')[0].rsplit('/', 1)[-1]
-    return f'{self.name}{" in " + scope if scope else ""} ({line})'
+    place = f' ({line})' if ':' in line else ''
+    return f'{self.name}{" in " + scope if scope else ""}{place}'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,24 +18,19 @@ ELEMENTWISE = frozenset(
   cbrt ceil clamp conj convert_element_type copy copy_p cos cosh
   custom_lin device_put digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
   igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
-  mesh_cast min mul ne neg nextafter not optimization_barrier or polygamma
+  mesh_cast min mul ne neg nextafter not or polygamma
   population_count pow pvary pvary_invariant real reduce_precision
   regularized_incomplete_beta rem reshard round rsqrt select_n shift_left
   shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt
-  square stop_gradient sub tan tanh xor zeta name real_part complex""".split()
+  square stop_gradient sub tan tanh xor zeta name complex""".split()
 )
 LAYER = 'a layer of a scan'  # close its branches instead
 REDUCE = frozenset(
-  """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or
-  reduce_xor""".split()
+  f'reduce_{op}' for op in ('sum', 'max', 'min', 'prod', 'and', 'or', 'xor')
 )
 ARGREDUCE = frozenset(('argmax', 'argmin'))
-CUMULATIVE = frozenset(
-  ('cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp', 'cumred')
-)
-WINDOW = frozenset(
-  """reduce_window reduce_window_sum reduce_window_max reduce_window_min""".split()
-)
+CUMULATIVE = frozenset('cumsum cumprod cummax cummin cumlogsumexp'.split())
+WINDOW = frozenset(f'reduce_window{op}' for op in ('', '_sum', '_max', '_min'))
 SCATTER = frozenset(
   """scatter scatter_add scatter_sub scatter_mul scatter_min scatter_max scatter-add
   scatter-sub scatter-mul scatter-min scatter-max""".split()
@@ -94,6 +89,11 @@ def elementwise(facts, e, *ins):
       dims.append(same[0] if same else Var(n))
     outs.append(dims)
   return outs
+
+
+def unchanged(facts, e, *ins):
+  """Every output is the input at its place."""
+  return list(ins)
 
 
 def bitcast(facts, e, x):
@@ -240,7 +240,8 @@ RULES = {
   'custom_jvp_call': own_derivative,
   'custom_vjp_call': own_derivative, 'dot_general': dot_general,
   'dynamic_slice': lay.dynamic_slice, 'dynamic_update_slice': lay.dynamic_update_slice,
-  'expand_dims': lay.reshape, 'fft': lay.fft, 'gather': lay.gather, 'iota': lay.iota,
+  'fft': lay.fft, 'gather': lay.gather, 'iota': lay.iota,
+  'optimization_barrier': unchanged,
   'pad': lay.pad, 'reshape': lay.reshape, 'rev': lay.rev, 'scan': scan,
   'slice': lay.slice_rule, 'sort': sort, 'split': lay.split_rule,
   'squeeze': lay.squeeze, 'stack': lay.stack, 'tile': lay.tile, 'top_k': top_k,

@@ -77,17 +77,27 @@ def runnable(model: Any) -> Callable:
 
   def fn(variables, *inputs, **kwargs):
     out = apply(variables, *inputs, **kwargs)
-    if not kwargs.get('mutable'):
-      return {name: out[name] for name in exits}
-    return {name: out[0][name] for name in exits}, out[1]
+    if kwargs.get('mutable'):
+      return chosen(out[0]), out[1]
+    return chosen(out)
+
+  def chosen(out):
+    named = isinstance(out, Mapping) and all(name in out for name in exits)
+    return {name: out[name] for name in exits} if named else out
 
   return fn
 
 
 def paths_of(tree: Any) -> dict[str, Any]:
-  """The leaves of a pytree by their paths, joined with '/'."""
+  """The leaves of a pytree by their paths, joined with '/'.
+
+  Raises: ValueError where two leaves have the same path."""
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in flat}
+  named = [(jax.tree_util.keystr(p, simple=True, separator='/'), x) for p, x in flat]
+  if len(dict(named)) < len(named):
+    twice = next(p for p, _ in named if sum(p == q for q, _ in named) > 1)
+    raise ValueError(f'{twice}: two leaves have this path; rename one of them')
+  return dict(named)
 
 
 def look(
@@ -183,12 +193,20 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
 
 
 def without(tree: Any) -> Any:
-  """The tree, its dict entries that hold nothing but GONE taken out."""
+  """The tree, its dict entries that hold nothing but GONE taken out; None elsewhere."""
+  leaves = jax.tree.leaves(tree)
+  if leaves and all(x is GONE for x in leaves):
+    return GONE
   if isinstance(tree, Mapping):
-    parts = {k: without(v) for k, v in tree.items()}
-    parts = {k: v for k, v in parts.items() if v is not GONE}
+    below, _ = jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=lambda x: x is not tree
+    )
+    parts = {path[0].key: without(x) for path, x in below}
     make: Any = type(tree)
-    return make(parts) if parts or not tree else GONE
-  if type(tree) is tuple:
-    return tuple({} if (v := without(x)) is GONE else v for x in tree)
+    return make({k: v for k, v in parts.items() if v is not GONE})
+  if isinstance(tree, tuple | list) and any(x is GONE for x in leaves):
+    empty = {} if type(tree) is tuple else None  # (outputs, updates) keep their places
+    parts = [empty if (v := without(x)) is GONE else v for x in tree]
+    make = type(tree)
+    return make(*parts) if hasattr(tree, '_fields') else make(parts)
   return tree

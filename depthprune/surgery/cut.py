@@ -55,6 +55,7 @@ def prune(
   round_to: int = 1,
   allow_inexact: bool = False,
   coupling: Coupling | None = None,
+  **kwargs,
 ) -> Pruned:
   """Cuts a network to what `keep` leaves and proves that nothing else changed.
 
@@ -67,11 +68,12 @@ def prune(
   round_to: widths become multiples of it (see `settle`).
   allow_inexact: cut also where masked and small network differ, and report by how much.
   coupling: that of the model, where it has been computed already.
+  kwargs: further arguments of the model's call, e.g. train=False.
 
   Raises: InexactCut where masked is not small (a width that is normalised over, say),
     naming the tensors; ValueError and KeyError for a keep that does not fit."""
   inputs = example if isinstance(example, tuple) else (example,)
-  coupling = coupling or couple(model, variables, *inputs)
+  coupling = coupling or couple(model, variables, *inputs, **kwargs)
   settled = settle(coupling, keep, variables, round_to)
   inexact = _inexact(coupling, settled.keep)
   if inexact and not allow_inexact:

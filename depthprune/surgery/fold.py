@@ -33,12 +33,12 @@ def fold(view: View, variables: Any, open_: Mapping[str, np.ndarray]) -> Any:
     if np.all(value == 1):
       continue
     path = f'branches/{branch}'
-    names = {v: p for p, v in view.leaves.items()}
+    names = {v: p for p, v in view.leaves.items() if not p.startswith('branches/')}
     found = _carriers(view.program, view.leaves[path], set(names))
     if found is None:
       raise ValueError(
-        f'{path}: its value {value} cannot be folded: the branch does not end in '
-        'weights of its own; set the gate to 1 or close the branch'
+        f'{path}: its value {np.round(value, 4)} cannot be folded: it must scale one '
+        'branch that ends in weights of its own; set the gate to 1 or close the branch'
       )
     for v in found:
       leaf = leaves[names[v]]
@@ -51,22 +51,34 @@ def _carriers(
   program: jx.Program, gate: jx.Value, variables: set[jx.Value]
 ) -> set[jx.Value] | None:
   """The variables that can carry the factor `gate` in its place, or None."""
-  made_by = {v: e for e in program.equations for v in e.outputs}
-  uses = Counter(v for e in program.equations for v in e.inputs)
+  equations, _ = jx.live(program)
+  made_by = {v: e for e in equations for v in e.outputs}
+  uses = Counter(v for e in equations for v in e.inputs)
   uses.update(program.outputs)
-  aliases = {gate}
-  for e in program.equations:
+  aliases, readers = {gate}, []
+  for e in equations:
     if e.name in LAYOUT and e.inputs[0] in aliases:
       aliases.add(e.outputs[0])
-    elif e.name == 'mul' and any(v in aliases for v in e.inputs):
-      other = [v for v in e.inputs if v not in aliases]
-      return _absorb(other[0], made_by, uses, variables) if len(other) == 1 else None
-    elif gate in e.inputs and e.name == 'scan':
-      (body,), at = e.bodies, dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
-      inside = {v for v, outer in at.items() if outer in variables}
-      found = _carriers(body, next(v for v, o in at.items() if o is gate), inside)
-      return None if found is None else {at[v] for v in found}
-  return None
+    elif any(v in aliases for v in e.inputs):
+      readers.append(e)
+  if len(readers) != 1:
+    return None
+  (e,) = readers
+  if e.name == 'mul':
+    other = [v for v in e.inputs if v not in aliases]
+    return _absorb(other[0], made_by, uses, variables) if len(other) == 1 else None
+  if e.name != 'scan' or gate not in e.inputs:
+    return None
+  at = dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
+  consts, _, xs = jx.scan_parts(e, list(at))
+  per_layer = gate in (at[v] for v in xs)  # then arrays of all layers cannot carry it
+  inside = {
+    v
+    for v in (xs if per_layer else [*consts, *xs])
+    if at[v] in variables and uses[at[v]] == 1
+  }
+  found = _carriers(e.bodies[0], next(v for v in at if at[v] is gate), inside)
+  return None if found is None else {at[v] for v in found}
 
 
 def _absorb(v: jx.Value, made_by, uses, variables) -> set[jx.Value] | None:

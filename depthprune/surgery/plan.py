@@ -81,7 +81,7 @@ def cut_optimizer(
   plans = {p.removeprefix(prefix): masks for p, masks in plan.items()}
   fresh, leaves, anew = tx.init(small), [], []
   for path, template in paths_of(fresh).items():
-    leaf, masks = old[path], _masks_for(path, plans)
+    leaf, masks = old[path], _masks_for(path, plans, old)
     if masks is not None and np.shape(leaf) == tuple(m.size for m in masks):
       leaf = take(leaf, masks)
     elif masks is not None and np.ndim(leaf) and not all(m.all() for m in masks):
@@ -91,8 +91,17 @@ def cut_optimizer(
   return jax.tree.unflatten(jax.tree.structure(fresh), leaves), anew
 
 
-def _masks_for(path: str, plans: Plan) -> tuple[np.ndarray, ...] | None:
-  """The plan of the variable whose path ends `path`."""
+def _masks_for(path: str, plans: Plan, state: Mapping) -> tuple[np.ndarray, ...] | None:
+  """The plan of the variable whose path ends `path`.
+
+  Where several do (w and mu/w, in Adam's mu), the one whose neighbours stand beside."""
   parts = path.split('/')
-  tails = ('/'.join(parts[i:]) for i in range(len(parts)))
-  return next((plans[t] for t in tails if t in plans), None)
+  tails = [('/'.join(parts[:i]), '/'.join(parts[i:])) for i in range(len(parts))]
+  fitting = [(prefix, tail) for prefix, tail in tails if tail in plans]
+  if not fitting:
+    return None
+
+  def neighbours(pair):
+    return sum('/'.join(filter(None, (pair[0], p))) in state for p in plans)
+
+  return plans[max(fitting, key=neighbours)[1]]

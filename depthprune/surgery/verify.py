@@ -15,7 +15,7 @@ from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.plug import plug
 from depthprune.program.rebind import slim
-from depthprune.program.view import paths_of
+from depthprune.program.view import paths_of, split_arrays
 from depthprune.surgery.plan import take
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerated by the narrowest contraction: 32 bits, 16 bits
@@ -56,20 +56,21 @@ def verify(
   inputs: example inputs, arrays or abstract. shrink(variables, keep): the
   small variables. asked, keep: the decision before and after settling, all entries
   present."""
-  masked = jax.jit(_masked(coupling))
-  small = jax.jit(slim(coupling.fn, coupling, keep))
+  masked, small = _runs(coupling, slim(coupling.fn, coupling, keep))
+  masked, small = jax.jit(masked), jax.jit(small)
   nothing = {'channels': {}, 'branches': {}}
   rows = []
   with jax.default_matmul_precision('highest'):
+    given = _concrete(coupling, inputs)
     for arrays, probe in (
-      (variables, _concrete(inputs)),
-      (randomised(variables), randomised(_concrete(inputs))),
+      (variables, given),
+      (randomised(variables), randomised(given)),
     ):
       full, wanted, reference = (
         _cut_outputs(coupling, masked(*_mask(coupling, arrays, k), probe), keep)
         for k in (nothing, asked, keep)
       )
-      got = small(shrink(arrays, keep), *probe, **coupling.kwargs)
+      got = small(shrink(arrays, keep), probe)
       pairs = ((reference, got), (wanted, reference), (full, reference))
       rows.append([relative(a, b) for a, b in pairs])
   worst = (max(column) for column in zip(*rows))
@@ -81,12 +82,14 @@ def verify(
 
 
 def relative(a: Any, b: Any) -> float:
-  """max|a - b| / max|a| over the worst leaf; infinite where only one is finite."""
+  """max|a - b| / max|a| over the worst leaf; infinite where one alone is finite, or
+  nothing is."""
   worst = 0.0
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     finite = np.isfinite(x)
-    if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+    alike = np.array_equal(x[~finite], y[~finite], equal_nan=True)
+    if not alike or not np.isfinite(y[finite]).all() or (x.size and not finite.any()):
       return np.inf
     if finite.any():
       off, size = np.abs(x - y)[finite].max(), np.abs(x[finite]).max()
@@ -115,8 +118,8 @@ def _is_float(x) -> bool:
   return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, np.floating)
 
 
-def _concrete(inputs: tuple) -> tuple:
-  """The inputs as arrays; what is abstract or all zeros becomes noise, or 0 and 1."""
+def _concrete(coupling: Coupling, inputs: tuple) -> list:
+  """The arrays of a call; what is abstract or all zeros becomes noise, or 0 and 1."""
   rng = np.random.default_rng(0)
 
   def one(x):
@@ -128,16 +131,23 @@ def _concrete(inputs: tuple) -> tuple:
       return jnp.broadcast_to(jax.random.key(0), x.shape)
     return jnp.asarray(rng.integers(0, 2, x.shape), x.dtype)
 
-  return jax.tree.map(one, inputs)
+  return [one(x) for x in split_arrays((inputs, coupling.kwargs))[0]]
 
 
-def _masked(coupling: Coupling) -> Callable:
+def _runs(coupling: Coupling, small: Callable) -> tuple[Callable, Callable]:
+  """masked(variables, gates, arrays) and small(variables, arrays) of one call."""
   gated = plug(coupling.fn, coupling)
+  _, merge = split_arrays((coupling.inputs, coupling.kwargs))
 
-  def run(variables, gates, inputs):
-    return gated(variables, gates, *inputs, **coupling.kwargs)
+  def masked(variables, gates, arrays):
+    args, named = merge(arrays)
+    return gated(variables, gates, *args, **named)
 
-  return run
+  def run(variables, arrays):
+    args, named = merge(arrays)
+    return small(variables, *args, **named)
+
+  return masked, run
 
 
 def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]:
@@ -192,17 +202,16 @@ def _tolerance(coupling: Coupling) -> float:
 
 def _blame(coupling, variables, inputs, shrink, keep, tolerance) -> tuple[str, ...]:
   """The groups that differ when they alone are closed, with their tensors."""
-  masked = _masked(coupling)
-  arrays, probe = randomised(variables), randomised(_concrete(inputs))
+  arrays, probe = randomised(variables), randomised(_concrete(coupling, inputs))
   found = []
   for name, kept in keep['channels'].items():
     if np.all(kept):
       continue
     alone = {'channels': {name: kept}, 'branches': {}, 'exits': keep['exits']}
+    masked, small = _runs(coupling, slim(coupling.fn, coupling, alone))
     outputs = masked(*_mask(coupling, arrays, alone), probe)
     reference = _cut_outputs(coupling, outputs, alone)
-    small = slim(coupling.fn, coupling, alone)
-    got = small(shrink(arrays, alone), *probe, **coupling.kwargs)
+    got = small(shrink(arrays, alone), probe)
     if (difference := relative(reference, got)) > tolerance:
       group = coupling.groups[name]
       tensors = ', '.join(path for path, _ in group.members)
