@@ -22,7 +22,7 @@ INTERRUPTED = 130
 GATES = tyro.conf.subcommand(
   'gates',
   prefix_name=False,
-  description='Train a network, learn with trainable gates which channels and branches '
+  description='Train a network, learn with trainable gates which channels '
   'may go, cut them out, fine-tune the small network that remains, and report. '
   'Interrupted at any moment, the same command continues.',
 )
