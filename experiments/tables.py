@@ -54,8 +54,8 @@ def digits() -> str:
   return (
     f'`make demo`: {config["model"]} on {config["data"]}, {images["test"]} test '
     f'images, to {100 * config["target"]:g} % of its FLOPs; {len(runs)} seeds, '
-    f'mean ± standard deviation; {runs[0]["device"]} ([{path}](experiments/{path})):\n\n'
-    + table(head, rows)
+    f'mean ± standard deviation; {runs[0]["device"]} '
+    f'([{path}](experiments/{path})):\n\n' + table(head, rows)
   )
 
 

@@ -176,7 +176,7 @@ def test_pretrained_resnet20_reaches_its_accuracy(tfds_data):
   if not path.is_file():
     pytest.skip(f'no pretrained weights at {path}')
   norm = json.loads(path.with_suffix('.json').read_text())['normalisation']
-  images = tfds.data_source('cifar10', split='test')
+  images = tfds.data_source('cifar10', split='test', data_dir=str(tfds_data))
   batch = [images[i] for i in range(400)]
   x = np.stack([example['image'] for example in batch]) / 255
   x = jnp.asarray((x - norm['mean']) / norm['std'], jnp.float32)
