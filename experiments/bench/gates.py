@@ -3,7 +3,8 @@
 ResNet-20, 32x32x3, batch 128, float32. One process, calls by turns, medians:
 
   gating   a training step with gates and the FLOPs penalty, over a plain one
-  speedup  the network before over after an L1 cut to half of its FLOPs, in evaluation
+  speedup  the network before over after an L1 cut to half of its FLOPs, in evaluation,
+           with any widths and with multiples of 8
 
   python -m experiments.bench.gates
 
@@ -59,9 +60,9 @@ def gating(model, variables, coupling, batch) -> dict:
   }
 
 
-def speedup(model, variables, coupling, images) -> dict:
+def speedup(model, variables, coupling, images, round_to: int) -> dict:
   """Measured latency before and after a cut to half of the FLOPs."""
-  keep = dp.oneshot(coupling, variables, 0.5)
+  keep = dp.oneshot(coupling, variables, 0.5, round_to=round_to)
   pruned = dp.prune(model, variables, keep, images[:1], coupling=coupling)
   flops = pruned.report['flops']
   compared = latency.compare(
@@ -89,7 +90,9 @@ if __name__ == '__main__':
     'batch': BATCH,
     'shape': SHAPE,
     'gating': gating(model, variables, coupling, batch),
-    'speedup': speedup(model, variables, coupling, images),
+    'speedup': {
+      f'round_to_{n}': speedup(model, variables, coupling, images, n) for n in (1, 8)
+    },
   }
   record.write(RESULT, found)
   print(found['gating'], found['speedup'])
