@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,11 +77,7 @@ def prune(
   settled = settle(coupling, keep, variables, round_to)
   inexact = _inexact(coupling, settled.keep)
   if inexact and not allow_inexact:
-    raise InexactCut(
-      'masked and small network are not the same function:\n  '
-      + '\n  '.join(inexact)
-      + '\nkeep these groups whole, or pass allow_inexact=True'
-    )
+    raise _refusal('masked and small network are not the same function', inexact)
 
   def shrink(arrays, keep):
     return cut(_folded(coupling, arrays, keep), index_plan(coupling, keep))
@@ -89,11 +85,10 @@ def prune(
   asked = dict(zip(('channels', 'branches', 'exits'), complete(coupling, keep)))
   verdict = verify(coupling, variables, inputs, shrink, asked, settled.keep)
   if verdict.responsible and not allow_inexact:
-    raise InexactCut(
+    raise _refusal(
       f'masked and small network differ by {verdict.difference:.1e} '
-      f'(tolerance {verdict.tolerance:.0e}):\n  '
-      + '\n  '.join(verdict.responsible)
-      + '\nkeep these groups whole, or pass allow_inexact=True'
+      f'(tolerance {verdict.tolerance:.0e})',
+      verdict.responsible,
     )
   plan = index_plan(coupling, settled.keep)
   small = shrink(variables, settled.keep)
@@ -107,6 +102,12 @@ def prune(
   return Pruned(
     apply, small, opt_state, arch, report, small_model, settled.keep, coupling
   )
+
+
+def _refusal(what: str, blame: Iterable[str]) -> InexactCut:
+  lines = [f'{what}:', *blame]
+  advice = 'keep these groups whole, or pass allow_inexact=True'
+  return InexactCut('\n  '.join(lines) + '\n' + advice)
 
 
 def _inexact(coupling: Coupling, keep: Mapping) -> list[str]:
