@@ -53,9 +53,8 @@ def verify(
   Masking closes the gates of a group where it can be gated, and zeroes the slices of
   other groups.
 
-  inputs: example inputs, arrays or abstract. shrink(variables, keep): the
-  small variables. asked, keep: the decision before and after settling, all entries
-  present."""
+  inputs: example inputs, arrays or abstract. shrink(variables, keep): the small
+    variables. asked, keep: the decision before and after settling, complete."""
   masked, small = _runs(coupling, slim(coupling.fn, coupling, keep))
   masked, small = jax.jit(masked), jax.jit(small)
   nothing = {'channels': {}, 'branches': {}}
