@@ -30,8 +30,8 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
   """f(small_variables, *inputs, **kwargs): the model after surgery.
 
   keep: {'channels': {group: bool [n]}, 'branches': {path: bool},
-    'exits': {name: bool}}, each part optional; what is missing stays. Branches that stay count as 1: `prune`
-    has folded their value into the arrays.
+    'exits': {name: bool}}, each part optional; what is missing stays. Branches
+    that stay count as 1: `prune` has folded their value into the arrays.
   The model is traced anew at its full sizes for every input shape and mode, what is
   dead is dropped, and every equation is rebound at the sizes that `keep` leaves.
 

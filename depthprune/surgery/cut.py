@@ -61,7 +61,8 @@ def prune(
 
   model: a linen module, or any traceable f(variables, *inputs). variables: its arrays.
   keep: {'channels': {group: bool [n]}, 'branches': {path: bool},
-    'exits': {name: bool}}, each part optional. example: one input array, or a tuple of all inputs.
+    'exits': {name: bool}}, each part optional.
+  example: one input array, or a tuple of all inputs.
   tx, opt_state: an optax optimizer and its state over variables['params'] (or over
     variables, where there is no such entry): cut by the same plan.
   round_to: widths become multiples of it (see `settle`).
