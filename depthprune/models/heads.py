@@ -1,22 +1,19 @@
 """Heads on the taps of a trunk: exits of a network, early answers, auxiliary paths."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from jax import lax
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, beneath, complete, within
-from depthprune.models.layers import he_normal
+from depthprune.models.layers import Pool, he_normal, pooled
 from depthprune.models.stages import check_tap
-
-Pool = Literal['avg', 'max', 'grid4', 'cls']
 
 
 @dataclass(frozen=True)
@@ -53,29 +50,6 @@ class Perceptron(nn.Module):
       dense = nn.Dense(width, kernel_init=he_normal, dtype=self.dtype, name='hidden')
       x = nn.relu(dense(x))
     return nn.Dense(self.head.classes, name='out')(x.astype(jnp.float32))
-
-
-def pooled(x: jax.Array, pool: Pool) -> jax.Array:
-  """Features [batch, ..., c] → one vector per example, as `Head.pool` says."""
-  positions = tuple(range(1, x.ndim - 1))
-  if not positions:
-    return x
-  if pool == 'avg':
-    return x.mean(axis=positions)
-  if pool == 'max':
-    return x.max(axis=positions)
-  if pool == 'cls':
-    return x[:, 0]
-  if pool == 'grid4' and x.ndim == 4:
-    # Cells overlap where 4 does not divide the size; smaller images stay as they are.
-    strides = tuple(max(size // 4, 1) for size in x.shape[1:3])
-    cells = tuple(max(n - 3 * step, 1) for n, step in zip(x.shape[1:3], strides))
-    x = nn.pool(x, 0.0, lax.add, cells, strides, 'VALID') / math.prod(cells)
-    return x.reshape(x.shape[0], -1)
-  raise ValueError(
-    f'head: cannot pool features {x.shape} by {pool!r}; expected avg, max, grid4 '
-    f'(images only) or cls'
-  )
 
 
 class WithHeads(nn.Module):
@@ -142,3 +116,31 @@ class WithHeads(nn.Module):
       perceptron = Perceptron(head, part, self.trunk.dtype, name=f'head_{name}')
       logits[name] = perceptron(outputs[head.tap])
     return outputs | logits
+
+
+def every_tap(
+  trunk: Any, classes: int | None = None, pool: Pool | None = None
+) -> WithHeads:
+  """A linear head on every tap of a trunk, in place of its own: NetCut's network.
+
+  The exits are exit1, exit2, ..., their numbers of one length ('exit01'), so that the
+  order of the names is that of depth. The trunk's own head is dropped.
+
+  Args:
+    trunk: a model of this package.
+    classes: number of logits of each; default that of the trunk.
+    pool: how features become a vector, see `Head`; default what the trunk says.
+
+  Raises:
+    ValueError: the trunk has no taps.
+  """
+  taps = getattr(trunk, 'taps', ())
+  if not taps:
+    raise ValueError(
+      f'every_tap: {type(trunk).__name__} has no taps to put exits on; expected a '
+      f'model with `taps` and `pool`, such as those of {__package__}'
+    )
+  head = partial(Head, classes=classes or trunk.classes, pool=pool or trunk.pool)
+  digits = len(str(len(taps)))
+  heads = {f'exit{i:0{digits}}': head(tap) for i, tap in enumerate(taps, 1)}
+  return WithHeads(trunk, heads, FrozenDict({'exit/main': 0}))

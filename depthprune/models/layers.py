@@ -5,10 +5,16 @@ stride 2, which shifts the grid: a pretrained network would import without an er
 be wrong.
 """
 
+import math
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
+
+Pool = Literal['avg', 'max', 'grid4', 'cls']
 
 he_normal = nn.initializers.he_normal()
 
@@ -56,13 +62,35 @@ class ConvNorm(nn.Module):
     return nn.relu(x) if self.relu else x
 
 
-def classify(x: jax.Array, classes: int, name: str = 'head') -> jax.Array:
-  """Features [batch, ..., c] → mean over positions → logits [batch, classes].
+def pooled(x: jax.Array, pool: Pool) -> jax.Array:
+  """Features [batch, ..., c] → one vector per example, as `Head.pool` says."""
+  positions = tuple(range(1, x.ndim - 1))
+  if not positions:
+    return x
+  if pool == 'avg':
+    return x.mean(axis=positions)
+  if pool == 'max':
+    return x.max(axis=positions)
+  if pool == 'cls':
+    return x[:, 0]
+  if pool == 'grid4' and x.ndim == 4:
+    # Cells overlap where 4 does not divide the size; smaller images stay as they are.
+    strides = tuple(max(size // 4, 1) for size in x.shape[1:3])
+    cells = tuple(max(n - 3 * step, 1) for n, step in zip(x.shape[1:3], strides))
+    x = nn.pool(x, 0.0, lax.add, cells, strides, 'VALID') / math.prod(cells)
+    return x.reshape(x.shape[0], -1)
+  raise ValueError(
+    f'head: cannot pool features {x.shape} by {pool!r}; expected avg, max, grid4 '
+    f'(images only) or cls'
+  )
+
+
+def classify(
+  x: jax.Array, classes: int, pool: Pool = 'avg', name: str = 'head'
+) -> jax.Array:
+  """Features [batch, ..., c] → one vector per example → logits [batch, classes].
 
   In float32 whatever the compute type is: it is a sliver of the cost, and losses and
   thresholds are taken from here.
   """
-  x = x.astype(jnp.float32)
-  if x.ndim > 2:
-    x = x.mean(axis=tuple(range(1, x.ndim - 1)))
-  return nn.Dense(classes, name=name)(x)
+  return nn.Dense(classes, name=name)(pooled(x.astype(jnp.float32), pool))

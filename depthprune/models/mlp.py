@@ -9,7 +9,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
-from depthprune.models.layers import classify, he_normal
+from depthprune.models.layers import Pool, classify, he_normal
 from depthprune.models.stages import check_tap, repeat
 
 
@@ -58,6 +58,11 @@ class MLP(nn.Module):
     if self.scan and last:
       return ('layer0', f'layer{last}')
     return tuple(f'layer{i}' for i in range(last + 1))
+
+  @property
+  def pool(self) -> Pool:
+    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
+    return 'max'
 
   @property
   def widths(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from depthprune.models import stages
 from depthprune.models.arch import Arch, beneath, complete, within
-from depthprune.models.layers import ConvNorm, classify
+from depthprune.models.layers import ConvNorm, Pool, classify
 
 GROWTH = (1, 2, 4, 8, 8)  # width of each stage, in units of the first
 
@@ -72,6 +72,11 @@ class VGG(nn.Module):
   @property
   def taps(self) -> tuple[str, ...]:
     return stages.taps(self.blocks, self.scan)
+
+  @property
+  def pool(self) -> Pool:
+    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
+    return 'max'
 
   @property
   def widths(self) -> dict[str, int]:

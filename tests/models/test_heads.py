@@ -1,12 +1,14 @@
 """Exits on a trunk: arrays drop in, dropped exits disappear, pooling."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from depthprune.models import build
-from depthprune.models.heads import Head, WithHeads, pooled
+from depthprune.models.heads import Head, WithHeads, every_tap
+from depthprune.models.layers import pooled
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 TRUNK = build('resnet14', width=4)
@@ -143,3 +145,29 @@ def test_pooling():
   np.testing.assert_array_equal(pooled(tokens[:, 0], 'max'), tokens[:, 0])
   with pytest.raises(ValueError, match=r"\(2, 14, 3\) by 'grid4'"):
     pooled(tokens, 'grid4')
+
+
+def test_every_tap_gets_a_linear_head_in_order_of_depth():
+  model = every_tap(build('resnet20', width=4, classes=7))
+  assert model.exits == tuple(f'exit{i}' for i in range(1, 10))
+  assert [head.tap for head in model.heads.values()] == [*model.taps]
+  params = shapes(model)['params']
+  assert params['head_exit4'] == {'out': {'kernel': (8, 7), 'bias': (7,)}}
+  assert 'head' not in params['trunk']
+  many = every_tap(build('resnet32'))
+  assert many.exits == tuple(sorted(many.exits)) and many.exits[0] == 'exit01'
+
+
+@pytest.mark.parametrize(
+  ('name', 'pool'), [('resnet8', 'avg'), ('vgg11', 'max'), ('mlp', 'max')]
+)
+def test_every_tap_pools_as_the_trunk_says_unless_told(name, pool):
+  trunk = build(name)
+  assert {head.pool for head in every_tap(trunk).heads.values()} == {pool}
+  told = every_tap(trunk, classes=3, pool='grid4').heads['exit1']
+  assert told == Head(trunk.taps[0], 3, pool='grid4')
+
+
+def test_every_tap_of_a_model_without_taps_is_refused():
+  with pytest.raises(ValueError, match='Dense has no taps'):
+    every_tap(nn.Dense(3))
