@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from depthprune.models import build, names
+from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
@@ -23,6 +24,8 @@ HEADS = {'early': Head('stage1/block0', hidden=5), 'late': Head('stage2/block0')
 CASES = {  # model, and what is decided beyond half of every group
   'mlp': (MLP(hidden=(8, 6, 6)), {}),
   'mlp scanned': (MLP(hidden=(6, 6, 6), scan=True), {}),
+  'convnet': (ConvNet(layers=3, width=6, size=3), {}),
+  'convnet scanned': (ConvNet(layers=4, width=6, size=3, scan=True), {}),
   'vgg': (VGG(blocks=(1, 2, 1), width=4), {}),
   'vgg scanned': (VGG(blocks=(1, 3), width=4, scan=True), {}),
   'resnet A': (

@@ -20,15 +20,21 @@ he_normal = nn.initializers.he_normal()
 
 
 def conv(
-  features: int, size: int, stride: int = 1, *, dtype: DTypeLike, name: str
+  features: int,
+  size: int,
+  stride: int = 1,
+  *,
+  bias: bool = False,
+  dtype: DTypeLike,
+  name: str,
 ) -> nn.Conv:
-  """A square convolution without bias: a normalisation follows, which has one."""
+  """A square convolution, without bias where a normalisation follows: it has one."""
   return nn.Conv(
     features,
     (size, size),
     strides=(stride, stride),
     padding=((size // 2, size // 2),) * 2,
-    use_bias=False,
+    use_bias=bias,
     kernel_init=he_normal,
     dtype=dtype,  # pyright: ignore[reportArgumentType]
     name=name,
@@ -54,10 +60,12 @@ class ConvNorm(nn.Module):
   stride: int = 1
   relu: bool = True
   dtype: DTypeLike = jnp.float32
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = conv(self.features, self.size, self.stride, dtype=self.dtype, name='conv')(x)
+    options = {'bias': self.bias, 'dtype': self.dtype, 'name': 'conv'}
+    x = conv(self.features, self.size, self.stride, **options)(x)
     x = norm(x, train, dtype=self.dtype, name='norm')
     return nn.relu(x) if self.relu else x
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import Pool, classify, he_normal
-from depthprune.models.stages import check_tap, repeat
+from depthprune.models.stages import check_tap, repeat, segments
 
 
 class Layer(nn.Module):
@@ -53,11 +53,13 @@ class MLP(nn.Module):
     return ('main',)
 
   @property
+  def segments(self) -> list[tuple[str, str, int]]:
+    """As `stages.segments`."""
+    return segments(len(self.hidden), self.scan, 'layer')
+
+  @property
   def taps(self) -> tuple[str, ...]:
-    last = len(self.hidden) - 1
-    if self.scan and last:
-      return ('layer0', f'layer{last}')
-    return tuple(f'layer{i}' for i in range(last + 1))
+    return tuple(tap for _, tap, _ in self.segments)
 
   @property
   def pool(self) -> Pool:
@@ -66,8 +68,9 @@ class MLP(nn.Module):
 
   @property
   def widths(self) -> dict[str, int]:
-    names = ('layer0', 'layers') if self.scan else self.taps
-    return {f'{name}/dense': width for name, width in zip(names, self.hidden)}
+    """Every key that `arch` may hold, with its value in the full network."""
+    names = (f'{name}/dense' for name, _, _ in self.segments)
+    return dict(zip(names, self.hidden))
 
   @nn.compact
   def __call__(
@@ -78,14 +81,11 @@ class MLP(nn.Module):
     arch = complete(self.arch, self.widths, 'MLP')
     if until:
       check_tap(until, self.taps)
-    layer = lambda name: Layer(arch[f'{name}/dense'], self.dtype, name=name)
     x = x.reshape(x.shape[0], -1)
     outputs = {}
-    for tap in self.taps:
-      if self.scan and outputs:
-        x = repeat(layer('layers'), x, len(self.hidden) - 1)
-      else:
-        x = layer(tap)(x)
+    for name, tap, times in self.segments:
+      layer = Layer(arch[f'{name}/dense'], self.dtype, name=name)
+      x = layer(x) if name == tap else repeat(layer, x, times)
       outputs[tap] = x
       if tap == until:
         return outputs
@@ -93,3 +93,5 @@ class MLP(nn.Module):
 
 
 mlp = MLP
+mlp20x200 = partial(MLP, hidden=(200,) * 20)
+mlp20x1000 = partial(MLP, hidden=(1000,) * 20)

@@ -2,7 +2,8 @@
 
 A stage of n blocks is `block0` to `block{n-1}`. With `scan` all blocks after the first,
 which may change width or resolution, are one module `blocks` whose arrays are stacked
-along axis 0. Inside a scan no features can be read, so only its end is a tap.
+along axis 0. Inside a scan no features can be read, so only its end is a tap. A network
+that is one chain has `layer` for `block`.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from depthprune.models.arch import nearest
 STACK = 'blocks'  # the module that stands for all blocks of a stage after the first
 
 
-def segments(blocks: int, scan: bool) -> list[tuple[str, str, int]]:
+def segments(
+  blocks: int, scan: bool, kind: str = 'block'
+) -> list[tuple[str, str, int]]:
   """(name of the module, name of the tap at its end, number of blocks in it)."""
   if not scan:
-    return [(f'block{i}', f'block{i}', 1) for i in range(blocks)]
-  rest = (STACK, f'block{blocks - 1}', blocks - 1)
-  return [('block0', 'block0', 1), rest][:blocks]
+    return [(f'{kind}{i}', f'{kind}{i}', 1) for i in range(blocks)]
+  rest = (f'{kind}s', f'{kind}{blocks - 1}', blocks - 1)
+  return [(f'{kind}0', f'{kind}0', 1), rest][:blocks]
 
 
 def taps(stages: Sequence[int], scan: bool) -> tuple[str, ...]:

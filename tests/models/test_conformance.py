@@ -12,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from depthprune.models import build, describe, names
+from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
@@ -19,6 +20,7 @@ from depthprune.models.vgg import VGG
 
 SMALL = {
   'mlp': lambda **more: MLP(hidden=(6, 6, 6), **more),
+  'convnet': lambda **more: ConvNet(layers=3, width=6, size=3, **more),
   'vgg': lambda **more: VGG(blocks=(1, 3, 2), width=4, **more),
   'resnet A': lambda **more: ResNet(depth=20, width=4, **more),
   'resnet B': lambda **more: ResNet(depth=14, width=4, shortcut='B', **more),

@@ -171,3 +171,28 @@ def test_every_tap_pools_as_the_trunk_says_unless_told(name, pool):
 def test_every_tap_of_a_model_without_taps_is_refused():
   with pytest.raises(ValueError, match='Dense has no taps'):
     every_tap(nn.Dense(3))
+
+
+KEPT = {  # trunk, image, {exit: parameters of the network that ends there}
+  'mlp20x200': ((28, 28, 1), {1: 159_010, 5: 319_810, 20: 922_810}),
+  'convnet20': ((32, 32, 3), {5: 255_010, 10: 568_260, 20: 1_194_760}),
+  'resnet110': ((32, 32, 3), {18: 84_730, 36: 414_362, 54: 1_727_962}),
+}
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_parameters_at_every_kept_depth_are_those_of_the_paper(name):
+  size, expected = KEPT[name]
+  model = every_tap(build(name))
+
+  def parameters(depth):
+    kept = model.exits[depth - 1]
+    arch = {f'exit/{exit}': 0 for exit in ('main', *model.exits) if exit != kept}
+    init = model.clone(arch=arch).init
+    tree = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, *size)))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree['params']))
+
+  depths = sorted({*expected, *range(1, len(model.exits), 7)})
+  counts = {depth: parameters(depth) for depth in depths}
+  assert {depth: counts[depth] for depth in expected} == expected
+  assert [*counts.values()] == sorted(set(counts.values()))

@@ -1,0 +1,93 @@
+"""A plain convolutional network: equal layers at full resolution, no shortcuts.
+
+Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172 (NetCut): 15 layers for MNIST,
+20 for CIFAR-10, 50 filters of 5×5 each.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+
+from depthprune.models.arch import Arch, complete
+from depthprune.models.layers import ConvNorm, Pool, classify
+from depthprune.models.stages import check_tap, repeat, segments
+
+
+class ConvNet(nn.Module):
+  """Images [batch, h, w, c] → {'layer0': [batch, h, w, n], ..., 'main': logits}.
+
+  A layer is convolution with bias, normalisation, ReLU; the head reads the maximum of
+  every channel.
+
+  Attributes:
+    classes: number of logits, float32 [batch, classes].
+    layers: number of convolutions.
+    width: channels of each of them.
+    size: height and width of their kernels, odd.
+    arch: what differs from that, by key 'layer0/conv', ...; see `models.arch`.
+    dtype: compute type; parameters and logits are float32.
+    scan: the layers after the first are one stack, 'layers'.
+  """
+
+  classes: int = 10
+  layers: int = 15
+  width: int = 50
+  size: int = 5
+  arch: Arch = FrozenDict()
+  dtype: DTypeLike = jnp.float32
+  scan: bool = False
+
+  def __post_init__(self):
+    self.arch = FrozenDict(self.arch)
+    if self.size % 2 == 0:
+      raise ValueError(f'ConvNet: size must be odd to keep images whole: {self.size}')
+    super().__post_init__()
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    return ('main',)
+
+  @property
+  def segments(self) -> list[tuple[str, str, int]]:
+    """As `stages.segments`."""
+    return segments(self.layers, self.scan, 'layer')
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    return tuple(tap for _, tap, _ in self.segments)
+
+  @property
+  def pool(self) -> Pool:
+    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
+    return 'max'
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold, with its value in the full network."""
+    return {f'{name}/conv': self.width for name, _, _ in self.segments}
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, train: bool = False, until: str = ''
+  ) -> dict[str, jax.Array]:
+    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    arch = complete(self.arch, self.widths, 'ConvNet')
+    if until:
+      check_tap(until, self.taps)
+    outputs = {}
+    for name, tap, times in self.segments:
+      width = arch[f'{name}/conv']
+      layer = ConvNorm(width, self.size, dtype=self.dtype, bias=True, name=name)
+      x = layer(x, train) if name == tap else repeat(layer, x, times, train)
+      outputs[tap] = x
+      if tap == until:
+        return outputs
+    return {**outputs, 'main': classify(x, self.classes, self.pool)}
+
+
+convnet15 = partial(ConvNet, layers=15)
+convnet20 = partial(ConvNet, layers=20)
