@@ -1,0 +1,211 @@
+"""What a trained network would be worth without some of its parts, on held-out data.
+
+A decision is judged masked, not cut, so that many can be judged in one compiled
+program. Without a branch the batch statistics behind it are wrong; they are measured
+anew before the network is judged, on batches augmented as in training.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.training.masked import Decisions, Masked, masked
+from depthprune.training.method import Method, Tree
+from depthprune.training.step import State
+from depthprune.training.tasks import Task
+
+IMAGES = 2048  # decisions times images, at most, in one call
+PROBE = 32  # images on which vmap and map are timed
+
+Vectorise = Literal['vmap', 'map', 'auto']
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judge:
+  """evaluate(keep) -> {'loss', 'accuracy', ...}; made by `judge`.
+
+  Attributes:
+    network: the programs.
+    exits: names of its outputs, sorted.
+    held_out, calibration: the batches.
+    vectorised: how `each` runs, {'by': 'vmap' | 'map' | 'auto'}; 'auto' until it has
+      run once, then with the times 'vmap_ms' and 'map_ms' where they were measured.
+  """
+
+  network: Masked
+  exits: tuple[str, ...]
+  held_out: tuple[Tree, ...]
+  calibration: tuple[Tree, ...]
+  vectorised: dict[str, Any]
+
+  def __call__(self, keep: Tree) -> dict[str, float]:
+    """Loss and metrics of the network masked by keep, means over held-out examples.
+
+    With exits in keep the one that is kept answers (the last by name, if several are)
+    and nothing behind it is computed; without, what the method says.
+
+    Args:
+      keep: {'branches': {path: bool}, 'channels': {group: bool [slices]},
+        'exits': {name: bool}}. Each part is optional and what is not named is as
+        trained, so {} is the network as trained. A branch that is kept has the gate
+        that it was trained with.
+
+    Raises: KeyError for a branch, group or exit that there is not; ValueError where no
+      exit is kept, or a branch is closed and there are no calibration batches.
+    """
+    keeps = jax.tree.map(lambda kept: np.asarray(kept)[None], keep)
+    decisions, exits = self._read(keeps, 1)
+    found = self._judged('one', exits, _rows(decisions, 0))
+    return {name: float(value) for name, value in found.items()}
+
+  def each(self, keeps: Tree) -> dict[str, np.ndarray]:
+    """As calling it n times, in one compiled program: {'loss': [n], ...}.
+
+    Args:
+      keeps: as keep, every leaf with one more axis in front, [n, ...]. Where that is
+        too much for one call, they go through the same program in pieces.
+
+    Raises: as calling it, and ValueError where n is not the same everywhere.
+    """
+    n = _count(keeps)
+    decisions, exits = self._read(keeps, n)
+    # Powers of two, the last piece filled up: few programs serve every n.
+    most = max(1, IMAGES // len(self.held_out[0]['label']))
+    size = 1 << min((n - 1).bit_length(), most.bit_length() - 1)
+    rows = [np.arange(i, i + size).clip(max=n - 1) for i in range(0, n, size)]
+    pieces = [_rows(decisions, r) for r in rows]
+    how = self._how(exits, pieces[0])
+    found = [self._judged(how, exits, piece) for piece in pieces]
+    return {k: np.concatenate([f[k] for f in found])[:n] for k in found[0]}
+
+  def _read(self, keeps: Tree, n: int) -> tuple[Decisions, tuple[str, ...]]:
+    """(decisions, names of the exits that answer in any of them)."""
+    unknown = sorted(set(keeps) - {'channels', 'branches', 'exits'})
+    if unknown:
+      raise KeyError(
+        f'keep has the entry {unknown[0]!r}: expected channels, branches, exits'
+      )
+    closes = np.zeros(n, bool)
+    for kept in keeps.get('branches', {}).values():
+      closes |= ~np.asarray(kept, bool).reshape(n, -1).all(1)
+    answers = _answers(self.exits, keeps.get('exits', {}), n)
+    exits = tuple(sorted(set(answers)))
+    at = [exits.index(name) for name in answers] or [0] * n
+    gates = {part: kept for part, kept in keeps.items() if part != 'exits'}
+    gates = jax.tree.map(lambda kept: np.asarray(kept, np.float32), gates)
+    return Decisions(gates, closes, np.asarray(at, np.int32)), exits
+
+  def _judged(self, how: str, exits: tuple[str, ...], decisions: Decisions) -> dict:
+    """Means over the held-out examples, [n] or [] each."""
+    if self.network.stats and decisions.closes.any():
+      decisions = decisions._replace(stats=self._recalibrated(how, decisions))
+    measure = partial(self.network.measure, how, exits, decisions)
+    sums = [measure(batch) for batch in self.held_out]
+    total = {k: sum(np.asarray(s[k], np.float64) for s in sums) for k in sums[0]}
+    examples = np.maximum(total.pop('examples'), 1e-9)
+    return {name: value / examples for name, value in total.items()}
+
+  def _recalibrated(self, how: str, decisions: Decisions) -> Tree:
+    """Fresh statistics where a branch is closed, and where none is, those it has."""
+    if not self.calibration:
+      raise ValueError(
+        'judge: a branch is closed, and without it the batch statistics are wrong; '
+        'pass calibration=[batch, ...], augmented as in training'
+      )
+    statistics = partial(self.network.statistics, how, decisions)
+    found = [statistics(batch) for batch in self.calibration]
+
+    def chosen(old, *fresh):
+      closes = decisions.closes.reshape(decisions.closes.shape + (1,) * old.ndim)
+      mean = sum(fresh[1:], start=fresh[0]) / jnp.asarray(len(fresh), old.dtype)
+      return jnp.where(closes, mean, old)
+
+    return jax.tree.map(chosen, self.network.stats, *found)
+
+  def _how(self, exits: tuple[str, ...], decisions: Decisions) -> str:
+    """'vmap' or 'map': as asked; else vmap, but on a CPU whichever is faster."""
+    if self.vectorised['by'] == 'auto':
+      self.vectorised['by'] = 'vmap'
+      if jax.default_backend() == 'cpu':
+        first = _rows(self.held_out[0], slice(PROBE))
+        program = lambda how: self.network.measure(how, exits, decisions, first)
+        ms = {how: _milliseconds(partial(program, how)) for how in ('vmap', 'map')}
+        self.vectorised['by'] = min(ms, key=lambda how: ms[how])
+        self.vectorised.update({f'{how}_ms': taken for how, taken in ms.items()})
+    return self.vectorised['by']
+
+
+def judge(
+  model: Any,
+  method: Method,
+  task: Task,
+  state: State,
+  held_out: Sequence[Tree],
+  calibration: Sequence[Tree] = (),
+  coupling: Any = None,
+  vectorise: Vectorise = 'auto',
+) -> Judge:
+  """The judge of a network as a method has trained it.
+
+  Args:
+    model, method, task, coupling: as for `make_step`.
+    state: after training. (A later step would consume its arrays.)
+    held_out: batches to judge on, all of one shape; 'weight' as for `evaluate`.
+    calibration: batches for fresh batch statistics, augmented as in training and of
+      one shape; needed where a branch is closed and there are such statistics.
+    vectorise: how `each` runs all decisions in one program. 'vmap' makes one larger
+      batch of them, 'map' a loop, in which XLA's convolutions are far slower on a CPU.
+      'auto': vmap, but on a CPU whichever is faster when it is first used.
+
+  Raises: ValueError without held-out batches, or for an unknown `vectorise`.
+  """
+  if vectorise not in get_args(Vectorise):
+    expected = ', '.join(get_args(Vectorise))
+    raise ValueError(f'judge: vectorise={vectorise!r}: expected one of {expected}')
+  if not held_out:
+    raise ValueError('judge: expected at least one held-out batch, got none')
+  network = masked(model, method, task, state, coupling)
+  exits = sorted(jax.eval_shape(network.outputs, held_out[0]['image']))
+  batches = tuple(held_out), tuple(calibration)
+  return Judge(network, tuple(exits), *batches, {'by': vectorise})
+
+
+def _answers(exits: tuple[str, ...], keeps: Mapping, n: int) -> list[str]:
+  """The exit that answers in each decision; [] where none is about exits."""
+  unknown = [name for name in keeps if name not in exits]
+  if unknown:
+    raise KeyError(f'keep: no exit {unknown[0]!r}; there are: {", ".join(exits)}')
+  kept = {name: np.asarray(keeps.get(name, [True] * n), bool) for name in exits}
+  answers = [max((e for e in exits if kept[e][i]), default='') for i in range(n)]
+  if '' in answers:
+    raise ValueError(f'keep drops every exit ({", ".join(exits)}): keep at least one')
+  return answers if keeps else []
+
+
+def _count(keeps: Tree) -> int:
+  """How many decisions are stacked."""
+  sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(keeps)}
+  if len(sizes) != 1 or sizes & {(), (0,)}:
+    raise ValueError(
+      'judge.each: expected decisions stacked along a first axis of one length in all '
+      f'leaves, got first axes {sorted(sizes)}'
+    )
+  return sizes.pop()[0]
+
+
+def _rows(tree: Tree, rows: Any) -> Any:
+  return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+  """Of the second call; the first one compiles."""
+  jax.block_until_ready(call())
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return 1e3 * (time.perf_counter() - start)
