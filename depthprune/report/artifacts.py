@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NEEDED = ('accuracy', 'flops', 'params', 'widths', 'model', 'data', 'target', 'of')
+NEEDED = ('accuracy', 'flops', 'params', 'widths', 'model', 'data')
+NAMED = ('options', 'rounds')  # where 'method' says which it is
+GATES = ('target', 'of')
 
 
 class RunError(ValueError):
@@ -41,7 +43,7 @@ def read(path: str | Path) -> Run:
     path,
     result,
     _latest(history, 'stage', 'step'),
-    _latest(gates, 'step'),
+    _latest(gates, 'stage', 'step'),
     damaged + damaged_gates,
   )
 
@@ -56,13 +58,20 @@ def _result(path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text())
   except ValueError as error:
     raise RunError(f'{path}: expected JSON, got {error}; run it again') from error
-  missing = [key for key in NEEDED if key not in result]
+  needed = NEEDED + (NAMED if 'method' in result else GATES)
+  missing = [key for key in needed if key not in result]
   if missing:
     raise RunError(
-      f'{path}: expected the keys {", ".join(NEEDED)}, {", ".join(missing)} missing; '
+      f'{path}: expected the keys {", ".join(needed)}, {", ".join(missing)} missing; '
       'it was written by another program or version'
     )
-  return result
+  return result if 'method' in result else _named(result)
+
+
+def _named(result: dict[str, Any]) -> dict[str, Any]:
+  """A result from when there was one method: its options stood beside the rest."""
+  options = {key: result[key] for key in GATES}
+  return {**result, 'method': 'trainable_gates', 'options': options}
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

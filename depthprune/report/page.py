@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from depthprune.report import plots, tables
+from depthprune.report import decision, depth, plots, style, tables
 from depthprune.report.artifacts import Run, read
+from depthprune.report.numbers import count, milliseconds, percent, points
 
 
 def write(path: str | Path) -> Path:
@@ -31,19 +32,16 @@ def write(path: str | Path) -> Path:
 def page(run: Run) -> str:
   """The page as text."""
   result = run.result
-  widths = tables.widths(result)
   sections = [
-    _section('What was gained', _table(result) + _said(result)),
+    _section('What was gained', _summary(result) + _said(result)),
     _notes([*tables.notes(result), *run.notes]),
-    _section('Widths of the layers', _chart(plots.width_chart(widths))),
   ]
-  if run.history:
-    curves = plots.training_curves(run.history, result['target'], result['of'])
-    sections.append(_section('Training', _chart(curves)))
-  if run.gates:
-    chart = plots.gate_map(run.gates, widths)
-    sections.append(_section('Gates over time', _chart(chart)))
-  sections += [_section('What was kept', _kept(result)), _section('Run', _run(result))]
+  if decision.erasing(result):
+    sections.append(_section('Rounds', _rounds(result)))
+  sections += [_section(name, _chart(figure)) for name, figure in _figures(run)]
+  if tables.narrowed(result):
+    sections.append(_section('What was kept', _kept(result)))
+  sections.append(_section('Run', _run(result)))
   template = resources.files('depthprune.report').joinpath('page.html').read_text()
   return Template(template).substitute(
     title=escape(tables.title(result)),
@@ -53,26 +51,50 @@ def page(run: Run) -> str:
   )
 
 
+def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
+  """The charts that there is data for, with their titles."""
+  result, gates = run.result, run.gates
+  what = gates[0] if gates else {}
+  if decision.erasing(result):
+    curves = {'': decision.curve(result['rounds'])}
+    yield 'Accuracy by erased units', depth.erased_curve(curves, 'held-out accuracy')
+  if 'priority' in what:
+    yield 'Priority of the units', depth.priority_map(gates, result['rounds'])
+  kept = decision.exit_(result)
+  if 'importance' in what and kept:
+    chart = depth.importance_map({'': (gates, kept.name)})
+    yield 'Importance of the exits', chart
+  widths = tables.widths(result)
+  if tables.narrowed(result):
+    yield 'Widths of the layers', plots.width_chart(widths)
+  if run.history:
+    asked = result['options']
+    goal = asked.get('target'), asked.get('of', 'flops')
+    yield 'Training', plots.training_curves(run.history, *goal)
+  if 'open' in what:
+    yield 'Gates over time', plots.gate_map(gates, widths)
+
+
 def _lead(result: Mapping[str, Any]) -> str:
+  decided = decision.sentence(result)
   accuracy = result['accuracy']
-  before, after = (tables.percent(accuracy[when]) for when in ('before', 'after'))
+  before, after = (percent(accuracy[when]) for when in ('before', 'after'))
   return (
-    f'{tables.requested(result)[0].upper()}{tables.requested(result)[1:]}. '
-    f'Test accuracy {before} before, {after} after.'
+    f'{decided[0].upper()}{decided[1:]}. Test accuracy {before} before, {after} after.'
   )
 
 
 def _tiles(result: Mapping[str, Any]) -> Iterable[str]:
   accuracy = result['accuracy']
-  points = 100 * (accuracy['after'] - accuracy['before'])
-  yield _tile(tables.percent(accuracy['after']), 'accuracy', f'{points:+.2f} points')
+  change = points(accuracy['before'], accuracy['after'])
+  yield _tile(percent(accuracy['after']), 'accuracy', change)
   for key, name in (('flops', 'FLOPs'), ('params', 'parameters')):
     cost = result[key]
-    before, after = tables.count(cost['before']), tables.count(cost['after'])
-    kept = tables.percent(cost['after'] / cost['before'])
+    before, after = count(cost['before']), count(cost['after'])
+    kept = percent(cost['after'] / cost['before'])
     yield _tile(kept, f'{name} kept', f'{before} → {after}')
   for batch, measured in result.get('latency_ms', {}).items():
-    before, after = (tables.milliseconds(measured[w]) for w in ('before', 'after'))
+    before, after = (milliseconds(measured[w]) for w in ('before', 'after'))
     took = f'{before.removesuffix(" ms")} → {after}'
     yield _tile(f'{measured["speedup"]:.2f} ×', f'speed, batch {batch}', took)
 
@@ -89,27 +111,36 @@ def _section(name: str, body: str) -> str:
 
 
 def _chart(figure: Figure) -> str:
-  return f'<div class="wide chart">{plots.svg(figure)}</div>'
+  return f'<div class="wide chart">{style.svg(figure)}</div>'
 
 
-def _table(result: Mapping[str, Any]) -> str:
-  rows = ''.join(
-    f'<tr><th scope="row">{escape(row.name)}</th>'
+def _summary(result: Mapping[str, Any]) -> str:
+  return _table(('', 'before', 'cut', 'after', ''), tables.summary(result))
+
+
+def _rounds(result: Mapping[str, Any]) -> str:
+  said = '<p class="small">Accuracy of held-out images.</p>'
+  return _table(decision.HEAD, decision.rounds(result), 'wide last-names') + said
+
+
+def _table(
+  head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = 'wide'
+) -> str:
+  body = ''.join(
+    f'<tr><th scope="row">{escape(row[0])}</th>'
     + ''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])
     + '</tr>'
-    for row in tables.summary(result)
+    for row in rows
   )
-  columns = ''.join(
-    f'<th scope="col">{name}</th>' for name in ('', 'before', 'cut', 'after', '')
-  )
+  columns = ''.join(f'<th scope="col">{name}</th>' for name in head)
   return (
-    f'<div class="wide"><table><thead><tr>{columns}</tr></thead>'
-    f'<tbody>{rows}</tbody></table></div>'
+    f'<div class="{kind}"><table><thead><tr>{columns}</tr></thead>'
+    f'<tbody>{body}</tbody></table></div>'
   )
 
 
 def _said(result: Mapping[str, Any]) -> str:
-  lines = (tables.LEGEND, *tables.said(result))
+  lines = (tables.legend(result), *tables.said(result))
   return ''.join(f'<p class="small">{escape(line)}</p>' for line in lines)
 
 

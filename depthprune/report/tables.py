@@ -1,6 +1,5 @@
 """What a run reached, as rows of text and as a rich table on the screen."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,8 +9,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from depthprune.report import decision
+from depthprune.report.numbers import count, milliseconds, percent, points, seconds
+
 FLOPS = 'FLOPs (1 MAC = 2)'
-LEGEND = 'cut: right after surgery; after: fine-tuned'
+LEGENDS = {
+  'trainable_gates': 'cut: right after surgery; after: fine-tuned',
+  'netcut': 'cut: right after surgery; after: at the end of the run',
+  'implosion': 'cut: right after the last erasure; after: retrained',
+}
 BAR = 24
 
 
@@ -25,20 +31,9 @@ class Row(NamedTuple):
   change: str
 
 
-def count(number: float) -> str:
-  """`40550000` as `40.6 M`: three significant digits."""
-  for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
-    if number >= 0.9995 * scale:
-      return f'{_three(number / scale)} {unit}'
-  return f'{number:g}'
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-  return f'{100 * fraction:.{digits}f} %'
-
-
-def milliseconds(value: float) -> str:
-  return f'{_three(value)} ms'
+def legend(result: Mapping[str, Any]) -> str:
+  """What the columns of `summary` are."""
+  return LEGENDS[result['method']]
 
 
 def summary(result: Mapping[str, Any]) -> list[Row]:
@@ -57,21 +52,22 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     before, after = (milliseconds(measured[when]) for when in ('before', 'after'))
     speedup = f'speed-up {measured["speedup"]:.2f} x'
     rows.append(Row(f'median latency, batch {batch}', before, '', after, speedup))
+  compiled = result.get('compile_s')
+  if compiled:
+    before, after = (seconds(compiled[when]) for when in ('before', 'after'))
+    speedup = f'speed-up {compiled["before"] / compiled["after"]:.2f} x'
+    rows.append(Row('compile time', before, '', after, speedup))
   return rows
 
 
-def requested(result: Mapping[str, Any]) -> str:
-  """`requested 50.0 % of the FLOPs, reached 49.8 %`."""
-  cost = result[result['of']]
-  unit = {'flops': 'FLOPs', 'params': 'parameters'}[result['of']]
-  reached = percent(cost['after'] / cost['before'], 2)
-  return f'requested {percent(result["target"])} of the {unit}, reached {reached}'
-
-
 def recalibrated(result: Mapping[str, Any]) -> str:
-  """What fresh batch statistics alone did after the cut; nothing if not measured."""
-  accuracy = result['accuracy'].get('recalibrated')
-  if accuracy is None:
+  """What fresh batch statistics alone did after the cut; nothing if not measured.
+
+  Nothing either for a network that has none and is not trained again.
+  """
+  found = result['accuracy']
+  accuracy = found.get('recalibrated')
+  if accuracy is None or accuracy == found['pruned'] == found['after']:
     return ''
   return (
     f'test accuracy with fresh batch statistics, not yet tuned: {percent(accuracy)}'
@@ -81,7 +77,8 @@ def recalibrated(result: Mapping[str, Any]) -> str:
 def said(result: Mapping[str, Any]) -> list[str]:
   """The sentences that go with the numbers."""
   lines = (
-    requested(result),
+    decision.sentence(result),
+    decision.certainty(result),
     recalibrated(result),
     verified(result),
     measured_on(result),
@@ -108,6 +105,13 @@ def widths(result: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
   return {name: (int(b), int(a)) for name, (b, a) in result['widths'].items()}
 
 
+def narrowed(result: Mapping[str, Any]) -> bool:
+  """Whether there is a width to speak of: layers that went whole became no narrower."""
+  return 'target' in result['options'] or any(
+    0 < a < b for b, a in widths(result).values()
+  )
+
+
 def removed(result: Mapping[str, Any]) -> list[str]:
   """The branches and exits that are no longer there."""
   report = result.get('report', {})
@@ -129,11 +133,15 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def screen(result: Mapping[str, Any]) -> Group:
-  """The whole result for `rich.print`: costs, widths, then what there is to note."""
+  """The whole result for `rich.print`: costs, rounds, widths, what there is to note."""
   parts: list[Any] = [_costs(result), Text()]
   parts += [Padding(Text(line), (0, 2)) for line in said(result)]
-  parts += [Text(), _widths(result), Text()]
-  if removed(result):
+  parts.append(Text())
+  if decision.erasing(result):
+    parts += [_rounds(result), Text()]
+  if narrowed(result):
+    parts += [_widths(result), Text()]
+  if narrowed(result) and removed(result):
     parts.append(Padding(Text(f'removed: {", ".join(removed(result))}'), (0, 2)))
   for note in notes(result):
     parts.append(Padding(Text(f'· {note}', style='yellow'), (0, 2)))
@@ -145,7 +153,7 @@ def _costs(result: Mapping[str, Any]) -> Table:
     title=title(result),
     title_justify='left',
     title_style='bold',
-    caption=LEGEND,
+    caption=legend(result),
     caption_justify='left',
     box=box.SIMPLE_HEAD,
   )
@@ -155,6 +163,22 @@ def _costs(result: Mapping[str, Any]) -> Table:
   table.add_column('', justify='left', no_wrap=True)
   for row in summary(result):
     table.add_row(row.name, row.before, row.cut, row.after, row.change)
+  return table
+
+
+def _rounds(result: Mapping[str, Any]) -> Table:
+  table = Table(
+    title='rounds, held-out accuracy',
+    title_justify='left',
+    title_style='bold',
+    box=box.SIMPLE_HEAD,
+    padding=(0, 1),
+  )
+  for name in decision.HEAD:
+    left = name == 'erased'
+    table.add_column(name, justify='left' if left else 'right', no_wrap=not left)
+  for row in decision.rounds(result):
+    table.add_row(*row)
   return table
 
 
@@ -177,20 +201,12 @@ def measured_on(result: Mapping[str, Any]) -> str:
 
 
 def _accuracy(name: str, accuracy: Mapping[str, float]) -> Row:
-  points = 100 * (accuracy['after'] - accuracy['before'])
+  change = points(accuracy['before'], accuracy['after'])
   cut = percent(accuracy['pruned'], 2) if 'pruned' in accuracy else ''
   before, after = (percent(accuracy[when], 2) for when in ('before', 'after'))
-  return Row(name, before, cut, after, f'{points:+.2f} points')
+  return Row(name, before, cut, after, change)
 
 
 def _cost(name: str, cost: Mapping[str, float]) -> Row:
   kept = percent(cost['after'] / cost['before'])
   return Row(name, count(cost['before']), '', count(cost['after']), f'{kept} kept')
-
-
-def _three(value: float) -> str:
-  """Three significant digits without an exponent."""
-  if value <= 0:
-    return f'{value:g}'
-  rounded = float(f'{value:.3g}')
-  return f'{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f}'

@@ -62,3 +62,19 @@ def test_truncated_and_foreign_results(run_directory):
   path.write_text('{"model": "resnet20", "of": "flops"}')
   with pytest.raises(RunError, match='accuracy, flops, params, widths, data, target '):
     read(run_directory)
+  path.write_text('{"model": "resnet20", "method": "netcut", "options": {}}')
+  with pytest.raises(RunError, match='accuracy, flops, params, widths, data, rounds '):
+    read(run_directory)
+
+
+def test_a_result_from_when_there_was_one_method_is_named(run_directory, old_result):
+  (run_directory / 'result.json').write_text(json.dumps(old_result))
+  result = read(run_directory).result
+  assert result['method'] == 'trainable_gates'
+  assert result['options'] == {'target': 0.5, 'of': 'flops'}
+
+
+def test_equal_steps_of_two_rounds_are_both_kept(implosion_run):
+  lines = read(implosion_run).gates
+  assert [line['step'] for line in lines] == 3 * list(range(5, 101, 5))
+  assert [line['stage'] for line in lines[::20]] == ['gates-1', 'gates-2', 'gates-3']

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthprune.report import artifacts, page, tables
+from depthprune.report import artifacts, page, style, tables
 
 VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}
 
@@ -43,16 +43,16 @@ def read(html: str) -> Reader:
   return reader
 
 
-@pytest.fixture
-def html(run_directory) -> str:
-  return page.write(run_directory).read_text(encoding='utf-8')
+@pytest.fixture(scope='module')
+def html(read_only_run) -> str:
+  return page.write(read_only_run).read_text(encoding='utf-8')
 
 
-def test_it_is_one_file_that_asks_for_nothing(html, run_directory):
+def test_it_is_one_file_that_asks_for_nothing(html, read_only_run):
   for address in read(html).addresses:
     assert address.startswith(('#', 'data:')), address
   assert not re.search(r'@import|<script|<link|url\((?!#)', html)
-  assert [p.name for p in run_directory.iterdir() if 'html' in p.name] == [
+  assert [p.name for p in read_only_run.iterdir() if 'html' in p.name] == [
     'report.html'
   ]
 
@@ -94,5 +94,43 @@ def test_kept_channels_are_listed_as_ranges(html):
   assert page._ranges([]) == 'none'
 
 
-def test_the_same_run_gives_the_same_page(run_directory, html):
-  assert page.page(artifacts.read(run_directory)) == html
+def test_a_run_from_when_there_was_one_method_has_the_same_page(
+  run_directory, old_result, html
+):
+  (run_directory / 'result.json').write_text(json.dumps(old_result))
+  assert page.write(run_directory).read_text(encoding='utf-8') == html
+
+
+def test_netcut_shows_importance_and_what_was_decided(netcut_run):
+  html = page.write(netcut_run).read_text(encoding='utf-8')
+  text = ' '.join(read(html).text)
+  assert 'Kept exit 3 of 20 (exit03) at β = 0.01' in text
+  assert 'largest importance w 0.958, normalised entropy 0.167' in text
+  titles = re.findall('<h2>(.*?)</h2>', html)
+  assert titles == [
+    *('What was gained', 'To note', 'Importance of the exits', 'Training', 'Run')
+  ]
+  assert html.count('<svg') == 2
+
+
+def test_implosion_shows_rounds_priorities_and_the_curve(implosion_run, implosion):
+  html = page.write(implosion_run).read_text(encoding='utf-8')
+  text = ' '.join(read(html).text)
+  assert 'Erased 12 of 27 units in 3 rounds, chosen by priority.' in text
+  for round_ in implosion[0]['rounds']:
+    assert ', '.join(round_['erased']) in text
+  titles = re.findall('<h2>(.*?)</h2>', html)
+  assert titles == [
+    *('What was gained', 'To note', 'Rounds', 'Accuracy by erased units'),
+    *('Priority of the units', 'Training', 'Run'),
+  ]
+  assert html.count('<svg') == 3
+
+
+def test_every_role_of_a_chart_is_a_variable_of_the_page(html):
+  for role in style.ROLES.values():
+    assert html.count(f'--{role}: #') == 2, role  # light and dark
+
+
+def test_the_same_run_gives_the_same_page(read_only_run, html):
+  assert page.page(artifacts.read(read_only_run)) == html

@@ -1,7 +1,5 @@
 """Charts: what they draw is what the run says."""
 
-import xml.etree.ElementTree as ElementTree
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -77,12 +75,12 @@ def test_a_gate_history_of_one_line_is_drawn(result):
   np.testing.assert_array_equal(values, [[0.5]])
 
 
-def test_svg_is_well_formed_takes_the_page_s_colours_and_is_repeatable(result):
-  widths = tables.widths(result)
-  element = plots.svg(plots.width_chart(widths))
-  assert ElementTree.fromstring(element).tag.endswith('svg')
-  for colour in (plots.INK, plots.FIRST, plots.FAINT):
-    bare = element.replace(f'var(--{plots.ROLES[colour]}, {colour})', '')
-    assert colour not in bare
-    assert bare != element
-  assert element == plots.svg(plots.width_chart(widths))
+def test_stages_follow_each_other_in_the_gate_map_too():
+  lines = [
+    {'stage': stage, 'step': step, 'open': {'conv': 8}}
+    for stage in ('gates-1', 'gates-2')
+    for step in (0, 10, 20)
+  ]
+  mesh = plots.gate_map(lines, {'conv': (16, 8)}).axes[0].collections[0]
+  corners = mesh.get_coordinates()[0, :, 0]  # pyright: ignore
+  assert list(corners) == [0, 5, 15, 20, 25, 35, 40]

@@ -1,34 +1,11 @@
 """The numbers of a run as text."""
 
 import io
+import re
 
-import pytest
 from rich.console import Console
 
 from depthprune.report import tables
-
-
-@pytest.mark.parametrize(
-  ('number', 'text'),
-  [
-    (81_100_000, '81.1 M'),
-    (272_474, '272 k'),
-    (999_600, '1.00 M'),
-    (125_490_000_000, '125 G'),
-    (1000, '1.00 k'),
-    (999, '999'),
-    (0, '0'),
-  ],
-)
-def test_counts_have_three_digits(number, text):
-  assert tables.count(number) == text
-
-
-@pytest.mark.parametrize(
-  ('value', 'text'), [(0.0123, '0.0123 ms'), (1.0, '1.00 ms'), (1234.5, '1230 ms')]
-)
-def test_milliseconds_have_three_digits(value, text):
-  assert tables.milliseconds(value) == text
 
 
 def test_summary_has_accuracy_cost_and_measured_latency(result):
@@ -47,12 +24,6 @@ def test_what_a_run_did_not_measure_is_left_out(result):
   names = [row.name for row in tables.summary(result)]
   assert names == ['accuracy, test', 'FLOPs (1 MAC = 2)', 'parameters']
   assert tables.measured_on(result) == ''
-
-
-def test_requested_and_reached_count_what_the_target_counts(result):
-  assert tables.requested(result) == 'requested 50.0 % of the FLOPs, reached 49.95 %'
-  said = tables.requested(result | {'of': 'params'})
-  assert said == 'requested 50.0 % of the parameters, reached 48.15 %'
 
 
 def test_the_largest_difference_is_said_and_so_is_its_absence(result):
@@ -75,9 +46,7 @@ def test_notes_are_of_surgery_and_of_timing(result):
 
 
 def test_the_screen_shows_every_layer_and_everything_to_note(result):
-  console = Console(width=100, record=True, file=io.StringIO())
-  console.print(tables.screen(result))
-  text = console.export_text()
+  text = screen_of(result)
   for name, (before, after) in result['widths'].items():
     line = next(line for line in text.splitlines() if line.strip().startswith(name))
     assert line.split()[1:3] == [str(before), str(after)]
@@ -85,3 +54,49 @@ def test_the_screen_shows_every_layer_and_everything_to_note(result):
   assert 'requested 50.0 % of the FLOPs, reached 49.95 %' in text
   assert '1 MAC = 2' in text
   assert all(note in text for note in tables.notes(result))
+
+
+def screen_of(result) -> str:
+  console = Console(width=120, record=True, file=io.StringIO())
+  console.print(tables.screen(result))
+  return console.export_text()
+
+
+def test_the_screen_of_netcut_names_the_exit_and_leaves_out_widths(netcut):
+  result, _ = netcut
+  text = screen_of(result)
+  assert 'kept exit 3 of 20 (exit03) at β = 0.01' in text
+  assert 'largest importance w 0.958, normalised entropy 0.167' in text
+  assert 'stage1/block0/conv1:3' not in text
+  assert 'recalibrated' not in text
+  assert '88.71 %   88.66 %    88.66 %   -0.05 points' in text
+
+
+def test_the_screen_of_implosion_has_its_rounds_and_their_total(implosion):
+  result, _ = implosion
+  text = screen_of(result)
+  assert 'erased 12 of 27 units in 3 rounds, chosen by priority' in text
+  for round_ in result['rounds']:
+    assert all(unit in text for unit in round_['erased'])
+  assert re.search(r'all +27 → 15 +93.80 % +93.20 % +56.1 % +12 units', text)
+  assert 'stage1/block0/conv1:3' not in text
+
+
+def test_a_network_that_had_to_be_compiled_says_how_long(netcut):
+  rows = {row.name: row for row in tables.summary(netcut[0])}
+  assert rows['compile time'][1:] == ('4.31 s', '', '0.982 s', 'speed-up 4.39 x')
+
+
+def test_what_was_not_touched_after_the_cut_is_not_called_tuned(netcut, result):
+  assert tables.recalibrated(netcut[0]) == ''
+  result['accuracy']['recalibrated'] = result['accuracy']['pruned']
+  assert tables.recalibrated(result)  # it was tuned later
+
+
+def test_widths_are_shown_where_a_width_changed(result, implosion):
+  assert tables.narrowed(result)
+  pure, _ = implosion
+  assert not tables.narrowed(pure)
+  both = pure | {'widths': {**pure['widths'], 'stage2/block1/conv1:3': [32, 31]}}
+  assert tables.narrowed(both)
+  assert 'stage2/block1/conv1:3' in screen_of(both)

@@ -1,0 +1,202 @@
+"""Charts of what decides about depth: importance of exits, priority of units.
+
+Every function returns a matplotlib Figure and shows nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from depthprune.report.decision import erased, first_names, in_order
+from depthprune.report.style import (
+  FIRST,
+  INK,
+  LINE,
+  MUTED,
+  OFFSET,
+  PAPER,
+  SECOND,
+  THIRD,
+  Lines,
+  by_stage,
+  colour_bar,
+  edges,
+  heat_map,
+  name_rows,
+  row_height,
+  steps_of,
+  styled,
+)
+
+SERIES = ((FIRST, 'o'), (SECOND, 's'), (THIRD, '^'), (MUTED, 'D'))
+WHEN = {'before': ('right after erasing', '--'), 'after': ('retrained', '-')}
+
+Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
+"""{series: {'before' or 'after' retraining: {erased units: accuracies by seed}}}"""
+
+
+def importance_map(runs: Mapping[str, tuple[Lines, str]]) -> Figure:
+  """Importance w of every exit over training, a heat map for each run.
+
+  runs: {title: (lines, kept)}; lines: of gates.jsonl, with 'importance': {exit: w};
+    kept: the exit that was kept, whose label is marked. All runs have the same exits.
+  """
+  names = in_order(next(iter(runs.values()))[0][0]['importance'])
+  height = row_height(len(names))
+  with styled():
+    figure = Figure(figsize=(7.2, 1.0 + height * len(names)), layout='constrained')
+    grid = list(figure.subplots(1, len(runs), squeeze=False)[0])
+    for axes, (title, (lines, kept)) in zip(grid, runs.items()):
+      w = np.array([[line['importance'][name] for line in lines] for name in names])
+      # The root, because all exits begin at 1 / exits, which is next to nothing.
+      mesh = heat_map(axes, lines, w, norm=PowerNorm(0.5, 0, 1))
+      name_rows(axes, names, height, kept)
+      axes.set_title(title, size=9, color=INK)
+      axes.set_xlabel('step')
+    axis = colour_bar(mesh, grid, 'importance w')
+    axis.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1], labels='0 .01 .05 .2 .5 1'.split())
+  return figure
+
+
+def priority_map(gates: Lines, rounds: Sequence[Mapping[str, Any]]) -> Figure:
+  """Priority |w| of every unit over all rounds; its row ends where it was erased.
+
+  gates: lines of gates.jsonl, with 'priority': {unit: |w|}, a stage for each round.
+  rounds: those of result.json, whose 'erased' names what went.
+  """
+  stages, gone = by_stage(gates), erased(rounds)
+  names = in_order(gates[0]['priority'])
+  priority = _priorities(stages, rounds, names)
+  borders = edges(steps_of(gates)).tolist()
+  ends = list(accumulate(len(records) for _, records in stages.values()))
+  height = row_height(len(names))
+  with styled():
+    figure = Figure(figsize=(7.2, 1.2 + height * len(names)), layout='constrained')
+    axes = figure.subplots()
+    mesh = heat_map(axes, gates, priority, vmin=0)
+    colour_bar(mesh, axes, 'priority |w|')
+    name_rows(axes, names, height)
+    for end, units in zip(ends, gone):
+      axes.axvline(borders[end], color=PAPER if end < ends[-1] else LINE, lw=1)
+      at = [names.index(unit) for unit in units]
+      axes.plot([borders[end]] * len(at), at, 'x', color=SECOND, ms=5, clip_on=False)
+    _number_rounds(axes, [borders[i] for i in (0, *ends[:-1])])
+    axes.set_xlabel('step of the rounds; × erased')
+  return figure
+
+
+def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
+  """Accuracy against the number of erased units: mean, and ± one standard deviation.
+
+  curves: a colour for each series; where a series has both, what was measured right
+    after erasing is dashed and what was measured after retraining is solid.
+  """
+  with styled():
+    figure = Figure(figsize=(7.2, 3.4), layout='constrained')
+    axes = figure.subplots()
+    kinds = {when: None for curve in curves.values() for when in curve}
+    for look, curve in zip(SERIES, curves.values()):
+      for when, values in curve.items():
+        _spread(axes, values, look, WHEN[when][1] if len(kinds) > 1 else '-')
+    axes.set_xlabel('erased units')
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis='y', color=LINE, lw=0.5)
+    handles = [_line(look, name) for look, name in zip(SERIES, curves) if name]
+    if len(kinds) > 1:
+      handles += [_line((MUTED, ''), *WHEN[when]) for when in WHEN]
+    figure.legend(handles=handles, loc='outside upper right', ncols=6, frameon=False)
+  return figure
+
+
+def against_beta(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """Accuracy, cost and depth against beta: mean over seeds, ± one standard deviation.
+
+  rows: of one network and one way to train it, each with 'beta', 'kept' of 'exits',
+    'accuracy_before' and 'accuracy_cut', 'flops' and 'params', each also with '_full'.
+  """
+  share = lambda cost: lambda row: row[cost] / row[f'{cost}_full']
+  panels: dict[str, dict[str, Callable]] = {
+    'test accuracy': {
+      'before the cut': lambda row: row['accuracy_before'],
+      'after the cut': lambda row: row['accuracy_cut'],
+    },
+    'cost kept': {'FLOPs': share('flops'), 'parameters': share('params')},
+    f'exit kept, of {rows[0]["exits"]}': {'': lambda row: row['kept']},
+  }
+  betas = sorted({row['beta'] for row in rows})
+  with styled():
+    figure = Figure(figsize=(7.2, 2.8), layout='constrained')
+    for axes, (label, lines) in zip(figure.subplots(1, 3), panels.items()):
+      for i, (look, of) in enumerate(zip(SERIES, lines.values())):
+        # Side by side, so that equal values are both seen.
+        shift = 0.1 * (i - (len(lines) - 1) / 2)
+        at = lambda beta, of=of: [of(row) for row in rows if row['beta'] == beta]
+        _spread(axes, {j + shift: at(beta) for j, beta in enumerate(betas)}, look)
+      axes.set_xticks(range(len(betas)), [f'{beta:g}' for beta in betas])
+      axes.set_xlabel('β, nats per unit of cost')
+      axes.set_title(label, size=9, color=INK, loc='left', pad=20)
+      axes.grid(axis='y', color=LINE, lw=0.5)
+      if len(lines) > 1:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(
+          handles=[_line(look, name) for look, name in zip(SERIES, lines)],
+          **{'loc': 'lower left', 'bbox_to_anchor': (-0.04, 0.98), 'borderaxespad': 0},
+          **{'ncols': 2, 'frameon': False, 'fontsize': 7, 'columnspacing': 1},
+        )
+      else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+  return figure
+
+
+def _priorities(
+  stages: Mapping[str, tuple[list, list]],
+  rounds: Sequence[Mapping[str, Any]],
+  names: Sequence[str],
+) -> np.ndarray:
+  """|w| [units, lines], NaN where a unit is gone; by the names of the first round."""
+  index = {name: i for i, name in enumerate(names)}
+  columns = []
+  for (_, lines), first in zip(stages.values(), first_names(rounds)):
+    for line in lines:
+      column = np.full(len(names), np.nan)
+      for name, w in line['priority'].items():
+        column[index[first[name]]] = w
+      columns.append(column)
+  return np.array(columns).T
+
+
+def _number_rounds(axes: Axes, starts: Sequence[float]) -> None:
+  above: Any = {'xycoords': ('data', 'axes fraction'), 'color': MUTED, 'size': 8}
+  axes.annotate('round', (starts[0], 1), (-4, 3), **OFFSET, **above, ha='right')
+  for number, start in enumerate(starts, 1):
+    axes.annotate(str(number), (start, 1), (0, 3), **OFFSET, **above)
+
+
+def _spread(
+  axes: Axes, values: Mapping[Any, Sequence[float]], look: tuple, dashes: str = '-'
+) -> None:
+  """Mean with a bar of one standard deviation (of the sample) up and down."""
+  x = sorted(values)
+  mean = [np.mean(values[at]) for at in x]
+  several = lambda at: len(values[at]) > 1
+  spread = np.array([np.std(values[at], ddof=1) if several(at) else 0 for at in x])
+  colour, marker = look
+  axes.errorbar(
+    x, mean, spread, color=colour, marker=marker, ls=dashes, lw=1.5, ms=4, capsize=2
+  )
+
+
+def _line(look: tuple[str, str], name: str, dashes: str = '-') -> Line2D:
+  """What a legend shows for a series."""
+  colour, marker = look
+  return Line2D([], [], color=colour, marker=marker, ls=dashes, ms=4, label=name)

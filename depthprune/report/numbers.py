@@ -1,0 +1,36 @@
+"""Numbers as people read them: three significant digits, percent, milliseconds."""
+
+import math
+
+
+def count(number: float) -> str:
+  """`40550000` as `40.6 M`: three significant digits."""
+  for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+    if number >= 0.9995 * scale:
+      return f'{_three(number / scale)} {unit}'
+  return f'{number:g}'
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+  return f'{100 * fraction:.{digits}f} %'
+
+
+def points(before: float, after: float) -> str:
+  """The change of a fraction, in percentage points with its sign."""
+  return f'{100 * (after - before):+.2f} points'
+
+
+def milliseconds(value: float) -> str:
+  return f'{_three(value)} ms'
+
+
+def seconds(value: float) -> str:
+  return f'{_three(value)} s'
+
+
+def _three(value: float) -> str:
+  """Three significant digits without an exponent."""
+  if value <= 0:
+    return f'{value:g}'
+  rounded = float(f'{value:.3g}')
+  return f'{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f}'

@@ -1,0 +1,166 @@
+"""What all charts share: colours, rows, steps, and the way to the page."""
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+# Light-mode colours. `svg` replaces them by the page's variables, so that the same
+# drawing follows a dark page; no two roles may share a value.
+INK, MUTED, LINE, FAINT = '#1f2430', '#5d6675', '#d5dae2', '#e6e9ef'
+FIRST, SECOND, THIRD = '#0b7285', '#d9480f', '#7048a8'
+PAPER = '#fdfdfc'
+ROLES = {
+  INK: 'ink',
+  MUTED: 'muted',
+  LINE: 'line',
+  FAINT: 'faint',
+  FIRST: 'first',
+  SECOND: 'second',
+  THIRD: 'third',
+  PAPER: 'paper',
+}
+OFFSET: Any = {'textcoords': 'offset points'}
+ROW, THINNEST, TALLEST = 0.22, 0.09, 5.5  # inches: a row, at least, all rows
+LABEL = 0.15  # inches that the label of a row takes
+CHARACTER = 0.011  # of a chart's width
+
+Lines = Sequence[Mapping[str, Any]]
+"""Lines of history.jsonl or gates.jsonl."""
+
+
+def svg(figure: Figure) -> str:
+  """The figure as an <svg> element whose colours are the page's variables."""
+  text = io.StringIO()
+  # A fixed salt and no date: the same run gives the same bytes.
+  with mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'depthprune'}):
+    figure.savefig(text, format='svg', transparent=True, metadata={'Date': None})
+  element = text.getvalue()
+  element = element[element.index('<svg') :]
+  element = re.sub(r'<metadata>.*?</metadata>', '', element, flags=re.DOTALL)
+  for colour, role in ROLES.items():
+    element = element.replace(colour, f'var(--{role}, {colour})')
+  return element
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+  settings: dict[Any, Any] = {
+    'font.size': 9,
+    'font.family': 'sans-serif',
+    'text.color': INK,
+    'axes.labelcolor': MUTED,
+    'axes.edgecolor': LINE,
+    'xtick.color': MUTED,
+    'ytick.color': MUTED,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.axisbelow': True,
+    'figure.facecolor': PAPER,
+    'axes.facecolor': PAPER,
+    'savefig.dpi': 150,
+  }
+  with mpl.rc_context(settings):
+    yield
+
+
+def name_rows(
+  axes: Axes, names: Sequence[str], height: float = ROW, marked: str = ''
+) -> None:
+  """Labels the rows of a chart, from the top; every second or third if they are thin.
+
+  height: inches of a row. marked: a name that is labelled in any case, in a colour of
+  its own.
+  """
+  every = math.ceil(LABEL / height)
+  at = names.index(marked) if marked in names else 0
+  labelled = range(at % every, len(names), every)
+  axes.set_yticks(labelled, [names[i] for i in labelled], fontsize=8, color=INK)
+  for label in axes.get_yticklabels():
+    if label.get_text() == marked:
+      label.set(color=SECOND, fontweight='bold')
+  axes.set_ylim(len(names) - 0.5, -0.5)
+  axes.tick_params(length=0)
+  for spine in axes.spines.values():
+    spine.set_visible(False)
+
+
+def row_height(rows: int) -> float:
+  """Inches for each of so many rows: all together they fit a screen."""
+  return min(ROW, max(THINNEST, TALLEST / max(rows, 1)))
+
+
+def heat_map(axes: Axes, lines: Lines, values: np.ndarray, **scale) -> QuadMesh:
+  """Draws values [rows, lines] over the steps of the lines; NaN stays empty."""
+  return axes.pcolormesh(
+    edges(steps_of(lines)),
+    np.arange(len(values) + 1) - 0.5,
+    values,
+    cmap='viridis',
+    rasterized=True,
+    **scale,
+  )
+
+
+def colour_bar(mesh: QuadMesh, beside: Axes | Sequence[Axes], label: str) -> Axis:
+  """Draws the scale of a heat map; returns its axis, for ticks."""
+  figure = mesh.get_figure()
+  assert isinstance(figure, Figure)
+  bar = figure.colorbar(mesh, ax=beside, pad=0.02, aspect=30, label=label)
+  bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+  return bar.ax.yaxis
+
+
+def steps_of(lines: Lines) -> np.ndarray:
+  """Steps of all stages, one after the other."""
+  return np.concatenate([steps for steps, _ in by_stage(lines).values()])
+
+
+def by_stage(history: Lines) -> dict[str, tuple[list, list]]:
+  """{stage: (steps, records)}; each stage's steps follow those of the one before."""
+  stages: dict[str, tuple[list, list]] = {}
+  end = 0
+  for name in dict.fromkeys(record.get('stage', '') for record in history):
+    records = [record for record in history if record.get('stage', '') == name]
+    # Some runs count from the start of a stage, some from the start of all.
+    offset = end if records[0]['step'] < end else 0
+    stages[name] = ([offset + record['step'] for record in records], records)
+    end = stages[name][0][-1]
+  return stages
+
+
+def name_stages(grid: Sequence[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
+  """A line where a stage begins, and its name above, where there is room."""
+  steps = [step for steps, _ in stages.values() for step in steps]
+  free = -math.inf
+  for name, (steps_of, _) in stages.items():
+    start = steps_of[0]
+    for axes in grid:
+      axes.axvline(start, color=LINE, lw=0.8)
+    if start < free:
+      continue
+    free = start + (len(name) + 1) * CHARACTER * (max(steps) - min(steps))
+    grid[0].annotate(
+      f' {name}',
+      (start, 1),
+      xycoords=('data', 'axes fraction'),
+      va='bottom',
+      color=MUTED,
+    )
+
+
+def edges(steps: np.ndarray) -> np.ndarray:
+  """Borders of the cells: half way between neighbours."""
+  if len(steps) < 2:
+    return np.array([steps[0] - 0.5, steps[0] + 0.5] if len(steps) else [0, 1])
+  middles = (steps[1:] + steps[:-1]) / 2
+  return np.concatenate([steps[:1], middles, steps[-1:]])

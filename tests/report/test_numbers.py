@@ -1,0 +1,33 @@
+"""Numbers as text."""
+
+import pytest
+
+from depthprune.report import numbers
+
+
+@pytest.mark.parametrize(
+  ('number', 'text'),
+  [
+    (81_100_000, '81.1 M'),
+    (272_474, '272 k'),
+    (999_600, '1.00 M'),
+    (125_490_000_000, '125 G'),
+    (1000, '1.00 k'),
+    (999, '999'),
+    (0, '0'),
+  ],
+)
+def test_counts_have_three_digits(number, text):
+  assert numbers.count(number) == text
+
+
+@pytest.mark.parametrize(
+  ('value', 'text'), [(0.0123, '0.0123 ms'), (1.0, '1.00 ms'), (1234.5, '1230 ms')]
+)
+def test_milliseconds_have_three_digits(value, text):
+  assert numbers.milliseconds(value) == text
+
+
+def test_a_change_is_in_percentage_points_with_its_sign():
+  assert numbers.points(0.981, 0.9) == '-8.10 points'
+  assert numbers.points(0.9, 0.9) == '+0.00 points'

@@ -1,0 +1,49 @@
+"""What charts share: colours that follow the page, rows and stages with labels."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from matplotlib.figure import Figure
+
+from depthprune.report import plots, style, tables
+
+
+def test_svg_is_well_formed_takes_the_page_s_colours_and_is_repeatable(result):
+  widths = tables.widths(result)
+  element = style.svg(plots.width_chart(widths))
+  assert ElementTree.fromstring(element).tag.endswith('svg')
+  for colour in (style.INK, style.FIRST, style.FAINT):
+    bare = element.replace(f'var(--{style.ROLES[colour]}, {colour})', '')
+    assert colour not in bare
+    assert bare != element
+  assert element == style.svg(plots.width_chart(widths))
+
+
+def test_no_two_roles_share_a_colour():
+  assert len(dict.fromkeys(style.ROLES.values())) == len(style.ROLES) == 8
+
+
+@pytest.mark.parametrize(('rows', 'every'), [(12, 1), (27, 1), (54, 2), (110, 2)])
+def test_labels_of_thin_rows_are_thinned_but_never_the_marked_one(rows, every):
+  names = [f'exit{i:03}' for i in range(rows)]
+  axes = Figure().subplots()
+  style.name_rows(axes, names, style.row_height(rows), marked=names[5])
+  labels = [label.get_text() for label in axes.get_yticklabels()]
+  assert labels == names[5 % every :: every]
+  bold = [t.get_text() for t in axes.get_yticklabels() if t.get_fontweight() == 'bold']
+  assert bold == [names[5]]
+
+
+@pytest.mark.parametrize('rows', [1, 20, 54, 110])
+def test_labelled_rows_are_as_far_apart_as_a_label_is_high(rows):
+  assert 2 * style.row_height(rows) >= style.LABEL
+  assert style.row_height(rows) <= style.ROW
+
+
+def test_names_of_stages_are_left_out_where_they_would_overlap():
+  stages = {f'gates-{i}': ([100 * i, 100 * i + 99], []) for i in range(12)}
+  axes = Figure().subplots()
+  style.name_stages([axes], stages)
+  shown = [text.get_text().strip() for text in axes.texts]
+  assert shown == [f'gates-{i}' for i in range(0, 12, 2)]
+  assert len(axes.lines) == 12
