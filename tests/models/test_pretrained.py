@@ -202,15 +202,20 @@ def test_a_file_of_another_network_says_which_it_is(name, saved):
 
 @pytest.mark.parametrize(
   ('blocks', 'bottleneck', 'depth'),
-  [((2, 2, 2, 2), False, 18), ((3, 4, 6, 3), False, 34), ((3, 4, 6, 3), True, 50)],
+  [
+    ((2, 2, 2), True, 20),
+    ((2, 2, 2, 2), False, 18),
+    ((3, 4, 6, 3), False, 34),
+    ((3, 4, 6, 3), True, 50),
+  ],
 )
-def test_depths_of_imagenet_are_told(blocks, bottleneck, depth, saved):
+def test_depths_are_told_from_names(blocks, bottleneck, depth, saved):
   names = [
     f'layer{i}.{j}.conv{2 + bottleneck}.weight'
     for i, n in enumerate(blocks, 1)
     for j in range(n)
   ]
-  with pytest.raises(ValueError, match=f'ResNet with depth={depth}, imagenet=True'):
+  with pytest.raises(ValueError, match=f'holds a ResNet with depth={depth}, '):
     pretrained.load(saved(dict.fromkeys(names, np.ones(1))), SMALL)
 
 

@@ -35,8 +35,10 @@ def summary(found):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('shortcut', 'AB')
-def test_units_of_a_resnet(shortcut, dtype):
-  found = units(coupled(ResNet(depth=14, width=4, shortcut=shortcut, dtype=dtype)))
+@pytest.mark.parametrize('preact', [False, True])
+def test_units_of_a_resnet(preact, shortcut, dtype):
+  model = ResNet(depth=14, width=4, shortcut=shortcut, dtype=dtype, preact=preact)
+  found = units(coupled(model))
   resized = 'its shortcut is not the identity: it changes [.., {}] to [.., {}] ({})'
   assert summary(found) == {
     'stage1/block0': '',
@@ -246,6 +248,10 @@ REFUSED = {
     lambda p, g, x: p['u'] + g * (x @ p['w']),
     '.* not the identity: it is not computed from what the branch reads',
   ),
+  'a sum of the input': (
+    lambda p, g, x: p['u'] * x.sum() + g * (x * x.sum() @ p['w']),
+    '.* not the identity: it passes through mul .*',
+  ),
   'alone': (
     lambda p, g, x: g * (x @ p['w']),
     'no shortcut is added to its branch: nothing would be left',
@@ -292,6 +298,14 @@ def test_a_gate_that_every_turn_of_a_loop_shares_is_one_unit():
     return jax.lax.scan(turn, x, length=3)[0]
 
   assert of(f)[0] == (('gate', ('gate',), None, ''),)
+
+
+def test_what_no_output_needs_does_not_matter():
+  def f(p, g, x):
+    jnp.cos(g['gate'] * x)
+    return x + g['gate'] * (x @ p['w'])
+
+  assert of(f)[0][0].why_not == ''
 
 
 def test_a_vector_is_one_gate_unless_a_loop_runs_over_it():
