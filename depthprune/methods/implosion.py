@@ -119,34 +119,29 @@ def erasure(
   theta: Tree,
   evaluate: Any,
   seed: int = 0,
+  gone: Sequence[Unit] = (),
 ) -> tuple[Unit, ...]:
-  """The `count` of these units that go, in the order in which they go.
+  """The next `count` units that go, in the order in which they go.
 
   Args:
     coupling: of the network. among: units that can be erased.
     importance: one of IMPORTANCE. theta: with the priorities.
     evaluate: a Judge; only 'drop' and 'greedy' ask it. seed: of 'random'.
+    gone: units that are closed already.
   """
-
-  def losses(gone: Sequence[Unit], left: Sequence[Unit]) -> np.ndarray:
-    keeps = [closing((*gone, unit), coupling) for unit in left]
-    return evaluate.each(jax.tree.map(lambda *kept: np.stack(kept), *keeps))['loss']
-
-  if importance == 'greedy':
-    gone: tuple[Unit, ...] = ()
-    while len(gone) < count:
-      left = [unit for unit in among if unit not in gone]
-      gone += _smallest(left, losses(gone, left), 1)
-    return gone
-  if count == 0:
-    return ()
-  if importance == 'drop':
-    scores = losses((), among)
-  elif importance == 'priority':
-    scores = [float(priority(unit, theta)) for unit in among]
-  else:
-    scores = [_drawn(unit.name, seed) for unit in among]
-  return _smallest(among, scores, count)
+  order, at_once = [*gone], 1 if importance == 'greedy' else count
+  while len(order) < len(gone) + count:
+    left = [unit for unit in among if unit not in order]
+    if importance == 'priority':
+      scores = [float(priority(unit, theta)) for unit in left]
+    elif importance == 'random':
+      scores = [_drawn(unit.name, seed) for unit in left]
+    else:
+      keeps = [closing((*order, unit), coupling) for unit in left]
+      keeps = jax.tree.map(lambda *kept: np.stack(kept), *keeps)
+      scores = evaluate.each(keeps)['loss']
+    order += _smallest(left, scores, at_once)
+  return tuple(order[len(gone) :])
 
 
 def configured(
@@ -154,16 +149,16 @@ def configured(
   coupling: Coupling,
   steps: int,
   scores: Mapping[str, np.ndarray],
-  whole: Coupling | None = None,
+  whole: Coupling,
 ) -> Method:
   """The method as a run describes it.
 
-  whole: coupling of the network before any round, which the default depth and the names
-    of units are about; `coupling` itself in the first round.
+  whole: coupling of the network before any cut, which the default depth and the names
+    of units are about.
   """
   del steps, scores
   options: Any = config.options
-  before = units_of(whole or coupling)
+  before = units_of(whole)
   named = {u.name for u in _erasable(before, options.units)} & {
     u.name for u in units_of(coupling)
   }
@@ -221,11 +216,11 @@ def _reachable(
 
 def _smallest(
   among: Sequence[Unit], scores: Sequence[float] | np.ndarray, count: int
-) -> tuple[Unit, ...]:
+) -> list[Unit]:
   """In order of importance; of equals the deeper first, what is not a number last."""
   value = np.nan_to_num(np.asarray(scores, np.float64), nan=np.inf)
   order = sorted(range(len(among)), key=lambda i: (value[i], -i))
-  return tuple(among[i] for i in order[:count])
+  return [among[i] for i in order[:count]]
 
 
 def _drawn(name: str, seed: int) -> float:

@@ -20,7 +20,7 @@ from depthprune.training.method import Method, Tree
 from depthprune.training.step import State
 from depthprune.training.tasks import Task
 
-IMAGES = 2048  # decisions times images, at most, in one call
+IMAGES = 1024  # decisions times images, at most, in one call
 PROBE = 32  # images on which vmap and map are timed
 
 Vectorise = Literal['vmap', 'map', 'auto']

@@ -136,6 +136,15 @@ def test_greedy_scores_again_after_every_erasure():
   assert evaluate.calls == [7, 6]
 
 
+def test_an_erasure_that_was_stopped_goes_on():
+  among = [u for u in UNITS if not u.why_not]
+  for importance in ('greedy', 'random'):
+    order = erase(importance, 4, Table(pair))
+    gone = [u for name in order[:2] for u in UNITS if u.name == name]
+    more = (COUPLING, among, 2, importance, theta_of({}), Table(pair))
+    assert names(erasure(*more, gone=gone)) == order[2:]
+
+
 @quickly
 @given(st.lists(st.floats(0, 9), min_size=7, max_size=7))
 def test_greedy_is_drop_where_one_goes_or_losses_add_up(values):
@@ -322,20 +331,22 @@ def test_a_run_says_depth_and_units_of_the_whole_network():
   small = coupled(
     ResNet(classes=3, depth=20, width=2, arch={'stage2/block1/branch': 0})
   )
-  assert configured(run(), COUPLING, 1, {}).rounds == 2
-  assert configured(run(), small, 1, {}, whole=COUPLING).rounds == 1
+  assert configured(run(), COUPLING, 1, {}, COUPLING).rounds == 2
+  assert configured(run(), small, 1, {}, COUPLING).rounds == 1
   two = run(depth=7, units=('stage2/block1', 'stage1/block0'))
-  assert closed(configured(two, COUPLING, 1, {}).decide(theta_of({}), {}, None)) == {
-    'stage2/block1'
-  }
-  method = configured(two, small, 1, {}, whole=COUPLING)
+  method = configured(two, COUPLING, 1, {}, COUPLING)
+  assert closed(method.decide(theta_of({}), {}, None)) == {'stage2/block1'}
+  method = configured(two, small, 1, {}, COUPLING)
   theta = theta_of({}, small)
   assert closed(method.decide(theta, {}, None)) == {'stage1/block0'}
 
 
 def test_the_seed_of_a_run_is_that_of_the_control():
-  keep = configured(run(depth=6, per_round=3, importance='random'), COUPLING, 1, {})
-  assert closed(keep.decide(theta_of({}), {}, None)) == set(erase('random', 3, seed=3))
+  control = run(depth=6, per_round=3, importance='random')
+  method = configured(control, COUPLING, 1, {}, COUPLING)
+  assert closed(method.decide(theta_of({}), {}, None)) == set(
+    erase('random', 3, seed=3)
+  )
 
 
 # ---- what cannot be ------------------------------------------------------------------
