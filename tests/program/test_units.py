@@ -249,8 +249,8 @@ REFUSED = {
     '.* not the identity: it is not computed from what the branch reads',
   ),
   'a sum of the input': (
-    lambda p, g, x: p['u'] * x.sum() + g * (x * x.sum() @ p['w']),
-    '.* not the identity: it passes through mul .*',
+    lambda p, g, x: (lambda t: p['u'] * t + g * (x * t @ p['w']))(x.sum()),
+    '.* not the identity: it passes through mul.*',
   ),
   'alone': (
     lambda p, g, x: g * (x @ p['w']),
