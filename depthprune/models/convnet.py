@@ -52,13 +52,13 @@ class ConvNet(nn.Module):
     return ('main',)
 
   @property
-  def segments(self) -> list[tuple[str, str, int]]:
+  def parts(self) -> list[tuple[str, str, int]]:
     """As `stages.segments`."""
     return segments(self.layers, self.scan, 'layer')
 
   @property
   def taps(self) -> tuple[str, ...]:
-    return tuple(tap for _, tap, _ in self.segments)
+    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def pool(self) -> Pool:
@@ -68,7 +68,7 @@ class ConvNet(nn.Module):
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    return {f'{name}/conv': self.width for name, _, _ in self.segments}
+    return {f'{name}/conv': self.width for name, _, _ in self.parts}
 
   @nn.compact
   def __call__(
@@ -79,7 +79,7 @@ class ConvNet(nn.Module):
     if until:
       check_tap(until, self.taps)
     outputs = {}
-    for name, tap, times in self.segments:
+    for name, tap, times in self.parts:
       width = arch[f'{name}/conv']
       layer = ConvNorm(width, self.size, dtype=self.dtype, bias=True, name=name)
       x = layer(x, train) if name == tap else repeat(layer, x, times, train)

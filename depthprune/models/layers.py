@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from depthprune.gates import branch
+
 Pool = Literal['avg', 'max', 'grid4', 'cls']
 
 he_normal = nn.initializers.he_normal()
@@ -68,6 +70,20 @@ class ConvNorm(nn.Module):
     x = conv(self.features, self.size, self.stride, **options)(x)
     x = norm(x, train, dtype=self.dtype, name='norm')
     return nn.relu(x) if self.relu else x
+
+
+def add_branch(module: nn.Module, kept: jax.Array, y: jax.Array) -> jax.Array:
+  """kept + gate · y, the end of a unit: a shortcut and the branch of `module`.
+
+  Raises:
+    ValueError: they differ in shape; a width of one would broadcast in silence.
+  """
+  if y.shape != kept.shape:
+    raise ValueError(
+      f'{"/".join(module.path)}: the branch has shape {y.shape}, its shortcut '
+      f'{kept.shape}; arch must give kernels that are added to each other one width'
+    )
+  return kept + branch(module, y)
 
 
 def pooled(x: jax.Array, pool: Pool) -> jax.Array:

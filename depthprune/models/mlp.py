@@ -53,13 +53,13 @@ class MLP(nn.Module):
     return ('main',)
 
   @property
-  def segments(self) -> list[tuple[str, str, int]]:
+  def parts(self) -> list[tuple[str, str, int]]:
     """As `stages.segments`."""
     return segments(len(self.hidden), self.scan, 'layer')
 
   @property
   def taps(self) -> tuple[str, ...]:
-    return tuple(tap for _, tap, _ in self.segments)
+    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def pool(self) -> Pool:
@@ -69,7 +69,7 @@ class MLP(nn.Module):
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    names = (f'{name}/dense' for name, _, _ in self.segments)
+    names = (f'{name}/dense' for name, _, _ in self.parts)
     return dict(zip(names, self.hidden))
 
   @nn.compact
@@ -83,7 +83,7 @@ class MLP(nn.Module):
       check_tap(until, self.taps)
     x = x.reshape(x.shape[0], -1)
     outputs = {}
-    for name, tap, times in self.segments:
+    for name, tap, times in self.parts:
       layer = Layer(arch[f'{name}/dense'], self.dtype, name=name)
       x = layer(x) if name == tap else repeat(layer, x, times)
       outputs[tap] = x

@@ -1,7 +1,8 @@
 """Residual units: what they are before any pruning, their shortcuts, their branch.
 
-Source: He, Zhang, Ren, Sun, arXiv 1512.03385. Bottlenecks have their stride in the 3×3
-convolution, as the common pretrained networks do.
+Source: He, Zhang, Ren, Sun, arXiv 1512.03385; pre-activation: arXiv 1603.05027.
+Bottlenecks have their stride in the 3×3 convolution, as the common pretrained networks
+do.
 """
 
 from typing import Literal, NamedTuple
@@ -12,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from depthprune.gates import branch
 from depthprune.models.arch import Arch
-from depthprune.models.layers import ConvNorm, conv, norm
+from depthprune.models.layers import ConvNorm, add_branch, conv, norm
 
 
 class Shape(NamedTuple):
@@ -25,6 +25,8 @@ class Shape(NamedTuple):
   stride: int
   bottleneck: bool
   shortcut: Literal['A', 'B']
+  preact: bool = False
+  first: bool = False  # of the network: its input comes from the stem
 
   @property
   def resized(self) -> bool:
@@ -33,7 +35,7 @@ class Shape(NamedTuple):
   @property
   def after(self) -> 'Shape':
     """The units that follow in the same stage: identity shortcuts."""
-    return self._replace(inputs=self.features, stride=1)
+    return self._replace(inputs=self.features, stride=1, first=False)
 
   @property
   def layers(self) -> tuple[tuple[int, int], ...]:
@@ -49,12 +51,17 @@ class Shape(NamedTuple):
     widths = [inner, inner, self.features] if self.bottleneck else [self.features] * 2
     keys = {f'conv{i}': width for i, width in enumerate(widths, 1)}
     if self.resized and self.shortcut == 'B':
-      keys['shortcut/conv'] = self.features
+      keys['shortcut' if self.preact else 'shortcut/conv'] = self.features
     return {**keys, 'branch': 1}
 
 
 class Unit(nn.Module):
-  """relu(shortcut(x) + gate · F(x)) on [batch, h, w, c]; without F if it is removed."""
+  """shortcut(x) + gate · F(x) on [batch, h, w, c]; without F if it is removed.
+
+  Post-activation: F is convolutions that are each normalised, and a ReLU follows the
+  sum. Pre-activation: normalisation and ReLU stand before each convolution, before the
+  first one on both paths where the unit is resized, and not where the stem has them.
+  """
 
   shape: Shape
   arch: Arch
@@ -62,26 +69,45 @@ class Unit(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    kept = x
-    if self.shape.resized and self.shape.shortcut == 'A':
-      kept = subsample_and_pad(x, self.shape)
-    elif self.shape.resized:
-      width, stride = self.arch['shortcut/conv'], self.shape.stride
-      project = ConvNorm(width, 1, stride, False, self.dtype, name='shortcut')
-      kept = project(x, train)
-    if not self.arch['branch']:
-      return nn.relu(kept)
-    for i, (size, stride) in enumerate(self.shape.layers, 1):
-      x = nn.relu(x) if i > 1 else x
-      width = self.arch[f'conv{i}']
-      x = conv(width, size, stride, dtype=self.dtype, name=f'conv{i}')(x)
-      x = norm(x, train, dtype=self.dtype, name=f'norm{i}')
-    if x.shape != kept.shape:  # a width of one would broadcast in silence
-      raise ValueError(
-        f'{"/".join(self.path)}: the branch has shape {x.shape}, its shortcut '
-        f'{kept.shape}; arch must give kernels that are added to each other one width'
-      )
-    return nn.relu(kept + branch(self, x))
+    shape = self.shape
+    if shape.preact and shape.resized and not shape.first:
+      x = nn.relu(norm(x, train, dtype=self.dtype, name='norm1'))
+    kept = shortcut(x, shape, self.arch, train, self.dtype)
+    if self.arch['branch']:
+      f = preactivated if shape.preact else postactivated
+      kept = add_branch(self, kept, f(x, shape, self.arch, train, self.dtype))
+    return kept if shape.preact else nn.relu(kept)
+
+
+def postactivated(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
+  """conv, norm, ReLU, conv, norm; a bottleneck has one convolution more."""
+  for i, (size, stride) in enumerate(shape.layers, 1):
+    x = nn.relu(x) if i > 1 else x
+    x = conv(arch[f'conv{i}'], size, stride, dtype=dtype, name=f'conv{i}')(x)
+    x = norm(x, train, dtype=dtype, name=f'norm{i}')
+  return x
+
+
+def preactivated(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
+  """norm, ReLU, conv, norm, ReLU, conv; the first two only if x was not yet through."""
+  done = shape.resized or shape.first
+  for i, (size, stride) in enumerate(shape.layers, 1):
+    if i > 1 or not done:
+      x = nn.relu(norm(x, train, dtype=dtype, name=f'norm{i}'))
+    x = conv(arch[f'conv{i}'], size, stride, dtype=dtype, name=f'conv{i}')(x)
+  return x
+
+
+def shortcut(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
+  """x itself, or where the unit is resized x in its new size, by option A or B."""
+  if not shape.resized:
+    return x
+  if shape.shortcut == 'A':
+    return subsample_and_pad(x, shape)
+  if shape.preact:
+    return conv(arch['shortcut'], 1, shape.stride, dtype=dtype, name='shortcut')(x)
+  width = arch['shortcut/conv']
+  return ConvNorm(width, 1, shape.stride, False, dtype, name='shortcut')(x, train)
 
 
 def subsample_and_pad(x: jax.Array, shape: Shape) -> jax.Array:

@@ -1,7 +1,6 @@
-"""Residual networks: CIFAR (6n + 2 layers) and ImageNet (18 to 152), post-activation.
+"""Residual networks: CIFAR (6n + 2 layers) and ImageNet (18 to 152).
 
-Source: He, Zhang, Ren, Sun, arXiv 1512.03385. Bottlenecks have their stride in the 3×3
-convolution, as the common pretrained networks do.
+Source: He, Zhang, Ren, Sun, arXiv 1512.03385; pre-activation: arXiv 1603.05027.
 """
 
 from functools import partial
@@ -16,7 +15,7 @@ from jax.typing import DTypeLike
 
 from depthprune.models import stages
 from depthprune.models.arch import Arch, beneath, complete, within
-from depthprune.models.layers import ConvNorm, Pool, classify
+from depthprune.models.layers import ConvNorm, Pool, classify, norm
 from depthprune.models.residual import Shape, Unit
 
 IMAGENET = {
@@ -67,6 +66,8 @@ class ResNet(nn.Module):
     arch: what differs from that, by key 'stage1/block0/conv1', ...; see `models.arch`.
     dtype: compute type; parameters and logits are float32.
     scan: the units after the first of each stage are one stack, 'blocks'.
+    preact: units normalise before they convolve, and the sum of a unit stays as it is;
+      what the head reads is normalised once more. Taps are the bare sums.
   """
 
   classes: int = 10
@@ -78,6 +79,7 @@ class ResNet(nn.Module):
   arch: Arch = FrozenDict()
   dtype: DTypeLike = jnp.float32
   scan: bool = False
+  preact: bool = False
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
@@ -115,13 +117,13 @@ class ResNet(nn.Module):
   @property
   def shapes(self) -> list[Shape]:
     """The first unit of each stage."""
-    shapes, inputs = [], self.width
-    for i, _ in enumerate(self.blocks):
-      features = self.width * 2**i * (4 if self.bottleneck else 1)
-      stride = 2 if i else 1
-      shapes.append(Shape(inputs, features, stride, self.bottleneck, self.shortcut))
-      inputs = features
-    return shapes
+    growth = 4 if self.bottleneck else 1
+    features = [self.width * growth * 2**i for i, _ in enumerate(self.blocks)]
+    style = self.bottleneck, self.shortcut, self.preact
+    return [
+      Shape(inputs, outputs, 2 if i else 1, *style, first=i == 0)
+      for i, (inputs, outputs) in enumerate(zip([self.width, *features], features))
+    ]
 
   @property
   def widths(self) -> dict[str, int]:
@@ -154,6 +156,8 @@ class ResNet(nn.Module):
       x = outputs[self.taps[len(outputs) - 1]]
     if until:
       return outputs
+    if self.preact:
+      x = nn.relu(norm(x, train, dtype=self.dtype, name='norm'))
     return {**outputs, 'main': classify(x, self.classes)}
 
 

@@ -62,7 +62,7 @@ def repeat(block: nn.Module, x: jax.Array, times: int, *args) -> jax.Array:
   scan = nn.scan(
     lambda block, x, _: (block(x, *args), None),
     variable_axes={'params': 0, 'batch_stats': 0, 'branches': 0},
-    split_rngs={'params': True},
+    split_rngs={'params': True, 'dropout': True},
     length=times,
   )
   return scan(block, x, None)[0] if times else x

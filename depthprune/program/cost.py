@@ -118,7 +118,9 @@ def _reading(coupling: Coupling, gates: Mapping | None):
 
 
 def _needed(view: View, decision: Decision) -> set[jx.Value]:
-  return jx.live(view.decided(decision))[1]
+  program = view.decided(decision)
+  within = (v for e in jx.walk(program) for v in (*e.inputs, *e.outputs))
+  return {*program.outputs, *within}
 
 
 def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], Any]:
@@ -147,7 +149,9 @@ def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> An
     life = max((alive(v) for v in e.outputs), key=_is_one) if e.outputs else 0
     if isinstance(life, int) and life == 0:
       continue
-    total = total + life * _of_equation(view, e, count)
+    # What is alive by a soft gate outside is not made less by the same gate inside.
+    inner = alive if isinstance(life, int) else lambda _: 1
+    total = total + life * _of_equation(view, e, count, inner)
   return total
 
 
@@ -155,16 +159,15 @@ def _is_one(life: Any) -> float:
   return float(life) if isinstance(life, int) else 0.5
 
 
-def _of_equation(view: View, e: jx.Equation, count: Count) -> Any:
+def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> Any:
   dims = view.facts.dims
-  everything = lambda _: 1
   if e.name == 'dot_general':
     (contracting, _), _ = e.params['dimension_numbers']
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
     return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
   if e.name == 'conv_general_dilated':
     return _of_convolution(e, dims, count)
-  inside = [_flops(view, body, count, everything) for body in e.bodies]
+  inside = [_flops(view, body, count, alive) for body in e.bodies]
   if e.name == 'scan':
     return count(view.facts.hidden[e]) * inside[0]
   if e.name == 'cond':
@@ -216,7 +219,7 @@ def _peak(view: View, program, count: Count, alive, held: set) -> Any:
     live.update((v, size(v)) for v in e.outputs if v in last)
     now = functools.reduce(lambda a, b: a + b, live.values(), 0)
     for body in e.bodies:
-      inner = _peak(view, body, count, lambda _: 1, {*body.inputs, *body.constants})
+      inner = _peak(view, body, count, alive, {*body.inputs, *body.constants})
       now = now + inner
     peak = _larger(peak, now)
     live = {v: n for v, n in live.items() if last[v] > i}

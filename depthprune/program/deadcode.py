@@ -6,7 +6,7 @@ operation; channel pruning never needs it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ def simplify(
   equations = []
   constants = dict(program.constants)
 
-  def read(v):
+  def read(v: jx.Value) -> jx.Value:
     v = same.get(v, v)
     return _filled(v, number[v], equations, constants) if v in number else v
 
@@ -55,10 +55,37 @@ def simplify(
         jx.Equation(e.primitive, inputs, e.outputs, e.params, bodies, e.source)
       )
   outputs = tuple(read(v) for i, v in enumerate(program.outputs) if i not in drop)
-  whole = jx.Program(program.inputs, constants, tuple(equations), outputs)
-  kept, needed = jx.live(whole)
-  constants = {v: c for v, c in constants.items() if v in needed}
-  return jx.Program(program.inputs, constants, tuple(kept), outputs)
+  return _trimmed(jx.Program(program.inputs, constants, tuple(equations), outputs))
+
+
+def _trimmed(program: jx.Program) -> jx.Program:
+  """The program without equations that no output needs, in the turns of a scan too."""
+  needed, kept = set(program.outputs), []
+  for e in reversed(program.equations):
+    if not needed.isdisjoint(e.outputs):
+      kept.append(_trimmed_scan(e, needed) if e.name == 'scan' else e)
+      needed.update(kept[-1].inputs)
+  constants = {v: c for v, c in program.constants.items() if v in needed}
+  return jx.Program(program.inputs, constants, tuple(kept[::-1]), program.outputs)
+
+
+def _trimmed_scan(e: jx.Equation, needed: Collection[jx.Value]) -> jx.Equation:
+  """The scan with None, which jax scans over and stacks as nothing, in the places of
+  inputs that its turns do not read and of stacked outputs that nobody does."""
+  (body,) = e.bodies
+  _, carry, scanned = jx.scan_parts(e, body.inputs)
+  nothing: Callable[[jx.Value], jx.Value] = lambda v: jx.Literal(v.shape, v.dtype, None)
+  pairs = enumerate(zip(body.outputs, e.outputs, strict=True))
+  outputs = (v if i < len(carry) or o in needed else nothing(v) for i, (v, o) in pairs)
+  body = _trimmed(
+    jx.Program(body.inputs, body.constants, body.equations, tuple(outputs))
+  )
+  read = {*body.outputs, *(v for inner in body.equations for v in inner.inputs)}
+  if read.isdisjoint(scanned):  # what it scans over says how many turns are left
+    return e
+  read.update(carry)
+  inputs = (o if v in read else nothing(o) for v, o in zip(body.inputs, e.inputs))
+  return jx.Equation(e.primitive, tuple(inputs), e.outputs, e.params, (body,), e.source)
 
 
 def _fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
@@ -111,6 +138,21 @@ def dependent(program: jx.Program, values: Collection[jx.Value]) -> set[jx.Value
   """Everything that is computed from any of the values."""
   found = set(values)
   for e in program.equations:
-    if any(v in found for v in e.inputs):
+    if e.name == 'scan':
+      found.update(_fed(e, found))
+    elif any(v in found for v in e.inputs):
       found.update(e.outputs)
   return found
+
+
+def _fed(e: jx.Equation, found: Collection[jx.Value]) -> list[jx.Value]:
+  """The outputs of a scan that are computed from any of the values found."""
+  (body,) = e.bodies
+  carry = jx.scan_parts(e, body.inputs)[1]
+  inside = {v for v, o in zip(body.inputs, e.inputs, strict=True) if o in found}
+  size = -1
+  while size != len(inside):  # what a turn leaves in the carry feeds the next one
+    size = len(inside)
+    inside |= {v for v, o in zip(carry, body.outputs) if o in inside}
+    inside = dependent(body, inside)
+  return [o for v, o in zip(body.outputs, e.outputs, strict=True) if v in inside]

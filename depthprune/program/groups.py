@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from depthprune.program import axes as ax
@@ -52,7 +53,7 @@ def find_groups(
   first, read = _first_use(view), _contracted(view)
   found, names = [], set()
   for v, where in members.items():
-    if all(first[path] == len(view.program.equations) for path, _ in where):
+    if all(first[path] == math.inf for path, _ in where):
       continue  # variables that nothing reads
     ungated = '; '.join(sorted(v.notes)) or ('' if v in read else 'no weight reads it')
     kind = 'layer' if rules.LAYER in v.notes else 'channel'
@@ -69,7 +70,8 @@ def _name(v, where, dims, first, taken) -> str:
   Without 'params/' and '/kernel', unless another group has that name."""
 
   def order(member):
-    rank = len(dims[member[0]])
+    layers = (rules.LAYER in w.notes for d in dims[member[0]] for w in ax.leaves(d))
+    rank = len(dims[member[0]]) - sum(layers)
     return rank < 2, first[member[0]], -rank, member
 
   path, axis = min(where, key=order)
@@ -80,12 +82,21 @@ def _name(v, where, dims, first, taken) -> str:
   return f'{path}:{axis}{factor}' if name in taken else name
 
 
-def _first_use(view: View) -> dict[str, int]:
+def _first_use(view: View) -> dict[str, float]:
+  """When each variable is first read; infinity for one that nothing reads."""
   used: dict[jx.Value, int] = {}
-  for i, e in enumerate(view.program.equations):
-    for v in e.inputs:
-      used.setdefault(v, i)
-  return {p: used.get(v, len(view.program.equations)) for p, v in view.leaves.items()}
+  for i, v in enumerate(_reads(view.program)):
+    used.setdefault(v, i)
+  return {path: used.get(v, math.inf) for path, v in view.leaves.items()}
+
+
+def _reads(program: jx.Program) -> Iterator[jx.Value]:
+  """The inputs of every equation; those of a body as what stands outside for them."""
+  for e in program.equations:
+    for body, outer in jx.bodies_with_inputs(e):
+      outside = dict(zip(body.inputs, outer, strict=True))
+      yield from (outside[v] for v in _reads(body) if v in outside)
+    yield from e.inputs
 
 
 def _contracted(view: View) -> set[ax.Var]:

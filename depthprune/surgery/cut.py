@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from depthprune.program import axes as ax
 from depthprune.program import cost
 from depthprune.program.couple import Coupling, couple
 from depthprune.program.rebind import slim
@@ -145,7 +146,7 @@ def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, i
   """The small network as a module of its own, where the model has `arch`."""
   if not (hasattr(model, 'arch') and hasattr(model, 'clone')):
     return model, {}
-  arch = {**dict(model.arch), **_arch(plan, keep)}
+  arch = {**dict(model.arch), **_arch(coupling, plan, keep, model.widths)}
   native = model.clone(arch=type(model.arch)(arch))
   key = jax.eval_shape(lambda: jax.random.key(0))
   wanted = jax.eval_shape(native.init, key, *coupling.inputs)
@@ -156,16 +157,32 @@ def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, i
   return native, arch
 
 
-def _arch(plan: Plan, keep: Mapping) -> dict[str, int]:
-  """Widths that changed, read off the arrays; branches and exits that are gone."""
+def _arch(coupling, plan: Plan, keep: Mapping, widths: Mapping) -> dict[str, int]:
+  """Widths that changed, read off the arrays; branches and exits that are gone.
+
+  widths: the keys that the model knows: groups by name, where no last axis of a kernel
+  tells their size (the heads of an attention)."""
   arch = {}
   for path, masks in plan.items():
     if path.startswith('params/') and path.endswith('/kernel') and not masks[-1].all():
       name = path.removeprefix('params/').removesuffix('/kernel')
       arch[name] = int(masks[-1].sum())
+  groups = {g: kept for g, kept in keep['channels'].items() if g in widths}
+  arch |= {g: int(np.sum(kept)) for g, kept in groups.items() if not np.all(kept)}
   closed = {b: kept for b, kept in keep['branches'].items() if not np.all(kept)}
-  arch |= {b: int(np.sum(kept)) for b, kept in closed.items()}  # layers left, or 0
+  arch |= {b: _layers_left(coupling, keep, b) for b in closed}
   return arch | {f'exit/{e}': 0 for e, kept in keep['exits'].items() if not kept}
+
+
+def _layers_left(coupling: Coupling, keep: Mapping, branch: str) -> int:
+  """0 for a branch that is gone, else the layers of its stack, which other branches
+  may keep although this one is closed there."""
+  kept = keep['branches'][branch]
+  if not np.any(kept):
+    return 0
+  axis = ax.norm(coupling.axes[f'branches/{branch}'][0])
+  layers = (k for g, k in keep['channels'].items() if coupling.axis(g) is axis)
+  return int(np.sum(next(layers, np.ones_like(kept))))
 
 
 def _report(coupling, variables, asked, keep, plan, verdict: Verdict, notes) -> dict:
@@ -174,7 +191,8 @@ def _report(coupling, variables, asked, keep, plan, verdict: Verdict, notes) -> 
   groups = coupling.groups
   shapes = {p: np.shape(x) for p, x in paths_of(variables).items()}
   widths = {g: int(np.sum(k)) for g, k in keep['channels'].items()}
-  if verdict.moved == 0 and widths != {g: groups[g].size for g in groups}:
+  closed = [*keep['channels'].values(), *keep['branches'].values()]
+  if verdict.moved == 0 and not all(np.all(k) for k in closed):
     notes.append('closing these slices does not change the output')
   if verdict.responsible:
     notes += verdict.responsible

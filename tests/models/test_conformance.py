@@ -1,6 +1,7 @@
 """What every model must do: outputs, taps, `arch`, `until`, scan, compute type."""
 
 import json
+import re
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
 from depthprune.models.vgg import VGG
+from depthprune.models.vit import ViT
 
 SMALL = {
   'mlp': lambda **more: MLP(hidden=(6, 6, 6), **more),
@@ -27,6 +29,14 @@ SMALL = {
   'bottleneck': lambda **more: ResNet(
     depth=11, width=4, bottleneck=True, shortcut='B', **more
   ),
+  'preact A': lambda **more: ResNet(depth=20, width=4, preact=True, **more),
+  'preact B': lambda **more: ResNet(
+    depth=11, width=4, bottleneck=True, shortcut='B', preact=True, **more
+  ),
+  'vit': lambda **more: ViT(width=8, depth=4, heads=2, inner=12, segments=2, **more),
+  'vit without token': lambda **more: ViT(
+    width=8, depth=2, heads=2, inner=12, token=False, **more
+  ),
   'imagenet': lambda **more: build('resnet18', width=4, **more),
   'heads': lambda **more: WithHeads(
     ResNet(depth=14, width=4, shortcut='B', **more),
@@ -34,6 +44,7 @@ SMALL = {
   ),
 }
 every_model = pytest.mark.parametrize('make', SMALL.values(), ids=SMALL)
+LEAVES = ('kernel', 'scale', 'bias')
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 
@@ -46,21 +57,26 @@ def flat(tree) -> dict[str, Any]:
 
 
 def kernel_widths(variables):
-  """{path: outputs} of all kernels, and of all branch gates {path: how many}."""
+  """{path: outputs} of all kernels, the heads, and {path: how many} of branch gates."""
   params = flat(variables['params'])
   gates = flat(variables.get('branches', {}))
   kernels = {k.removesuffix('/kernel'): v.shape[-1] for k, v in params.items()}
   widths = {
     path: width for path, width in kernels.items() if f'{path}/kernel' in params
   }
-  return widths | {path: gate.size for path, gate in gates.items()}
+  heads = {
+    f'{k.removesuffix("/kernel")}:{v.ndim - 2}': v.shape[-2]
+    for k, v in params.items()
+    if k.endswith('query/kernel')
+  }
+  return widths | heads | {path: gate.size for path, gate in gates.items()}
 
 
 def without_logits(widths):
   return {
     path: width
     for path, width in widths.items()
-    if path.split('/')[-1] not in ('head', 'out') and not path.startswith('exit/')
+    if not re.search(r'(^|/)head$|^head_\w+/out$|^exit/', path)
   }
 
 
@@ -80,7 +96,7 @@ def test_widths_are_those_of_the_arrays(make, scan):
   assert without_logits(kernel_widths(shapes(model))) == without_logits(model.widths)
 
 
-@pytest.mark.parametrize('name', [name for name in SMALL if name != 'resnet A'])
+@pytest.mark.parametrize('name', [name for name in SMALL if not name.endswith(' A')])
 def test_arch_gives_exactly_its_shapes_and_trains(name, randomised):
   """Every kernel half as wide, so that streams agree, and some branches removed."""
   model = SMALL[name]()
@@ -131,21 +147,28 @@ def test_until_ends_the_network_at_that_tap(make, randomised):
   assert set(outputs) == set(model.taps[: len(model.taps) // 2 + 1])
   np.testing.assert_allclose(outputs[middle], full[middle], rtol=1e-6)
   assert part(middle).keys() < part('').keys()
-  assert part('').keys() - part(model.taps[-1]).keys() == {'head/kernel', 'head/bias'}
+  head = {f'{module}/{leaf}' for module in ('head', 'norm') for leaf in LEAVES}
+  behind = part('').keys() - part(model.taps[-1]).keys()
+  assert {'head/kernel', 'head/bias'} <= behind <= head
   with pytest.raises(ValueError, match=rf"no tap '{middle}x'.*Nearest: .*{middle}"):
     part(f'{middle}x')
 
 
-def stacked(tree):
-  """The tree of a scanned model, from that of the unrolled one."""
+def stacked(tree, segments=0):
+  """The tree of a scanned model, from that of the unrolled one.
+
+  segments: how many stacks there are of all blocks; 0 for one without the first."""
   if not isinstance(tree, dict):
     return tree
   tree = {name: stacked(part) for name, part in tree.items()}
   for kind in ('block', 'layer'):
-    rest = [name for name in tree if name.startswith(kind) and name != f'{kind}0']
-    if rest:
-      parts = [tree.pop(f'{kind}{i}') for i in range(1, len(rest) + 1)]
-      tree[f'{kind}s'] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    count = sum(name.startswith(kind) for name in tree)
+    rows = np.arange(count).reshape(segments, -1) if segments else np.arange(count)[1:]
+    stacks = {f'{kind}s{i}': row for i, row in enumerate(rows)}
+    for name, row in (stacks if segments else {f'{kind}s': rows}).items():
+      if row.size:
+        parts = [tree.pop(f'{kind}{i}') for i in row]
+        tree[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
   return tree
 
 
@@ -154,8 +177,10 @@ def stacked(tree):
 def test_scanned_equals_unrolled(make, train, randomised):
   unrolled, scanned = make(), make(scan=True)
   variables = randomised(unrolled, X)
+  segments = getattr(scanned, 'segments', 0)
+  pack = lambda tree: {k: stacked(v, segments) for k, v in tree.items()}
   expected_shapes = jax.tree.map(jnp.shape, shapes(scanned))
-  assert jax.tree.map(jnp.shape, stacked(variables)) == expected_shapes
+  assert jax.tree.map(jnp.shape, pack(variables)) == expected_shapes
 
   def run(model, variables):
     return jax.jit(model.apply, static_argnames=('train', 'mutable'))(
@@ -164,12 +189,12 @@ def test_scanned_equals_unrolled(make, train, randomised):
 
   (one, one_stats), (two, two_stats) = (
     run(unrolled, variables),
-    run(scanned, stacked(variables)),
+    run(scanned, pack(variables)),
   )
   assert set(two) == {*scanned.taps, *scanned.exits} <= set(one)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
   jax.tree.map(close, {name: one[name] for name in two}, two)
-  jax.tree.map(close, stacked(one_stats), two_stats)
+  jax.tree.map(close, pack(one_stats), two_stats)
 
 
 @pytest.mark.parametrize('left', [0, 1])

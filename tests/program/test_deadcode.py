@@ -93,6 +93,48 @@ def test_control_flow_is_kept_whole():
   assert 'scan' in names(simplify(program, {program.inputs[0]: 1}))
 
 
+def two_branches(gates, ws, x):
+  """A stack of layers with two gated branches each, and what each layer saw."""
+
+  def layer(x, layer):
+    (g, h), (w, v) = layer
+    seen = x @ w
+    return x + g * seen + h * (x @ v), seen.sum()
+
+  return jax.lax.scan(layer, x, (gates, ws))
+
+
+STACK = ((jnp.ones(2), jnp.full(2, 0.5)), (jnp.stack([W, W.T]), jnp.stack([W.T, W])), X)
+
+
+def test_a_branch_closed_in_every_turn_frees_its_stack():
+  """Inside the scan too, as long as nobody reads what its turns leave behind."""
+  program = jx.trace(two_branches, STACK).program
+  g, h, w, v, x = program.inputs
+  for drop, freed in (([1], True), ([], False)):
+    less = simplify(program, {g: 0}, drop)
+    [scan] = less.equations
+    inside = [e.name for e in scan.bodies[0].equations]
+    assert (w not in jx.live(less)[1]) == freed and {h, v, x} <= jx.live(less)[1]
+    assert inside.count('dot_general') == (1 if freed else 2)
+    args = [None if freed and a is w else a for a in program.inputs]
+    gates, (ws, vs), start = STACK
+    arrays = dict(zip(program.inputs, (*gates, ws, vs, start)))
+    got = run(less, [arrays.get(a) for a in args])
+    expected = two_branches((jnp.zeros(2), gates[1]), (ws, vs), start)
+    for a, b in zip(got, expected):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_what_a_turn_leaves_behind_depends_on_what_it_reads():
+  program = jx.trace(two_branches, STACK).program
+  g, _, w, v, _ = program.inputs
+  less = simplify(program, {g: 0})
+  depends = lambda value: [o in dependent(less, [value]) for o in less.outputs]
+  assert depends(w) == [False, True]
+  assert depends(v) == [True, True]  # through what is carried to the next turn
+
+
 def test_dependent_values():
   f = lambda a, b: (a * 2.0, a + b, b * 3.0)
   program = jx.trace(f, (X, X)).program
