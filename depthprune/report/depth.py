@@ -30,9 +30,9 @@ from depthprune.report.style import (
   edges,
   heat_map,
   name_rows,
-  row_height,
   steps_of,
   styled,
+  thin,
 )
 
 SERIES = ((FIRST, 'o'), (SECOND, 's'), (THIRD, '^'), (MUTED, 'D'))
@@ -49,7 +49,7 @@ def importance_map(runs: Mapping[str, tuple[Lines, str]]) -> Figure:
     kept: the exit that was kept, whose label is marked. All runs have the same exits.
   """
   names = in_order(next(iter(runs.values()))[0][0]['importance'])
-  height = row_height(len(names))
+  height, every = thin(len(names))
   with styled():
     figure = Figure(figsize=(7.2, 1.0 + height * len(names)), layout='constrained')
     grid = list(figure.subplots(1, len(runs), squeeze=False)[0])
@@ -57,7 +57,8 @@ def importance_map(runs: Mapping[str, tuple[Lines, str]]) -> Figure:
       w = np.array([[line['importance'][name] for line in lines] for name in names])
       # The root, because all exits begin at 1 / exits, which is next to nothing.
       mesh = heat_map(axes, lines, w, norm=PowerNorm(0.5, 0, 1))
-      name_rows(axes, names, height, kept)
+      name_rows(axes, names, every if axes is grid[0] else len(names), kept)
+      axes.xaxis.set_major_locator(MaxNLocator(max(2, 9 // len(runs))))
       axes.set_title(title, size=9, color=INK)
       axes.set_xlabel('step')
     axis = colour_bar(mesh, grid, 'importance w')
@@ -76,13 +77,13 @@ def priority_map(gates: Lines, rounds: Sequence[Mapping[str, Any]]) -> Figure:
   priority = _priorities(stages, rounds, names)
   borders = edges(steps_of(gates)).tolist()
   ends = list(accumulate(len(records) for _, records in stages.values()))
-  height = row_height(len(names))
+  height, every = thin(len(names))
   with styled():
     figure = Figure(figsize=(7.2, 1.2 + height * len(names)), layout='constrained')
     axes = figure.subplots()
     mesh = heat_map(axes, gates, priority, vmin=0)
     colour_bar(mesh, axes, 'priority |w|')
-    name_rows(axes, names, height)
+    name_rows(axes, names, every)
     for end, units in zip(ends, gone):
       axes.axvline(borders[end], color=PAPER if end < ends[-1] else LINE, lw=1)
       at = [names.index(unit) for unit in units]
@@ -133,29 +134,38 @@ def against_beta(rows: Sequence[Mapping[str, Any]]) -> Figure:
     f'exit kept, of {rows[0]["exits"]}': {'': lambda row: row['kept']},
   }
   betas = sorted({row['beta'] for row in rows})
+  at = lambda beta, of: [of(row) for row in rows if row['beta'] == beta]
   with styled():
     figure = Figure(figsize=(7.2, 2.8), layout='constrained')
     for axes, (label, lines) in zip(figure.subplots(1, 3), panels.items()):
       for i, (look, of) in enumerate(zip(SERIES, lines.values())):
         # Side by side, so that equal values are both seen.
         shift = 0.1 * (i - (len(lines) - 1) / 2)
-        at = lambda beta, of=of: [of(row) for row in rows if row['beta'] == beta]
-        _spread(axes, {j + shift: at(beta) for j, beta in enumerate(betas)}, look)
+        _spread(axes, {j + shift: at(beta, of) for j, beta in enumerate(betas)}, look)
       axes.set_xticks(range(len(betas)), [f'{beta:g}' for beta in betas])
       axes.set_xlabel('β, nats per unit of cost')
       axes.set_title(label, size=9, color=INK, loc='left', pad=20)
       axes.grid(axis='y', color=LINE, lw=0.5)
       if len(lines) > 1:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(
-          handles=[_line(look, name) for look, name in zip(SERIES, lines)],
-          **{'loc': 'lower left', 'bbox_to_anchor': (-0.04, 0.98), 'borderaxespad': 0},
-          **{'ncols': 2, 'frameon': False, 'fontsize': 7, 'columnspacing': 1},
-        )
-      else:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        _name_lines(axes, list(lines))
+      if label != 'test accuracy':
         axes.set_ylim(bottom=0)
   return figure
+
+
+def _name_lines(axes: Axes, names: Sequence[str]) -> None:
+  """A legend in one line between the title and the panel."""
+  axes.legend(
+    handles=[_line(look, name) for look, name in zip(SERIES, names)],
+    loc='lower left',
+    bbox_to_anchor=(-0.04, 0.98),
+    borderaxespad=0,
+    columnspacing=1,
+    ncols=2,
+    frameon=False,
+    fontsize=7,
+  )
 
 
 def _priorities(

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -41,15 +42,24 @@ Lines = Sequence[Mapping[str, Any]]
 def svg(figure: Figure) -> str:
   """The figure as an <svg> element whose colours are the page's variables."""
   text = io.StringIO()
-  # A fixed salt and no date: the same run gives the same bytes.
-  with mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'depthprune'}):
-    figure.savefig(text, format='svg', transparent=True, metadata={'Date': None})
+  _write(figure, text, fonttype='none', transparent=True)
   element = text.getvalue()
   element = element[element.index('<svg') :]
   element = re.sub(r'<metadata>.*?</metadata>', '', element, flags=re.DOTALL)
   for colour, role in ROLES.items():
     element = element.replace(colour, f'var(--{role}, {colour})')
   return element
+
+
+def save(figure: Figure, path: Path) -> None:
+  """Writes an SVG file that needs no page and no font: light, letters as outlines."""
+  _write(figure, path, fonttype='path', transparent=False)
+
+
+def _write(figure: Figure, to: Any, fonttype: str, transparent: bool) -> None:
+  # A fixed salt and no date: the same figure gives the same bytes.
+  with mpl.rc_context({'svg.fonttype': fonttype, 'svg.hashsalt': 'depthprune'}):
+    figure.savefig(to, format='svg', transparent=transparent, metadata={'Date': None})
 
 
 @contextmanager
@@ -74,14 +84,12 @@ def styled() -> Iterator[None]:
 
 
 def name_rows(
-  axes: Axes, names: Sequence[str], height: float = ROW, marked: str = ''
+  axes: Axes, names: Sequence[str], every: int = 1, marked: str = ''
 ) -> None:
-  """Labels the rows of a chart, from the top; every second or third if they are thin.
+  """Labels every so many rows of a chart, from the top.
 
-  height: inches of a row. marked: a name that is labelled in any case, in a colour of
-  its own.
+  marked: a name that is labelled in any case, in a colour of its own.
   """
-  every = math.ceil(LABEL / height)
   at = names.index(marked) if marked in names else 0
   labelled = range(at % every, len(names), every)
   axes.set_yticks(labelled, [names[i] for i in labelled], fontsize=8, color=INK)
@@ -94,9 +102,10 @@ def name_rows(
     spine.set_visible(False)
 
 
-def row_height(rows: int) -> float:
-  """Inches for each of so many rows: all together they fit a screen."""
-  return min(ROW, max(THINNEST, TALLEST / max(rows, 1)))
+def thin(rows: int) -> tuple[float, int]:
+  """(inches, n): how high each of so many rows is; every n-th has a label."""
+  height = min(ROW, max(THINNEST, TALLEST / max(rows, 1)))
+  return height, math.ceil(LABEL / height)
 
 
 def heat_map(axes: Axes, lines: Lines, values: np.ndarray, **scale) -> QuadMesh:

@@ -36,6 +36,7 @@ def test_importance_maps_of_several_runs_share_a_scale(netcut):
   assert [a.get_title() for a in (first, second)] == list(runs)
   limits = [next(iter(a.collections)).get_clim() for a in (first, second)]
   assert limits == [(0, 1), (0, 1)]
+  assert labels(second) == ['exit03']
 
 
 def test_priority_map_ends_a_row_where_its_unit_was_erased(implosion):

@@ -27,7 +27,7 @@ def test_no_two_roles_share_a_colour():
 def test_labels_of_thin_rows_are_thinned_but_never_the_marked_one(rows, every):
   names = [f'exit{i:03}' for i in range(rows)]
   axes = Figure().subplots()
-  style.name_rows(axes, names, style.row_height(rows), marked=names[5])
+  style.name_rows(axes, names, style.thin(rows)[1], marked=names[5])
   labels = [label.get_text() for label in axes.get_yticklabels()]
   assert labels == names[5 % every :: every]
   bold = [t.get_text() for t in axes.get_yticklabels() if t.get_fontweight() == 'bold']
@@ -36,8 +36,9 @@ def test_labels_of_thin_rows_are_thinned_but_never_the_marked_one(rows, every):
 
 @pytest.mark.parametrize('rows', [1, 20, 54, 110])
 def test_labelled_rows_are_as_far_apart_as_a_label_is_high(rows):
-  assert 2 * style.row_height(rows) >= style.LABEL
-  assert style.row_height(rows) <= style.ROW
+  height, every = style.thin(rows)
+  assert height * every >= style.LABEL
+  assert height <= style.ROW
 
 
 def test_names_of_stages_are_left_out_where_they_would_overlap():
@@ -47,3 +48,14 @@ def test_names_of_stages_are_left_out_where_they_would_overlap():
   shown = [text.get_text().strip() for text in axes.texts]
   assert shown == [f'gates-{i}' for i in range(0, 12, 2)]
   assert len(axes.lines) == 12
+
+
+def test_a_saved_chart_needs_no_page_and_no_font(result, tmp_path):
+  widths = tables.widths(result)
+  for name in ('first.svg', 'second.svg'):
+    style.save(plots.width_chart(widths), tmp_path / name)
+  text = (tmp_path / 'first.svg').read_text()
+  assert 'var(--' not in text
+  assert '<text' not in text
+  assert style.PAPER in text
+  assert text == (tmp_path / 'second.svg').read_text()

@@ -1,0 +1,79 @@
+"""Draws the committed result files of the depth methods; nothing is typed.
+
+python -m experiments.plots
+
+writes SVG files beside the JSON: for NetCut accuracy, cost and depth against beta, and
+the importance of the exits over training; for Network Implosion accuracy against the
+number of erased units.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from depthprune.report import decision, depth, style
+from experiments.found import files
+
+Rows = Sequence[dict[str, Any]]
+
+
+def figures() -> Iterator[tuple[Path, Figure]]:
+  """(where it goes, chart) for every result file that there is."""
+  for path, found in files('netcut', 'beta').items():
+    # The method of the paper; its ablations are in the table.
+    rows = [r for r in found['rows'] if r.get('aggregate') == 'log' and not r['gamma']]
+    yield _beside(path, 'beta'), depth.against_beta(rows)
+    yield _beside(path, 'importance'), depth.importance_map(histories(rows))
+  for path, found in files('implosion', 'importance', 'erased').items():
+    chart = depth.erased_curve(one_shot(found['rows']), 'test accuracy')
+    yield _beside(path, 'erased'), chart
+  for path, found in files('implosion', 'method', 'rounds').items():
+    chart = depth.erased_curve(retrained(found['rows']), 'held-out accuracy')
+    yield _beside(path, 'erased'), chart
+
+
+def histories(rows: Rows) -> dict[str, tuple[list[dict], str]]:
+  """{title: (lines as in gates.jsonl, exit that was kept)}, of the first seed."""
+  seed = min(row['seed'] for row in rows)
+  name = lambda number: f'exit{number:02}'
+  return {
+    f'β = {row["beta"]:g}': (
+      [
+        {'step': step, 'importance': {name(k): w for k, w in enumerate(ws, 1)}}
+        for step, ws in row['importance_history']
+      ],
+      name(row['kept']),
+    )
+    for row in sorted(rows, key=lambda row: row['beta'])
+    if row['seed'] == seed
+  }
+
+
+def one_shot(rows: Rows) -> depth.Curves:
+  """{importance: {'before': {erased: accuracies}}}: erased at once, not retrained."""
+  curves: dict[str, dict[str, dict[int, list[float]]]] = {}
+  for row in rows:
+    curve = curves.setdefault(row['importance'], {'before': {}})['before']
+    curve.setdefault(row['erased'], []).append(row['accuracy'])
+  return curves
+
+
+def retrained(rows: Rows) -> depth.Curves:
+  """{method: {'before', 'after'}} over rounds; the control from scratch has none."""
+  runs: dict[str, list] = {}
+  for row in rows:
+    if row.get('rounds'):
+      runs.setdefault(row['method'], []).append(row['rounds'])
+  return {method: decision.curve(*rounds) for method, rounds in runs.items()}
+
+
+def _beside(path: Path, what: str) -> Path:
+  return path.with_name(f'{path.stem}_{what}.svg')
+
+
+if __name__ == '__main__':
+  for path, figure in figures():
+    style.save(figure, path)
+    print(path)

@@ -1,0 +1,95 @@
+"""Result files of the depth methods, made up, in a folder of their own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import found
+
+CONFIG = {'model': 'mlp20x200', 'data': 'fashion_mnist', 'gate_epochs': 20}
+
+
+def netcut_row(seed: int, beta: float, kept: int, **changed) -> dict:
+  return {
+    'method': 'netcut',
+    'seed': seed,
+    'beta': beta,
+    'aggregate': 'log',
+    'gamma': 0.0,
+    'kept': kept,
+    'exits': 20,
+    'max_importance': 0.9,
+    'entropy': 0.1,
+    'accuracy_before': 0.88,
+    'accuracy_cut': 0.8795 + 0.001 * seed,
+    'flops': kept,
+    'flops_full': 20,
+    'params': kept,
+    'params_full': 20,
+    'wall_seconds': 90.0,
+    'importance_history': [[step, [0.05] * 20] for step in (0, 10)],
+  } | changed
+
+
+def single_row(seed: int, depth: int) -> dict:
+  accuracy = 0.87 + 0.001 * depth + 0.0001 * seed
+  return {'method': 'single', 'seed': seed, 'depth': depth, 'accuracy': accuracy}
+
+
+def rounds(seed: int) -> list[dict]:
+  of = {
+    'before': 0.93,
+    'pruned': 0.7,
+    'recalibrated': 0.85,
+    'after': 0.92 + 0.01 * seed,
+  }
+  return [{'units': [9, 8], 'held_out': of}]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch) -> Path:
+  """Stands for experiments/, without a result file."""
+  monkeypatch.setattr(found, 'HERE', tmp_path)
+  return tmp_path
+
+
+@pytest.fixture
+def netcut_file(results: Path) -> Path:
+  rows = [
+    netcut_row(s, beta, kept) for s in (0, 1) for beta, kept in ((0.0, 4), (0.1, 1))
+  ]
+  rows.append(netcut_row(0, 0.1, 2, aggregate='linear'))
+  rows += [single_row(seed, depth) for seed in (0, 1) for depth in (1, 4)]
+  return write(results / 'netcut/results/mlp.json', rows)
+
+
+@pytest.fixture
+def implosion_files(results: Path) -> tuple[Path, Path]:
+  """(one-shot, full runs)"""
+  shots = [
+    {'importance': name, 'seed': seed, 'erased': n, 'accuracy': 0.93 - n * slope}
+    for name, slope, seeds in (('priority', 0.02, 1), ('random', 0.05, 2))
+    for seed in range(seeds)
+    for n in range(13)
+  ]
+  runs = [
+    {
+      'method': method,
+      'seed': s,
+      'accuracy': 0.93,
+      'units': [9, 8],
+      'rounds': rounds(s),
+    }
+    for method in ('priority', 'random')
+    for s in (0, 1)
+  ]
+  runs.append({'method': 'scratch', 'seed': 0, 'accuracy': 0.9, 'units': [8, 8]})
+  folder = results / 'implosion/results'
+  return write(folder / 'oneshot.json', shots), write(folder / 'resnet20.json', runs)
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps({'config': CONFIG, 'device': 'CPU', 'rows': rows}))
+  return path

@@ -1,0 +1,40 @@
+"""The charts beside the result files."""
+
+from experiments import found, plots
+
+
+def test_every_result_file_of_a_depth_method_has_its_charts(
+  netcut_file, implosion_files
+):
+  drawn = [path for path, _ in plots.figures()]
+  shots, runs = implosion_files
+  assert drawn == [
+    netcut_file.with_name('mlp_beta.svg'),
+    netcut_file.with_name('mlp_importance.svg'),
+    shots.with_name('oneshot_erased.svg'),
+    runs.with_name('resnet20_erased.svg'),
+  ]
+
+
+def test_without_result_files_there_is_nothing_to_draw(results):
+  assert list(plots.figures()) == []
+
+
+def test_importance_is_that_of_the_first_seed_and_of_every_beta(netcut_file):
+  rows = [r for r in found.load(netcut_file)['rows'] if r.get('aggregate') == 'log']
+  histories = plots.histories(rows)
+  assert list(histories) == ['β = 0', 'β = 0.1']
+  lines, kept = histories['β = 0']
+  assert kept == 'exit04'
+  assert [line['step'] for line in lines] == [0, 10]
+  assert list(lines[0]['importance'])[::19] == ['exit01', 'exit20']
+
+
+def test_curves_gather_the_seeds_and_leave_out_the_control(implosion_files):
+  shots, runs = (found.load(path)['rows'] for path in implosion_files)
+  curves = plots.one_shot(shots)
+  assert list(curves) == ['priority', 'random']
+  assert len(curves['random']['before'][3]) == 2
+  curves = plots.retrained(runs)
+  assert list(curves) == ['priority', 'random']
+  assert curves['priority']['after'] == {0: [0.93, 0.93], 1: [0.92, 0.93]}

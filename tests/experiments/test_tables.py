@@ -1,0 +1,72 @@
+"""Tables say what is in the result files, and a dash where there is none."""
+
+import pytest
+
+from experiments import found, tables
+from experiments.implosion.table import one_shot, retrained
+from experiments.netcut.table import netcut
+
+
+def rows(text: str) -> dict[str, list[str]]:
+  """{first cell: the others} of the Markdown table in a text."""
+  lines = [line for line in text.splitlines() if line.startswith('| ')]
+  cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+  return {first: rest for first, *rest in cells}
+
+
+def test_without_result_files_there_is_a_dash(results):
+  assert netcut() == 'NetCut: –'
+  assert one_shot().endswith(': –')
+  assert retrained().endswith(': –')
+
+
+def test_netcut_has_a_line_per_beta_and_aggregate(netcut_file):
+  text = netcut()
+  assert '2 seeds' in text
+  assert '[netcut/results/mlp.json](experiments/netcut/results/mlp.json)' in text
+  lines = [line for line in text.splitlines() if line.startswith('| 0')]
+  assert [line.split(' | ')[:3] for line in lines] == [
+    ['| 0', 'log', '4.0 ± 0.0'],
+    ['| 0.1', 'log', '1.0 ± 0.0'],
+    ['| 0.1', 'linear', '2.0'],
+  ]
+  whole = lines[0].strip('| ').split(' | ')[4:]
+  assert whole == [
+    *('88.00 ± 0.00', '88.00 ± 0.07', '0.00 ± 0.07', '87.41', '20.00 ± 0.00', '–'),
+  ]
+
+
+def test_a_depth_that_no_single_head_was_trained_at_has_no_control(netcut_file):
+  assert '| 0.1 | linear | 2.0 | 0.90 | 88.00 | 87.95 | -0.05 | – | 10.00 |' in netcut()
+
+
+def test_one_shot_has_a_line_per_importance_and_few_columns(implosion_files):
+  found_ = rows(one_shot())
+  assert found_['erased'] == ['0', '2', '4', '6', '8', '10', '12']
+  assert found_['priority'][:2] == ['93.00', '89.00']
+  assert found_['random'][:2] == ['93.00 ± 0.00', '83.00 ± 0.00']
+
+
+def test_retrained_stands_beside_its_controls(implosion_files):
+  found_ = rows(retrained())
+  assert found_['priority'] == [
+    *('9 → 8', '85.00 ± 0.00', '92.50 ± 0.71', '93.00 ± 0.00', '2'),
+  ]
+  assert found_['same shape from scratch'] == ['8', '–', '–', '90.00', '1']
+  assert 'random erasure' in found_
+
+
+@pytest.mark.parametrize(
+  ('values', 'text'),
+  [([0.5], '0.50'), ([1, 2], '1.50 ± 0.71'), ([0, 0], '0.00 ± 0.00')],
+)
+def test_one_value_has_no_deviation(values, text):
+  assert found.spread(values) == text
+
+
+def test_all_parts_are_made_from_the_committed_files():
+  text = tables.text()
+  assert 'make demo' in text
+  for path in (found.HERE / 'netcut/results').glob('*.json'):
+    if 'beta' in path.read_text():
+      assert path.name in text
