@@ -3,6 +3,8 @@
 from depthprune import models as models
 from depthprune.gates import branch as branch
 from depthprune.gates import straight_through as straight_through
+from depthprune.methods.implosion import implosion as implosion
+from depthprune.methods.netcut import netcut as netcut
 from depthprune.methods.trainable_gates import trainable_gates as trainable_gates
 from depthprune.program import cost as cost
 from depthprune.program.couple import Coupling as Coupling
@@ -17,6 +19,7 @@ from depthprune.training.checkpoint import CheckpointError as CheckpointError
 from depthprune.training.checkpoint import load as load
 from depthprune.training.checkpoint import save as save
 from depthprune.training.distill import distill as distill
+from depthprune.training.method import CutRefused as CutRefused
 from depthprune.training.method import Method as Method
 from depthprune.training.method import optimizer as optimizer
 from depthprune.training.penalties import add_penalty as add_penalty

@@ -1,4 +1,4 @@
-"""The command line: `depthprune run gates ...` and `depthprune report RUN`.
+"""The command line: `depthprune run METHOD ...` and `depthprune report RUN`.
 
 What an option means is written once, at its field in `config.py`. The library itself is
 imported when there is work to do, so that `--help` answers at once.
@@ -14,20 +14,47 @@ from typing import Annotated
 
 import tyro
 
-from depthprune.config import Config
+from depthprune.config import RECIPES, Config
+from depthprune.options import Gates, Implosion, NetCut
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
 
-GATES = tyro.conf.subcommand(
+CONTINUES = 'Interrupted at any moment, the same command continues.'
+
+
+def _method(word: str, file: str, description: str):
+  return tyro.conf.subcommand(
+    word,
+    default=RECIPES[file],
+    prefix_name=False,
+    description=f'{description} {CONTINUES}',
+  )
+
+
+GATES = _method(
   'gates',
-  prefix_name=False,
-  description='Train a network, learn with trainable gates which channels '
-  'may go, cut them out, fine-tune the small network that remains, and report. '
-  'Interrupted at any moment, the same command continues.',
+  'trainable_gates',
+  'Train a network, learn with trainable gates which channels may go, cut them out, '
+  'fine-tune the small network that remains, and report.',
 )
-# A union makes every method a word of its own; it needs a second member.
-Method = Annotated[Config, GATES] | Annotated[None, tyro.conf.Suppress]
+NETCUT = _method(
+  'netcut',
+  'netcut',
+  'Train a network with a head on every layer, let it find the layer to stop at, cut '
+  'it there, and report.',
+)
+IMPLOSION = _method(
+  'implosion',
+  'implosion',
+  'Train a residual network with a priority on every unit, erase the least important, '
+  'retrain, and so on down to the depth that was asked for, and report.',
+)
+Method = (
+  Annotated[Config[Gates], GATES]
+  | Annotated[Config[NetCut], NETCUT]
+  | Annotated[Config[Implosion], IMPLOSION]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +90,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     if isinstance(command, Report):
       _report(command.run)
-    elif isinstance(command, Run) and command.config is not None:
+    elif isinstance(command, Run):
       _run(command.config)
   except KeyboardInterrupt:
     print('stopped; the same command continues from here', file=sys.stderr)
@@ -80,9 +107,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config) -> None:
-  from depthprune.training import rounds
+  from depthprune.training import recipe
 
-  rounds.run(config)
+  recipe.run(config)
   _report(config.path)
 
 

@@ -1,25 +1,29 @@
 """The command line: help a person can read, one clear message when input is wrong."""
 
+import dataclasses
 import subprocess
 import sys
 import types
 
 import pytest
 
-from depthprune import cli
-from depthprune.config import Config
+from depthprune import cli, options
+from depthprune.config import RECIPES, Config
+from depthprune.options import Gates
+
+METHODS = {'gates': 'trainable_gates', 'netcut': 'netcut', 'implosion': 'implosion'}
 
 
 @pytest.fixture
 def runs(monkeypatch) -> list[Config]:
   """Configs that would have been run."""
   taken: list[Config] = []
-  rounds = types.ModuleType('depthprune.training.rounds')
-  rounds.run = taken.append  # pyright: ignore[reportAttributeAccessIssue]
-  monkeypatch.setitem(sys.modules, rounds.__name__, rounds)
+  recipe = types.ModuleType('depthprune.training.recipe')
+  recipe.run = taken.append  # pyright: ignore[reportAttributeAccessIssue]
+  monkeypatch.setitem(sys.modules, recipe.__name__, recipe)
   import depthprune.training
 
-  monkeypatch.setattr(depthprune.training, 'rounds', rounds, raising=False)
+  monkeypatch.setattr(depthprune.training, 'recipe', recipe, raising=False)
   monkeypatch.setattr(cli, '_report', lambda path: None)
   return taken
 
@@ -36,13 +40,14 @@ def test_options_become_the_config(runs):
   words = 'run gates --data fashion_mnist --target 25% --subset 900 --distill'
   assert cli.main([*words.split(), '--workdir', 'here']) == 0
   assert runs == [
-    Config(data='fashion_mnist', target=0.25, subset=900, distill=True, workdir='here')
+    Config(Gates(0.25), data='fashion_mnist', subset=900, distill=True, workdir='here')
   ]
 
 
 def test_no_options_are_the_defaults(runs):
-  assert cli.main(['run', 'gates']) == 0
-  assert runs == [Config()]
+  for word, method in METHODS.items():
+    assert cli.main(['run', word]) == 0
+    assert runs.pop() == RECIPES[method]
 
 
 @pytest.mark.parametrize('command', [[], ['run'], ['run', 'gates'], ['report']])
@@ -54,12 +59,17 @@ def test_help_explains_every_command(command, capsys):
   assert 'None}' not in said
 
 
-def test_help_names_every_field_of_the_config(capsys):
-  exit_code(['run', 'gates', '--help'])
+@pytest.mark.parametrize('word', METHODS)
+def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys):
+  exit_code(['run', word, '--help'])
   said = capsys.readouterr().out
-  fields = set(Config.__dataclass_fields__) - {'method'}
-  assert {f for f in fields if f'--{f.replace("_", "-")}' not in said} == set()
-  assert '--method' not in said
+  names = lambda kind: {field.name for field in dataclasses.fields(kind)}
+  of_options = {method: names(kind) for method, kind in options.METHODS.items()}
+  mine = of_options.pop(METHODS[word])
+  fields = names(Config) - {'options'} | mine
+  named = lambda field: f'--{field.replace("_", "-")} ' in said.replace(',', ' ')
+  assert {f for f in fields if not named(f)} == set()
+  assert {f for f in set().union(*of_options.values()) - fields if named(f)} == set()
 
 
 @pytest.mark.parametrize(
@@ -67,11 +77,14 @@ def test_help_names_every_field_of_the_config(capsys):
   [
     ([], 'Expected one of {run, report}'),
     (['prune'], 'Available subcommands: run, report'),
-    (['run', 'gate'], 'Available subcommands: gates'),
+    (['run', 'gate'], 'Available subcommands: gates, netcut, implosion'),
     (['run', 'gates', '--target', '1.5'], 'in (0, 1], got 1.5'),
     (['run', 'gates', '--target', 'half'], "got 'half'"),
     (['run', 'gates', '--batch', '0'], 'whole number >= 1, got 0'),
     (['run', 'gates', '--sede', '1'], '--seed'),
+    (['run', 'netcut', '--beta', '-1'], 'beta: expected a finite number >= 0'),
+    (['run', 'netcut', '--beta', 'nan'], 'beta: expected a finite number >= 0'),
+    (['run', 'implosion', '--depth', '0'], 'whole number >= 1, got 0'),
   ],
 )
 def test_wrong_words_are_one_message(words, said, capsys):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from depthprune.config import Config, ConfigError, Epochs, fraction, from_json
+from depthprune.config import RECIPES, Config, from_json
+from depthprune.options import ConfigError, Epochs, Gates, Implosion, NetCut, fraction
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_fraction_refuses_the_rest_with_an_example(given):
 
 
 def test_a_percentage_is_stored_as_the_fraction():
-  assert Config(target='50%') == Config(target=0.5)  # pyright: ignore[reportArgumentType]
+  assert Gates('50%') == Gates(0.5)
 
 
 @pytest.mark.parametrize(
@@ -33,29 +34,48 @@ def test_target_outside_its_range(target):
   with pytest.raises(
     ConfigError, match=r'target: expected a fraction in \(0, 1\], got'
   ):
-    Config(target=target)
+    Gates(target)
 
 
 @pytest.mark.parametrize(
   ('name', 'value'),
   [
-    ('of', 'latency'),
     ('batch', 0),
-    ('round_to', 0),
-    ('round_to', 2.5),
     ('seed', -1),
     ('subset', 0),
     ('gate_epochs', -1),
     ('train_epochs', True),
     ('learning_rate', 0.0),
     ('learning_rate', float('nan')),
-    ('strength', float('inf')),
     ('weight_decay', -1e-4),
+    ('optimizer', 'lion'),
   ],
 )
 def test_every_error_names_its_field_and_what_it_got(name, value):
   with pytest.raises(ConfigError, match=rf'^{name}: expected .*got {value!r}'):
     dataclasses.replace(Config(), **{name: value})
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name', 'value'),
+  [
+    (Gates, 'of', 'latency'),
+    (Gates, 'round_to', 0),
+    (Gates, 'round_to', 2.5),
+    (Gates, 'strength', float('inf')),
+    (NetCut, 'beta', -0.1),
+    (NetCut, 'beta', float('nan')),
+    (NetCut, 'gamma', float('inf')),
+    (NetCut, 'aggregate', 'mean'),
+    (NetCut, 'cost', 'joules'),
+    (Implosion, 'depth', 0),
+    (Implosion, 'per_round', 0),
+    (Implosion, 'importance', 'magnitude'),
+  ],
+)
+def test_so_does_every_error_of_a_methods_options(kind, name, value):
+  with pytest.raises(ConfigError, match=rf'^{name}: expected .*got {value!r}'):
+    kind(**{name: value})
 
 
 def test_no_epochs_at_all_is_allowed():
@@ -73,20 +93,34 @@ def test_epochs_follow_the_data_set_until_they_are_given():
 
 def test_the_directory_is_named_after_the_run_or_given():
   paths = {
-    Config(seed=seed, target=target, of=of).path
+    Config(options, seed=seed).path
     for seed in (0, 1)
-    for target in (0.5, 0.25)
-    for of in ('flops', 'params')
+    for options in (
+      *(Gates(target, of) for target in (0.5, 0.25) for of in ('flops', 'params')),
+      *(NetCut(beta, 'log', gamma) for beta in (0, 0.1) for gamma in (0, 1)),
+      *(Implosion(depth, 1, 'drop') for depth in (None, 3)),
+    )
   }
-  assert len(paths) == 8
+  assert len(paths) == 2 * 10
   assert str(Config(workdir='here/run').path) == 'here/run'
 
 
-def test_json_round_trip():
-  config = Config(data='fashion_mnist', target=0.25, subset=1000, bfloat16=True)
+@pytest.mark.parametrize(
+  'config',
+  [
+    *RECIPES.values(),
+    Config(Gates(0.25), data='fashion_mnist', subset=1000, bfloat16=True),
+    Config(Implosion(units=('stage1/block1', 'stage1/block2'))),
+  ],
+)
+def test_json_round_trip(config):
   assert from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_json_of_another_version_names_the_field():
   with pytest.raises(ConfigError, match='unknown field momentum; it was written by'):
     from_json({**Config().to_json(), 'momentum': 0.9})
+  with pytest.raises(ConfigError, match='unknown field price'):
+    from_json({'method': 'netcut', 'options': {'price': 0.1}})
+  with pytest.raises(ConfigError, match='a method out of trainable_gates, netcut'):
+    from_json({'method': 'magic'})

@@ -119,6 +119,14 @@ def compare(
   return tuple(measured)
 
 
+def compile_seconds(network: Network, *inputs: Any) -> float:
+  """Seconds that XLA takes to compile the network, tracing not counted."""
+  lowered = jax.jit(network.apply).lower(network.variables, *inputs)
+  start = time.perf_counter()
+  lowered.compile()
+  return time.perf_counter() - start
+
+
 def notes(measured: Sequence[Comparison]) -> list[str]:
   """What the numbers do not say by themselves, as sentences."""
   one = next((m.after.median for m in measured if m.batch == 1), None)

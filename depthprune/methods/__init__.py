@@ -1,8 +1,8 @@
 """Pruning methods, one paper per file; a new file is found by itself.
 
 The name of a method is that of its file, or the last word of it: `trainable_gates`,
-`gates`. A file offers `configured(config, coupling, steps, scores) -> Method` for runs
-that are described by a `Config`.
+`gates`. A file offers `configured(config, coupling, steps, scores, whole) -> Method` for
+runs that are described by a `Config`.
 """
 
 import difflib
@@ -32,12 +32,17 @@ def check(name: str) -> str:
 
 
 def build(
-  config: Config, coupling: Coupling, steps: int, scores: Mapping[str, np.ndarray]
+  config: Config,
+  coupling: Coupling,
+  steps: int,
+  scores: Mapping[str, np.ndarray],
+  whole: Coupling | None = None,
 ) -> Method:
   """The method of a run, for one network.
 
   `steps` is the length of the stage that trains gates and weights together; `scores`
-  {group: [n]} are first guesses of what channels are worth.
+  {group: [n]} are first guesses of what channels are worth. `whole` is the coupling of
+  the network before any cut, where `coupling` is that of a later round.
   """
   module = importlib.import_module(f'{__name__}.{check(config.method)}')
-  return module.configured(config, coupling, steps, scores)
+  return module.configured(config, coupling, steps, scores, whole or coupling)

@@ -29,8 +29,7 @@ whatever its weight: a network with an empty layer has no gradient to lead it ba
 Where widths are rounded, the gates are so in training too, with the same gradient.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ from depthprune.config import Config
 from depthprune.gates import Surrogate, straight_through
 from depthprune.program import cost
 from depthprune.program.couple import Coupling
-from depthprune.training.method import Method, Tree, supervised
+from depthprune.training.method import Method, Tree, apart, supervised
 from depthprune.training.penalties import openness, spare_closed
 from depthprune.training.target import COSTS, on_target, reachable
 
@@ -105,7 +104,10 @@ def trainable_gates(
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta)) ** 2,
     init=lambda gates, outputs: {'channels': _spread(start, scores or {})},
     forward=forward,
-    transform=lambda tx: spare_closed(_both(tx, _gate_tx(c, eta_t)), open_part),
+    report=lambda theta: {
+      'open': jax.tree.map(lambda b: b.sum(), forward(theta)['channels'])
+    },
+    transform=lambda tx: spare_closed(apart(tx, _gate_tx(c, eta_t)), open_part),
   )
 
 
@@ -125,16 +127,18 @@ def gate(
 
 
 def configured(
-  config: Config, coupling: Coupling, steps: int, scores: Mapping[str, np.ndarray]
+  config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
 ) -> Method:
   """The method as a run describes it."""
+  del whole
+  options = config.options
   return trainable_gates(
     coupling,
-    config.target,
-    config.of,
-    config.strength,
-    config.gate_learning_rate,
-    round_to=config.round_to,
+    options.target,
+    options.of,
+    options.strength,
+    options.gate_learning_rate,
+    round_to=options.round_to,
     steps=steps,
     scores=scores,
   )
@@ -163,8 +167,3 @@ def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:
     return {**updates, 'theta': theta}
 
   return optax.chain(optax.stateless(divided), optax.sgd(eta))
-
-
-def _both(params_tx, theta_tx) -> optax.GradientTransformation:
-  parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
-  return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})

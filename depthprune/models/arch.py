@@ -5,7 +5,8 @@
 says that the kernel `params/stage1/block0/conv1/kernel` has 9 outputs, that the branch
 of `stage1/block1` is gone, and that the exit `early` is dropped. What is not mentioned
 is as the model's fields say. In a scanned stack the value of `branch` counts the layers
-that are left.
+that are left, and is 0 for a branch that is gone in all of them. What is no last axis
+of a kernel has the name of its group: 'block0/attention/query:1' counts heads.
 """
 
 from collections.abc import Iterable, Mapping

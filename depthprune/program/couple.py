@@ -12,6 +12,7 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import explain as ex
+from depthprune.program import jaxpr as jx
 from depthprune.program.facts import fresh
 from depthprune.program.groups import (
   Group,
@@ -42,7 +43,7 @@ class Coupling:
     groups: by name, in order of execution: every axis whose slices can be cut.
     pinned: axes that must stay whole for a reason worth telling.
     branches: paths of the scalar branch gates (leaves of the collection 'branches').
-    exits: names of the outputs, where the function returns a dict."""
+    exits: names of the outputs, where the function returns a dict, shallowest first."""
 
   fn: Callable
   variables: Any
@@ -124,6 +125,16 @@ class Coupling:
     return decision._replace(dead=self.view.unneeded(decision) - before)
 
 
+def _exits(view: View) -> tuple[str, ...]:
+  """Names of the outputs of a dict, by how many equations lead to them."""
+  outputs = view.unpack(view.program.outputs)
+  if not isinstance(outputs, Mapping):
+    return ()
+  upto = lambda name: tuple(jax.tree.leaves(outputs[name]))
+  part = lambda name: dataclasses.replace(view.program, outputs=upto(name))
+  return tuple(sorted(outputs, key=lambda name: len(jx.live(part(name))[0])))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Output:
   """Stands for one output in what `fixed` selects from."""
@@ -161,5 +172,5 @@ def couple(
     branches=tuple(
       p.removeprefix('branches/') for p in paths if p.startswith('branches/')
     ),
-    exits=tuple(outputs) if isinstance(outputs, Mapping) else (),
+    exits=_exits(view),
   )  # fmt: skip

@@ -43,7 +43,7 @@ def simplify(
 
   for e in program.equations:
     ins = [same.get(v, v) for v in e.inputs]
-    answer = _fold(e, ins, [number.get(v) for v in ins])
+    answer = fold(e, ins, [number.get(v) for v in ins])
     if isinstance(answer, jx.Value):
       same[e.outputs[0]] = answer
     elif answer is not None:
@@ -88,7 +88,7 @@ def _trimmed_scan(e: jx.Equation, needed: Collection[jx.Value]) -> jx.Equation:
   return jx.Equation(e.primitive, tuple(inputs), e.outputs, e.params, (body,), e.source)
 
 
-def _fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
+def fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
   """What an equation is worth: a number, the input it equals, or None."""
   if not e.outputs or all(k is None for k in known):
     return None

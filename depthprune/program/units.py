@@ -15,7 +15,7 @@ import numpy as np
 
 from depthprune.program import jaxpr as jx
 from depthprune.program.couple import Coupling
-from depthprune.program.deadcode import LAYOUT, _fold
+from depthprune.program.deadcode import LAYOUT, fold
 
 NOT_IDENTITY = 'its shortcut is not the identity: it'
 
@@ -109,7 +109,7 @@ def _meetings(program: jx.Program, zeros: Collection[jx.Value]) -> Iterator[Meet
     known = [0 if v in zeros else None for v in e.inputs]
     if 0 not in known:
       continue
-    answer = _fold(e, list(e.inputs), known)
+    answer = fold(e, list(e.inputs), known)
     if answer == 0:
       zeros.update(e.outputs)
     elif isinstance(answer, jx.Value):

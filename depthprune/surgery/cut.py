@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +146,7 @@ def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, i
   """The small network as a module of its own, where the model has `arch`."""
   if not (hasattr(model, 'arch') and hasattr(model, 'clone')):
     return model, {}
-  arch = {**dict(model.arch), **_arch(coupling, plan, keep, model.widths)}
+  arch = {**dict(model.arch), **_arch(coupling, plan, keep, getattr(model, 'widths', ()))}
   native = model.clone(arch=type(model.arch)(arch))
   key = jax.eval_shape(lambda: jax.random.key(0))
   wanted = jax.eval_shape(native.init, key, *coupling.inputs)
@@ -157,17 +157,17 @@ def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, i
   return native, arch
 
 
-def _arch(coupling, plan: Plan, keep: Mapping, widths: Mapping) -> dict[str, int]:
+def _arch(coupling, plan: Plan, keep: Mapping, names: Collection[str]) -> dict[str, int]:
   """Widths that changed, read off the arrays; branches and exits that are gone.
 
-  widths: the keys that the model knows: groups by name, where no last axis of a kernel
-  tells their size (the heads of an attention)."""
+  names: the keys that the model knows. A group may be one, by its name, if no last axis
+    of a kernel tells its size (the heads of an attention)."""
   arch = {}
   for path, masks in plan.items():
     if path.startswith('params/') and path.endswith('/kernel') and not masks[-1].all():
       name = path.removeprefix('params/').removesuffix('/kernel')
       arch[name] = int(masks[-1].sum())
-  groups = {g: kept for g, kept in keep['channels'].items() if g in widths}
+  groups = {g: kept for g, kept in keep['channels'].items() if g in names}
   arch |= {g: int(np.sum(kept)) for g, kept in groups.items() if not np.all(kept)}
   closed = {b: kept for b, kept in keep['branches'].items() if not np.all(kept)}
   arch |= {b: _layers_left(coupling, keep, b) for b in closed}

@@ -6,7 +6,7 @@ through a split once, in order, for evaluation.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -176,25 +176,55 @@ def batch(
   size: int,
   normalisation: Normalisation,
   augment: Augment = Augment(),
+  ordered: jax.Array | None = None,
 ) -> Batch:
   """The training batch of a step: pure, to be called inside jit.
 
   `split` lives on the device; the key is the run's, the same in every step. Every
   epoch goes through the images in its own order. All of `size`, `normalisation` and
-  `augment` are static.
+  `augment` are static. `ordered` is the order of the step's epoch, if it is known.
   """
   n = len(split['label'])
   steps = epoch_steps(split, size)
   ordering, augmenting = jax.random.split(key)
   step = jnp.asarray(step, jnp.int32)
   start = step % steps * size
-  rows = jax.lax.dynamic_slice_in_dim(order(ordering, step // steps, n), start, size)
+  if ordered is None:
+    ordered = order(ordering, step // steps, n)
+  rows = jax.lax.dynamic_slice_in_dim(ordered, start, size)
   image = jnp.asarray(split['image'])[rows]
   image = augmented(image, jax.random.fold_in(augmenting, step), augment)
   return {
     'image': normalise(image, normalisation),
     'label': jnp.asarray(split['label'])[rows],
   }
+
+
+class Sampler(NamedTuple):
+  """batch_at(split, step): `batch` with all but these two given."""
+
+  key: jax.Array
+  size: int
+  normalisation: Normalisation
+  augment: Augment = Augment()
+
+  def __call__(self, split: Split | Batch, step: jax.Array | int) -> Batch:
+    return batch(split, step, *self)
+
+  def stepwise(self) -> Callable[[Split | Batch, int], Batch]:
+    """The same, compiled, for a loop on the host: sorts once per epoch, not per step."""
+    one = jax.jit(lambda split, step, ordered: batch(split, step, *self, ordered))
+    ordering, _ = jax.random.split(self.key)
+    found: dict[int, jax.Array] = {}
+
+    def batch_at(split, step):
+      epoch = step // epoch_steps(split, self.size)
+      if epoch not in found:
+        found.clear()
+        found[epoch] = order(ordering, epoch, len(split['label']))
+      return one(split, step, found[epoch])
+
+    return batch_at
 
 
 def batches(split: Split, size: int, normalisation: Normalisation) -> Iterator[Batch]:

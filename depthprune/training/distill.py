@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from depthprune.training.method import Method, as_dict
+from depthprune.training.method import Method, as_dict, main
 from depthprune.training.tasks import Task, mean
 
 
@@ -43,7 +43,7 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
       )
     loss, metrics = method.objective(task, outputs, batch, theta, step)
     T = temperature
-    q = task.log_probs(outputs['main'] / T)
+    q = task.log_probs(method.answer(task, outputs, theta) / T)
     p = task.log_probs(batch['teacher'] / T)
     divergence = mean((jnp.exp(p) * (p - q)).sum(-1), batch)
     loss = (1 - weight) * loss + weight * T**2 * divergence
@@ -54,5 +54,5 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
 
 def with_teacher(apply: Any, variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
   """The batch and, as 'teacher', the logits of a network in evaluation mode."""
-  logits = as_dict(apply(variables, batch['image'], train=False))['main']
+  logits = main(as_dict(apply(variables, batch['image'], train=False)))
   return {**batch, 'teacher': jax.lax.stop_gradient(logits)}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from depthprune.training.method import Tree, as_dict
+from depthprune.training.method import Tree, as_dict, main
 from depthprune.training.step import gated
 from depthprune.training.tasks import Task
 
@@ -20,7 +20,7 @@ def evaluate(
   coupling: Any = None,
   gates: Tree | None = None,
 ) -> dict[str, float]:
-  """Loss and metrics of the main output in evaluation mode, averaged over examples.
+  """Loss and metrics of the network's answer in evaluation mode, over all examples.
 
   Args:
     model: a module with `apply`, or such a function (a Pruned's `apply`).
@@ -35,10 +35,16 @@ def evaluate(
 
 
 def evaluator(
-  model: Any, task: Task, coupling: Any = None
+  model: Any,
+  task: Task,
+  coupling: Any = None,
+  answer: Callable[[Tree], jax.Array] = main,
 ) -> Callable[..., dict[str, float]]:
-  """measure(variables, batches, gates=None): `evaluate`, compiled once for many."""
-  measure = jax.jit(partial(_measure, gated(model, coupling), task))
+  """measure(variables, batches, gates=None): `evaluate`, compiled once for many.
+
+  answer: (outputs) -> logits, what is measured; 'main', or the only exit, by default.
+  """
+  measure = jax.jit(partial(totals, gated(model, coupling), task, answer))
 
   def over(variables: Tree, batches: Iterable[Tree], gates: Tree | None = None):
     gates = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gates or {})
@@ -47,16 +53,16 @@ def evaluator(
       raise ValueError(
         'evaluate: expected at least one batch, got none; is the split empty?'
       )
-    totals = jax.tree.map(lambda *xs: sum(map(float, xs)), *jax.device_get(sums))
-    examples = totals.pop('examples')
-    return {name: total / max(examples, 1e-9) for name, total in totals.items()}
+    total = jax.tree.map(lambda *xs: sum(map(float, xs)), *jax.device_get(sums))
+    examples = max(total.pop('examples'), 1e-9)
+    return {name: value / examples for name, value in total.items()}
 
   return over
 
 
-def _measure(run, task: Task, variables, gates, batch):
-  """Sums over the examples of one batch."""
-  logits = as_dict(run(variables, gates, batch['image'], train=False))['main']
+def totals(run, task: Task, answer, variables, gates, batch) -> dict[str, jax.Array]:
+  """Sums over the examples of one batch, and their number."""
+  logits = answer(as_dict(run(variables, gates, batch['image'], train=False)))
   size = jnp.asarray(batch['label'].shape[0], jnp.float32)
   examples = batch['weight'].sum() if 'weight' in batch else size
   means = {'loss': task.loss(logits, batch), **task.metrics(logits, batch)}

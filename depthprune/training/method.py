@@ -6,7 +6,7 @@ besides the weights (often the gates themselves), and the trainable tree that th
 optimizer sees is always `{'params': weights, 'theta': theta}`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,37 @@ Tree = Any
 """A nested dict (or any other pytree) of arrays."""
 
 
+class CutRefused(ValueError):
+  """A decision that would cost too much; says how much, and how to force it."""
+
+
 def supervised(task: Task, outputs: Tree, batch: Tree, theta: Tree, step: jax.Array):
-  """The task's own loss and metrics on the main output."""
+  """The task's own loss and metrics on the network's answer."""
   del theta, step
-  logits = outputs['main']
+  logits = main(outputs)
   return task.loss(logits, batch), task.metrics(logits, batch)
+
+
+def main(outputs: Tree) -> jax.Array:
+  """A network's answer: 'main', or its only output. Raises ValueError for neither."""
+  if 'main' in outputs:
+    return outputs['main']
+  if len(outputs) == 1:
+    return next(iter(outputs.values()))
+  raise ValueError(
+    f"expected an output 'main', or a single one, got {', '.join(outputs)}: which of "
+    'them answers? Drop all exits but one, or use a method that weighs them'
+  )
+
+
+def answer_of_main(task: Task, outputs: Tree, theta: Tree) -> jax.Array:
+  del task, theta
+  return main(outputs)
+
+
+def nothing_to_say(theta: Tree) -> Tree:
+  del theta
+  return {}
 
 
 def keep_everything(theta: Tree, stats: Tree, evaluate: Callable[[Tree], Any]) -> Tree:
@@ -53,8 +79,8 @@ class Method(NamedTuple):
   Attributes:
     objective: (task, outputs, batch, theta, step) -> (loss, metrics). `outputs` is the
       network's dict of outputs; `task` turns logits into loss and metrics.
-    decide: (theta, stats, evaluate) -> keep; evaluate(keep) is the loss of the network
-      masked by keep on held-out data.
+    decide: (theta, stats, evaluate) -> keep; `evaluate` is a Judge: evaluate(keep) is
+      {'loss', 'accuracy', ...} of the network masked by keep on held-out data.
     penalty: (theta, step) -> scalar, what depends on theta alone; its gradient is added
       through optax. None: no penalty.
     init: (gates, outputs) -> theta; outputs are abstract, their names say which exits
@@ -64,7 +90,9 @@ class Method(NamedTuple):
     transform: (tx) -> tx for {'params', 'theta'}: own learning rates, frozen parts.
     trunk_train: False runs the network in evaluation mode (stored batch statistics, no
       dropout); which parameters then stay as they are is up to `transform`.
-    rounds: how many times fit, decide, prune are repeated.
+    rounds: how many times fit, decide, prune are to be done, this time included.
+    answer: (task, outputs, theta) -> logits: what the network says before the cut.
+    report: (theta) -> nested dict of arrays: what was learnt, to be recorded.
   """
 
   objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = supervised
@@ -78,6 +106,8 @@ class Method(NamedTuple):
   )
   trunk_train: bool = True
   rounds: int = 1
+  answer: Callable[[Task, Tree, Tree], jax.Array] = answer_of_main
+  report: Callable[[Tree], Tree] = nothing_to_say
 
 
 def plain() -> Method:
@@ -96,6 +126,14 @@ def optimizer(
   if method.penalty is not None:
     tx = add_penalty(tx, method.penalty, where=lambda trained: trained['theta'])
   return tx
+
+
+def apart(
+  params_tx: optax.GradientTransformation, theta_tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """An optimizer for {'params', 'theta'} that treats the two each in its own way."""
+  parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
+  return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:

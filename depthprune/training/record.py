@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 PACKAGES = ('depthprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -24,6 +27,11 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('a') as lines:
     lines.write(json.dumps(values) + '\n')
+
+
+def plain(tree: Any) -> Any:
+  """A tree of arrays as numbers and lists, for JSON."""
+  return jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(tree))
 
 
 def versions() -> dict[str, str]:

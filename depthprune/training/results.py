@@ -1,16 +1,18 @@
 """What a run reached, measured: accuracy, cost, latency."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from depthprune.inference import latency
+from depthprune.program.view import runnable
 from depthprune.training import data, record
 from depthprune.training.evaluate import evaluator
-from depthprune.training.method import Tree
+from depthprune.training.method import as_dict, main
 from depthprune.training.stage import Job
-from depthprune.training.step import apply_of
 
 if TYPE_CHECKING:
-  from depthprune.training.rounds import Shrunk
+  from depthprune.training.rounds import Round, Shrunk
 
 LATENCY_BATCHES = (1, 128)
 SPLITS = ('train', 'held_out', 'test')
@@ -21,16 +23,17 @@ def surroundings() -> dict[str, Any]:
   return {'versions': record.versions(), 'device': latency.device()}
 
 
-def measure(job: Job, model: Any, before: Tree, small: 'Shrunk') -> dict[str, Any]:
+def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   """Everything that result.json says, but for the time it took.
 
   Args:
-    model, before: the network before pruning and its variables.
+    model: the network before pruning.
   """
-  config, reports = job.config, small.reports
-  full, thin = evaluator(model, job.task), evaluator(small.model, job.task)
+  config, reports = job.config, [found.report for found in small.rounds]
+  full = evaluator(model, job.task, answer=small.answer)
+  thin = evaluator(small.model, job.task)
   accuracy = lambda split: {
-    'before': full(before, job.batches(split))['accuracy'],
+    'before': full(small.before, job.batches(split))['accuracy'],
     'pruned': thin(small.pruned.variables, job.batches(split))['accuracy'],
     'recalibrated': thin(small.recalibrated, job.batches(split))['accuracy'],
     'after': thin(small.variables, job.batches(split))['accuracy'],
@@ -46,39 +49,57 @@ def measure(job: Job, model: Any, before: Tree, small: 'Shrunk') -> dict[str, An
     'seed': config.seed,
     'model': config.model,
     'data': config.data,
+    'method': config.method,
+    'options': dataclasses.asdict(config.options),
     'images': {name: len(getattr(job.images, name)['label']) for name in SPLITS},
-    'target': config.target,
-    'of': config.of,
     'accuracy': accuracy(job.images.test),
     'held_out': accuracy(job.images.held_out),
     'flops': cost('flops'),
     'params': cost('params'),
-    'latency_ms': _latency(job, model, before, small),
+    **_times(job, model, small),
     'verify': reports[-1]['verify'],
     'widths': _widths(reports),
+    'rounds': [_told(found) for found in small.rounds],
     'report': reports[-1],
   }
-  result[config.of]['target'] = config.target * result[config.of]['before']
   return result
 
 
-def _latency(job: Job, model: Any, before: Tree, small: 'Shrunk') -> dict[str, Any]:
-  example = next(data.batches(job.images.held_out, 1, job.images.normalisation))
+def _told(found: 'Round') -> dict[str, Any]:
+  """One round, without the arrays of its report."""
+  keys = ('flops', 'params')
+  kept = [name for name, kept in found.report['exits'].items() if kept]
+  return {
+    'units': list(found.units),
+    'erased': list(found.erased),
+    'exits': kept,
+    'learned': found.learned,
+    **{key: found.report[key] for key in keys},
+    'held_out': found.held_out,
+  }
+
+
+def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
+  """Milliseconds of an answer, and seconds to compile it, before and after."""
+  image = next(data.batches(job.images.held_out, 1, job.images.normalisation))['image']
   networks = (
-    latency.Network(_eval(model), before),
-    latency.Network(_eval(small.model), small.variables),
+    latency.Network(_answering(model, small.answer), small.before),
+    latency.Network(_answering(small.model, main), small.variables),
   )
-  measured = latency.compare(
-    *networks, example['image'], batches=LATENCY_BATCHES, exits=('main',)
-  )
-  return latency.to_json(measured)
+  seconds = [latency.compile_seconds(network, image) for network in networks]
+  measured = latency.compare(*networks, image, batches=LATENCY_BATCHES)
+  return {
+    'latency_ms': latency.to_json(measured),
+    'compile_s': dict(zip(('before', 'after'), seconds)),
+  }
 
 
-def _eval(model: Any):
-  return lambda variables, image: apply_of(model)(variables, image, train=False)
+def _answering(model: Any, answer: Callable):
+  run = runnable(model)
+  return lambda variables, image: answer(as_dict(run(variables, image, train=False)))
 
 
-def _widths(reports: tuple[dict, ...]) -> dict[str, list[int]]:
+def _widths(reports: Sequence[dict]) -> dict[str, list[int]]:
   """{group: [width before the first round, width after the last]}"""
   after = {g: width for report in reports for g, (_, width) in report['widths'].items()}
   return {g: [full, after[g]] for g, (full, _) in reports[0]['widths'].items()}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from depthprune.config import Config
+from depthprune.models import pretrained
 from depthprune.training import data, record, tasks
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
@@ -39,6 +40,11 @@ class Job(NamedTuple):
   task: tasks.Task
   show: bool = True
 
+  @property
+  def example(self) -> jax.Array:
+    """One image of zeros, [1, height, width, channels]."""
+    return jnp.zeros((1, *self.images.shape), jnp.float32)
+
   def steps(self, epochs: int) -> int:
     return epochs * data.epoch_steps(self.train, self.config.batch)
 
@@ -48,12 +54,11 @@ class Job(NamedTuple):
       jax.random.key(self.config.seed), zlib.crc32(name.encode()) >> 1
     )
 
-  def batch_at(self, name: str) -> Callable[[Tree, Any], Tree]:
+  def batch_at(self, name: str) -> data.Sampler:
     """(images, step) -> augmented training batch of the stage of that name."""
     key, set_ = self.key(f'{name}/data'), self.images
-    return lambda images, step: data.batch(
-      images, step, key, self.config.batch, set_.normalisation, set_.augment
-    )
+    augment = set_.augment if self.config.augment else data.Augment()
+    return data.Sampler(key, self.config.batch, set_.normalisation, augment)
 
   def held_out(self) -> Iterator[Tree]:
     """Batches of the images that decisions may look at."""
@@ -72,7 +77,13 @@ def prepare(config: Config, show: bool = True) -> Job:
 
   Raises: CheckpointError where the directory belongs to a run of another config.
   """
-  images = data.load(config.data, seed=config.seed, subset=config.subset)
+  images = data.load(
+    config.data, seed=config.seed, subset=config.subset, resize=config.resize
+  )
+  if config.pretrained is not None:
+    theirs = pretrained.normalisation(config.pretrained)
+    if theirs is not None:  # what the weights were trained on
+      images = images._replace(normalisation=data.Normalisation(*theirs))
   task, folder = tasks.classification(images.classes), config.path
   job = Job(config, folder, images, jax.device_put(images.train), task, show)
   before = folder / 'config.json'
@@ -115,7 +126,7 @@ def stage(
     teacher: a network to learn from, for methods wrapped by `distill`.
   """
   steps = job.steps(epochs)
-  tx = sgd(peak, steps, job.config.weight_decay)
+  tx = optimizer(job.config, peak, steps)
   batch_at = job.batch_at(name)
   batch = jax.eval_shape(batch_at, job.train, 0)
   state = init_state(model, method, tx, variables, coupling, batch)
@@ -128,7 +139,7 @@ def stage(
   )
   callbacks = [_historian(job, name), _saver(keeper, job.config)]
   if state.theta:
-    callbacks.append(_gate_watch(job, method))
+    callbacks.append(_watch(job, name, method))
   state = fit(
     step,
     state,
@@ -145,6 +156,13 @@ def stage(
   if steps and steps not in keeper.steps():
     keeper.save(steps, state)
   return state
+
+
+def optimizer(config: Config, peak: float, steps: int) -> optax.GradientTransformation:
+  """What the config asks for: `sgd` below, or Adam at a constant rate."""
+  if config.optimizer == 'sgd':
+    return sgd(peak, steps, config.weight_decay)
+  return optax.adamw(peak, weight_decay=config.weight_decay, mask=_kernels)
 
 
 def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
@@ -196,18 +214,13 @@ def _saver(keeper: Keeper, config: Config) -> Callable[[State, Row], None]:
   return save
 
 
-def _gate_watch(job: Job, method: Method) -> Callable[[State, Row], None]:
-  """Writes how many gates of every group are open."""
-  opened = jax.jit(
-    lambda theta, step: jax.tree.map(
-      lambda g: (g > 0).sum(), method.forward(theta, job.key('watch'), step)
-    )
-  )
+def _watch(job: Job, name: str, method: Method) -> Callable[[State, Row], None]:
+  """Writes what the method has learnt so far."""
+  report = jax.jit(method.report)
 
   def write(state: State, row: Row) -> None:
-    gates = jax.device_get(opened(state.theta, state.step))
-    counts = {**gates.get('channels', {}), **gates.get('branches', {})}
-    line = {'step': int(row['step']), 'open': {g: int(n) for g, n in counts.items()}}
+    learnt = record.plain(report(state.theta))
+    line = {'stage': name, 'step': int(row['step']), **learnt}
     record.append(job.folder / 'gates.jsonl', line)
 
   return write

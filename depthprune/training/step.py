@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from depthprune.program.plug import plug, with_branches
+from depthprune.program.view import paths_of, runnable
 from depthprune.training.distill import with_teacher
 from depthprune.training.method import Method, Tree, as_dict, no_stats, optimizer
 from depthprune.training.tasks import Task
@@ -51,18 +52,24 @@ def init_state(
 ) -> State:
   """A fresh state at step 0; `variables` are copied, a step may consume its state.
 
+  The method's gates start open, those of branches as they are in `variables`.
+
   Args:
     model, method, tx, coupling: as for make_step.
     variables: {'params': ..., and any other collection}.
-    batch: one batch (arrays or shapes); needed by methods that observe.
+    batch: one batch (arrays or shapes); needed by methods that observe, and by those
+      that look at exits without a coupling.
   """
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}
   gates, outputs = {}, {}
+  run = partial(runnable(model), train=False)
   if coupling is not None:
     gates = coupling.gates()
-    run = partial(apply_of(model), train=False)
     outputs = as_dict(jax.eval_shape(run, coupling.variables, *coupling.inputs))
+  elif batch is not None:
+    outputs = as_dict(jax.eval_shape(run, variables, batch['image']))
+  gates['branches'] = branches_of(variables)
   theta = method.init(gates, outputs)
   state = State(
     params=params,
@@ -149,25 +156,32 @@ def _both_ways(run, method: Method, task: Task, state: State, batch, key) -> _Fo
   return _Found(value, metrics, outputs, model_state, gates, gate_grads, grads)
 
 
+def branches_of(variables: Tree) -> dict[str, jax.Array]:
+  """{path: gate} of the collection 'branches'."""
+  return paths_of(variables.get('branches', {}))
+
+
 def apply_of(model: Any) -> Callable[..., Any]:
   """model.apply, or the model itself where it is a function."""
   return getattr(model, 'apply', model)
 
 
 def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
-  """f(variables, gates, *inputs, **kwargs): the model with gates."""
-  if coupling is not None:
-    return plug(model, coupling)
+  """f(variables, gates, *inputs, **kwargs): the exits of the model, with gates."""
+  apply = runnable(model)
+  plugged = None if coupling is None else plug(model, coupling)
 
   def run(variables, gates, *inputs, **kwargs):
     if gates.get('channels'):
-      raise ValueError(
-        'make_step: the method gates channels, but there is no coupling; '
-        'pass coupling=couple(model, variables, example)'
-      )
+      if plugged is None:
+        raise ValueError(
+          'make_step: the method gates channels, but there is no coupling; '
+          'pass coupling=couple(model, variables, example)'
+        )
+      return plugged(variables, gates, *inputs, **kwargs)
     if gates.get('branches'):
       variables = with_branches(variables, gates['branches'])
-    return apply_of(model)(variables, *inputs, **kwargs)
+    return apply(variables, *inputs, **kwargs)
 
   return run
 
@@ -197,7 +211,7 @@ def _no_stats_yet(model, method: Method, variables, theta, batch):
     )
 
   def seen(variables, theta, batch):
-    outputs = as_dict(apply_of(model)(variables, batch['image'], train=False))
+    outputs = as_dict(runnable(model)(variables, batch['image'], train=False))
     gates = method.forward(theta, jax.random.key(0), jnp.zeros((), jnp.int32))
     return method.observe(gates, gates, outputs, batch)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.training import progress
+from depthprune.training.data import Sampler
 from depthprune.training.method import Tree
 from depthprune.training.step import State as State
 from depthprune.training.step import init_state as init_state
@@ -118,10 +119,13 @@ def _fused(step, batch_at, every, state, key, data, teacher):
 def _one_by_one(step, batch_at, every, state, key, data, teacher):
   """As `_fused`, but every step is dispatched by itself."""
   del every
-  batch_at = batch_at if data is None else jax.jit(batch_at)
   if data is not None and hasattr(step, 'lower'):
     batch = jax.eval_shape(batch_at, data, state.step)
     step.lower(state, batch, key, teacher).compile()
+  if isinstance(batch_at, Sampler):
+    batch_at = batch_at.stepwise()
+  elif data is not None:
+    batch_at = jax.jit(batch_at)
   finite = jax.jit(_finite)
 
   def run(state, key, data, teacher, stop):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import depthprune as dp
 from depthprune import methods, models
 from depthprune.config import Config
+from depthprune.options import Gates
 from depthprune.training import record, results, rounds
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import Method, plain
@@ -41,7 +42,7 @@ def compare(config: Config, targets: Sequence[float], seeds: Sequence[int], to: 
     if all((seed, t, m) in done for t in targets for m in METHODS):
       continue
     base = dataclasses.replace(
-      config, seed=seed, target=1.0, workdir=str(config.path / f'seed{seed}')
+      config, options=Gates(1.0), seed=seed, workdir=str(config.path / f'seed{seed}')
     )
     job = prepare(base)
     model = models.build(config.model, classes=job.images.classes)
@@ -52,7 +53,7 @@ def compare(config: Config, targets: Sequence[float], seeds: Sequence[int], to: 
         name = f'{method}{100 * target:g}'
         inner = job._replace(
           folder=job.folder / name,
-          config=dataclasses.replace(_epochs(base, method), target=target),
+          config=dataclasses.replace(_epochs(base, method), options=Gates(target)),
         )
         if (seed, target, method) in done and method != 'gates':
           continue
@@ -105,7 +106,7 @@ def _row(job: Job, model, variables, method: str, arch: Mapping[str, int]):
   else:
     build = _oneshot(job, variables, method)
   shrunk = rounds.shrink(job, model, variables, build)
-  report = shrunk.reports[-1]
+  report = shrunk.pruned.report
   return {
     'accuracy': test(shrunk.model, shrunk.variables),
     'accuracy_unpruned': test(model, variables),
@@ -119,15 +120,15 @@ def _row(job: Job, model, variables, method: str, arch: Mapping[str, int]):
 def _oneshot(job: Job, variables, score: str) -> Callable[..., Method]:
   """A method that decides without training: uniform over layers, by a score."""
 
-  def build(coupling, steps, scores) -> Method:
-    del steps, scores
+  def build(coupling, steps, scores, whole) -> Method:
+    del steps, scores, whole
     keep = dp.oneshot(
       coupling,
       variables,
-      job.config.target,
+      job.config.options.target,
       score=score,
       scope='uniform',
-      of=job.config.of,
+      of=job.config.options.of,
       key=job.key('random'),
     )
     return Method(decide=lambda theta, stats, evaluate: keep)

@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 
 from depthprune.config import Config
-from depthprune.training import record, rounds
+from depthprune.options import Gates
+from depthprune.training import recipe, record
 
-CONFIG = Config(model='resnet20', data='digits', target=0.5)
+CONFIG = Config(Gates(0.5), model='resnet20', data='digits')
 SEEDS = (0, 1, 2)
 RESULT = Path(__file__).parent / 'results' / 'digits.json'
 
@@ -21,7 +22,7 @@ if __name__ == '__main__':
   runs = []
   for seed in SEEDS:
     workdir = f'runs/digits/seed{seed}'
-    result = rounds.run(dataclasses.replace(CONFIG, seed=seed, workdir=workdir))
+    result = recipe.run(dataclasses.replace(CONFIG, seed=seed, workdir=workdir))
     del result['report']  # kept indices; result.json of the run has them
     runs.append(result)
     record.write(RESULT, {'command': record.command(), 'runs': runs})

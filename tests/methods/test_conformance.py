@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from depthprune import methods
-from depthprune.config import Config
+from depthprune.config import RECIPES
 from depthprune.program.couple import couple
 from depthprune.surgery.cut import prune
 from depthprune.surgery.oneshot import rank
@@ -22,25 +22,28 @@ BATCH = {'image': IMAGES, 'label': jnp.arange(8) % 3}
 
 
 class Net(nn.Module):
-  """A residual unit with a gated branch."""
+  """A residual unit with a gated branch, an exit before it and one behind."""
 
   @nn.compact
   def __call__(self, x, train=False):
     norm = lambda: nn.BatchNorm(not train)
     x = nn.relu(norm()(nn.Conv(6, (3, 3), name='stem')(x)))
+    early = nn.Dense(3, name='early')(x.mean((1, 2)))
     y = nn.relu(norm()(nn.Conv(8, (3, 3), name='inside')(x)))
     gate = self.variable('branches', 'unit', jnp.ones, ()).value
     x = nn.relu(x + gate * norm()(nn.Conv(6, (3, 3), name='out')(y)))
-    return {'main': nn.Dense(3, name='head')(x.mean((1, 2)))}
+    return {'early': early, 'main': nn.Dense(3, name='head')(x.mean((1, 2)))}
 
 
+# optax's Adam raises a float to the power of an integer.
+@jax.numpy_dtype_promotion('standard')
 @pytest.mark.parametrize('name', methods.names())
 def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
   net = Net()
   variables = net.init(KEY, IMAGES[:1])
   coupling = couple(net, variables, IMAGES[:1])
   scores = rank(coupling, variables, 'l1')
-  method = methods.build(Config(method=name, target=0.6), coupling, 10, scores)
+  method = methods.build(RECIPES[name], coupling, 10, scores)
   assert isinstance(method, Method)
   tx = optax.sgd(0.05)
   state = init_state(net, method, tx, variables, coupling, BATCH)
@@ -52,6 +55,7 @@ def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
   assert step._cache_size() == 1
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, state.theta)
   assert any(jax.tree.leaves(moved))
-  keep = method.decide(jax.device_get(state.theta), state.stats, lambda keep: 1.0)
+  evaluate = lambda keep: {'loss': 1.0, 'accuracy': 0.5}
+  keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   pruned = prune(net, state.variables, keep, IMAGES[:1], coupling=coupling)
   assert pruned.report['flops']['after'] < pruned.report['flops']['before']

@@ -136,6 +136,62 @@ def test_widths_that_do_not_meet_are_refused_also_where_they_would_broadcast():
       jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8, 8, 1)))
 
 
+def test_preactivation_normalises_before_it_convolves(randomised):
+  """By the equations of the paper: stem, plain unit, resized unit, behind the last."""
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  model = ResNet(depth=14, width=4, preact=True)
+  variables = randomised(model, x)
+  outputs = jax.jit(model.apply)(variables, x)
+  params = variables['params']
+
+  def activated(x, *path):
+    scale, bias, mean, var = (
+      np.asarray(reduce(getitem, (*path, leaf), variables[kind]))
+      for kind, leaves in (('params', ('scale', 'bias')), ('batch_stats', MOMENTS))
+      for leaf in leaves
+    )
+    return np.maximum((x - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
+
+  def convolved(x, unit, i, stride=1):
+    kernel = unit[f'conv{i}']['kernel']
+    layer = conv(kernel.shape[-1], 3, stride, dtype=jnp.float32, name='conv')
+    return np.asarray(layer.apply({'params': {'kernel': kernel}}, x))
+
+  def unit(x, stage, block, stride=1):
+    part, gate = (variables[k][stage][block] for k in ('params', 'branches'))
+    kept = x
+    if stride > 1 or 'norm1' in part:
+      x = activated(x, stage, block, 'norm1')
+    if stride > 1:  # the pad reads what is activated, too
+      half = x.shape[-1] // 2
+      kept = np.pad(x[:, ::stride, ::stride], ((0, 0),) * 3 + ((half, half),))
+    y = activated(convolved(x, part, 1, stride), stage, block, 'norm2')
+    return kept + gate['branch'] * convolved(y, part, 2)
+
+  taps = {k: np.asarray(v) for k, v in outputs.items()}
+  close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+  close(unit(taps['stage1/block0'], 'stage1', 'block1'), taps['stage1/block1'])
+  close(unit(taps['stage1/block1'], 'stage2', 'block0', 2), taps['stage2/block0'])
+  last = activated(taps['stage3/block1'], 'norm').mean((1, 2))
+  logits = last @ np.asarray(params['head']['kernel']) + params['head']['bias']
+  close(logits, taps['main'])
+  stem = ConvNorm(4).apply({k: variables[k]['stem'] for k in variables if k[0] != 'b' or k == 'batch_stats'}, x, False)
+  assert 'norm1' not in params['stage1']['block0']
+  close(unit(np.asarray(stem), 'stage1', 'block0'), taps['stage1/block0'])
+
+
+@pytest.mark.parametrize(('name', 'size'), [('resnet110', 32), ('resnet34', 64)])
+def test_preactivation_has_as_many_parameters(name, size):
+  """Normalisations move, their number of channels does not."""
+
+  def count(**fields):
+    model = build(name, shortcut='A', **fields)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, size, size, 3)))
+    return parameters(shapes['params'])
+
+  assert count(preact=True) == count()
+
+
 def test_impossible_depths_are_refused():
   for model, message in [
     (ResNet(depth=21), r'6n \+ 2 .* got 21; nearest is 20'),

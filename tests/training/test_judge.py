@@ -196,7 +196,8 @@ def test_a_network_without_batch_statistics_needs_no_calibration():
 
 
 def test_many_go_through_in_pieces_of_one_size(monkeypatch):
-  monkeypatch.setattr(judging, 'IMAGES', 13)  # two decisions of six images
+  two = 2 * 6 + 1
+  monkeypatch.setattr(judging, 'IMAGES', {'cpu': two, 'other': two})
   sizes, whole = [], JUDGES['vmap']
 
   def measure(how, exits, decisions, batch):
@@ -204,7 +205,7 @@ def test_many_go_through_in_pieces_of_one_size(monkeypatch):
     return whole.network.measure(how, exits, decisions, batch)
 
   network = whole.network._replace(measure=measure)
-  in_pieces = dataclasses.replace(whole, network=network)
+  in_pieces = dataclasses.replace(whole, network=network, sizes=set())
   keeps = stacked([*ONE_EACH, keep_of(True, True, True)])
   found = in_pieces.each(keeps)
   assert sizes == [2] * 2 * len(HELD_OUT)

@@ -1,0 +1,115 @@
+"""NetCut over beta and aggregates, and its control: networks with a single head.
+
+  netcut   one run per (options, seed): a head on every tap, cut where importance says
+  single   the network that ends at tap `depth`, with a head there alone, trained as
+           long, with the same optimizer and the same images
+
+Decisions see held-out images only; the test images are read once per row, at the end.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import depthprune as dp
+from depthprune.config import Config
+from depthprune.models.arch import Arch
+from depthprune.options import NetCut
+from depthprune.training import recipe
+from depthprune.training.evaluate import evaluator
+from depthprune.training.method import plain
+from depthprune.training.stage import prepare, stage
+from experiments.pieces import Rows, within
+
+KEYS = ('method', 'seed', 'depth', 'beta', 'aggregate', 'gamma')
+
+
+def sweep(
+  config: Config[NetCut],
+  options: Sequence[NetCut],
+  depths: Sequence[int],
+  seeds: Sequence[int],
+  to: Path,
+  minutes: float = 0,
+) -> None:
+  """Adds the rows that are missing in the file `to`; config.path holds the runs."""
+  rows = Rows(to, config.to_json(), KEYS)
+  with within(minutes):
+    for seed in seeds:
+      for chosen in options:
+        of = {k: getattr(chosen, k) for k in ('beta', 'aggregate', 'gamma')}
+        if rows.missing(method='netcut', seed=seed, **of):
+          row = _cut(dataclasses.replace(config, options=chosen, seed=seed))
+          rows.add({'method': 'netcut', 'seed': seed, **of, **row})
+      for depth in depths:
+        if rows.missing(method='single', seed=seed, depth=depth):
+          row = _single(dataclasses.replace(config, seed=seed), depth)
+          rows.add({'method': 'single', 'seed': seed, 'depth': depth, **row})
+
+
+def _cut(config: Config[NetCut]) -> dict[str, Any]:
+  folder = config.path / f'{config.options.label}-seed{config.seed}'
+  # What a cut costs is what is being measured, so none is refused.
+  options = dataclasses.replace(config.options, force=True)
+  result = recipe.run(dataclasses.replace(config, options=options, workdir=str(folder)))
+  (found,) = result['rounds']
+  (kept,), importance = found['exits'], found['learned']['importance']
+  lines = (folder / 'gates.jsonl').read_text().splitlines()
+  history = [json.loads(line) for line in lines]
+  row = {
+    'exits': len(importance),
+    'kept': 1 + sorted(importance).index(kept),
+    'max_importance': found['learned']['max_importance'],
+    'entropy': found['learned']['entropy'],
+    'accuracy_before': result['accuracy']['before'],
+    'accuracy_cut': result['accuracy']['pruned'],
+    'held_out_before': result['held_out']['before'],
+    'held_out_cut': result['held_out']['pruned'],
+    **{k: result[k]['after'] for k in ('flops', 'params')},
+    **{f'{k}_full': result[k]['before'] for k in ('flops', 'params')},
+    'compile_s': result['compile_s'],
+    'latency_ms': result['latency_ms'],
+    'wall_seconds': round(result['wall_seconds'], 1),
+    'importance_history': [
+      [h['step'], [round(h['importance'][e], 4) for e in sorted(importance)]]
+      for h in history
+    ],
+  }
+  shutil.rmtree(folder)  # checkpoints of many networks
+  return row
+
+
+def _single(config: Config[NetCut], depth: int) -> dict[str, Any]:
+  started = time.monotonic()
+  folder = config.path / f'single{depth}-seed{config.seed}'
+  job = prepare(dataclasses.replace(config, workdir=str(folder)))
+  model = single(recipe.network(config, job.images.classes), depth)
+  variables = jax.jit(model.init)(job.key('init'), job.example)
+  epochs, peak = config.epochs.gates, config.learning_rate
+  state = stage(job, 'train', model, plain(), variables, epochs=epochs, peak=peak)
+  measure = evaluator(model, job.task)
+  accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
+  coupling = dp.couple(model, variables, job.example)
+  shutil.rmtree(folder)
+  return {
+    'accuracy': accuracy(job.images.test),
+    'held_out': accuracy(job.images.held_out),
+    'flops': dp.cost.flops(coupling),
+    'params': dp.cost.params(coupling),
+    'wall_seconds': round(time.monotonic() - started, 1),
+  }
+
+
+def single(model: Any, depth: int) -> Any:
+  """A network with a head on every tap, without all heads but that of `depth` (1, ...).
+
+  What lies behind that tap is gone too.
+  """
+  arch: Arch = {f'exit/{e}': 0 for i, e in enumerate(model.exits, 1) if i != depth}
+  return model.clone(arch=type(model.arch)({**model.arch, **arch}))

@@ -1,0 +1,77 @@
+"""Long experiments in pieces: stop after some minutes, go on with the next call.
+
+Rows are written as they are done, and a row that was interrupted resumes from the
+checkpoints of its run.
+"""
+
+import argparse
+import contextlib
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from depthprune.training import record, results
+
+
+class TimeIsUp(Exception):
+  """Raised wherever the program is when its minutes are over."""
+
+
+class Arguments(NamedTuple):
+  """full: the accelerator's size instead of the CPU's. minutes: 0 is no limit."""
+
+  full: bool
+  minutes: float
+
+
+def arguments(description: str | None) -> Arguments:
+  """`--full` and `--minutes`, which every experiment understands."""
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--full', action='store_true', help='the size for an accelerator')
+  parser.add_argument('--minutes', type=float, default=0, help='stop after; 0: never')
+  given = parser.parse_args()
+  return Arguments(given.full, given.minutes)
+
+
+@contextlib.contextmanager
+def within(minutes: float) -> Iterator[None]:
+  """Ends what is inside when the minutes are over, and says how to go on."""
+
+  def stop(signum, frame):
+    raise TimeIsUp
+
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+  try:
+    yield
+  except TimeIsUp:
+    print(f'stopped after {minutes:g} minutes; the same command goes on from here')
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Rows:
+  """The rows of one result file: those that are there, and new ones, written at once."""
+
+  def __init__(self, path: Path, config: Any, keys: tuple[str, ...]):
+    """`keys`: the entries of a row that say which one it is."""
+    self.path, self.keys = path, keys
+    self.rows = json.loads(path.read_text())['rows'] if path.is_file() else []
+    self.header = {
+      'config': config,
+      'command': record.command(),
+      **results.surroundings(),
+    }
+
+  def missing(self, **which: Any) -> bool:
+    return all(any(row.get(k) != which.get(k) for k in self.keys) for row in self.rows)
+
+  def add(self, row: dict[str, Any]) -> None:
+    self.rows.append(row)
+    record.write(self.path, {**self.header, 'rows': self.rows})
+    print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)

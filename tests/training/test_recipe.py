@@ -1,0 +1,200 @@
+"""The whole run, small: an MLP on the digits."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depthprune.config import Config
+from depthprune.options import Gates
+from depthprune.training import checkpoint, recipe, record, store
+from depthprune.training.evaluate import evaluator
+from depthprune.training.keeper import CheckpointError
+from depthprune.training.stage import prepare
+from depthprune.training.train import NonFiniteLoss
+
+CONFIG = Config(
+  model='mlp',
+  subset=512,
+  batch=32,
+  train_epochs=2,
+  gate_epochs=4,
+  finetune_epochs=1,
+  learning_rate=0.05,
+  checkpoint_every_s=0,
+)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory) -> tuple[Config, dict]:
+  folder = tmp_path_factory.mktemp('finished')
+  config = dataclasses.replace(CONFIG, workdir=str(folder))
+  return config, recipe.run(config, show=False)
+
+
+def lines(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_reaches_its_target_and_keeps_its_accuracy(finished):
+  _, result = finished
+  flops = result['flops']
+  assert abs(flops['after'] / flops['before'] - 0.5) <= 0.01
+  assert flops['before'] == 2 * (64 * 200 + 200 * 210)
+  assert result['accuracy']['after'] > 0.75
+  assert result['accuracy']['pruned'] > 0.5
+  assert result['verify']['difference'] <= 1e-5
+  assert result['widths']['layer0/dense:1'][0] == 200
+  assert set(result['latency_ms']) == {'1', '128'}
+
+
+def test_a_run_writes_what_the_report_reads(finished):
+  config, result = finished
+  assert json.loads((config.path / 'result.json').read_text()) == result
+  history = lines(config.path / 'history.jsonl')
+  assert [*dict.fromkeys(row['stage'] for row in history)] == [
+    'train',
+    'gates',
+    'finetune',
+  ]
+  assert {'step', 'loss', 'accuracy', 'flops', 'images_per_second', 'time'} <= set(
+    history[0]
+  )
+  assert all(row['flops'] for row in history if row['stage'] == 'gates')
+  gates = lines(config.path / 'gates.jsonl')
+  assert 20 <= len(gates) <= 80
+  assert gates[-1]['open'].keys() == {'layer0/dense:1', 'layer1/dense:1'}
+  stored = json.loads((config.path / 'config.json').read_text())
+  assert stored['config'] == config.to_json()
+  assert {'versions', 'device', 'command'} <= set(stored)
+
+
+def test_the_saved_network_is_the_one_that_was_measured(finished):
+  config, result = finished
+  pruned = checkpoint.load(config.path / 'pruned')
+  job = prepare(config, show=False)
+  measured = evaluator(pruned.apply, job.task)(
+    pruned.variables, job.batches(job.images.test)
+  )
+  assert measured['accuracy'] == pytest.approx(result['accuracy']['after'], abs=1e-6)
+  kernel = pruned.variables['params']['layer0']['dense']['kernel']
+  assert kernel.shape == (64, result['widths']['layer0/dense:1'][1])
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+  config, result = finished
+
+  def train_again(*args, **kwargs):
+    raise AssertionError('a step was taken')
+
+  monkeypatch.setattr('depthprune.training.train._one_by_one', train_again)
+  again = recipe.run(config, show=False)
+  assert again['accuracy'] == result['accuracy']
+  assert again['widths'] == result['widths']
+
+
+def test_a_directory_of_another_run_is_refused(finished):
+  config, _ = finished
+  with pytest.raises(CheckpointError, match='options .*seed|seed.* options'):
+    recipe.run(dataclasses.replace(config, options=Gates(0.6), seed=1), show=False)
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    ({'model': 'mlpp'}, "no model 'mlpp'"),
+    ({'data': 'digit'}, 'digits'),
+    ({'options': Gates(1e-4)}, 'cannot be reached'),
+  ],
+)
+def test_wrong_input_is_found_before_any_training(change, said, tmp_path, monkeypatch):
+  monkeypatch.setattr(recipe, 'stage', None)
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path / 'run'), **change)
+  with pytest.raises(ValueError, match=said):
+    recipe.run(config, show=False)
+
+
+def start(config: Config) -> subprocess.Popen:
+  code = (
+    'from depthprune.config import Config; from depthprune.options import *; from depthprune.training import recipe; '
+    f'recipe.run({config!r}, show=False)'
+  )
+  root = Path(__file__).parents[2]
+  return subprocess.Popen([sys.executable, '-c', code], cwd=root, env=os.environ)
+
+
+def arrays(config: Config) -> dict[str, np.ndarray]:
+  """Everything the last stage ended with."""
+  folder = sorted((config.path / 'checkpoints' / 'finetune').glob('0*'))[-1]
+  return store.read(folder, 'state.json')[0]
+
+
+def test_a_run_killed_in_the_middle_ends_with_the_same_bits(finished, tmp_path):
+  config = dataclasses.replace(finished[0], workdir=str(tmp_path / 'run'))
+  gates = config.path / 'gates.jsonl'
+  process = start(config)
+  while not gates.exists() or len(gates.read_text().splitlines()) < 10:
+    assert process.poll() is None, 'the run ended before it could be killed'
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not (config.path / 'result.json').exists()
+  assert start(config).wait() == 0
+  expected, found = arrays(finished[0]), arrays(config)
+  assert expected.keys() == found.keys()
+  for path, value in expected.items():
+    np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_distillation_is_an_option_of_a_run(finished, tmp_path):
+  config = dataclasses.replace(
+    finished[0], distill=True, workdir=str(tmp_path), train_epochs=1, gate_epochs=2
+  )
+  recipe.run(config, show=False)
+  rows = lines(tmp_path / 'history.jsonl')
+  assert all('distillation' in r for r in rows if r['stage'] != 'train')
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(tmp_path):
+  config = dataclasses.replace(CONFIG, learning_rate=1e6, workdir=str(tmp_path))
+  with pytest.raises(NonFiniteLoss, match=r'train: .* at step \d+'):
+    recipe.run(config, show=False)
+  kept = sorted((tmp_path / 'checkpoints' / 'train').glob('0*'))
+  for folder in kept:
+    leaves, _ = store.read(folder, 'state.json')
+    assert all(np.isfinite(x).all() for x in leaves.values())
+  logged = [row['step'] for row in lines(tmp_path / 'history.jsonl')]
+  assert int(kept[-1].name) == logged[-1] < 32
+
+
+def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path), resume=False)
+  mine = tmp_path / 'checkpoints' / 'mine.txt'
+  mine.parent.mkdir()
+  mine.write_text('not of a run')
+  prepare(config)
+  assert mine.exists()
+  record.write(tmp_path / 'config.json', {'config': finished[0].to_json()})
+  record.append(tmp_path / 'history.jsonl', {'step': 1})
+  prepare(dataclasses.replace(config, seed=7))
+  assert not (tmp_path / 'history.jsonl').exists()
+
+
+def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):
+  config = dataclasses.replace(
+    CONFIG,
+    options=Gates(of='params', round_to=8),
+    bfloat16=True,
+    workdir=str(tmp_path),
+  )
+  result = recipe.run(config, show=False)
+  assert all(after % 8 == 0 for _, after in result['widths'].values())
+  params = result['params']
+  assert abs(params['after'] / params['before'] - 0.5) <= 0.03
