@@ -146,7 +146,10 @@ def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, i
   """The small network as a module of its own, where the model has `arch`."""
   if not (hasattr(model, 'arch') and hasattr(model, 'clone')):
     return model, {}
-  arch = {**dict(model.arch), **_arch(coupling, plan, keep, getattr(model, 'widths', ()))}
+  arch = {
+    **dict(model.arch),
+    **_arch(coupling, plan, keep, getattr(model, 'widths', ())),
+  }
   native = model.clone(arch=type(model.arch)(arch))
   key = jax.eval_shape(lambda: jax.random.key(0))
   wanted = jax.eval_shape(native.init, key, *coupling.inputs)
@@ -157,7 +160,9 @@ def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, i
   return native, arch
 
 
-def _arch(coupling, plan: Plan, keep: Mapping, names: Collection[str]) -> dict[str, int]:
+def _arch(
+  coupling, plan: Plan, keep: Mapping, names: Collection[str]
+) -> dict[str, int]:
   """Widths that changed, read off the arrays; branches and exits that are gone.
 
   names: the keys that the model knows. A group may be one, by its name, if no last axis
