@@ -28,6 +28,7 @@ NAMED = tyro.conf.arg(
   metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-OPTIONS-SEED)'
 )
 O = TypeVar('O', bound=Options)
+GATES: Any = Gates()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config(Generic[O]):
   looked up when the run starts, where the nearest names are known.
   """
 
-  options: Annotated[O, tyro.conf.arg(name='method')] = Gates()  # pyright: ignore[reportAssignmentType]
+  options: Annotated[O, tyro.conf.arg(name='method')] = GATES
   """What the method lets you choose; their type says which method it is."""
 
   model: str = 'resnet20'

@@ -121,7 +121,7 @@ class NetCut:
   """Share of the mixture's normaliser in the loss of `log` (0: the paper's)."""
 
   cost: Literal['index', 'flops', 'params', 'milliseconds'] = 'index'
-  """What a depth costs, scaled so that the whole network costs as many as it has heads."""
+  """What a depth costs, scaled so that the whole network costs its number of heads."""
 
   tolerance: float = 0.5
   """Points of held-out accuracy that the cut may cost; above it is refused."""
@@ -161,7 +161,7 @@ class NetCut:
 
 @dataclasses.dataclass(frozen=True)
 class Implosion:
-  """Network Implosion: residual units are erased by priority, and the rest retrained."""
+  """Network Implosion: residual units are erased by priority, the rest retrained."""
 
   depth: Annotated[int | None, THREE_QUARTERS] = None
   """Residual units (or layers of a scanned stack) that are to remain."""
@@ -170,8 +170,8 @@ class Implosion:
   """Units erased between two retrainings."""
 
   importance: Literal['priority', 'drop', 'greedy', 'random'] = 'priority'
-  """priority: |w| of a unit (the paper's). drop: held-out loss without it. greedy: drop,
-  scored again after every erasure. random: the control."""
+  """priority: |w| of a unit (the paper's). drop: held-out loss without it. greedy:
+  drop, scored again after every erasure. random: the control."""
 
   units: Annotated[tuple[str, ...], ANY] = ()
   """Units that may be erased, such as stage1/block3."""

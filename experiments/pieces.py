@@ -56,7 +56,7 @@ def within(minutes: float) -> Iterator[None]:
 
 
 class Rows:
-  """The rows of one result file: those that are there, and new ones, written at once."""
+  """The rows of one result file: those that are there, and new ones as they come."""
 
   def __init__(self, path: Path, config: Any, keys: tuple[str, ...]):
     """`keys`: the entries of a row that say which one it is."""

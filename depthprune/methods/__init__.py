@@ -1,8 +1,8 @@
 """Pruning methods, one paper per file; a new file is found by itself.
 
 The name of a method is that of its file, or the last word of it: `trainable_gates`,
-`gates`. A file offers `configured(config, coupling, steps, scores, whole) -> Method` for
-runs that are described by a `Config`.
+`gates`. A file offers `configured(config, coupling, steps, scores, whole) -> Method`
+for runs that are described by a `Config`.
 """
 
 import difflib

@@ -11,7 +11,7 @@ a cut is refused, are ours:
 
   p_k      probabilities of head k;  y_i  the label of example i
   v, w     importance of the heads, logits and weights
-  s        the network's answer before the cut: log-probabilities that are not normalised
+  s        the network's answer before the cut: log-probabilities, not normalised
   gamma    share of their normaliser in the loss; 0 in the paper, 0.9 or 1 its ablation
   c_k      cost of a network that ends at head k; c_k = k, or scaled so that c_K = K
   beta     price of a unit of cost, in nats of cross-entropy
@@ -85,9 +85,8 @@ def netcut(
     log_p = jnp.stack([task.log_probs(outputs[e]) for e in exits])
     if aggregate == 'linear':
       log_w = jax.nn.log_softmax(theta['importance'])
-      return jax.nn.logsumexp(
-        log_p + log_w.reshape(-1, *[1] * (log_p.ndim - 1)), axis=0
-      )
+      log_w = jnp.expand_dims(log_w, range(1, log_p.ndim))
+      return jax.nn.logsumexp(log_w + log_p, axis=0)
     return jnp.tensordot(w, log_p, 1)
 
   def objective(task, outputs, batch, theta, step):

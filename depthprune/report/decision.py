@@ -40,7 +40,7 @@ class Round(NamedTuple):
 
 
 HEAD = Round(
-  'round', 'units', 'before', 'cut', 'recalibrated', 'after', 'FLOPs kept', 'erased'
+  'round', 'units', 'before', 'cut', 'recalibrated', 'after', 'FLOPs', 'erased'
 )
 
 

@@ -172,11 +172,12 @@ def _rounds(result: Mapping[str, Any]) -> Table:
     title_justify='left',
     title_style='bold',
     box=box.SIMPLE_HEAD,
-    padding=(0, 1),
+    pad_edge=False,
   )
-  for name in decision.HEAD:
-    left = name == 'erased'
-    table.add_column(name, justify='left' if left else 'right', no_wrap=not left)
+  *numbers, names = decision.HEAD
+  for name in numbers:
+    table.add_column(name, justify='right', no_wrap=True)
+  table.add_column(names, overflow='fold')
   for row in decision.rounds(result):
     table.add_row(*row)
   return table

@@ -212,7 +212,7 @@ class Sampler(NamedTuple):
     return batch(split, step, *self)
 
   def stepwise(self) -> Callable[[Split | Batch, int], Batch]:
-    """The same, compiled, for a loop on the host: sorts once per epoch, not per step."""
+    """The same, compiled, for a loop on the host: one sort per epoch, not per step."""
     one = jax.jit(lambda split, step, ordered: batch(split, step, *self, ordered))
     ordering, _ = jax.random.split(self.key)
     found: dict[int, jax.Array] = {}

@@ -56,8 +56,8 @@ def test_the_screen_shows_every_layer_and_everything_to_note(result):
   assert all(note in text for note in tables.notes(result))
 
 
-def screen_of(result) -> str:
-  console = Console(width=120, record=True, file=io.StringIO())
+def screen_of(result, width: int = 120) -> str:
+  console = Console(width=width, record=True, file=io.StringIO())
   console.print(tables.screen(result))
   return console.export_text()
 
@@ -80,6 +80,13 @@ def test_the_screen_of_implosion_has_its_rounds_and_their_total(implosion):
     assert all(unit in text for unit in round_['erased'])
   assert re.search(r'all +27 → 15 +93.80 % +93.20 % +56.1 % +12 units', text)
   assert 'stage1/block0/conv1:3' not in text
+
+
+def test_eighty_columns_hold_the_names_of_erased_units(implosion):
+  result, _ = implosion
+  text = screen_of(result, width=80)
+  assert all(unit in text for round_ in result['rounds'] for unit in round_['erased'])
+  assert '…' not in text
 
 
 def test_a_network_that_had_to_be_compiled_says_how_long(netcut):

@@ -123,7 +123,8 @@ def test_wrong_input_is_found_before_any_training(change, said, tmp_path, monkey
 
 def start(config: Config) -> subprocess.Popen:
   code = (
-    'from depthprune.config import Config; from depthprune.options import *; from depthprune.training import recipe; '
+    'from depthprune.config import Config; from depthprune.options import *; '
+    'from depthprune.training import recipe; '
     f'recipe.run({config!r}, show=False)'
   )
   root = Path(__file__).parents[2]
