@@ -119,7 +119,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def _rounds(result: Mapping[str, Any]) -> str:
-  said = '<p class="small">Accuracy of held-out images.</p>'
+  said = '<p class="small">Accuracy of held-out images; FLOPs of those of the whole network.</p>'
   return _table(decision.HEAD, decision.rounds(result), 'wide last-names') + said
 
 

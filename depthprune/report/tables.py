@@ -168,11 +168,12 @@ def _costs(result: Mapping[str, Any]) -> Table:
 
 def _rounds(result: Mapping[str, Any]) -> Table:
   table = Table(
-    title='rounds, held-out accuracy',
+    title='rounds: held-out accuracy, FLOPs of the whole',
     title_justify='left',
     title_style='bold',
-    box=box.SIMPLE_HEAD,
+    box=None,
     pad_edge=False,
+    padding=(0, 1),
   )
   *numbers, names = decision.HEAD
   for name in numbers:

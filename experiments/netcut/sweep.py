@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,33 @@ from depthprune.training import recipe
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
 from depthprune.training.stage import prepare, stage
-from experiments.pieces import Rows, within
+from experiments.pieces import Rows, arguments, within
 
+PAPER = (0.0, 0.001, 0.01, 0.1)  # beta of its plain networks
+RESULTS = Path(__file__).parent / 'results'
 KEYS = ('method', 'seed', 'depth', 'beta', 'aggregate', 'gamma')
+
+
+def main(
+  doc: str | None,
+  name: str,
+  full: Config[NetCut],
+  small: Mapping[str, Any],
+  options: Sequence[NetCut] = tuple(NetCut(beta) for beta in PAPER),
+  depths: Sequence[int] = (),
+) -> None:
+  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+
+  small: what differs from `full` in the size for a CPU. depths: of the single-head
+  networks; by default those that `log` chose, seed by seed.
+  """
+  given = arguments(doc)
+  name, seeds = (f'{name}_full', 5) if given.full else (name, 3)
+  config = full if given.full else dataclasses.replace(full, **small)
+  config = dataclasses.replace(config, workdir=f'runs/netcut/{name}')
+  to = RESULTS / f'{name}.json'
+  with within(given.minutes):
+    sweep(config, options, depths, range(seeds), to)
 
 
 def sweep(
@@ -36,21 +60,20 @@ def sweep(
   depths: Sequence[int],
   seeds: Sequence[int],
   to: Path,
-  minutes: float = 0,
 ) -> None:
   """Adds the rows that are missing in the file `to`; config.path holds the runs."""
   rows = Rows(to, config.to_json(), KEYS)
-  with within(minutes):
-    for seed in seeds:
-      for chosen in options:
-        of = {k: getattr(chosen, k) for k in ('beta', 'aggregate', 'gamma')}
-        if rows.missing(method='netcut', seed=seed, **of):
-          row = _cut(dataclasses.replace(config, options=chosen, seed=seed))
-          rows.add({'method': 'netcut', 'seed': seed, **of, **row})
-      for depth in depths:
-        if rows.missing(method='single', seed=seed, depth=depth):
-          row = _single(dataclasses.replace(config, seed=seed), depth)
-          rows.add({'method': 'single', 'seed': seed, 'depth': depth, **row})
+  for seed in seeds:
+    for chosen in options:
+      of = {k: getattr(chosen, k) for k in ('beta', 'aggregate', 'gamma')}
+      if rows.missing(method='netcut', seed=seed, **of):
+        row = _cut(dataclasses.replace(config, options=chosen, seed=seed))
+        rows.add({'method': 'netcut', 'seed': seed, **of, **row})
+    found = [r for r in rows.rows if r['seed'] == seed and r.get('aggregate') == 'log']
+    for depth in depths or sorted({r['kept'] for r in found}):
+      if rows.missing(method='single', seed=seed, depth=depth):
+        row = _single(dataclasses.replace(config, seed=seed), depth)
+        rows.add({'method': 'single', 'seed': seed, 'depth': depth, **row})
 
 
 def _cut(config: Config[NetCut]) -> dict[str, Any]:
