@@ -119,8 +119,9 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def _rounds(result: Mapping[str, Any]) -> str:
-  said = '<p class="small">Accuracy of held-out images; FLOPs of those of the whole network.</p>'
-  return _table(decision.HEAD, decision.rounds(result), 'wide last-names') + said
+  said = 'Accuracy of held-out images; FLOPs as part of the whole network.'
+  rounds = _table(decision.HEAD, decision.rounds(result), 'wide last-names')
+  return f'{rounds}<p class="small">{said}</p>'
 
 
 def _table(
