@@ -1,12 +1,13 @@
 """NetCut, MLP 20×1000 on CIFAR-10.
 
 Paper: arXiv 2004.08172, 150 epochs, beta 0, .001, .01, .1.
-`--full` is that size, for an accelerator; the
-size for a CPU (2,000 images, 1 epoch) shows that all of it runs.
+`--full` is that size, for an accelerator; the one for
+a CPU (2,000 images, 1 epoch) shows that all of it runs.
 
   python -m experiments.netcut.mlp_cifar10 --full
 
-TFDS_DATA_DIR says where the data are; `--minutes 10` stops and goes on with the next call.
+TFDS_DATA_DIR says where the data are; `--minutes 10` stops and goes on with the next
+call.
 """
 
 import dataclasses

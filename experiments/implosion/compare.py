@@ -1,0 +1,119 @@
+"""Network Implosion beside its controls: the same network, depth, epochs and seeds.
+
+  priority   the paper's: trained, the units of smallest |w| erased, retrained, again
+  drop, greedy   the same with another importance
+  random     the same with units drawn by chance
+  scratch    the shape that `priority` ended with, trained from scratch for as many
+             epochs as all its stages together
+
+Every (seed, method) is one row; rows are written as they are done and a second call
+goes on where the first one ended. Decisions see held-out images only; the test images
+are read once per row.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from depthprune.config import Config
+from depthprune.options import Implosion
+from depthprune.training import checkpoint, recipe
+from depthprune.training.evaluate import evaluator
+from depthprune.training.method import plain
+from depthprune.training.stage import prepare, stage
+from experiments.pieces import Rows, arguments, within
+
+RESULTS = Path(__file__).parent / 'results'
+METHODS = ('priority', 'random', 'scratch')
+
+
+def main(
+  doc: str | None,
+  name: str,
+  full: Config[Implosion],
+  small: Mapping[str, Any],
+  methods: Sequence[str] = METHODS,
+) -> None:
+  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+
+  small: what differs from `full` in the size for a CPU.
+  """
+  given = arguments(doc)
+  name = f'{name}_full' if given.full else name
+  config = full if given.full else dataclasses.replace(full, **small)
+  config = dataclasses.replace(config, workdir=f'runs/implosion/{name}')
+  rows = Rows(RESULTS / f'{name}.json', config.to_json(), ('seed', 'method'))
+  with within(given.minutes):
+    for seed in range(3):
+      for method in methods:
+        if rows.missing(seed=seed, method=method):
+          row = _row(dataclasses.replace(config, seed=seed), method)
+          rows.add({'seed': seed, 'method': method, **row})
+      shutil.rmtree(config.path / f'priority-seed{seed}', ignore_errors=True)
+
+
+def _row(config: Config[Implosion], method: str) -> dict[str, Any]:
+  folder = config.path / f'{method}-seed{config.seed}'
+  kept = config.path / f'priority-seed{config.seed}'  # whose shape scratch has
+  if method == 'scratch':
+    row = _scratch(dataclasses.replace(config, workdir=str(folder)), kept / 'pruned')
+  else:
+    options: Any = dataclasses.replace(config.options, importance=method)
+    row = _erased(dataclasses.replace(config, options=options, workdir=str(folder)))
+  if folder != kept:
+    shutil.rmtree(folder)  # checkpoints of many networks
+  return row
+
+
+def _erased(config: Config[Implosion]) -> dict[str, Any]:
+  result = recipe.run(config)
+  return {
+    'accuracy': result['accuracy']['after'],
+    'accuracy_before': result['accuracy']['before'],
+    'held_out': result['held_out']['after'],
+    'units': [result['rounds'][0]['units'][0], result['rounds'][-1]['units'][1]],
+    'rounds': result['rounds'],
+    'epochs': _epochs(config, len(result['rounds'])),
+    **{k: result[k]['after'] for k in ('flops', 'params')},
+    **{f'{k}_full': result[k]['before'] for k in ('flops', 'params')},
+    'latency_ms': result['latency_ms'],
+    'wall_seconds': round(result['wall_seconds'], 1),
+  }
+
+
+def _scratch(config: Config[Implosion], shape: Path) -> dict[str, Any]:
+  started = time.monotonic()
+  pruned = checkpoint.load(shape)
+  job = prepare(config)
+  model = pruned.model
+  variables = jax.jit(model.init)(job.key('init'), job.example)
+  # No gates are trained, so none stay: the units are as the erased network has them.
+  variables = {k: v for k, v in variables.items() if k != 'branches'}
+  rounds = -(-_erasures(pruned.arch) // config.options.per_round)
+  epochs, peak = _epochs(config, rounds), config.learning_rate
+  state = stage(job, 'train', model, plain(), variables, epochs=epochs, peak=peak)
+  measure = evaluator(model, job.task)
+  accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
+  return {
+    'accuracy': accuracy(job.images.test),
+    'held_out': accuracy(job.images.held_out),
+    'epochs': epochs,
+    **{k: pruned.report[k]['after'] for k in ('flops', 'params')},
+    'wall_seconds': round(time.monotonic() - started, 1),
+  }
+
+
+def _epochs(config: Config[Implosion], rounds: int) -> int:
+  """Of all stages together."""
+  train, gates, finetune = config.epochs
+  return train + gates + rounds * finetune
+
+
+def _erasures(arch: Mapping[str, int]) -> int:
+  """Units that are gone, of a network without scanned stacks."""
+  return sum(1 for k, n in arch.items() if k.endswith('branch') and n == 0)
