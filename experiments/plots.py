@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from depthprune.report import decision, depth, style
 from experiments.found import files
+from experiments.implosion.table import by_importance
 
 Rows = Sequence[dict[str, Any]]
 
@@ -27,7 +28,8 @@ def figures() -> Iterator[tuple[Path, Figure]]:
     yield _beside(path, 'beta'), depth.against_beta(rows)
     yield _beside(path, 'importance'), depth.importance_map(histories(rows))
   for path, found in files('implosion', 'importance', 'erased').items():
-    chart = depth.erased_curve(one_shot(found['rows']), 'test accuracy')
+    curves = by_importance(found['rows'])
+    chart = depth.erased_curve({name: {'before': c} for name, c in curves.items()})
     yield _beside(path, 'erased'), chart
   for path, found in files('implosion', 'method', 'rounds').items():
     chart = depth.erased_curve(retrained(found['rows']), 'held-out accuracy')
@@ -49,15 +51,6 @@ def histories(rows: Rows) -> dict[str, tuple[list[dict], str]]:
     for row in sorted(rows, key=lambda row: row['beta'])
     if row['seed'] == seed
   }
-
-
-def one_shot(rows: Rows) -> depth.Curves:
-  """{importance: {'before': {erased: accuracies}}}: erased at once, not retrained."""
-  curves: dict[str, dict[str, dict[int, list[float]]]] = {}
-  for row in rows:
-    curve = curves.setdefault(row['importance'], {'before': {}})['before']
-    curve.setdefault(row['erased'], []).append(row['accuracy'])
-  return curves
 
 
 def retrained(rows: Rows) -> depth.Curves:

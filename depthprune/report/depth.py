@@ -98,7 +98,11 @@ def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
 
   curves: a colour for each series; where a series has both, what was measured right
     after erasing is dashed and what was measured after retraining is solid.
+
+  Raises: ValueError for more series than there are colours.
   """
+  if len(curves) > len(SERIES):
+    raise ValueError(f'expected at most {len(SERIES)} series, got {", ".join(curves)}')
   with styled():
     figure = Figure(figsize=(7.2, 3.4), layout='constrained')
     axes = figure.subplots()

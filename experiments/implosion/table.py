@@ -6,11 +6,13 @@ from typing import Any
 from experiments.found import files, link, percent, table
 
 COLUMNS = 8  # numbers of erased units that a table shows
-NAMES = {
-  'priority': 'priority',
-  'random': 'random erasure',
-  'scratch': 'same shape from scratch',
-}
+HEAD = (
+  *('', 'units', 'epochs', 'held out, last erasure', 'retrained', 'test accuracy'),
+  'seeds',
+)
+NAMES = {'random': 'random erasure', 'scratch': 'same shape from scratch'}
+
+Rows = list[dict[str, Any]]
 
 
 def one_shot() -> str:
@@ -27,44 +29,70 @@ def retrained() -> str:
   return '\n\n'.join(parts) or 'Network Implosion, erased and retrained: –'
 
 
+def by_importance(rows: Rows) -> dict[str, dict[int, list[float]]]:
+  """{importance: {erased: accuracies}} of one-shot rows; all begin uncut ('none').
+
+  A network that was cut as well as masked counts once, masked.
+  """
+  curves: dict[str, dict[int, list[float]]] = {}
+  for row in rows:
+    if not row.get('cut'):
+      curve = curves.setdefault(row['importance'], {})
+      curve.setdefault(row['erased'], []).append(row['accuracy'])
+  uncut = curves.pop('none', {})
+  return {importance: {**uncut, **curve} for importance, curve in curves.items()}
+
+
 def _one_shot(path: Path, found: dict[str, Any]) -> str:
-  rows = found['rows']
-  counts = sorted({row['erased'] for row in rows})
+  curves = by_importance(found['rows'])
+  counts = sorted({erased for curve in curves.values() for erased in curve})
   shown = counts[:: -(-len(counts) // COLUMNS)]
-  lines = []
-  for importance in dict.fromkeys(row['importance'] for row in rows):
-    of = [row for row in rows if row['importance'] == importance]
-    at = [[row['accuracy'] for row in of if row['erased'] == n] for n in shown]
-    lines.append([importance, *(percent(each) if each else '–' for each in at)])
+  at = lambda curve, n: percent(curve[n]) if n in curve else '–'
+  lines = [[name, *(at(curve, n) for n in shown)] for name, curve in curves.items()]
   return (
-    f'Network Implosion, {_what(found)}: test accuracy in % after erasing so many '
-    'residual units, batch statistics recalibrated, not retrained '
-    f'({link(path)}):\n\n' + table(['erased', *map(str, shown)], lines)
+    f'Network Implosion, {_what(found)}: accuracy in %, on test images that decide '
+    'nothing, after erasing so many residual units, batch statistics measured anew, '
+    f'not retrained{_cut(found["rows"])} ({link(path)}):\n\n'
+    + table(['erased', *map(str, shown)], lines)
+  )
+
+
+def _cut(rows: Rows) -> str:
+  """What the networks that were really cut score."""
+  return ''.join(
+    f'; {row["importance"]} with {row["erased"]} units cut out, '
+    f'not only masked: {100 * row["accuracy"]:.2f}'
+    for row in rows
+    if row.get('cut')
   )
 
 
 def _retrained(path: Path, found: dict[str, Any]) -> str:
   rows = found['rows']
-  lines = []
-  for method in dict.fromkeys(row['method'] for row in rows):
-    of = [row for row in rows if row['method'] == method]
-    before, after = of[0]['units']
-    erased = [row['rounds'][-1]['held_out'] for row in of if row.get('rounds')]
-    lines.append(
-      (
-        NAMES.get(method, method),
-        f'{before} → {after}' if before != after else f'{after}',
-        percent(last['recalibrated'] for last in erased) if erased else '–',
-        percent(last['after'] for last in erased) if erased else '–',
-        percent(row['accuracy'] for row in of),
-        str(len(of)),
-      )
-    )
-  head = ('', 'units', 'held out, last erasure', 'retrained', 'test accuracy', 'seeds')
+  methods = dict.fromkeys(row['method'] for row in rows)
+  lines = [
+    _line(method, [row for row in rows if row['method'] == method])
+    for method in methods
+  ]
+  uncut = [row['accuracy_before'] for row in rows if row['method'] == 'priority']
   return (
     f'Network Implosion, {_what(found)}: units erased and the rest retrained, in '
-    'rounds; accuracy in %, mean ± standard deviation '
-    f'({link(path)}):\n\n' + table(head, lines)
+    f'rounds; accuracy in %, mean ± standard deviation; uncut {percent(uncut)} '
+    f'({link(path)}):\n\n' + table(HEAD, lines)
+  )
+
+
+def _line(method: str, rows: Rows) -> tuple[str, ...]:
+  last = [row['rounds'][-1]['held_out'] for row in rows if 'rounds' in row]
+  held_out = lambda when: percent(at[when] for at in last) if last else '–'
+  return (
+    NAMES.get(method, method),
+    ' → '.join(map(str, rows[0].get('units', '–'))),
+    str(rows[0]['epochs']),
+    held_out('recalibrated'),
+    held_out('after'),
+    percent(row['accuracy'] for row in rows),
+    str(len(rows)),
   )
 
 

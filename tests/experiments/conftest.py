@@ -67,24 +67,28 @@ def netcut_file(results: Path) -> Path:
 @pytest.fixture
 def implosion_files(results: Path) -> tuple[Path, Path]:
   """(one-shot, full runs)"""
-  shots = [
+  shots: list[dict] = [{'importance': 'none', 'seed': 0, 'erased': 0, 'accuracy': 0.93}]
+  shots += [
     {'importance': name, 'seed': seed, 'erased': n, 'accuracy': 0.93 - n * slope}
     for name, slope, seeds in (('priority', 0.02, 1), ('random', 0.05, 2))
     for seed in range(seeds)
-    for n in range(13)
+    for n in range(1, 13)
   ]
-  runs = [
+  shots.append({**shots[12], 'accuracy': 0.68, 'cut': True})
+  runs: list[dict] = [
     {
       'method': method,
-      'seed': s,
+      'seed': seed,
+      'accuracy_before': 0.94,
       'accuracy': 0.93,
       'units': [9, 8],
-      'rounds': rounds(s),
+      'epochs': 30,
+      'rounds': rounds(seed),
     }
     for method in ('priority', 'random')
-    for s in (0, 1)
+    for seed in (0, 1)
   ]
-  runs.append({'method': 'scratch', 'seed': 0, 'accuracy': 0.9, 'units': [8, 8]})
+  runs.append({'method': 'scratch', 'seed': 0, 'accuracy': 0.9, 'epochs': 30})
   folder = results / 'implosion/results'
   return write(folder / 'oneshot.json', shots), write(folder / 'resnet20.json', runs)
 

@@ -1,6 +1,7 @@
 """The charts beside the result files."""
 
 from experiments import found, plots
+from experiments.implosion.table import by_importance
 
 
 def test_every_result_file_of_a_depth_method_has_its_charts(
@@ -33,9 +34,9 @@ def test_importance_is_that_of_the_first_seed_and_of_every_beta(netcut_file):
 
 def test_curves_gather_the_seeds_and_leave_out_the_control(implosion_files):
   shots, runs = (found.load(path)['rows'] for path in implosion_files)
-  curves = plots.one_shot(shots)
+  curves = by_importance(shots)
   assert list(curves) == ['priority', 'random']
-  assert len(curves['random']['before'][3]) == 2
+  assert [len(curve[n]) for curve in curves.values() for n in (0, 12)] == [1, 1, 1, 2]
   curves = plots.retrained(runs)
   assert list(curves) == ['priority', 'random']
   assert curves['priority']['after'] == {0: [0.93, 0.93], 1: [0.92, 0.93]}

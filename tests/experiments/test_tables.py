@@ -44,15 +44,18 @@ def test_one_shot_has_a_line_per_importance_and_few_columns(implosion_files):
   found_ = rows(one_shot())
   assert found_['erased'] == ['0', '2', '4', '6', '8', '10', '12']
   assert found_['priority'][:2] == ['93.00', '89.00']
-  assert found_['random'][:2] == ['93.00 ± 0.00', '83.00 ± 0.00']
+  assert found_['random'][:2] == ['93.00', '83.00 ± 0.00']
+  assert found_['priority'][-1] == '69.00'
+  assert 'priority with 12 units cut out, not only masked: 68.00 (' in one_shot()
 
 
 def test_retrained_stands_beside_its_controls(implosion_files):
   found_ = rows(retrained())
   assert found_['priority'] == [
-    *('9 → 8', '85.00 ± 0.00', '92.50 ± 0.71', '93.00 ± 0.00', '2'),
+    *('9 → 8', '30', '85.00 ± 0.00', '92.50 ± 0.71', '93.00 ± 0.00', '2'),
   ]
-  assert found_['same shape from scratch'] == ['8', '–', '–', '90.00', '1']
+  assert found_['same shape from scratch'] == ['–', '30', '–', '–', '90.00', '1']
+  assert 'uncut 94.00 ± 0.00 (' in retrained()
   assert 'random erasure' in found_
 
 

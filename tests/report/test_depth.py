@@ -118,6 +118,11 @@ def test_erased_curves_of_one_kind_are_solid_and_named():
   assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
 
 
+def test_a_series_without_a_colour_is_refused():
+  with pytest.raises(ValueError, match='at most 4 series, got 0, 1, 2, 3, 4'):
+    depth.erased_curve({str(i): {'before': {0: [0.9]}} for i in range(5)})
+
+
 def row(beta: float, seed: int, kept: int) -> dict:
   return {
     'seed': seed,
