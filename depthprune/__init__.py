@@ -19,11 +19,14 @@ from depthprune.training.checkpoint import CheckpointError as CheckpointError
 from depthprune.training.checkpoint import load as load
 from depthprune.training.checkpoint import save as save
 from depthprune.training.distill import distill as distill
+from depthprune.training.judge import judge as judge
 from depthprune.training.method import CutRefused as CutRefused
 from depthprune.training.method import Method as Method
 from depthprune.training.method import optimizer as optimizer
 from depthprune.training.penalties import add_penalty as add_penalty
 from depthprune.training.penalties import spare_closed as spare_closed
 from depthprune.training.recalibrate import recalibrate as recalibrate
+from depthprune.training.tasks import classification as classification
 from depthprune.training.train import fit as fit
+from depthprune.training.train import init_state as init_state
 from depthprune.training.train import make_step as make_step
