@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import LAYOUT, SUMS
@@ -43,7 +45,9 @@ def fold(view: View, variables: Any, open_: Mapping[str, np.ndarray]) -> Any:
     for v in found:
       leaf = leaves[names[v]]
       factor = np.reshape(value, np.shape(value) + (1,) * (leaf.ndim - np.ndim(value)))
-      leaves[names[v]] = leaf * factor.astype(leaf.dtype)
+      if not isinstance(leaf, Tracer):  # on the host, where nothing is compiled
+        leaf = np.asarray(leaf)
+      leaves[names[v]] = jnp.asarray(leaf * factor.astype(leaf.dtype))
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
 
 
