@@ -50,7 +50,8 @@ class Config(Generic[O]):
   """digits (comes with scikit-learn), or a TFDS image set found in $TFDS_DATA_DIR."""
 
   pretrained: Annotated[str | None, FRESH] = None
-  """Weights to start from: .npz or .safetensors of a ResNet, with torch's names."""
+  """Weights to start from: .npz or .safetensors of a ResNet, with torch's names. Where
+  FILE.json beside them has a normalisation, images get that."""
 
   seed: int = 0
   """Of the initial weights, the order of the images, the augmentation."""
@@ -59,7 +60,7 @@ class Config(Generic[O]):
   """Images in a training step."""
 
   train_epochs: Annotated[int | None, BY_DATA] = None
-  """Passes over the images before anything is pruned."""
+  """Passes over the images before anything is pruned; none if pretrained."""
 
   gate_epochs: Annotated[int | None, BY_DATA] = None
   """Passes while the weights and what the method learns are trained together."""
@@ -112,6 +113,11 @@ class Config(Generic[O]):
     for name in ('weight_decay', 'checkpoint_every_s'):
       finite(self, name, positive=False)
     finite(self, 'learning_rate', positive=True)
+    if self.options.heads and self.train_epochs:
+      raise ConfigError(
+        f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; heads '
+        'and network are trained together, for gate_epochs'
+      )
 
   @property
   def method(self) -> str:
@@ -123,6 +129,8 @@ class Config(Generic[O]):
     """Passes per stage, with the data set's defaults where none were asked for."""
     by_data = self.options.epochs
     defaults = by_data.get(self.data, by_data[''])
+    if self.pretrained is not None:
+      defaults = defaults._replace(train=0)
     asked = (self.train_epochs, self.gate_epochs, self.finetune_epochs)
     return Epochs(
       *(d if a is None else a for a, d in zip(asked, defaults, strict=True))

@@ -140,7 +140,7 @@ class NetCut:
   round_to: ClassVar[int] = 1
   peaks: ClassVar[tuple[float, float]] = (1.0, 1.0)
   epochs: ClassVar[dict[str, Epochs]] = {
-    'digits': Epochs(train=0, gates=60, finetune=0),
+    'digits': Epochs(train=0, gates=200, finetune=0),
     'fashion_mnist': Epochs(train=0, gates=20, finetune=0),
     '': Epochs(train=0, gates=150, finetune=0),
   }
@@ -151,6 +151,10 @@ class NetCut:
     for name in ('beta', 'gamma', 'tolerance'):
       finite(self, name, positive=False)
     finite(self, 'importance_learning_rate', positive=True)
+    if self.gamma and self.aggregate != 'log':
+      raise ConfigError(
+        f'gamma: expected 0 for aggregate {self.aggregate!r}, got {self.gamma:g}'
+      )
 
   @property
   def label(self) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from depthprune.training import record, results
+from depthprune.training.keeper import same_config
 
 
-class TimeIsUp(Exception):
+class TimeIsUp(BaseException):
   """Raised wherever the program is when its minutes are over."""
 
 
@@ -59,9 +60,15 @@ class Rows:
   """The rows of one result file: those that are there, and new ones as they come."""
 
   def __init__(self, path: Path, config: Any, keys: tuple[str, ...]):
-    """`keys`: the entries of a row that say which one it is."""
+    """`keys`: the entries of a row that say which one it is.
+
+    Raises: CheckpointError where the file has rows of another config.
+    """
     self.path, self.keys = path, keys
-    self.rows = json.loads(path.read_text())['rows'] if path.is_file() else []
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found:
+      same_config(found['config'], config, str(path))
+    self.rows = found.get('rows', [])
     self.header = {
       'config': config,
       'command': record.command(),

@@ -9,7 +9,7 @@ import pytest
 
 from depthprune.models import build, names
 from depthprune.models.convnet import ConvNet
-from depthprune.models.heads import Head, WithHeads
+from depthprune.models.heads import Head, WithHeads, every_tap
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
 from depthprune.models.vgg import VGG
@@ -131,6 +131,39 @@ def test_the_clone_is_the_same_program(cut, train):
     for fn in (pruned.apply, runnable(pruned.model))
   )
   assert ours == native and len(ours) > 5
+
+
+DEPTHS = [  # trunk, its image, {exit that is kept: parameters}
+  pytest.param(ResNet(depth=14, width=4), 8, {2: 774, 4: 2894, 6: 11_166}, id='small'),
+  pytest.param(
+    build('resnet110'), 32, {18: 84_730, 36: 414_362, 54: 1_727_962}, id='resnet110',
+    marks=pytest.mark.slow,
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('trunk', 'size', 'depths'), DEPTHS)
+def test_a_network_cut_at_a_depth_is_one_built_to_that_depth(trunk, size, depths):
+  """By NetCut's surgery and from scratch: one program, the same arrays."""
+  model, x = every_tap(trunk), zoo.image(2, size)
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), x))
+  coupling = couple(model, variables, x)
+  for depth, expected in depths.items():
+    kept = model.exits[depth - 1]
+    keep = {'exits': {name: name == kept for name in model.exits}}
+    pruned = prune(model, variables, keep, x, coupling=coupling)
+    dropped = {f'exit/{name}': 0 for name in ('main', *model.exits) if name != kept}
+    built = every_tap(trunk).clone(arch=dropped)
+    fresh = jax.eval_shape(built.init, jax.random.key(0), x)['params']
+    left = pruned.variables['params']
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, left)
+    assert sum(a.size for a in jax.tree.leaves(left)) == expected
+    assert pruned.report['params']['after'] == expected
+    assert pruned.report['notes'] == []
+    small, native = (
+      canonical(fn, pruned.variables, x) for fn in (pruned.apply, runnable(built))
+    )
+    assert small == native and len(small) > 10 * depth
 
 
 # ---- programs as text ----------------------------------------------------------------

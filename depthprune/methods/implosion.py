@@ -159,6 +159,7 @@ def configured(
   del steps, scores
   options: Any = config.options
   before = units_of(whole)
+  _named_once(options, before)
   named = {u.name for u in _erasable(before, options.units)} & {
     u.name for u in units_of(coupling)
   }
@@ -170,6 +171,17 @@ def configured(
     sorted(named) if options.units else None,
     config.seed,
   )
+
+
+def _named_once(options: Any, present: Sequence[Unit]) -> None:
+  """Raises ValueError where layers of a stack are named and more than one round cuts."""
+  layers = [u.name for u in present if u.name in options.units and u.layer is not None]
+  excess = len(present) - (options.depth or _three_quarters(present))
+  if layers and excess > options.per_round:
+    raise ValueError(
+      f'units: {layers[0]} is a layer of a stack, which every cut numbers anew: erase '
+      f'all of them in one round (--per-round {excess}), or leave scan off'
+    )
 
 
 def _three_quarters(present: Sequence[Unit]) -> int:

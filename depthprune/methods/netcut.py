@@ -22,8 +22,10 @@ single head. That is not so of the two other aggregates, given for comparison: `
 is s = log sum_k w_k p_k, and `geometric` normalises s, which is gamma = 1.
 """
 
+import json
 from collections.abc import Callable, Mapping
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,9 @@ from depthprune.config import Config
 from depthprune.inference import latency
 from depthprune.program import cost as costs
 from depthprune.program.couple import Coupling
+from depthprune.training import record
 from depthprune.training.method import CutRefused, Method, Tree, apart
-from depthprune.training.tasks import mean
+from depthprune.training.tasks import Task, mean
 
 Aggregate = Literal['log', 'linear', 'geometric']
 Cost = Literal['index', 'flops', 'params', 'milliseconds']
@@ -65,29 +68,13 @@ def netcut(
     negative, not finite, or of another shape. `decide` raises CutRefused.
   """
   exits = coupling.exits
-  if len(exits) < 2:
-    raise ValueError(
-      f'netcut: expected a network with two or more exits, got {len(exits)}; '
-      'models.heads.every_tap(model) puts a head on every layer'
-    )
-  _not_negative('beta', beta)
-  _not_negative('gamma', gamma)
-  if aggregate != 'log' and gamma:
-    raise ValueError(f"netcut: gamma is for aggregate='log', got {aggregate!r}")
+  _check(exits, beta, aggregate, gamma)
   c = cost_of_exits(coupling, cost) if isinstance(cost, str) else np.asarray(cost)
   if c.shape != (len(exits),):
     raise ValueError(f'netcut: cost has shape {c.shape}, expected ({len(exits)},)')
   _not_negative('cost', c)
   importance = lambda theta: jax.nn.softmax(theta['importance'])
-
-  def answer(task, outputs, theta):
-    w = importance(theta)
-    log_p = jnp.stack([task.log_probs(outputs[e]) for e in exits])
-    if aggregate == 'linear':
-      log_w = jax.nn.log_softmax(theta['importance'])
-      log_w = jnp.expand_dims(log_w, range(1, log_p.ndim))
-      return jax.nn.logsumexp(log_w + log_p, axis=0)
-    return jnp.tensordot(w, log_p, 1)
+  answer = partial(_mixture, exits, aggregate)
 
   def objective(task, outputs, batch, theta, step):
     del step
@@ -104,9 +91,10 @@ def netcut(
     del stats
     kept = exits[int(np.argmax(theta['importance']))]
     keep = {'exits': {name: name == kept for name in exits}}
-    _worth_it(kept, evaluate, keep, tolerance, force)
+    _worth_it(report(theta), kept, evaluate, keep, tolerance, force)
     return keep
 
+  report = lambda theta: _said(exits, importance(theta), c)
   return Method(
     objective=objective,
     decide=decide,
@@ -114,8 +102,36 @@ def netcut(
     init=lambda gates, outputs: {'importance': jnp.zeros(len(exits), jnp.float32)},
     transform=lambda tx: apart(tx, optax.adam(importance_lr)),
     answer=answer,
-    report=lambda theta: _said(exits, importance(theta)),
+    report=report,
   )
+
+
+def _check(exits: tuple[str, ...], beta, aggregate: str, gamma) -> None:
+  if len(exits) < 2:
+    raise ValueError(
+      f'netcut: expected a network with two or more exits, got {len(exits)}; '
+      'models.heads.every_tap(model) puts a head on every layer, or at the end of '
+      'every scanned segment'
+    )
+  if aggregate not in get_args(Aggregate):
+    expected = ', '.join(get_args(Aggregate))
+    raise ValueError(f'netcut: aggregate={aggregate!r}: expected one of {expected}')
+  _not_negative('beta', beta)
+  _not_negative('gamma', gamma)
+  if aggregate != 'log' and gamma:
+    raise ValueError(
+      f"netcut: gamma is for aggregate='log', got {aggregate!r}: leave gamma at 0"
+    )
+
+
+def _mixture(exits, aggregate: str, task: Task, outputs: Tree, theta: Tree):
+  """s, the network's answer."""
+  log_p = jnp.stack([task.log_probs(outputs[e]) for e in exits])
+  if aggregate == 'linear':
+    log_w = jax.nn.log_softmax(theta['importance'])
+    log_w = jnp.expand_dims(log_w, range(1, log_p.ndim))
+    return jax.nn.logsumexp(log_w + log_p, axis=0)
+  return jnp.tensordot(jax.nn.softmax(theta['importance']), log_p, 1)
 
 
 def cost_of_exits(coupling: Coupling, of: Cost) -> np.ndarray:
@@ -125,6 +141,8 @@ def cost_of_exits(coupling: Coupling, of: Cost) -> np.ndarray:
     this device, the medians of interleaved calls with BATCH images.
   """
   exits = coupling.exits
+  if of not in get_args(Cost):
+    raise ValueError(f'cost={of!r}: expected one of {", ".join(get_args(Cost))}')
   if of == 'index':
     return np.arange(1.0, len(exits) + 1)
   if of == 'milliseconds':
@@ -139,36 +157,51 @@ def cost_of_exits(coupling: Coupling, of: Cost) -> np.ndarray:
 def configured(
   config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
 ) -> Method:
-  """The method as a run describes it."""
+  """The method as a run describes it.
+
+  Milliseconds are measured once and kept in the run's folder: a run that is resumed
+  goes on with the costs that it began with.
+  """
   del steps, scores, whole
-  o = config.options
+  o, known = config.options, config.path / 'costs.json'
+  if o.cost == 'milliseconds' and known.is_file():
+    c = np.array(json.loads(known.read_text())[o.cost])
+  else:
+    c = cost_of_exits(coupling, o.cost)
+  if o.cost == 'milliseconds':
+    record.write(known, {o.cost: c.tolist()})
   return netcut(
     coupling,
     o.beta,
     o.aggregate,
     o.gamma,
-    o.cost,
+    c,
     o.tolerance,
     o.force,
     o.importance_learning_rate,
   )
 
 
-def _said(exits: tuple[str, ...], w: jax.Array) -> Tree:
-  """Importance by exit, its maximum, and its entropy as a share of the possible."""
+def _said(exits: tuple[str, ...], w: jax.Array, c: np.ndarray) -> Tree:
+  """Importance and cost by exit; the maximum; entropy as a share of the possible."""
   entropy = -jnp.sum(w * jnp.log(jnp.maximum(w, 1e-30))) / np.log(len(exits))
-  by_exit = {name: w[k] for k, name in enumerate(exits)}
-  return {'importance': by_exit, 'max_importance': w.max(), 'entropy': entropy}
+  return {
+    'importance': {name: w[k] for k, name in enumerate(exits)},
+    'cost': {name: jnp.float32(c[k]) for k, name in enumerate(exits)},
+    'max_importance': w.max(),
+    'entropy': entropy,
+  }
 
 
-def _worth_it(kept: str, evaluate, keep: Tree, tolerance: float, force: bool) -> None:
+def _worth_it(said: Tree, kept: str, evaluate, keep: Tree, tolerance, force) -> None:
   """Raises CutRefused where held-out accuracy falls by more than the tolerance."""
   before, after = (100 * evaluate(k)['accuracy'] for k in ({}, keep))
   if before - after > tolerance and not force:
     raise CutRefused(
-      f'netcut: cut at {kept}, held-out accuracy falls from {before:.2f} to '
-      f'{after:.2f} %, by more than {tolerance:g} points: train longer, use '
-      "aggregate='log', or force the cut"
+      f'netcut: cut at {kept} (importance {said["max_importance"]:.2f}, entropy '
+      f'{said["entropy"]:.2f} of the possible), held-out accuracy falls from '
+      f'{before:.2f} to {after:.2f} %, by more than {tolerance:g} points: train '
+      "longer, use aggregate='log', or cut anyway: force=True (--force)"
     )
 
 

@@ -95,7 +95,7 @@ def pooled(x: jax.Array, pool: Pool) -> jax.Array:
     return x.mean(axis=positions)
   if pool == 'max':
     return x.max(axis=positions)
-  if pool == 'cls':
+  if pool == 'cls' and x.ndim == 3:
     return x[:, 0]
   if pool == 'grid4' and x.ndim == 4:
     # Cells overlap where 4 does not divide the size; smaller images stay as they are.

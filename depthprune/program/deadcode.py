@@ -81,7 +81,7 @@ def _trimmed_scan(e: jx.Equation, needed: Collection[jx.Value]) -> jx.Equation:
     jx.Program(body.inputs, body.constants, body.equations, tuple(outputs))
   )
   read = {*body.outputs, *(v for inner in body.equations for v in inner.inputs)}
-  if read.isdisjoint(scanned) and e.params['length'] > 1:
+  if scanned and read.isdisjoint(scanned) and e.params['length'] > 1:
     return e  # what it scans over says how many turns are left
   read.update(carry)
   inputs = (o if v in read else nothing(o) for v, o in zip(body.inputs, e.inputs))

@@ -45,7 +45,7 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
       rows.append(_accuracy(f'accuracy, {name}', accuracy))
   for name, key in ((FLOPS, 'flops'), ('parameters', 'params')):
     rows.append(_cost(name, result[key]))
-  peak = result.get('report', {}).get('peak_bytes')
+  peak = result.get('peak_bytes') or result.get('report', {}).get('peak_bytes')
   if peak:
     rows.append(_cost('peak activation bytes', peak))
   for batch, measured in result.get('latency_ms', {}).items():
@@ -89,6 +89,8 @@ def said(result: Mapping[str, Any]) -> list[str]:
 def verified(result: Mapping[str, Any]) -> str:
   """How far the small network was from the masked one, in words."""
   verify = result.get('verify') or result.get('report', {}).get('verify')
+  rounds = [each['verify'] for each in result.get('rounds', []) if 'verify' in each]
+  verify = max(rounds, key=lambda found: found['difference'], default=verify)
   if not verify:
     return 'the small network was not compared with the masked one'
   text = (
@@ -122,6 +124,8 @@ def removed(result: Mapping[str, Any]) -> list[str]:
 def notes(result: Mapping[str, Any]) -> list[str]:
   """Everything the run has to say about itself: surgery and timing."""
   found = list(result.get('report', {}).get('notes', []))
+  for each in result.get('rounds', []):
+    found += each.get('notes', [])
   for measured in result.get('latency_ms', {}).values():
     found += measured.get('notes', [])
   return list(dict.fromkeys(found))

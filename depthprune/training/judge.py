@@ -196,7 +196,10 @@ def _answers(exits: tuple[str, ...], keeps: Mapping, n: int) -> list[str]:
   if unknown:
     raise KeyError(f'keep: no exit {unknown[0]!r}; there are: {", ".join(exits)}')
   kept = {name: np.asarray(keeps.get(name, [True] * n), bool) for name in exits}
-  answers = [max((e for e in exits if kept[e][i]), default='') for i in range(n)]
+  order = sorted(exits, key=lambda name: (name == 'main', name))
+  answers = [
+    max((e for e in order if kept[e][i]), default='', key=order.index) for i in range(n)
+  ]
   if '' in answers:
     raise ValueError(f'keep drops every exit ({", ".join(exits)}): keep at least one')
   return answers if keeps else []

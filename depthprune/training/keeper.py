@@ -102,5 +102,6 @@ def same_config(stored: Mapping, config: Mapping, where: str) -> None:
   if differing:
     raise CheckpointError(
       f'{where}: belongs to a run of another config: {", ".join(differing)}. Choose '
-      'another directory, or the config it was made with'
+      'another directory (--workdir), the config it was made with, or start anew '
+      '(--no-resume)'
     )

@@ -34,15 +34,15 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   network(config, classes=1)  # an unknown name is found before the data
   job = prepare(config, show)
   model = network(config, job.images.classes)
-  record.write(
-    job.folder / 'config.json',
-    {'config': config.to_json(), **results.surroundings(), 'command': record.command()},
-  )
   build = partial(methods.build, config)
   variables = start(job, model)
   # Before any training: a target below what can be reached is found now, not later.
   coupling = couple(model, variables, job.example)
   build(coupling, 1, {}, coupling)
+  record.write(
+    job.folder / 'config.json',
+    {'config': config.to_json(), **results.surroundings(), 'command': record.command()},
+  )
   if config.epochs.train:
     peak, epochs = config.learning_rate, config.epochs.train
     state = stage(job, 'train', model, plain(), variables, epochs=epochs, peak=peak)

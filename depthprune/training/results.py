@@ -56,6 +56,7 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     'held_out': accuracy(job.images.held_out),
     'flops': cost('flops'),
     'params': cost('params'),
+    'peak_bytes': cost('peak_bytes'),
     **_times(job, model, small),
     'verify': reports[-1]['verify'],
     'widths': _widths(reports),
@@ -75,6 +76,8 @@ def _told(found: 'Round') -> dict[str, Any]:
     'exits': kept,
     'learned': found.learned,
     **{key: found.report[key] for key in keys},
+    'verify': found.report['verify'],
+    'notes': found.report['notes'],
     'held_out': found.held_out,
   }
 

@@ -9,22 +9,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from depthprune.config import Config
 from depthprune.program.couple import Coupling, couple
-from depthprune.program.plug import with_branches
 from depthprune.program.units import units
 from depthprune.surgery.cut import Pruned, prune
 from depthprune.surgery.oneshot import rank
 from depthprune.training import data, record
+from depthprune.training.branches import carried, opened, trained
 from depthprune.training.distill import distill
 from depthprune.training.evaluate import evaluator
 from depthprune.training.judge import Judge, judge
-from depthprune.training.method import Method, Tree, main, plain
+from depthprune.training.method import Method, Tree, as_dict, main, plain
 from depthprune.training.recalibrate import COLLECTION, recalibrate
 from depthprune.training.stage import Job, Teacher, stage
-from depthprune.training.step import State, apply_of, branches_of
+from depthprune.training.step import State, apply_of, branches_of, gated
 
 RECALIBRATION = 50  # batches, at most
 JUDGING = 4  # batches that each candidate of a decision is recalibrated on
@@ -70,6 +70,18 @@ class Shrunk(NamedTuple):
   rounds: tuple[Round, ...]
 
 
+class _Done(NamedTuple):
+  """What one round leaves: `model` runs `fresh`, the recalibrated small variables."""
+
+  coupling: Coupling
+  method: Method
+  state: State
+  pruned: Pruned
+  model: Any
+  fresh: Tree
+  found: Round
+
+
 def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   """Fits, decides, prunes and recalibrates, once or more, and fits what is left.
 
@@ -78,46 +90,60 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     build: the method for a coupling; it is asked again in every round. The branch gates
       that it trains go on from round to round and are folded in at the last cut.
   """
-  teacher = Teacher(apply_of(model), variables) if job.config.distill else None
-  rounds: list[Round] = []
-  whole = method = full = None
-  while method is None or method.rounds > 1:
-    coupling = couple(model, variables, job.example)
-    full = full or coupling
-    epochs = job.config.epochs.finetune if rounds else job.config.epochs.gates
-    scores = rank(coupling, variables, 'l1')
-    method = build(coupling, job.steps(epochs), scores, full)
-    tag = f'-{len(rounds) + 1}' if rounds or method.rounds > 1 else ''
-    state = _fit(
-      job, f'gates{tag}', model, method, variables, epochs, coupling, teacher
-    )
-    whole = whole or _whole(job, variables, method, state)
-    evaluate = _judge(job, model, method, state, coupling)
-    keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
-    pruned, variables = _cut(job, model, method, state, keep, coupling)
-    model, cut = pruned.model if pruned.arch else pruned.apply, variables
-    variables = _recalibrated(job, model, cut)
-    held_out = evaluator(model, job.task)
-    accuracy = {
-      'before': evaluate({})['accuracy'],
-      'pruned': held_out(cut, job.held_out())['accuracy'],
-      'recalibrated': held_out(variables, job.held_out())['accuracy'],
-    }
-    rounds.append(_round(method, state, coupling, pruned, accuracy))
-  epochs, fresh = job.config.epochs.finetune, variables
-  variables = _fit(
-    job, 'finetune', model, plain(), fresh, epochs, None, teacher
-  ).variables
-  last = evaluator(model, job.task)(variables, job.held_out())['accuracy']
-  afters = [*(r.held_out['before'] for r in rounds[1:]), last]
-  for cut_, after in zip(rounds, afters, strict=True):
-    cut_.held_out['after'] = after
-  return Shrunk(*whole, pruned, model, fresh, variables, tuple(rounds))
+  # What was not trained before has nothing to teach before the first cut.
+  distills, given = job.config.distill, _is_trained(job.config)
+  teacher = Teacher(apply_of(model), variables) if distills and given else None
+  last = _round(job, model, variables, build, teacher, ())
+  whole, answer = (variables, main) if given else _answering(job, last)
+  if distills and not given:
+    apply = gated(model)
+    says = lambda v, *inputs, **mode: answer(as_dict(apply(v, {}, *inputs, **mode)))
+    teacher = Teacher(says, whole)
+  done = [last]
+  while last.method.rounds > 1:
+    last = _round(job, last.model, last.fresh, build, teacher, done)
+    done.append(last)
+  epochs = job.config.epochs.finetune
+  state = _fit(job, 'finetune', last.model, plain(), last.fresh, epochs, teacher)
+  accuracy = evaluator(last.model, job.task)(state.variables, job.held_out())
+  found = [each.found for each in done]
+  # What a round was worth once retrained is seen before the next one cuts.
+  afters = [*(each.held_out['before'] for each in found[1:]), accuracy['accuracy']]
+  for each, after in zip(found, afters, strict=True):
+    each.held_out['after'] = after
+  last = done[-1]
+  return Shrunk(
+    whole, answer, last.pruned, last.model, last.fresh, state.variables, tuple(found)
+  )
+
+
+def _round(job: Job, model, variables, build: Build, teacher, before) -> _Done:
+  """Fits with the method, decides on held-out data, cuts, recalibrates."""
+  coupling = couple(model, variables, job.example)
+  epochs = job.config.epochs.finetune if before else job.config.epochs.gates
+  full = before[0].coupling if before else coupling
+  scores = rank(coupling, variables, 'l1')
+  method = build(coupling, job.steps(epochs), scores, full)
+  name = f'gates-{len(before) + 1}' if before or method.rounds > 1 else 'gates'
+  state = _fit(job, name, model, method, variables, epochs, teacher, coupling)
+  evaluate = _judge(job, model, method, state, coupling)
+  keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
+  pruned, cut = _cut(job, model, method, state, keep, coupling)
+  model = pruned.model if pruned.arch else pruned.apply
+  fresh = _recalibrated(job, model, cut) if _touched(pruned.keep) else cut
+  held_out = evaluator(model, job.task)
+  accuracy = {
+    'before': evaluate({})['accuracy'],
+    'pruned': held_out(cut, job.held_out())['accuracy'],
+    'recalibrated': held_out(fresh, job.held_out())['accuracy'],
+  }
+  found = _told(method, state, coupling, pruned, accuracy)
+  return _Done(coupling, method, state, pruned, model, fresh, found)
 
 
 def _fit(
-  job: Job, name: str, model, method: Method, variables, epochs, coupling, teacher
-):
+  job: Job, name, model, method: Method, variables, epochs, teacher, coupling=None
+) -> State:
   """A stage that starts from a trained network: as the method sets the rate's peak."""
   first, later = job.config.options.peaks
   peak = later if name == 'finetune' else first
@@ -134,14 +160,17 @@ def _fit(
   )
 
 
-def _whole(job: Job, variables: Tree, method: Method, state: State):
-  """The uncut network: as it was given if it had been trained, else as it is now."""
-  config = job.config
-  if config.epochs.train or (config.pretrained and not config.options.heads):
-    return variables, main
-  theta = state.theta
-  trained = _with_trained(method, state)
-  return trained, lambda outputs: method.answer(job.task, outputs, theta)
+def _is_trained(config: Config) -> bool:
+  """Whether the network is trained when the rounds begin."""
+  return bool(config.epochs.train or (config.pretrained and not config.options.heads))
+
+
+def _answering(job: Job, first: _Done) -> tuple[Tree, Callable]:
+  """The uncut network as the method trained it: its variables, and what it says."""
+  method, state = first.method, first.state
+  return trained(method, state), lambda outputs: method.answer(
+    job.task, outputs, state.theta
+  )
 
 
 def _judge(job: Job, model, method: Method, state: State, coupling) -> Judge:
@@ -153,21 +182,12 @@ def _judge(job: Job, model, method: Method, state: State, coupling) -> Judge:
   )
 
 
-def _with_trained(method: Method, state: State, ones: bool = False) -> Tree:
-  """The state's variables with the branch gates that were trained, or with ones."""
-  gates = method.forward(state.theta, jax.random.key(0), state.step)
-  branches = {**branches_of(state.variables), **gates.get('branches', {})}
-  if ones:
-    branches = jax.tree.map(jnp.ones_like, branches)
-  return with_branches(state.variables, branches) if branches else state.variables
-
-
 def _cut(job: Job, model, method: Method, state: State, keep, coupling):
   """(what surgery returns, the small variables, with branch gates if not the last)."""
   last = method.rounds <= 1
   pruned = prune(
     model,
-    _with_trained(method, state, ones=not last),
+    trained(method, state) if last else opened(state.variables),
     keep,
     job.example,
     round_to=job.config.options.round_to,
@@ -181,28 +201,13 @@ def _cut(job: Job, model, method: Method, state: State, keep, coupling):
     )
   if last:
     return pruned, pruned.variables
-  return pruned, _carried(
-    pruned, branches_of(_with_trained(method, state)), job.example
-  )
+  gates = branches_of(trained(method, state))
+  return pruned, carried(pruned, gates, job.example)
 
 
-def _carried(pruned: Pruned, gates: Mapping, example: jax.Array) -> Tree:
-  """The small variables with the branch gates that are left, as they were trained."""
-  if not pruned.arch:
-    return pruned.variables
-  shapes = jax.eval_shape(pruned.model.init, jax.random.key(0), example)
-  ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes.get('branches', {}))
-  if not ones:
-    return pruned.variables
-  variables = {**pruned.variables, 'branches': ones}
-  left = {
-    path: gates[path][pruned.keep['branches'][path]] if one.ndim else gates[path]
-    for path, one in branches_of(variables).items()
-  }
-  return with_branches(variables, left)
-
-
-def _round(method: Method, state: State, coupling: Coupling, pruned: Pruned, accuracy):
+def _told(
+  method: Method, state: State, coupling: Coupling, pruned: Pruned, accuracy
+) -> Round:
   present, kept = units(coupling), pruned.keep['branches']
   dead = coupling.decision(pruned.keep).dead
   closed = lambda u, b: not np.ravel(kept[b])[u.layer or 0] or f'branches/{b}' in dead
@@ -210,6 +215,13 @@ def _round(method: Method, state: State, coupling: Coupling, pruned: Pruned, acc
   sizes = (len(present), len(present) - len(erased))
   learned = record.plain(method.report(state.theta))
   return Round(pruned.report, learned, sizes, erased, accuracy)
+
+
+def _touched(keep: Mapping) -> bool:
+  """Whether anything is closed within what is left, so that statistics change."""
+  return not all(
+    np.all(k) for part in ('channels', 'branches') for k in keep[part].values()
+  )
 
 
 def _moved(gates: Mapping, keep: Mapping) -> int:
@@ -220,7 +232,7 @@ def _moved(gates: Mapping, keep: Mapping) -> int:
 
 
 def _recalibrated(job: Job, model: Any, variables: Tree) -> Tree:
-  """Fresh statistics from one epoch of augmented images, where there are any."""
+  """Fresh statistics from augmented images, where there are any."""
   if not jax.tree.leaves(variables.get(COLLECTION, {})):
     return variables
   batch_at = job.batch_at('recalibrate').stepwise()

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from depthprune.training.step import State, init_state, make_step
 from depthprune.training.train import Row, fit
 
 LINES = 50  # of history that a stage writes
-UNRELATED = ('workdir', 'resume', 'checkpoint_every_s')  # the result does not depend on
+# What training does not depend on, of a run's config and of any method's options.
+UNRELATED = ('workdir', 'resume', 'checkpoint_every_s', 'tolerance', 'force')
 
 
 class Job(NamedTuple):
@@ -68,8 +69,14 @@ class Job(NamedTuple):
     return data.batches(split, self.config.batch, self.images.normalisation)
 
   def relevant(self) -> dict[str, Any]:
-    """The part of the config that decides about the result."""
-    return {k: v for k, v in self.config.to_json().items() if k not in UNRELATED}
+    """The part of the config that training depends on."""
+    return relevant(self.config.to_json())
+
+
+def relevant(values: Mapping[str, Any]) -> dict[str, Any]:
+  """`Config.to_json()` without what training does not depend on."""
+  rest = {k: v for k, v in values.items() if k not in UNRELATED}
+  return {k: relevant(v) if isinstance(v, Mapping) else v for k, v in rest.items()}
 
 
 def prepare(config: Config, show: bool = True) -> Job:
@@ -91,10 +98,9 @@ def prepare(config: Config, show: bool = True) -> Job:
     return job
   if config.resume:
     stored = json.loads(before.read_text())['config']
-    unrelated = dict.fromkeys(UNRELATED)
-    same_config({**stored, **unrelated}, {**config.to_json(), **unrelated}, str(folder))
+    same_config(relevant(stored), job.relevant(), str(folder))
   else:
-    for name in ('history.jsonl', 'gates.jsonl', 'result.json'):
+    for name in ('history.jsonl', 'gates.jsonl', 'costs.json', 'result.json'):
       (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
   return job

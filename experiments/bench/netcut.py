@@ -9,6 +9,7 @@ such a core (60,000 images; here 55,000, because 5,000 are held out to decide).
 
 import dataclasses
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,9 +27,8 @@ EPOCHS = 20
 if __name__ == '__main__':
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {0})
-  config = dataclasses.replace(
-    FULL, gate_epochs=EPOCHS, workdir='runs/bench/netcut', resume=False
-  )
+  folder = tempfile.mkdtemp()  # nothing to resume from
+  config = dataclasses.replace(FULL, gate_epochs=EPOCHS, workdir=folder)
   job = prepare(config)
   started = time.perf_counter()
   model = recipe.network(config, job.images.classes)
@@ -38,10 +38,10 @@ if __name__ == '__main__':
   peak = config.learning_rate
   state = stage(job, 'gates', model, method, variables, epochs=EPOCHS, peak=peak)
   trained = time.perf_counter()
-  say = lambda keep: dp.judge(model, method, job.task, state, list(keep))
-  judged = say(job.held_out())
+  on = lambda batches: dp.judge(model, method, job.task, state, list(batches))
+  judged = on(job.held_out())
   keep = method.decide(jax.device_get(state.theta), {}, judged)
-  tested = say(job.batches(job.images.test))
+  tested = on(job.batches(job.images.test))
   accuracy = {
     name: tested(k)['accuracy'] for name, k in (('before', {}), ('cut', keep))
   }

@@ -52,22 +52,20 @@ def main(
     for seed in range(3):
       for method in methods:
         if rows.missing(seed=seed, method=method):
-          row = _row(dataclasses.replace(config, seed=seed), method)
-          rows.add({'seed': seed, 'method': method, **row})
+          folder = config.path / f'{method}-seed{seed}'
+          run = dataclasses.replace(config, seed=seed, workdir=str(folder))
+          rows.add({'seed': seed, 'method': method, **_row(run, method)})
+          if method != 'priority':  # whose shape scratch has
+            shutil.rmtree(folder)  # checkpoints of many networks
       shutil.rmtree(config.path / f'priority-seed{seed}', ignore_errors=True)
 
 
 def _row(config: Config[Implosion], method: str) -> dict[str, Any]:
-  folder = config.path / f'{method}-seed{config.seed}'
-  kept = config.path / f'priority-seed{config.seed}'  # whose shape scratch has
   if method == 'scratch':
-    row = _scratch(dataclasses.replace(config, workdir=str(folder)), kept / 'pruned')
-  else:
-    options: Any = dataclasses.replace(config.options, importance=method)
-    row = _erased(dataclasses.replace(config, options=options, workdir=str(folder)))
-  if folder != kept:
-    shutil.rmtree(folder)  # checkpoints of many networks
-  return row
+    kept = config.path.parent / f'priority-seed{config.seed}'
+    return _scratch(config, kept / 'pruned')
+  options: Any = dataclasses.replace(config.options, importance=method)
+  return _erased(dataclasses.replace(config, options=options))
 
 
 def _erased(config: Config[Implosion]) -> dict[str, Any]:

@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import depthprune as dp
 from depthprune.config import Config
 from depthprune.methods.implosion import erasure, implosion
-from depthprune.models import pretrained
 from depthprune.options import Implosion
 from depthprune.program.couple import Coupling
 from depthprune.program.plug import with_branches
 from depthprune.program.units import Unit, closing, units
-from depthprune.training import data, recipe, record
+from depthprune.training import recipe, record
 from depthprune.training.evaluate import evaluate
 from depthprune.training.judge import Judge, judge
 from depthprune.training.method import Tree
@@ -88,9 +87,6 @@ def trained(config: Config[Implosion], sizes: Sizes) -> Network:
   """The network of all curves; trained once, then read from its checkpoint."""
   job = prepare(config)
   record.write(job.folder / 'config.json', {'config': config.to_json()})
-  by = pretrained.normalisation(config.pretrained or '')
-  by = data.Normalisation(*by) if by else job.images.normalisation
-  job = job._replace(images=job.images._replace(normalisation=by))
   model = recipe.network(config, job.images.classes)
   variables = recipe.start(job, model)
   coupling = dp.couple(model, variables, job.example)

@@ -14,13 +14,18 @@ import dataclasses
 
 from depthprune.config import RECIPES
 from depthprune.options import NetCut
-from experiments.netcut.sweep import PAPER, main
+from experiments.netcut.sweep import main
 
 FULL = dataclasses.replace(
   RECIPES['netcut'], data='fashion_mnist', model='convnet15', gate_epochs=50
 )
-SMALL = {'model': 'convnet10x8', 'gate_epochs': 10, 'subset': 10_000, 'resize': 14}
-OPTIONS = [NetCut(beta, importance_learning_rate=0.01) for beta in PAPER]
+SMALL = {
+  'options': NetCut(importance_learning_rate=0.01),
+  'model': 'convnet10x8',
+  'gate_epochs': 10,
+  'subset': 10_000,
+  'resize': 14,
+}
 
 if __name__ == '__main__':
-  main(__doc__, 'conv_fashion_mnist', FULL, SMALL, OPTIONS)
+  main(__doc__, 'conv_fashion_mnist', FULL, SMALL)

@@ -1,8 +1,8 @@
 """NetCut, MLP 20×1000 on CIFAR-10.
 
 Paper: arXiv 2004.08172, 150 epochs, beta 0, .001, .01, .1.
-`--full` is that size, for an accelerator; the one for
-a CPU (2,000 images, 1 epoch) shows that all of it runs.
+`--full` is that size, for an accelerator, and not yet run; the one for a CPU
+(2,000 images, 1 epoch) shows that all of it runs.
 
   python -m experiments.netcut.mlp_cifar10 --full
 

@@ -1,8 +1,8 @@
 """NetCut, ResNet-110 with 54 heads on CIFAR-10.
 
 Paper: arXiv 2004.08172, 150 epochs, beta 0, .002, .004, .008, .01.
-`--full` is that size, for an accelerator; the one for
-a CPU (256 images, 1 epoch) shows that all of it runs.
+`--full` is that size, for an accelerator, and not yet run; the one for a CPU
+(256 images, 1 epoch) shows that all of it runs.
 
   python -m experiments.netcut.resnet110_cifar10 --full
 
@@ -13,13 +13,12 @@ call.
 import dataclasses
 
 from depthprune.config import RECIPES
-from depthprune.options import NetCut
 from experiments.netcut.sweep import main
 
 FULL = dataclasses.replace(
   RECIPES['netcut'], data='cifar10', model='resnet110', augment=True
 )
-OPTIONS = [NetCut(beta) for beta in (0.0, 0.002, 0.004, 0.008, 0.01)]
+OPTIONS = [{'beta': beta} for beta in (0.0, 0.002, 0.004, 0.008, 0.01)]
 
 if __name__ == '__main__':
   main(__doc__, 'resnet110_cifar10', FULL, {'gate_epochs': 1, 'subset': 256}, OPTIONS)

@@ -27,7 +27,7 @@ from depthprune.training.method import plain
 from depthprune.training.stage import prepare, stage
 from experiments.pieces import Rows, arguments, within
 
-PAPER = (0.0, 0.001, 0.01, 0.1)  # beta of its plain networks
+PAPER = tuple({'beta': beta} for beta in (0.0, 0.001, 0.01, 0.1))  # plain networks
 RESULTS = Path(__file__).parent / 'results'
 KEYS = ('method', 'seed', 'depth', 'beta', 'aggregate', 'gamma')
 
@@ -37,16 +37,18 @@ def main(
   name: str,
   full: Config[NetCut],
   small: Mapping[str, Any],
-  options: Sequence[NetCut] = tuple(NetCut(beta) for beta in PAPER),
+  options: Sequence[Mapping[str, Any]] = PAPER,
   depths: Sequence[int] = (),
+  seeds: int = 3,
 ) -> None:
   """The command of one network: results/NAME.json, or NAME_full.json with --full.
 
-  small: what differs from `full` in the size for a CPU. depths: of the single-head
-  networks; by default those that `log` chose, seed by seed.
+  small: what differs from `full` in the size for a CPU. options: what differs from the
+  options of the config, run by run. depths: of the single-head networks; by default
+  those that `log` chose, seed by seed. seeds: how many, at a CPU's size.
   """
   given = arguments(doc)
-  name, seeds = (f'{name}_full', 5) if given.full else (name, 3)
+  name, seeds = (f'{name}_full', 5) if given.full else (name, seeds)
   config = full if given.full else dataclasses.replace(full, **small)
   config = dataclasses.replace(config, workdir=f'runs/netcut/{name}')
   to = RESULTS / f'{name}.json'
@@ -56,7 +58,7 @@ def main(
 
 def sweep(
   config: Config[NetCut],
-  options: Sequence[NetCut],
+  options: Sequence[Mapping[str, Any]],
   depths: Sequence[int],
   seeds: Sequence[int],
   to: Path,
@@ -64,26 +66,35 @@ def sweep(
   """Adds the rows that are missing in the file `to`; config.path holds the runs."""
   rows = Rows(to, config.to_json(), KEYS)
   for seed in seeds:
-    for chosen in options:
-      of = {k: getattr(chosen, k) for k in ('beta', 'aggregate', 'gamma')}
-      if rows.missing(method='netcut', seed=seed, **of):
-        row = _cut(dataclasses.replace(config, options=chosen, seed=seed))
-        rows.add({'method': 'netcut', 'seed': seed, **of, **row})
+    for changes in options:
+      chosen = dataclasses.replace(config.options, **changes)
+      which = {k: getattr(chosen, k) for k in ('beta', 'aggregate', 'gamma')}
+      which |= {'method': 'netcut', 'seed': seed}
+      if rows.missing(**which):
+        run = _run(config, seed, chosen.label)
+        rows.add({**which, **_cut(dataclasses.replace(run, options=chosen))})
+        shutil.rmtree(run.path)  # checkpoints of many networks
     found = [r for r in rows.rows if r['seed'] == seed and r.get('aggregate') == 'log']
     for depth in depths or sorted({r['kept'] for r in found}):
-      if rows.missing(method='single', seed=seed, depth=depth):
-        row = _single(dataclasses.replace(config, seed=seed), depth)
-        rows.add({'method': 'single', 'seed': seed, 'depth': depth, **row})
+      which = {'method': 'single', 'seed': seed, 'depth': depth}
+      if rows.missing(**which):
+        run = _run(config, seed, f'single{depth}')
+        rows.add({**which, **_single(run, depth)})
+        shutil.rmtree(run.path)
+
+
+def _run(config: Config[NetCut], seed: int, name: str) -> Config[NetCut]:
+  folder = config.path / f'{name}-seed{seed}'
+  return dataclasses.replace(config, seed=seed, workdir=str(folder))
 
 
 def _cut(config: Config[NetCut]) -> dict[str, Any]:
-  folder = config.path / f'{config.options.label}-seed{config.seed}'
   # What a cut costs is what is being measured, so none is refused.
   options = dataclasses.replace(config.options, force=True)
-  result = recipe.run(dataclasses.replace(config, options=options, workdir=str(folder)))
+  result = recipe.run(dataclasses.replace(config, options=options))
   (found,) = result['rounds']
   (kept,), importance = found['exits'], found['learned']['importance']
-  lines = (folder / 'gates.jsonl').read_text().splitlines()
+  lines = (config.path / 'gates.jsonl').read_text().splitlines()
   history = [json.loads(line) for line in lines]
   row = {
     'exits': len(importance),
@@ -104,14 +115,12 @@ def _cut(config: Config[NetCut]) -> dict[str, Any]:
       for h in history
     ],
   }
-  shutil.rmtree(folder)  # checkpoints of many networks
   return row
 
 
 def _single(config: Config[NetCut], depth: int) -> dict[str, Any]:
   started = time.monotonic()
-  folder = config.path / f'single{depth}-seed{config.seed}'
-  job = prepare(dataclasses.replace(config, workdir=str(folder)))
+  job = prepare(config)
   model = single(recipe.network(config, job.images.classes), depth)
   variables = jax.jit(model.init)(job.key('init'), job.example)
   epochs, peak = config.epochs.gates, config.learning_rate
@@ -119,7 +128,6 @@ def _single(config: Config[NetCut], depth: int) -> dict[str, Any]:
   measure = evaluator(model, job.task)
   accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
   coupling = dp.couple(model, variables, job.example)
-  shutil.rmtree(folder)
   return {
     'accuracy': accuracy(job.images.test),
     'held_out': accuracy(job.images.held_out),

@@ -1,8 +1,8 @@
 """NetCut, a vision transformer on CIFAR-10.
 
 Paper: arXiv 2004.08172, which has none: depth, width and epochs are ours.
-`--full` is that size, for an accelerator; the one for
-a CPU (256 images, 1 epoch) shows that all of it runs.
+`--full` is that size, for an accelerator, and not yet run; the one for a CPU
+(256 images, 1 epoch) shows that all of it runs.
 
   python -m experiments.netcut.vit_cifar10 --full
 
