@@ -43,6 +43,7 @@ TRUNKS = {
   'vgg': VGG(blocks=(1, 1, 1), width=2),
   'resnet': ResNet(depth=8, width=2),
   'vit': ViT(width=4, depth=3, heads=2, inner=4),
+  'vit scanned': ViT(width=4, depth=6, heads=2, inner=4, scan=True, segments=3),
 }
 COUPLED: dict[str, tuple[Any, Any, Coupling]] = {}
 

@@ -8,7 +8,8 @@ was found from scratch for all 18 epochs. `--full` has all images at 28×28, 60 
   python -m experiments.implosion.resnet20_fashion_mnist
 
 3 seeds, about 25 minutes on one core. TFDS_DATA_DIR says where the data are;
-`--minutes 10` stops and goes on with the next call.
+`--minutes 10` stops and goes on with the next call. Found: from scratch (84.5 %) is
+ahead of priority (83.2) and random (82.4), as 18 short epochs are far from converged.
 """
 
 import dataclasses

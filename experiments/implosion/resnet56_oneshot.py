@@ -3,14 +3,15 @@
 Paper: arXiv 1906.03826 (which retrains after erasing; here nothing is retrained, to see
 what the order is worth). Weights: akamaster/pytorch_resnet_cifar10, 93.39 % on the
 CIFAR-10 test images; decisions on the first half of these, accuracy on the second.
-Before anything is erased, 60 steps of 128 images at 0.01 train priorities and weights
+Before anything is erased, 100 steps of 128 images at 0.01 train priorities and weights
 together; all curves start from that network.
 
   TFDS_DATA_DIR=../shared/data/tfds python -m experiments.implosion.resnet56_oneshot
 
 CPU-sized: 256 images decide, 1,000 report, 2 batches for statistics. `--full`, for an
 accelerator: 10 epochs of priorities, and all images of both halves. `--minutes 10`
-stops and goes on with the next call.
+stops and goes on with the next call. Found, in 35 minutes on one core: 92.4 % before;
+after 12 units greedy 77.1, priority 65.3, random 52.6 to 67.8, drop 53.6 %.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ CONFIG = dataclasses.replace(
   model='resnet56',
   data='cifar10',
   pretrained='../shared/data/checkpoints/resnet56_cifar10.npz',
-  subset=7_680,
+  subset=12_800,
   gate_epochs=1,
   learning_rate=0.01,
   weight_decay=1e-4,

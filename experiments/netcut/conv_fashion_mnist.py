@@ -7,7 +7,8 @@ importance has ten times the learning rate. `--full`: the paper's network and 50
   TFDS_DATA_DIR=../shared/data/tfds python -m experiments.netcut.conv_fashion_mnist
 
 3 seeds, about 30 minutes on one core; `--minutes 10` stops and goes on with the next
-call.
+call. Found: max w above .95 at every beta, so the cut moves the accuracy by 0.03 point
+at most; a layer is worth more than 0.1 nats in two of three seeds.
 """
 
 import dataclasses

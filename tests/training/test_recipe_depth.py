@@ -99,7 +99,7 @@ def test_a_cut_that_costs_too_much_is_refused_until_forced(tmp_path, monkeypatch
     gate_epochs=1,
     workdir=str(tmp_path),
   )
-  with pytest.raises(CutRefused, match=r'held-out accuracy falls from .* --force'):
+  with pytest.raises(CutRefused, match=r'held-out accuracy falls from .*--force'):
     recipe.run(config, show=False)
   assert not (tmp_path / 'result.json').exists()
   # The same command with --force goes on from there, without training again.
