@@ -78,6 +78,17 @@ def test_so_does_every_error_of_a_methods_options(kind, name, value):
     kind(**{name: value})
 
 
+def test_heads_and_network_are_trained_together():
+  with pytest.raises(ConfigError, match=r'train_epochs: expected 0 for netcut, got 2'):
+    Config(NetCut(), train_epochs=2)
+  assert Config(NetCut(), train_epochs=0).epochs.train == 0
+
+
+def test_what_is_pretrained_is_not_trained_first_unless_asked():
+  assert Config(pretrained='resnet.npz').epochs == Config().epochs._replace(train=0)
+  assert Config(pretrained='resnet.npz', train_epochs=2).epochs.train == 2
+
+
 def test_no_epochs_at_all_is_allowed():
   config = Config(train_epochs=0, gate_epochs=0, finetune_epochs=0)
   assert config.epochs == Epochs(0, 0, 0)

@@ -174,7 +174,7 @@ def configured(
 
 
 def _named_once(options: Any, present: Sequence[Unit]) -> None:
-  """Raises ValueError where layers of a stack are named and more than one round cuts."""
+  """Raises ValueError where layers of a stack are named and several rounds cut."""
   layers = [u.name for u in present if u.name in options.units and u.layer is not None]
   excess = len(present) - (options.depth or _three_quarters(present))
   if layers and excess > options.per_round:

@@ -71,9 +71,10 @@ def network(config: Config, classes: int) -> Any:
 def start(job: Job, model: Any) -> Tree:
   """The first variables of a run: random, or the trunk read from a file."""
   variables = jax.jit(model.init)(job.key('init'), job.example)
-  if job.config.pretrained is None:
+  path = job.config.pretrained
+  if path is None:
     return variables
-  read = lambda model: pretrained.load(job.config.pretrained, model, job.images.shape)
+  read = lambda model: pretrained.load(path, model, job.images.shape)
   if not job.config.options.heads:
     return read(model)
   # The trunk's own head is not in use; those of the exits are new.

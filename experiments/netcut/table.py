@@ -34,8 +34,7 @@ def _section(path: Path, found: dict[str, Any]) -> str:
     f'NetCut, {config["model"]} on {config["data"]}, {config["gate_epochs"]} epochs, '
     f'{rows[0]["exits"]} exits, {seeds} seed{"s" if seeds > 1 else ""}, mean ± '
     'standard deviation; test accuracy in %; speed-up at batch 128, '
-    f'{found["device"]}; {spread((r["wall_seconds"] for r in rows), 0)} s a run '
-    f'({link(path)}):\n\n' + table(HEAD, lines)
+    f'{found["device"]} ({link(path)}):\n\n' + table(HEAD, lines)
   )
 
 

@@ -29,7 +29,7 @@ SMALL = {
   'bottleneck': lambda **more: ResNet(
     depth=11, width=4, bottleneck=True, shortcut='B', **more
   ),
-  'preact A': lambda **more: ResNet(depth=20, width=4, preact=True, **more),
+  'preact A': lambda **more: ResNet(depth=14, width=4, preact=True, **more),
   'preact B': lambda **more: ResNet(
     depth=11, width=4, bottleneck=True, shortcut='B', preact=True, **more
   ),

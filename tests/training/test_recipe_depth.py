@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from depthprune import methods
 from depthprune.config import RECIPES, Config
 from depthprune.methods.netcut import netcut
 from depthprune.models.heads import every_tap
@@ -107,6 +108,33 @@ def test_a_cut_that_costs_too_much_is_refused_until_forced(tmp_path, monkeypatch
   forced = dataclasses.replace(config.options, force=True)
   result = recipe.run(dataclasses.replace(config, options=forced), show=False)
   assert result['held_out']['pruned'] < result['held_out']['before']
+
+
+def test_what_was_trained_with_heads_teaches_what_is_left(tmp_path):
+  config = dataclasses.replace(
+    NETCUT, distill=True, gate_epochs=2, finetune_epochs=1, workdir=str(tmp_path)
+  )
+  config = dataclasses.replace(config, options=NetCut(force=True))
+  recipe.run(config, show=False)
+  rows = lines(tmp_path / 'history.jsonl')
+  assert {r['stage']: 'distillation' in r for r in rows} == {
+    'gates': False,
+    'finetune': True,
+  }
+
+
+def test_milliseconds_are_measured_once_per_run(tmp_path, monkeypatch):
+  config = dataclasses.replace(
+    NETCUT, options=NetCut(cost='milliseconds'), workdir=str(tmp_path)
+  )
+  model = recipe.network(config, 10)
+  x = jnp.ones((1, 8, 8, 1))
+  coupling = couple(model, model.init(jax.random.key(0), x), x)
+  first = methods.build(config, coupling, 0, {})
+  monkeypatch.setattr('depthprune.methods.netcut._milliseconds', None)
+  again = methods.build(config, coupling, 0, {})
+  theta = {'importance': jnp.zeros(2)}
+  assert first.report(theta)['cost'] == again.report(theta)['cost']
 
 
 def test_a_network_without_taps_has_no_depth_to_find(tmp_path):
