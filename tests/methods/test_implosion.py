@@ -353,7 +353,7 @@ def test_layers_of_a_stack_are_named_for_one_round_alone():
   """Every cut numbers them anew, so the names would mean other layers."""
   stacked = coupled(ResNet(classes=3, depth=20, width=2, scan=True))
   named = {'depth': 7, 'units': ('stage1/blocks[0]', 'stage1/blocks[1]')}
-  with pytest.raises(ValueError, match=r'blocks\[0\] is a layer .* --per-round 2'):
+  with pytest.raises(ValueError, match=r'blocks\[0\] is a layer .*--per-round 2'):
     configured(run(**named), stacked, 1, {}, stacked)
   assert configured(run(**named, per_round=2), stacked, 1, {}, stacked).rounds == 1
 
