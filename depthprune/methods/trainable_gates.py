@@ -104,9 +104,7 @@ def trainable_gates(
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta)) ** 2,
     init=lambda gates, outputs: {'channels': _spread(start, scores or {})},
     forward=forward,
-    report=lambda theta: {
-      'open': jax.tree.map(lambda b: b.sum(), forward(theta)['channels'])
-    },
+    report=lambda theta: {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])},
     transform=lambda tx: spare_closed(apart(tx, _gate_tx(c, eta_t)), open_part),
   )
 
