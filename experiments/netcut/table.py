@@ -8,7 +8,7 @@ from experiments.found import files, link, percent, spread, table
 
 HEAD = (
   *('β', 'aggregate', 'exit kept', 'max w', 'accuracy, whole', 'cut', 'points'),
-  *('a single head there', 'FLOPs, %', 'speed-up'),
+  *('a single head there', 'FLOPs, %', 'speed-up', 'seeds'),
 )
 
 Rows = list[dict[str, Any]]
@@ -29,11 +29,10 @@ def _section(path: Path, found: dict[str, Any]) -> str:
     for kind in sorted(kinds, key=lambda kind: (kind[1] != 'log', kind[2], kind))
   ]
   config = found['config']
-  seeds = len({row['seed'] for row in rows})
   return (
     f'NetCut, {config["model"]} on {config["data"]}, {config["gate_epochs"]} epochs, '
-    f'{rows[0]["exits"]} exits, {seeds} seed{"s" if seeds > 1 else ""}, mean ± '
-    'standard deviation; test accuracy in %; speed-up at batch 128, '
+    f'{rows[0]["exits"]} exits, mean ± standard deviation; test accuracy in %; '
+    'speed-up at batch 128, '
     f'{found["device"]} ({link(path)}):\n\n' + table(HEAD, lines)
   )
 
@@ -53,6 +52,7 @@ def _line(rows: Rows, single: Rows) -> tuple[str, ...]:
     _control(rows, single),
     percent(row['flops'] / row['flops_full'] for row in rows),
     spread(speedups) if speedups else '–',
+    str(len(rows)),
   )
 
 

@@ -22,7 +22,7 @@ def test_without_result_files_there_is_a_dash(results):
 
 def test_netcut_has_a_line_per_beta_and_aggregate(netcut_file):
   text = netcut()
-  assert '2 seeds' in text
+  assert '| seeds |' in text
   assert '[netcut/results/mlp.json](experiments/netcut/results/mlp.json)' in text
   lines = [line for line in text.splitlines() if line.startswith('| 0')]
   assert [line.split(' | ')[:3] for line in lines] == [
@@ -32,7 +32,7 @@ def test_netcut_has_a_line_per_beta_and_aggregate(netcut_file):
   ]
   whole = lines[0].strip('| ').split(' | ')[4:]
   assert whole == [
-    *('88.00 ± 0.00', '88.00 ± 0.07', '0.00 ± 0.07', '87.41', '20.00 ± 0.00', '–'),
+    *('88.00 ± 0.00', '88.00 ± 0.07', '0.00 ± 0.07', '87.41', '20.00 ± 0.00', '–', '2'),
   ]
 
 
