@@ -4,7 +4,10 @@ Pinned to one core, in one process: from images in memory to test accuracy befor
 after the cut, compilation included. The authors' code takes 90 to 98 s for the same on
 such a core (60,000 images; here 55,000, because 5,000 are held out to decide).
 
+  export XLA_FLAGS='--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1'
   TFDS_DATA_DIR=../shared/data/tfds python -m experiments.bench.netcut
+
+The flags keep XLA from sharing the core among two threads.
 """
 
 import dataclasses
