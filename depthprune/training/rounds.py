@@ -111,7 +111,6 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   afters = [*(each.held_out['before'] for each in found[1:]), accuracy['accuracy']]
   for each, after in zip(found, afters, strict=True):
     each.held_out['after'] = after
-  last = done[-1]
   return Shrunk(
     whole, answer, last.pruned, last.model, last.fresh, state.variables, tuple(found)
   )

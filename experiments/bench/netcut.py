@@ -51,7 +51,7 @@ if __name__ == '__main__':
   found = {
     'command': record.command(),
     **results.surroundings(),
-    'config': config.to_json(),
+    'config': job.relevant(),
     'images': len(job.images.train['label']),
     'train_seconds': trained - started,
     'seconds': time.perf_counter() - started,
