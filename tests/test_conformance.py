@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from depthprune.models import build, names
+from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import Head, WithHeads, every_tap
 from depthprune.models.mlp import MLP
@@ -56,6 +57,16 @@ CASES = {  # model, and what is decided beyond half of every group
       'layers': ['blocks0/attention', 'blocks0/mlp'],
     },
   ),
+  'bert': (
+    BERT(vocab=20, positions=9, width=8, depth=3, heads=4, inner=6),
+    {'branches': ['layer0/mlp', 'layer1/attention', 'layer2/attention', 'layer2/mlp']},
+  ),
+  'bert scanned': (
+    BERT(
+      vocab=20, positions=9, width=8, depth=6, heads=4, inner=6, scan=True, segments=3
+    ),
+    {'branches': ['layers1/attention', 'layers2/mlp']},
+  ),
   'imagenet': (
     build('resnet18', width=4, classes=10),
     {'branches': [f'stage{i}/block{i % 2}' for i in (1, 2, 3, 4)]},
@@ -77,6 +88,11 @@ def test_no_family_is_left_out():
   assert families <= {type(model).__name__ for model, _ in CASES.values()}
 
 
+def example(model: Any, batch: int) -> jax.Array:
+  """Images, or the tokens of a network that reads texts."""
+  return zoo.tokens(batch) if isinstance(model, BERT) else zoo.image(batch)
+
+
 def decision(coupling: Coupling, closed: dict) -> dict:
   """Half of every group; branches and exits closed by name; of a stack, one layer."""
   keep = m.random_keep(coupling, gated=True)
@@ -93,7 +109,7 @@ def decision(coupling: Coupling, closed: dict) -> dict:
 @pytest.fixture(scope='module', params=CASES)
 def cut(request) -> tuple[Any, Pruned]:
   model, closed = CASES[request.param]
-  x = zoo.image(2)
+  x = example(model, 2)
   variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), x))
   coupling = couple(model, variables, x)
   keep = decision(coupling, closed)
@@ -101,11 +117,11 @@ def cut(request) -> tuple[Any, Pruned]:
 
 
 def test_small_is_masked(cut):
-  _, pruned = cut
+  model, pruned = cut
   verify = pruned.report['verify']
   assert verify['difference'] <= 1e-5 and verify['moved'] > 1e-3
   assert verify['settled'] == 0 and pruned.report['notes'] == []
-  built = couple(pruned.apply, pruned.variables, zoo.image(2))
+  built = couple(pruned.apply, pruned.variables, example(model, 2))
   for name, of in (('flops', cost.flops), ('params', cost.params)):
     assert (
       pruned.report[name]['after'] == of(built) < 0.8 * pruned.report[name]['before']
@@ -115,7 +131,7 @@ def test_small_is_masked(cut):
 def test_the_clone_has_the_arrays(cut):
   model, pruned = cut
   assert pruned.arch and pruned.model == model.clone(arch=pruned.arch)
-  fresh = jax.eval_shape(pruned.model.init, jax.random.key(0), zoo.image(2))
+  fresh = jax.eval_shape(pruned.model.init, jax.random.key(0), example(model, 2))
   fresh = {name: tree for name, tree in fresh.items() if name != 'branches'}
   described = lambda tree: {p: (x.shape, x.dtype) for p, x in paths_of(tree).items()}
   assert described(fresh) == described(pruned.variables)
@@ -124,10 +140,10 @@ def test_the_clone_has_the_arrays(cut):
 @pytest.mark.parametrize('train', [False, True])
 def test_the_clone_is_the_same_program(cut, train):
   """Equation by equation, at another batch size than the one of the coupling."""
-  _, pruned = cut
+  model, pruned = cut
   mode = {'train': True, 'mutable': ['batch_stats']} if train else {}
   ours, native = (
-    canonical(fn, pruned.variables, zoo.image(3), **mode)
+    canonical(fn, pruned.variables, example(model, 3), **mode)
     for fn in (pruned.apply, runnable(pruned.model))
   )
   assert ours == native and len(ours) > 5

@@ -27,12 +27,14 @@ class Head:
     pool: how positions [batch, ..., c] become one vector: their mean 'avg', their
       maximum 'max', the means over a grid of 4 × 4 'grid4' (images only), or the first
       position 'cls'. A vector [batch, c] is taken as it is.
+    dropout: rate, of what the last layer reads, while training.
   """
 
   tap: str
   classes: int = 10
   hidden: int = 0
   pool: Pool = 'avg'
+  dropout: float = 0.0
 
 
 class Perceptron(nn.Module):
@@ -43,22 +45,56 @@ class Perceptron(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = pooled(x, self.head.pool)
+  def __call__(
+    self, x: jax.Array, train: bool = False, mask: jax.Array | None = None
+  ) -> jax.Array:
+    x = pooled(x, self.head.pool, mask)
     if self.head.hidden:
       width = self.arch['hidden']
       dense = nn.Dense(width, kernel_init=he_normal, dtype=self.dtype, name='hidden')
       x = nn.relu(dense(x))
+    x = nn.Dropout(self.head.dropout)(x, deterministic=not train)
     return nn.Dense(self.head.classes, name='out')(x.astype(jnp.float32))
+
+
+class Heads(nn.Module):
+  """Heads without their trunk, on features that were computed before.
+
+  {NAME: features of head NAME's tap, pooled or not} → {NAME: [batch, classes]}. A
+  'main' among the features, the trunk's own answer, is passed on. The arrays are
+  params/head_NAME, as in `WithHeads`.
+
+  Attributes:
+    heads, arch, dtype: as those of `WithHeads`, and of its trunk.
+  """
+
+  heads: Mapping[str, Head]
+  arch: Arch = FrozenDict()
+  dtype: DTypeLike = jnp.float32
+
+  def __post_init__(self):
+    self.heads, self.arch = FrozenDict(self.heads), FrozenDict(self.arch)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self, features: Mapping[str, jax.Array], train: bool = False
+  ) -> dict[str, jax.Array]:
+    arch = complete(self.arch, hidden_widths(self.heads), 'Heads')
+    answers = _answers(self.heads, arch, self.dtype, features, train)
+    return answers | {k: v for k, v in features.items() if k == 'main'}
 
 
 class WithHeads(nn.Module):
   """A trunk and heads on its taps: {**trunk's outputs, NAME: [batch, classes], ...}.
 
   The trunk's arrays are params/trunk, unchanged, so a trained trunk drops in; those of
-  a head are params/head_NAME. `arch` has their keys beneath 'trunk' and 'head_NAME',
-  and {'exit/NAME': 0} for an exit that is dropped: its head does not exist, and without
-  'main' neither does what lies behind the last tap that is still read.
+  a head are params/head_NAME. Where the trunk's outputs hold a 'mask', bool [batch,
+  tokens], heads leave padding out.
+
+  `arch` has their keys beneath 'trunk' and 'head_NAME', and {'exit/NAME': 0} for an
+  exit that is dropped: its head does not exist, and without 'main' neither does what
+  lies behind the last tap that is still read.
 
   Attributes:
     trunk: a model of this package. An `arch` that it has is taken over.
@@ -99,23 +135,63 @@ class WithHeads(nn.Module):
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    hidden = {f'head_{n}/hidden': h.hidden for n, h in self.heads.items() if h.hidden}
     exits = {f'exit/{name}': 1 for name in ('main', *self.heads)}
-    return beneath(self.trunk.widths, 'trunk') | hidden | exits
+    return beneath(self.trunk.widths, 'trunk') | hidden_widths(self.heads) | exits
+
+  @property
+  def alone(self) -> Heads:
+    """The heads, to be trained on what `features` gives."""
+    arch = {k: v for k, v in self.arch.items() if k.startswith('head_')}
+    return Heads(self._kept, FrozenDict(arch), self.trunk.dtype)
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+  def __call__(self, *inputs: jax.Array, train: bool = False) -> dict[str, jax.Array]:
     arch = complete(self.arch, self.widths, 'WithHeads')
-    heads = {name: head for name, head in self.heads.items() if name in self.exits}
-    read = {head.tap for head in heads.values()}
+    heads, outputs = self._kept, self._run_trunk(inputs, train)
+    taps = {name: outputs[head.tap] for name, head in heads.items()}
+    mask = outputs.get('mask')
+    return outputs | _answers(heads, arch, self.trunk.dtype, taps, train, mask)
+
+  def features(self, *inputs: jax.Array) -> dict[str, jax.Array]:
+    """{NAME: what head NAME reads, pooled [batch, n]}, and the trunk's 'main' if kept.
+
+    `model.apply(variables, x, method='features')`; the arrays of heads are not read.
+    """
+    outputs = self._run_trunk(inputs, train=False)
+    read = {
+      name: pooled(outputs[head.tap], head.pool, outputs.get('mask'))
+      for name, head in self._kept.items()
+    }
+    return read | ({'main': outputs['main']} if 'main' in self.exits else {})
+
+  @property
+  def _kept(self) -> dict[str, Head]:
+    return {name: head for name, head in self.heads.items() if name in self.exits}
+
+  def _run_trunk(self, inputs: tuple, train: bool) -> dict[str, jax.Array]:
+    """As far as an exit needs it."""
+    read = {head.tap for head in self._kept.values()}
     last = [tap for tap in self.taps if tap in read][-1:]
-    outputs = self.trunk(x, train, until='' if 'main' in self.exits else last[0])
-    logits = {}
-    for name, head in heads.items():
-      part = within(arch, f'head_{name}')
-      perceptron = Perceptron(head, part, self.trunk.dtype, name=f'head_{name}')
-      logits[name] = perceptron(outputs[head.tap])
-    return outputs | logits
+    until = '' if 'main' in self.exits else last[0]
+    return self.trunk(*inputs, train=train, until=until)
+
+
+def hidden_widths(heads: Mapping[str, Head]) -> dict[str, int]:
+  """The keys of `arch` that heads have, with their values in the full network."""
+  return {f'head_{n}/hidden': h.hidden for n, h in heads.items() if h.hidden}
+
+
+def _answers(
+  heads: Mapping[str, Head], arch: Arch, dtype: DTypeLike, features, train, mask=None
+) -> dict[str, jax.Array]:
+  """Logits of every head; to be called where its module is a child, head_NAME."""
+  logits = {}
+  for name, head in heads.items():
+    perceptron = Perceptron(
+      head, within(arch, f'head_{name}'), dtype, name=f'head_{name}'
+    )
+    logits[name] = perceptron(features[name], train, mask)
+  return logits
 
 
 def every_tap(

@@ -86,11 +86,21 @@ def add_branch(module: nn.Module, kept: jax.Array, y: jax.Array) -> jax.Array:
   return kept + branch(module, y)
 
 
-def pooled(x: jax.Array, pool: Pool) -> jax.Array:
-  """Features [batch, ..., c] → one vector per example, as `Head.pool` says."""
+def pooled(x: jax.Array, pool: Pool, mask: jax.Array | None = None) -> jax.Array:
+  """Features [batch, ..., c] → one vector per example, as `Head.pool` says.
+
+  mask: bool [batch, tokens], False on the padding of a sequence, which is left out.
+  """
   positions = tuple(range(1, x.ndim - 1))
   if not positions:
     return x
+  if mask is not None and x.ndim != 3:
+    raise ValueError(f'head: a mask goes with [batch, tokens, c], got {x.shape}')
+  if pool == 'avg' and mask is not None:
+    weight = mask.astype(x.dtype)[..., None]
+    return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+  if pool == 'max' and mask is not None:
+    return jnp.where(mask[..., None], x, jnp.finfo(x.dtype).min).max(1)
   if pool == 'avg':
     return x.mean(axis=positions)
   if pool == 'max':

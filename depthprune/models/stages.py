@@ -16,12 +16,24 @@ from depthprune.models.arch import nearest
 STACK = 'blocks'  # the module that stands for all blocks of a stage after the first
 
 
-def segments(
-  blocks: int, scan: bool, kind: str = 'block'
-) -> list[tuple[str, str, int]]:
+Parts = list[tuple[str, str, int]]  # module, tap at its end, number of blocks in it
+
+
+def parts(depth: int, count: int, kind: str) -> Parts:
+  """A chain of equal blocks: each a module, or all of them in `count` equal stacks.
+
+  count: number of stacks, named `blocks0`, `blocks1`, ...; 0 for none."""
+  if not count:
+    return [(f'{kind}{i}', f'{kind}{i}', 1) for i in range(depth)]
+  length = depth // count
+  ends = range(length - 1, depth, length)
+  return [(f'{kind}s{i}', f'{kind}{end}', length) for i, end in enumerate(ends)]
+
+
+def segments(blocks: int, scan: bool, kind: str = 'block') -> Parts:
   """(name of the module, name of the tap at its end, number of blocks in it)."""
   if not scan:
-    return [(f'{kind}{i}', f'{kind}{i}', 1) for i in range(blocks)]
+    return parts(blocks, 0, kind)
   rest = (f'{kind}s', f'{kind}{blocks - 1}', blocks - 1)
   return [(f'{kind}0', f'{kind}0', 1), rest][:blocks]
 
@@ -58,11 +70,13 @@ def repeat(block: nn.Module, x: jax.Array, times: int, *args) -> jax.Array:
   """`x` through `times` blocks, each with its own weights, as one scan.
 
   The arrays of `block` are stacked along axis 0, its batch statistics and gates too.
+  args: what every block is called with behind x, the same for all.
   """
   scan = nn.scan(
-    lambda block, x, _: (block(x, *args), None),
+    lambda block, x, *args: (block(x, *args), None),
     variable_axes={'params': 0, 'batch_stats': 0, 'branches': 0},
     split_rngs={'params': True, 'dropout': True},
+    in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
     length=times,
   )
-  return scan(block, x, None)[0] if times else x
+  return scan(block, x, *args)[0] if times else x

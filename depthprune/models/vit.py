@@ -11,26 +11,24 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models import stages
+from depthprune.models.arch import Arch, complete, within
 from depthprune.models.layers import Pool, add_branch, classify
-from depthprune.models.stages import check_tap, repeat
-
-xavier = nn.initializers.xavier_uniform()
-
-
-def layer_norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-  """Normalisation of every token, computed in float32 and returned as `dtype`."""
-  norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name='norm')
-  return norm(x.astype(jnp.float32)).astype(dtype)
+from depthprune.models.transformer import (
+  attend,
+  chain,
+  check_sizes,
+  layer_norm,
+  layer_widths,
+  xavier,
+)
 
 
 class Attention(nn.Module):
   """x + gate · attention(norm(x)) on tokens [batch, tokens, width].
 
   Attributes:
-    scale: what queries are multiplied with. That of the full network: pruning the
-      width of queries and keys does not change it.
-    arch: 'query', 'key', 'value': width of one head; 'heads'; 'out'.
+    scale, arch: as `transformer.attend` has them.
     dropout: rate, of what is added.
   """
 
@@ -41,16 +39,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    dense = partial(nn.DenseGeneral, kernel_init=xavier, dtype=self.dtype)
-    y = layer_norm(x, self.dtype)
-    q, k, v = (  # [batch, tokens, heads, width of one]
-      dense((self.arch['heads'], self.arch[name]), name=name)(y)
-      for name in ('query', 'key', 'value')
-    )
-    scores = jnp.einsum('bqhd,bkhd->bhqk', q * self.scale, k)
-    weights = nn.softmax(scores.astype(jnp.float32)).astype(scores.dtype)
-    y = jnp.einsum('bhqk,bkhd->bqhd', weights, v)
-    y = dense(self.arch['out'], axis=(-2, -1), name='out')(y)
+    y = attend(layer_norm(x, self.dtype), self.scale, self.arch, self.dtype)
     return add_branch(self, x, nn.Dropout(self.dropout)(y, deterministic=not train))
 
 
@@ -127,12 +116,7 @@ class ViT(nn.Module):
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
-    if self.width % self.heads:
-      raise ValueError(f'ViT: {self.heads} heads do not divide the width {self.width}')
-    if self.scan and self.depth % self.segments:
-      raise ValueError(
-        f'ViT: {self.segments} segments do not divide the {self.depth} blocks'
-      )
+    check_sizes(self, 'block')
     super().__post_init__()
 
   @property
@@ -140,13 +124,9 @@ class ViT(nn.Module):
     return ('main',)
 
   @property
-  def parts(self) -> list[tuple[str, str, int]]:
-    """As `stages.segments`."""
-    if not self.scan:
-      return [(f'block{i}', f'block{i}', 1) for i in range(self.depth)]
-    length = self.depth // self.segments
-    ends = range(length - 1, self.depth, length)
-    return [(f'blocks{i}', f'block{end}', length) for i, end in enumerate(ends)]
+  def parts(self) -> stages.Parts:
+    """As `stages.parts`."""
+    return stages.parts(self.depth, self.segments if self.scan else 0, 'block')
 
   @property
   def taps(self) -> tuple[str, ...]:
@@ -160,20 +140,8 @@ class ViT(nn.Module):
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    size = self.width // self.heads
-    widths = {'embed': self.width}
-    for name, _, times in self.parts:
-      attention = {'query': size, 'key': size, 'value': size, 'out': self.width}
-      attention |= {self._heads: self.heads, 'branch': times}
-      mlp = {'up': self.inner, 'down': self.width, 'branch': times}
-      unit = beneath(attention, 'attention') | beneath(mlp, 'mlp')
-      widths |= beneath(unit, name)
-    return widths
-
-  @property
-  def _heads(self) -> str:
-    """The axis of a query kernel that counts the heads."""
-    return 'query:2' if self.scan else 'query:1'
+    sizes = self.width, self.heads, self.inner
+    return {'embed': self.width} | layer_widths(self.parts, *sizes, self.scan)
 
   @nn.compact
   def __call__(
@@ -181,19 +149,12 @@ class ViT(nn.Module):
   ) -> dict[str, jax.Array]:
     """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
     arch = complete(self.arch, self.widths, 'ViT')
-    if until:
-      check_tap(until, self.taps)
+    scale = (self.width // self.heads) ** -0.5
+    layer = lambda part, name: Block(scale, part, self.dropout, self.dtype, name=name)
     x = nn.Dropout(self.dropout)(self._tokens(x, arch), deterministic=not train)
-    outputs = {}
-    for name, tap, _ in self.parts:
-      part = within(arch, name)
-      part['attention/heads'] = part.pop(f'attention/{self._heads}')
-      scale = (self.width // self.heads) ** -0.5
-      block = Block(scale, part, self.dropout, self.dtype, name=name)
-      x = repeat(block, x, _layers(name, part), train) if self.scan else block(x, train)
-      outputs[tap] = x
-      if tap == until:
-        return outputs
+    x, outputs = chain(layer, x, arch, self.parts, self.scan, until, train)
+    if until:
+      return outputs
     x = layer_norm(x, self.dtype)
     return {**outputs, 'main': classify(x, self.classes, self.pool)}
 
@@ -209,18 +170,6 @@ class ViT(nn.Module):
       first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
       x = jnp.concatenate([first, x], 1)
     return x + self.param('position', normal, (1, *x.shape[1:])).astype(x.dtype)
-
-
-def _layers(name: str, arch: Arch) -> int:
-  """The layers of a stack that are left: those of both branches, or of the one left."""
-  left = {arch['attention/branch'], arch['mlp/branch']} - {0}
-  if len(left) > 1:
-    raise ValueError(
-      f'{name}: arch leaves {arch["attention/branch"]} layers of attention/branch and '
-      f'{arch["mlp/branch"]} of mlp/branch; expected one number, or 0 for a branch '
-      'that is gone in all of them'
-    )
-  return max(left, default=0)
 
 
 _imagenet = partial(ViT, classes=1000, patch=16, depth=12)

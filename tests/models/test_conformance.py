@@ -13,12 +13,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from depthprune.models import build, describe, names
+from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
+from tests import masking as m
 
 SMALL = {
   'mlp': lambda **more: MLP(hidden=(6, 6, 6), **more),
@@ -37,6 +39,7 @@ SMALL = {
   'vit without token': lambda **more: ViT(
     width=8, depth=2, heads=2, inner=12, token=False, **more
   ),
+  'bert': lambda **more: build('bert_tiny', segments=2, **more),
   'imagenet': lambda **more: build('resnet18', width=4, **more),
   'heads': lambda **more: WithHeads(
     ResNet(depth=14, width=4, shortcut='B', **more),
@@ -46,10 +49,21 @@ SMALL = {
 every_model = pytest.mark.parametrize('make', SMALL.values(), ids=SMALL)
 LEAVES = ('kernel', 'scale', 'bias')
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+TEXT = jax.random.randint(jax.random.key(0), (2, 7), 0, 64)
 
 
-def shapes(model, x=X):
-  return jax.eval_shape(model.init, jax.random.key(0), x)
+def example(model, images=X):
+  """What a model takes: images, or text."""
+  return TEXT if isinstance(model, BERT) else images
+
+
+def features(outputs):
+  """The outputs without the mask of a text."""
+  return {name: value for name, value in outputs.items() if name != 'mask'}
+
+
+def shapes(model):
+  return jax.eval_shape(model.init, jax.random.key(0), example(model))
 
 
 def flat(tree) -> dict[str, Any]:
@@ -82,9 +96,10 @@ def without_logits(widths):
 
 @pytest.mark.parametrize('name', names())
 def test_named_models_have_float32_logits_and_every_tap(name):
-  model, x = build(name, classes=7), jnp.ones((2, 32, 32, 3))
+  model = build(name, classes=7)
+  x = example(model, jnp.ones((2, 32, 32, 3)))
   outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
-  assert set(outputs) == {*model.taps, 'main'} and model.exits == ('main',)
+  assert set(features(outputs)) == {*model.taps, 'main'} and model.exits == ('main',)
   assert outputs['main'].shape == (2, 7) and outputs['main'].dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
 
@@ -105,7 +120,8 @@ def test_arch_gives_exactly_its_shapes_and_trains(name, randomised):
   arch = half | {key: int(i % 3 > 0) for i, key in enumerate(units)}
   removed = tuple(key.removesuffix('branch') for key in units if not arch[key])
   small = model.clone(arch=arch)
-  variables = randomised(small, X)
+  x = example(model)
+  variables = randomised(small, x)
   assert without_logits(kernel_widths(variables)) == {
     key: width
     for key, width in arch.items()
@@ -114,7 +130,7 @@ def test_arch_gives_exactly_its_shapes_and_trains(name, randomised):
 
   def loss(params):
     trained = {**variables, 'params': params}
-    outputs, _ = small.apply(trained, X, True, mutable='batch_stats')
+    outputs, _ = small.apply(trained, x, train=True, mutable='batch_stats')
     return jnp.square(outputs['main']).sum()
 
   slopes = jax.jit(jax.grad(loss))(variables['params'])
@@ -135,19 +151,22 @@ def test_unknown_arch_keys_are_refused_with_the_nearest(make):
 @every_model
 def test_until_ends_the_network_at_that_tap(make, randomised):
   model = getattr(make(), 'trunk', make())
-  variables = randomised(model, X)
-  full = jax.jit(model.apply)(variables, X)
+  x = example(model)
+  variables = randomised(model, x)
+  full = jax.jit(model.apply)(variables, x)
   middle = model.taps[len(model.taps) // 2]
 
   def part(tap):
     init = partial(model.init, until=tap)
-    return flat(jax.eval_shape(init, jax.random.key(0), X)['params'])
+    return flat(jax.eval_shape(init, jax.random.key(0), x)['params'])
 
-  outputs = jax.jit(partial(model.apply, until=middle))(variables, X)
-  assert set(outputs) == set(model.taps[: len(model.taps) // 2 + 1])
+  outputs = jax.jit(partial(model.apply, until=middle))(variables, x)
+  assert set(features(outputs)) == set(model.taps[: len(model.taps) // 2 + 1])
   np.testing.assert_allclose(outputs[middle], full[middle], rtol=1e-6)
   assert part(middle).keys() < part('').keys()
-  head = {f'{module}/{leaf}' for module in ('head', 'norm') for leaf in LEAVES}
+  head = {
+    f'{module}/{leaf}' for module in ('head', 'norm', 'pooler') for leaf in LEAVES
+  }
   behind = part('').keys() - part(model.taps[-1]).keys()
   assert {'head/kernel', 'head/bias'} <= behind <= head
   with pytest.raises(ValueError, match=rf"no tap '{middle}x'.*Nearest: .*{middle}"):
@@ -176,7 +195,8 @@ def stacked(tree, segments=0):
 @every_model
 def test_scanned_equals_unrolled(make, train, randomised):
   unrolled, scanned = make(), make(scan=True)
-  variables = randomised(unrolled, X)
+  x = example(unrolled)
+  variables = randomised(unrolled, x)
   segments = getattr(scanned, 'segments', 0)
   pack = lambda tree: {k: stacked(v, segments) for k, v in tree.items()}
   expected_shapes = jax.tree.map(jnp.shape, shapes(scanned))
@@ -184,14 +204,14 @@ def test_scanned_equals_unrolled(make, train, randomised):
 
   def run(model, variables):
     return jax.jit(model.apply, static_argnames=('train', 'mutable'))(
-      variables, X, train=train, mutable=('batch_stats',)
+      variables, x, train=train, mutable=('batch_stats',)
     )
 
   (one, one_stats), (two, two_stats) = (
     run(unrolled, variables),
     run(scanned, pack(variables)),
   )
-  assert set(two) == {*scanned.taps, *scanned.exits} <= set(one)
+  assert set(features(two)) == {*scanned.taps, *scanned.exits} <= set(one)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
   jax.tree.map(close, {name: one[name] for name in two}, two)
   jax.tree.map(close, pack(one_stats), two_stats)
@@ -223,10 +243,11 @@ def test_a_scanned_stack_has_as_many_layers_as_arch_says(left, randomised):
 @every_model
 def test_bfloat16_computes_so_and_keeps_float32_parameters_and_logits(make, randomised):
   full, half = make(), make(dtype=jnp.bfloat16)
-  variables = randomised(full, X)
-  expected = jax.jit(full.apply)(variables, X)
+  x = example(full)
+  variables = randomised(full, x)
+  expected = jax.jit(full.apply)(variables, x)
   assert jax.tree.map(jnp.dtype, shapes(half)) == jax.tree.map(jnp.dtype, shapes(full))
-  outputs = jax.jit(half.apply)(variables, X)
+  outputs = jax.jit(half.apply)(variables, x)
   for name in (*half.taps, *half.exits):
     assert outputs[name].dtype == (jnp.float32 if name in half.exits else jnp.bfloat16)
     scale = jnp.abs(expected[name]).max()
@@ -238,11 +259,12 @@ def test_bfloat16_computes_so_and_keeps_float32_parameters_and_logits(make, rand
 @every_model
 def test_runs_without_the_collection_of_branch_gates(make, randomised):
   model = make()
-  variables = randomised(model, X)
+  x = example(model)
+  variables = randomised(model, x)
   variables['branches'] = jax.tree.map(jnp.ones_like, variables.get('branches', {}))
-  outputs = jax.jit(model.apply)(variables, X)
+  outputs = m.quick(model.apply)(variables, x)
   bare = {name: tree for name, tree in variables.items() if name != 'branches'}
-  again = jax.jit(model.apply)(bare, X)
+  again = m.quick(model.apply)(bare, x)
   jax.tree.map(np.testing.assert_array_equal, again, outputs)
 
 

@@ -1,4 +1,4 @@
-"""Import of torch's residual networks: every tensor used, every array filled."""
+"""Import of torch's networks: every tensor used, every array filled."""
 
 import json
 import zipfile
@@ -243,6 +243,147 @@ def test_an_erased_unit_takes_no_tensors(saved):
     pretrained.load(saved(TENSORS), model)
   rest = {n: v for n, v in TENSORS.items() if not n.startswith('layer1.')}
   assert 'stage1' not in pretrained.load(saved(rest), model)['params']
+
+
+# ---- BERTs ---------------------------------------------------------------------------
+
+BERT = build('bert_tiny', depth=2, classes=3, segments=2)
+
+
+def transformers(classes=0, prefix='', norms=('weight', 'bias'), **fields):
+  """Tensors of a BERT as transformers names them, all different."""
+  sizes = {'vocab': 64, 'positions': 16, 'types': 2, 'width': 16, 'inner': 24}
+  sizes |= {'depth': 2} | fields
+  width, inner = sizes['width'], sizes['inner']
+  shapes = {}
+
+  def dense(name, *shape):
+    shapes.update({f'{name}.weight': shape, f'{name}.bias': shape[:1]})
+
+  def normed(name):
+    shapes.update({f'{name}.LayerNorm.{leaf}': (width,) for leaf in norms})
+
+  for kind, rows in {
+    'word': 'vocab',
+    'position': 'positions',
+    'token_type': 'types',
+  }.items():
+    shapes[f'embeddings.{kind}_embeddings.weight'] = (sizes[rows], width)
+  normed('embeddings')
+  for i in range(sizes['depth']):
+    layer = f'encoder.layer.{i}'
+    for name in ('self.query', 'self.key', 'self.value', 'output.dense'):
+      dense(f'{layer}.attention.{name}', width, width)
+    dense(f'{layer}.intermediate.dense', inner, width)
+    dense(f'{layer}.output.dense', width, inner)
+    normed(f'{layer}.attention.output')
+    normed(f'{layer}.output')
+  dense('pooler.dense', width, width)
+  shapes = {f'{prefix}{name}': shape for name, shape in shapes.items()}
+  if classes:
+    dense('classifier', classes, width)
+  draw = np.random.default_rng(0)
+  return {n: draw.uniform(0.5, 1.5, s).astype(np.float32) for n, s in shapes.items()}
+
+
+def test_every_array_of_a_bert_is_its_tensor(saved):
+  tensors = transformers(classes=3)
+  leaves = paths_of(pretrained.load(saved(tensors), BERT))
+  layer, theirs = 'params/layer1', 'encoder.layer.1'
+  for path, name in {
+    'params/word/kernel': 'embeddings.word_embeddings.weight',
+    'params/position/kernel': 'embeddings.position_embeddings.weight',
+    'params/type/kernel': 'embeddings.token_type_embeddings.weight',
+    'params/norm/scale': 'embeddings.LayerNorm.weight',
+    f'{layer}/norm1/bias': f'{theirs}.attention.output.LayerNorm.bias',
+    f'{layer}/norm2/scale': f'{theirs}.output.LayerNorm.weight',
+    f'{layer}/mlp/up/bias': f'{theirs}.intermediate.dense.bias',
+  }.items():
+    np.testing.assert_array_equal(leaves[path], tensors[name])
+  for path, name in {
+    f'{layer}/mlp/down/kernel': f'{theirs}.output.dense.weight',
+    f'{layer}/attention/query/kernel': f'{theirs}.attention.self.query.weight',
+    f'{layer}/attention/out/kernel': f'{theirs}.attention.output.dense.weight',
+    'params/pooler/kernel': 'pooler.dense.weight',
+    'params/head/kernel': 'classifier.weight',
+  }.items():
+    expected = tensors[name].T.reshape(leaves[path].shape)
+    np.testing.assert_array_equal(leaves[path], expected)
+  assert leaves[f'{layer}/attention/query/kernel'].shape == (16, 4, 4)
+
+
+@pytest.mark.parametrize('norms', [('weight', 'bias'), ('gamma', 'beta')])
+@pytest.mark.parametrize('prefix', ['', 'bert.'])
+def test_every_naming_of_a_bert_gives_the_same(prefix, norms, saved):
+  expected = pretrained.load(saved(transformers(classes=3)), BERT)
+  tensors = transformers(3, prefix, norms)
+  tensors |= {f'{prefix}embeddings.position_ids': np.arange(16)[None]}
+  tensors |= {'cls.predictions.bias': np.ones(64, np.float32)}
+  variables = pretrained.load(saved(tensors), BERT)
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+def test_stacks_of_a_bert_are_filled_in_order(saved):
+  path, model = saved(transformers(3, depth=4)), BERT.clone(depth=4)
+  flat = pretrained.load(path, model)
+  stacked = pretrained.load(path, model.clone(scan=True))
+  for part in ('params', 'branches'):
+    for stack, rows in {'layers0': (0, 1), 'layers1': (2, 3)}.items():
+      layers = [flat[part][f'layer{i}'] for i in rows]
+      expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+      jax.tree.map(np.testing.assert_array_equal, stacked[part][stack], expected)
+
+
+def test_an_encoder_leaves_the_head_as_init_gives_it(saved):
+  variables = pretrained.load(saved(transformers()), BERT)
+  fresh = BERT.init(jax.random.key(0), jnp.zeros((1, 1), int))
+  jax.tree.map(
+    np.testing.assert_array_equal, variables['params']['head'], fresh['params']['head']
+  )
+  assert jax.tree.map(jax.typeof, variables) == jax.tree.map(jax.typeof, fresh)
+
+
+@pytest.mark.parametrize(
+  ('gone', 'more', 'message'),
+  [
+    ('classifier.bias', {}, '1 unfilled arrays: params/head/bias'),
+    ('pooler.dense.bias', {}, r'1 unfilled arrays: .* \(from pooler.dense.bias\)$'),
+    ('', {'encoder.layer.0.adapter': np.ones(3)}, r'1 unused .*adapter \(3,\)$'),
+    ('', {'pooler.dense.bias': np.ones(9)}, r'1 differences in shape: pooler.dense.bi'),
+  ],
+)  # fmt: skip
+def test_a_wrong_tensor_of_a_bert_is_named(gone, more, message, saved):
+  tensors = transformers(classes=3) | more
+  tensors.pop(gone, None)
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(saved(tensors), BERT)
+
+
+@pytest.mark.parametrize(
+  ('field', 'held', 'asked'),
+  [('depth', 3, 2), ('width', 24, 16), ('inner', 32, 24), ('vocab', 99, 64)]
+  + [('positions', 9, 16), ('types', 1, 2), ('classes', 5, 3)],
+)
+def test_a_file_of_another_bert_says_which_it_is(field, held, asked, saved):
+  tensors = transformers(**{'classes': 3, field: held})
+  with pytest.raises(ValueError) as error:
+    pretrained.load(saved(tensors), BERT)
+  assert str(error.value).splitlines()[1] == (
+    f'  The file holds a BERT with {field}={held}; the model has {field}={asked}.'
+  )
+
+
+def test_the_heads_of_a_bert_are_those_of_its_config(saved):
+  """No tensor tells them: with 2 heads for 4 all would fit and be wrong."""
+  path = saved(transformers(classes=3))
+  beside = path.with_name('config.json')
+  beside.write_text(json.dumps({'num_attention_heads': 2}))
+  with pytest.raises(ValueError, match='a BERT with heads=2; the model has heads=4.$'):
+    pretrained.load(path, BERT)
+  pretrained.load(path, BERT.clone(heads=2))
+  beside.write_text(json.dumps({'num_attention_heads': 4, 'hidden_act': 'relu'}))
+  with pytest.raises(ValueError, match="json: hidden_act is 'relu'; .* 'gelu' only"):
+    pretrained.load(path, BERT)
 
 
 # ---- files ---------------------------------------------------------------------------

@@ -1,0 +1,238 @@
+"""BERT: an encoder of text, its sums normalised behind every branch.
+
+Source: Devlin, Chang, Lee, Toutanova, arXiv 1810.04805. MiniLM is the same network,
+thinner and shallower: Wang et al., arXiv 2002.10957.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+
+from depthprune.models import stages
+from depthprune.models.arch import Arch, complete, within
+from depthprune.models.layers import Pool, add_branch, classify
+from depthprune.models.transformer import (
+  attend,
+  chain,
+  check_sizes,
+  layer_norm,
+  layer_widths,
+)
+
+normal = nn.initializers.normal(0.02)
+EPSILON = 1e-12
+
+
+class Table(nn.Module):
+  """Numbers [...] → rows [..., features] of a kernel [rows, features]."""
+
+  rows: int
+  features: int
+
+  @nn.compact
+  def __call__(self, numbers: jax.Array) -> jax.Array:
+    kernel = self.param('kernel', normal, (self.rows, self.features))
+    return jnp.take(kernel, numbers, axis=0)  # NaN for a number that has no row
+
+
+class Attention(nn.Module):
+  """x + gate · attention(x) on tokens [batch, tokens, width].
+
+  Attributes:
+    scale, arch: as `transformer.attend` has them.
+    dropout: rate, of the weights and of what is added.
+  """
+
+  scale: float
+  arch: Arch
+  dropout: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    y = attend(x, self.scale, self.arch, self.dtype, mask, normal, drop)
+    return add_branch(self, x, drop(y))
+
+
+class Perceptron(nn.Module):
+  """x + gate · down(gelu(up(x))) on tokens [batch, tokens, width], with the exact gelu.
+
+  Attributes:
+    dropout: rate, of what is added.
+  """
+
+  arch: Arch
+  dropout: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    dense = partial(nn.Dense, kernel_init=normal, dtype=self.dtype)
+    y = nn.gelu(dense(self.arch['up'], name='up')(x), approximate=False)
+    y = dense(self.arch['down'], name='down')(y)
+    return add_branch(self, x, nn.Dropout(self.dropout)(y, deterministic=not train))
+
+
+class Layer(nn.Module):
+  """Attention, then a perceptron, each normalised behind its sum.
+
+  A branch that is removed leaves its normalisation, which is not the identity.
+  """
+
+  scale: float
+  arch: Arch
+  dropout: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    attention, mlp = within(self.arch, 'attention'), within(self.arch, 'mlp')
+    rest = self.dropout, self.dtype
+    if attention['branch']:
+      x = Attention(self.scale, attention, *rest, name='attention')(x, mask, train)
+    x = layer_norm(x, self.dtype, EPSILON, 'norm1')
+    if mlp['branch']:
+      x = Perceptron(mlp, *rest, name='mlp')(x, train)
+    return layer_norm(x, self.dtype, EPSILON, 'norm2')
+
+
+class BERT(nn.Module):
+  """Tokens → {'mask', 'layer0': [batch, tokens, width], ..., 'main': logits}.
+
+  'mask', bool [batch, tokens], says which tokens are real, as `WithHeads` needs it. The
+  head reads tanh(dense(first token)).
+
+  Attributes:
+    classes: number of logits, float32 [batch, classes].
+    vocab: number of different tokens.
+    positions: length of the longest text.
+    types: number of token types: sentences of a pair.
+    width: length of a token.
+    depth: number of layers.
+    heads: of every attention; they divide the width.
+    inner: width inside every perceptron.
+    dropout: rate, of embeddings, attention weights and all that is added, and of what
+      the head reads; the paper has 0.1.
+    arch: what differs from that, by key 'layer0/mlp/up', 'layer0/attention/value', ...;
+      see `models.arch`. The number of heads is 'layer0/attention/query:1', with the
+      layer axis in front of a stack 'layers0/attention/query:2'.
+    dtype: compute type; parameters and logits are float32.
+    scan: the layers are `segments` stacks of one length, 'layers0', 'layers1', ...,
+      with a tap at the end of each. Surgery takes no single layer out of a stack: what
+      is left of it, its normalisations, differs from nothing.
+  """
+
+  classes: int = 2
+  vocab: int = 30_522
+  positions: int = 512
+  types: int = 2
+  width: int = 768
+  depth: int = 12
+  heads: int = 12
+  inner: int = 3072
+  dropout: float = 0.0
+  arch: Arch = FrozenDict()
+  dtype: DTypeLike = jnp.float32
+  scan: bool = False
+  segments: int = 1
+
+  def __post_init__(self):
+    self.arch = FrozenDict(self.arch)
+    check_sizes(self, 'layer')
+    super().__post_init__()
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    return ('main',)
+
+  @property
+  def parts(self) -> stages.Parts:
+    """As `stages.parts`."""
+    return stages.parts(self.depth, self.segments if self.scan else 0, 'layer')
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    return tuple(tap for _, tap, _ in self.parts)
+
+  @property
+  def pool(self) -> Pool:
+    """How a head on a tap makes a vector of it; see `heads.Head`."""
+    return 'cls'
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold, with its value in the full network."""
+    tables = dict.fromkeys(('word', 'position', 'type'), self.width)
+    sizes = self.width, self.heads, self.inner
+    layers = layer_widths(self.parts, *sizes, self.scan)
+    return tables | layers | {'pooler': self.width}
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    types: jax.Array | None = None,
+    train: bool = False,
+    until: str = '',
+  ) -> dict[str, jax.Array]:
+    """Text, padded to one length, to features and logits.
+
+    Args:
+      tokens: int [batch, length].
+      mask: bool or int [batch, length], 0 on padding; default all real.
+      types: int [batch, length], which sentence a token is of; default all 0.
+      until: the last tap to compute, nothing behind it exists; '' for everything.
+
+    Raises:
+      ValueError: text longer than `positions`; arrays of different shapes.
+    """
+    arch = complete(self.arch, self.widths, 'BERT')
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    types = jnp.zeros_like(tokens) if types is None else types
+    self._check(tokens, mask, types)
+    scale = (self.width // self.heads) ** -0.5
+    layer = lambda part, name: Layer(scale, part, self.dropout, self.dtype, name=name)
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    x = drop(self._embedded(tokens, types, arch))
+    x, taps = chain(layer, x, arch, self.parts, self.scan, until, mask, train)
+    outputs = {'mask': mask, **taps}
+    if until:
+      return outputs
+    dense = nn.Dense(
+      arch['pooler'], kernel_init=normal, dtype=self.dtype, name='pooler'
+    )
+    x = drop(nn.tanh(dense(x[:, 0])))
+    return {**outputs, 'main': classify(x, self.classes, self.pool)}
+
+  def _embedded(self, tokens: jax.Array, types: jax.Array, arch: Arch) -> jax.Array:
+    """Sums of what a token is, where it stands and which sentence it is of."""
+    x = Table(self.vocab, arch['word'], name='word')(tokens)
+    where = jnp.arange(tokens.shape[1])
+    x = x + Table(self.positions, arch['position'], name='position')(where)
+    x = x + Table(self.types, arch['type'], name='type')(types)
+    return layer_norm(x, self.dtype, EPSILON)
+
+  def _check(self, tokens: jax.Array, mask: jax.Array, types: jax.Array) -> None:
+    if tokens.ndim != 2 or not tokens.shape == mask.shape == types.shape:
+      raise ValueError(
+        f'BERT: expected tokens, mask and types of one shape [batch, length], got '
+        f'{tokens.shape}, {mask.shape} and {types.shape}'
+      )
+    if tokens.shape[1] > self.positions:
+      raise ValueError(
+        f'BERT: texts of {tokens.shape[1]} tokens, but there are {self.positions} '
+        'positions; cut the texts to that length'
+      )
+
+
+bert_base = BERT
+bert_minilm = partial(BERT, width=384, depth=6, heads=12, inner=1536)
+bert_tiny = partial(
+  BERT, vocab=64, positions=16, width=16, depth=4, heads=4, inner=24, segments=2
+)
