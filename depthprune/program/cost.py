@@ -40,6 +40,11 @@ def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
   return _flops(view, view.program, count, alive)
 
 
+def of_program(view: View, program: jx.Program) -> int:
+  """FLOPs of a program made of equations of a view, nothing of it cut."""
+  return int(_flops(view, program, lambda axis: axis.size, lambda _: 1))
+
+
 def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
   """Number of trainable parameters: leaves under 'params', or all where there is none.
 

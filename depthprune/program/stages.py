@@ -1,0 +1,250 @@
+"""A program split at its exits: what each stage computes, what crosses each cut.
+
+Stage k is every equation that exit k needs and no earlier exit did. What later stages
+need of it crosses the cut: hidden states, in a masked transformer the mask too. Both
+are read from the traced program, and so is which axis of what crosses counts examples.
+
+Source: design.md, "Cascades"; prototype/stages.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from depthprune.program import cost
+from depthprune.program import jaxpr as jx
+from depthprune.program.crossing import SEVERAL, Crossing, counting, crossing
+from depthprune.program.evaluate import bind, interpret
+from depthprune.program.facts import fresh
+from depthprune.program.view import View, abstract, look, paths_of, runnable
+
+
+class Stage(NamedTuple):
+  """What is computed between the exit before and this one.
+
+  Attributes:
+    exit: name of the output that it ends with.
+    flops: of one example, 1 MAC = 2 FLOPs; those of all stages add up to the whole.
+    params: trainable parameters that no earlier stage has read.
+    crossing: what the stages behind it need, of it or of earlier ones.
+  """
+
+  exit: str
+  flops: int
+  params: int
+  crossing: tuple[Crossing, ...]
+
+
+Run = Callable[[Any, Sequence], tuple[Any, list]]
+"""(variables, what crossed the cut before) -> (the exit, what crosses the next one);
+the first stage gets the inputs."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stages(Sequence[Stage]):
+  """What `split` found; a sequence of its stages.
+
+  Attributes:
+    fn: the function, of (variables, *inputs). variables, inputs: abstract, one example.
+    stages: in order.
+    whole: FLOPs of one example for the last exit alone.
+    runs: (batch) -> the stages as functions for so many examples.
+    again: (*inputs) -> the stages for inputs of another shape, such as longer texts.
+  """
+
+  fn: Callable
+  variables: Any
+  inputs: tuple
+  stages: tuple[Stage, ...]
+  whole: int
+  runs: Callable[[int], tuple[Run, ...]]
+  again: Callable[..., Stages]
+
+  def __len__(self) -> int:
+    return len(self.stages)
+
+  def __getitem__(self, index):
+    return self.stages[index]
+
+  @property
+  def exits(self) -> tuple[str, ...]:
+    return tuple(stage.exit for stage in self.stages)
+
+  @property
+  def flops(self) -> tuple[int, ...]:
+    """FLOPs of one example that leaves at each exit: all stages up to there."""
+    return tuple(int(n) for n in np.cumsum([stage.flops for stage in self.stages]))
+
+  def explain(self) -> str:
+    """The stages, one line each."""
+    return '\n'.join(map(_told, self.stages))
+
+
+def split(
+  model: Any, variables: Any, *inputs: Any, exits: Sequence[str] = (), **kwargs
+) -> Stages:
+  """Splits a function that returns a dict of exits.
+
+  model: f(variables, *inputs, **kwargs), or an object with such an `apply`; examples
+    lie along axis 0 of every input and do not look at each other.
+  variables: its arrays. inputs: examples, arrays or shapes; nothing is computed.
+  exits: in order, the last is the deepest. Default: all, by how many equations lead to
+    them, 'main' last.
+
+  Raises: ValueError for no dict of two exits or more, for an exit that there is not,
+    one that costs nothing after the one before it (as those read from one scan do), a
+    function of examples together (train mode), and where what crosses has no axis that
+    counts examples; names it."""
+  fn = functools.partial(runnable(model), **kwargs) if kwargs else runnable(model)
+  variables = jax.eval_shape(lambda v: v, variables)
+  known: dict[tuple, Stages] = {}
+
+  def at(*inputs: Any) -> Stages:
+    inputs = _batched(abstract(inputs), 1)
+    key = tuple((x.shape, x.dtype) for x in inputs)
+    if key not in known:
+      known[key] = _split(fn, variables, inputs, exits, at)
+    return known[key]
+
+  return at(*inputs)
+
+
+def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> Stages:
+  one, several = (_view(fn, variables, inputs, n) for n in (1, SEVERAL))
+  names = _ordered(one, exits)
+  parts = _parts(several, names)
+  count = counting(several, len(inputs))
+  crossings = [[crossing(several, v, count) for v in p.outward] for p in parts]
+  named = {p for p in one.leaves if p.startswith('params/')}
+  trainable = named or {p for p in one.leaves if not p.startswith('branches/')}
+  stages, seen = [], set()
+  for part, crossed in zip(_parts(one, names), crossings, strict=True):
+    read = trainable & {*part.reads}
+    sizes = [int(np.prod(one.leaves[p].shape)) for p in read - seen]
+    flops = cost.of_program(one, part.program)
+    stages.append(Stage(part.exit, flops, sum(sizes), tuple(crossed)))
+    seen |= read
+  _not_for_nothing(stages)
+
+  @functools.cache
+  def runs(batch: int) -> tuple[Run, ...]:
+    return tuple(map(_run, _parts(_view(fn, variables, inputs, batch), names)))
+
+  whole = cost.of_program(one, _upto(one, names[-1]))
+  return Stages(fn, variables, inputs, tuple(stages), whole, runs, again)
+
+
+class _Part(NamedTuple):
+  """A stage of one traced program; program: (variables read, what crossed) -> (leaves
+  of the exit, what crosses)."""
+
+  exit: str
+  tree: Any
+  program: jx.Program
+  reads: tuple[str, ...]
+  places: tuple[int, ...]
+  outward: tuple[jx.Value, ...]
+
+
+def _parts(view: View, names: Sequence[str]) -> list[_Part]:
+  program, outputs = view.program, view.unpack(view.program.outputs)
+  held = {v: i for i, v in enumerate(view.leaves.values())}
+  paths = list(view.leaves)
+  flat = {name: tuple(jax.tree.leaves(outputs[name])) for name in names}
+  done: set[jx.Equation] = set()
+  inside = []
+  for name in names:
+    kept = _upto(view, name).equations
+    inside.append([e for e in kept if e not in done])
+    done.update(kept)
+  made = list(program.inputs[len(held) :])
+  crossed, parts = tuple(made), []
+  for k, name in enumerate(names):
+    equations = inside[k]
+    made += [v for e in equations for v in e.outputs]
+    later = {v for es in inside[k + 1 :] for e in es for v in e.inputs}
+    later |= {v for other in names[k + 1 :] for v in flat[other]}
+    outward = tuple(v for v in made if v in later)
+    outs = (*flat[name], *outward)
+    used = {*outs, *(v for e in equations for v in e.inputs)}
+    read = [v for v in held if v in used]
+    constants = {v: c for v, c in program.constants.items() if v in used}
+    own = jx.Program((*read, *crossed), constants, tuple(equations), outs)
+    places = tuple(held[v] for v in read)
+    reads, tree = tuple(paths[i] for i in places), jax.tree.structure(outputs[name])
+    parts.append(_Part(name, tree, own, reads, places, outward))
+    crossed = outward
+  return parts
+
+
+def _run(part: _Part) -> Run:
+  def body(program: jx.Program, args: Sequence) -> list:
+    return interpret(program, args, lambda e, ins: bind(e, ins, e.params, body))
+
+  def run(variables, crossed):
+    leaves = jax.tree.leaves(variables)
+    outs = body(part.program, [*(leaves[i] for i in part.places), *crossed])
+    n = part.tree.num_leaves
+    return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
+
+  return run
+
+
+def _view(fn: Callable, variables: Any, inputs: tuple, batch: int) -> View:
+  dims = {p: fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
+  return look(fn, variables, _batched(inputs, batch), {}, dims)
+
+
+def _batched(inputs: tuple, batch: int) -> tuple:
+  """The inputs for so many examples."""
+  if not inputs or any(not x.shape for x in inputs):
+    raise ValueError(
+      f'split: expected inputs with examples along axis 0, got {[*map(str, inputs)]}'
+    )
+  return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs)
+
+
+def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
+  outputs = view.unpack(view.program.outputs)
+  names = list(outputs) if isinstance(outputs, Mapping) else []
+  if len(names) < 2:
+    raise ValueError(
+      'split: expected a function that returns a dict of two exits or more, got '
+      f'{", ".join(names) or "none"}; models.heads.WithHeads puts heads on taps'
+    )
+  if missing := [name for name in exits if name not in names]:
+    raise ValueError(f'split: no exit {missing[0]!r}; there are: {", ".join(names)}')
+  depth = lambda name: (name == 'main', len(_upto(view, name).equations))
+  return tuple(exits) or tuple(sorted(names, key=depth))
+
+
+def _upto(view: View, name: str) -> jx.Program:
+  """What one exit needs."""
+  outputs = tuple(jax.tree.leaves(view.unpack(view.program.outputs)[name]))
+  program = dataclasses.replace(view.program, outputs=outputs)
+  return dataclasses.replace(program, equations=tuple(jx.live(program)[0]))
+
+
+def _not_for_nothing(stages: Sequence[Stage]) -> None:
+  for before, stage in itertools.pairwise(stages):
+    if not stage.flops:
+      raise ValueError(
+        f'split: exit {stage.exit} costs nothing after {before.exit}: they are read '
+        'from one place, or out of one scan, which always runs to its end; scan only '
+        'between exits, or drop one of them'
+      )
+
+
+def _told(stage: Stage) -> str:
+  crossing = ', '.join(f'{c.dtype}{list(c.shape)}' for c in stage.crossing) or 'nothing'
+  return (
+    f'{stage.exit}: {stage.flops:,} FLOPs, {stage.params:,} parameters; '
+    f'then {crossing} crosses'
+  )
