@@ -1,0 +1,91 @@
+"""A cascade on disk: the network in `network/`, what was decided in `cascade.json`."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from depthprune.inference.cascade import Cascade, cascade
+from depthprune.surgery.cut import Pruned
+from depthprune.training import checkpoint, record
+
+RECORD = 'cascade.json'
+
+
+def save_cascade(
+  path: str | Path,
+  saved: Cascade,
+  network: Pruned,
+  normalisation: Any = None,
+  tokenizer: str | Path | None = None,
+) -> None:
+  """Writes a cascade as the folder `path`.
+
+  saved: a cascade of `network`, what `prune` left. normalisation: what its images went
+  through. tokenizer: tokenizer.json, copied beside a network that reads texts.
+
+  Raises: CheckpointError as `checkpoint.save` does, and ValueError for a cascade that
+    is not of this network.
+  """
+  path = Path(path)
+  exits = [name for name, kept in network.report['exits'].items() if kept]
+  if exits and set(exits) != {*saved.exits}:
+    raise ValueError(
+      f'{path}: the cascade has the exits {", ".join(saved.exits)}, the network '
+      f'{", ".join(exits)}: save it with the network that it was made of'
+    )
+  (path / RECORD).unlink(missing_ok=True)  # until all of it is there again
+  checkpoint.save(path / 'network', network, normalisation)
+  if tokenizer is not None:
+    shutil.copyfile(tokenizer, path / 'tokenizer.json')
+  early = saved.exits[:-1]
+  plain = lambda values: {e: _finite(v) for e, v in zip(early, values.tolist())}
+  weights = None if saved.weights is None else np.asarray(saved.weights).tolist()
+  decided = {
+    'exits': list(saved.exits),
+    'thresholds': plain(saved.thresholds),
+    'temperatures': plain(saved.temperatures),
+    'confidence': saved.confidence,
+    'weights': weights,
+    'steps': saved.steps,
+    'flops': list(saved.stages.flops),
+    'whole': saved.stages.whole,
+  }
+  record.write(path / RECORD, decided)
+
+
+def load_cascade(path: str | Path, model: Any = None) -> Cascade:
+  """A cascade as `save_cascade` got it.
+
+  model: for a network of depthprune, nothing; else the full model or function.
+  What its images went through is in `path`/network/arch.json, report, normalisation.
+
+  Raises: CheckpointError for a folder without a cascade, or damaged.
+  """
+  path = Path(path)
+  try:
+    decided = json.loads((path / RECORD).read_text())
+  except (OSError, ValueError) as error:
+    raise checkpoint.CheckpointError(
+      f'{path}: expected a cascade (with {RECORD} and network/): {error}'
+    ) from error
+  network = checkpoint.load(path / 'network', model)
+  weights = decided['weights']
+  return cascade(
+    network.apply,
+    network.variables,
+    *network.coupling.inputs,
+    thresholds={e: float(t) for e, t in decided['thresholds'].items()},
+    exits=tuple(decided['exits']),
+    temperatures=decided['temperatures'],
+    confidence=decided['confidence'],
+    weights=None if weights is None else np.asarray(weights, np.float32),
+    steps=decided['steps'],
+  )
+
+
+def _finite(value: float) -> float | str:
+  return value if math.isfinite(value) else str(value)
