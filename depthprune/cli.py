@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from depthprune.config import RECIPES, Config
-from depthprune.options import Gates, Implosion, NetCut
+from depthprune.options import Gates, Implosion, NetCut, SideNet
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
@@ -50,10 +50,17 @@ IMPLOSION = _method(
   'Train a residual network with a priority on every unit, erase the least important, '
   'retrain, and so on down to the depth that was asked for, and report.',
 )
+SIDENET = _method(
+  'sidenet',
+  'sidenet',
+  'Put small heads on a pretrained network, find out how sure each must be, and save '
+  'the cascade in which sure answers leave early, and report.',
+)
 Method = (
   Annotated[Config[Gates], GATES]
   | Annotated[Config[NetCut], NETCUT]
   | Annotated[Config[Implosion], IMPLOSION]
+  | Annotated[Config[SideNet], SIDENET]
 )
 
 

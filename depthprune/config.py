@@ -8,22 +8,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from depthprune.options import (
-  METHODS,
-  ConfigError,
-  Epochs,
-  Gates,
-  Implosion,
-  NetCut,
-  Options,
-  at_least,
-  finite,
-  one_of,
-)
+from depthprune.options import METHODS, Gates, Implosion, NetCut, Options, SideNet
+from depthprune.values import ConfigError, Epochs, at_least, finite, one_of
 
 BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
 ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
 FRESH = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: random weights)')
+BESIDE = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: beside weights)')
 NAMED = tyro.conf.arg(
   metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-OPTIONS-SEED)'
 )
@@ -44,14 +35,21 @@ class Config(Generic[O]):
   """What the method lets you choose; their type says which method it is."""
 
   model: str = 'resnet20'
-  """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, and so on."""
+  """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
 
   data: str = 'digits'
-  """digits (comes with scikit-learn), or a TFDS image set found in $TFDS_DATA_DIR."""
+  """digits (comes with scikit-learn), or a TFDS set of images or texts found in
+  $TFDS_DATA_DIR, such as cifar10 or glue/sst2."""
 
   pretrained: Annotated[str | None, FRESH] = None
-  """Weights to start from: .npz or .safetensors of a ResNet, with torch's names. Where
-  FILE.json beside them has a normalisation, images get that."""
+  """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
+  names. Where FILE.json beside them has a normalisation, images get that."""
+
+  tokenizer: Annotated[str | None, BESIDE] = None
+  """tokenizer.json, for a data set of texts."""
+
+  length: int = 128
+  """Tokens of a text, at most."""
 
   seed: int = 0
   """Of the initial weights, the order of the images, the augmentation."""
@@ -68,8 +66,9 @@ class Config(Generic[O]):
   finetune_epochs: Annotated[int | None, BY_DATA] = None
   """Passes after each cut."""
 
-  optimizer: Literal['sgd', 'adam'] = 'sgd'
-  """sgd: momentum 0.9, warm-up and cosine in every stage. adam: a constant rate."""
+  optimizer: Literal['sgd', 'adam', 'adamw'] = 'sgd'
+  """sgd: momentum 0.9, warm-up and cosine in every stage. adam: a constant rate. adamw:
+  Adam with that schedule."""
 
   learning_rate: float = 0.1
   """Of the weights, at the peak of the schedule."""
@@ -105,10 +104,10 @@ class Config(Generic[O]):
   """Continue where an earlier run in the same directory stopped."""
 
   def __post_init__(self):
-    one_of(self, 'optimizer', ('sgd', 'adam'))
+    one_of(self, 'optimizer', ('sgd', 'adam', 'adamw'))
     for name in ('train_epochs', 'gate_epochs', 'finetune_epochs', 'seed'):
       at_least(self, name, 0)
-    for name in ('batch', 'subset', 'resize'):
+    for name in ('batch', 'subset', 'resize', 'length'):
       at_least(self, name, 1)
     for name in ('weight_decay', 'checkpoint_every_s'):
       finite(self, name, positive=False)
@@ -154,6 +153,7 @@ RECIPES: dict[str, Config] = {
   'trainable_gates': Config(),
   'netcut': Config(NetCut(), 'mlp20x200', augment=False, **_DEPTH),
   'implosion': Config(Implosion()),
+  'sidenet': Config(SideNet()),
 }
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from depthprune.config import RECIPES, Config, from_json
-from depthprune.options import ConfigError, Epochs, Gates, Implosion, NetCut, fraction
+from depthprune.options import Gates, Implosion, NetCut
+from depthprune.values import ConfigError, Epochs, fraction
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ def opened(variables: Tree) -> Tree:
   return with_branches(variables, ones) if ones else variables
 
 
-def carried(pruned: Pruned, gates: Mapping[str, jax.Array], example: jax.Array) -> Tree:
+def carried(pruned: Pruned, gates: Mapping[str, jax.Array], *inputs: jax.Array) -> Tree:
   """The small variables of a cut that folded nothing, with the gates that are left.
 
-  gates: {path: gate} before the cut.
+  gates: {path: gate} before the cut. inputs: an example of what the network reads.
   """
   if not pruned.arch:
     return pruned.variables
-  shapes = jax.eval_shape(pruned.model.init, jax.random.key(0), example)
+  shapes = jax.eval_shape(pruned.model.init, jax.random.key(0), *inputs)
   ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes.get('branches', {}))
   if not ones:
     return pruned.variables

@@ -1,12 +1,13 @@
-"""Where images come from: scikit-learn's digits, or any TFDS image classification set.
+"""Where data come from: scikit-learn's digits, or any TFDS image classification set.
 
 TFDS sets are read from disk in the array_record format, which needs neither TensorFlow
 nor a network. A `Source` knows its sizes at once and decodes only the rows asked for.
+What sets of texts share with those of images (`sentences`) is public.
 """
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ _BLOCK = 1024
 
 
 class DataError(ValueError):
-  """A data set that is not there, or is not one for image classification."""
+  """A data set that is not there, or is not one for classification."""
 
 
 class Source(NamedTuple):
@@ -60,7 +61,7 @@ def _digits() -> Source:
 
 
 def _tfds(name: str, resize: int | None, download: bool) -> Source:
-  builder = _builder(name, download)
+  builder = find(name, download)
   image_key, label_key = _keys(name, builder)
   shape = builder.info.features[image_key].shape
   if resize is not None:
@@ -70,13 +71,12 @@ def _tfds(name: str, resize: int | None, download: bool) -> Source:
       f'data {name!r}: images have one shape, got {shape}: pass resize=SIDE, which '
       'scales the shorter side and crops the middle'
     )
-  opened = {split: _open(name, builder, split) for split in builder.info.splits}
+  opened = {split: open_split(name, builder, split) for split in builder.info.splits}
   if 'train' not in opened:
     raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
-  labelled = [s for s in ('test', 'validation') if _labelled(opened.get(s), label_key)]
   splits = {'train': opened['train']}
-  if labelled:  # imagenet2012 keeps its test labels to itself
-    splits['test'] = opened[labelled[0]]
+  if test := tested(opened, label_key):
+    splits['test'] = opened[test]
 
   def read(split, rows):
     image = np.empty((len(rows), *shape), np.uint8)
@@ -94,7 +94,11 @@ def _tfds(name: str, resize: int | None, download: bool) -> Source:
   )
 
 
-def _builder(name: str, download: bool) -> Any:
+def find(name: str, download: bool = False) -> Any:
+  """The TFDS builder of a set that is prepared on this machine, or is made so here.
+
+  Raises DataError for a name nobody knows, and for a set that is not on this machine.
+  """
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -157,7 +161,8 @@ def _keys(name: str, builder: Any) -> tuple[str, str]:
   return image, label
 
 
-def _open(name: str, builder: Any, split: str) -> Any:
+def open_split(name: str, builder: Any, split: str) -> Any:
+  """The records of a split; raises DataError where they are in another format."""
   try:
     return builder.as_data_source(split=split)
   except NotImplementedError as error:
@@ -168,8 +173,15 @@ def _open(name: str, builder: Any, split: str) -> Any:
     ) from error
 
 
-def _labelled(split: Any, label_key: str) -> bool:
-  return split is not None and len(split) > 0 and split[0][label_key] >= 0
+def tested(opened: Mapping[str, Any], label_key: str) -> str:
+  """The name of the split to test on, '' where there is none.
+
+  The labelled one: imagenet2012 and GLUE keep their test labels to themselves, so
+  theirs is the validation split (of MNLI the matched one).
+  """
+  labelled = lambda split: len(split) > 0 and split[0][label_key] >= 0
+  names = [s for kind in ('test', 'validation') for s in opened if s.startswith(kind)]
+  return next((name for name in names if labelled(opened[name])), '')
 
 
 def _sized(image: np.ndarray, side: int | None) -> np.ndarray:

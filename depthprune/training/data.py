@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training import catalogue
+from depthprune.training import catalogue, splits
+from depthprune.training.augment import Augment, Normalisation, augmented, normalise
 from depthprune.training.catalogue import DataError, Split
 
 Batch = dict[str, jax.Array]
@@ -24,21 +25,6 @@ evaluation 'weight': float32 [batch], 0 where the batch was padded."""
 _CHARACTERS = frozenset(
   ('digits', 'emnist', 'kmnist', 'mnist', 'mnist_corrupted', 'omniglot', 'svhn_cropped')
 )
-
-
-class Normalisation(NamedTuple):
-  """What makes inputs of stored pixels: (x / scale - mean) / std, per channel."""
-
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  scale: float = 255.0
-
-
-class Augment(NamedTuple):
-  """Random crops of the image padded with `pad` black pixels, and mirror images."""
-
-  pad: int = 0
-  flip: bool = False
 
 
 class Dataset(NamedTuple):
@@ -56,6 +42,28 @@ class Dataset(NamedTuple):
   shape: tuple[int, int, int]
   normalisation: Normalisation
   augment: Augment
+
+  def example(self) -> tuple[jax.Array, ...]:
+    """One image of zeros, ([1, height, width, channels],)."""
+    return (jnp.zeros((1, *self.shape), jnp.float32),)
+
+  def sampler(self, key: jax.Array, size: int, augment: bool) -> 'Sampler':
+    """(train, step) -> training batch; with `augment` as is usual for such images."""
+    by = self.augment if augment else Augment()
+    return Sampler(key, size, self.normalisation, by)
+
+  def batches(self, split: Split, size: int) -> Iterator[Batch]:
+    """All images of a split once, for evaluation."""
+    return batches(split, size, self.normalisation)
+
+  def on_device(self) -> Batch:
+    """The training images, where the sampler reads them."""
+    return jax.device_put(self.train)
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """What a reader of results must know: nothing, the images are as published."""
+    return ()
 
 
 def load(
@@ -78,28 +86,16 @@ def load(
   or too large for the memory of this machine.
   """
   source = catalogue.source(name, resize, download)
-  rest = np.arange(source.train)
-  if source.test:
-    where, test = 'test', np.arange(source.test)
-  else:
-    # RandomState, because its streams are frozen for all versions of numpy.
-    where, rest = 'train', np.random.RandomState(0).permutation(source.train)
-    test, rest = np.split(rest, [source.train // 4])
-  rest = np.random.RandomState(seed).permutation(np.sort(rest))
-  held = min(5000, len(rest) // 10) if held_out is None else held_out
-  many = len(rest) - held if subset is None else subset
-  if held < 0 or many < 1 or held + many > len(rest):
-    raise DataError(
-      f'data {name!r}: has {len(rest)} images to train on, got held_out={held}, '
-      f'subset={many}: together at most {len(rest)}, and subset at least 1'
-    )
-  _fits(name, (len(test) + held + many) * int(np.prod(source.shape)))
-  train = source.read('train', np.sort(rest[held : held + many]))
+  sizes = source.train, source.test
+  rows = splits.divide(name, sizes, seed, held_out, subset)
+  count = sum(map(len, rows[:3]))
+  _fits(name, count * int(np.prod(source.shape)))
+  train = source.read('train', rows.train)
   return Dataset(
     name,
     train,
-    source.read('train', np.sort(rest[:held])),
-    source.read(where, np.sort(test)),
+    source.read('train', rows.held_out),
+    source.read(rows.of, rows.test),
     source.classes,
     source.shape,
     _normalisation(train['image'], source.scale),
@@ -128,30 +124,6 @@ def _normalisation(image: np.ndarray, scale: float) -> Normalisation:
   return Normalisation(tuple(mean), tuple(std), scale)
 
 
-def normalise(image: jax.Array, by: Normalisation) -> jax.Array:
-  """float32 inputs [..., channels] of stored pixels [..., channels]."""
-  mean = jnp.asarray(by.mean, jnp.float32) * by.scale
-  std = jnp.asarray(by.std, jnp.float32) * by.scale
-  return (image.astype(jnp.float32) - mean) / std
-
-
-def augmented(image: jax.Array, key: jax.Array, by: Augment) -> jax.Array:
-  """Images [batch, height, width, channels], each cropped and mirrored its own way."""
-  crop, mirror = jax.random.split(key)
-  if by.pad:
-    edge = (by.pad, by.pad)
-    corners = jax.random.randint(crop, (len(image), 2), 0, 2 * by.pad + 1)
-    padded = jnp.pad(image, ((0, 0), edge, edge, (0, 0)))
-    cut = lambda padded, corner: jax.lax.dynamic_slice(
-      padded, (corner[0], corner[1], 0), image.shape[1:]
-    )
-    image = jax.vmap(cut)(padded, corners)
-  if by.flip:
-    mirrored = jax.random.bernoulli(mirror, shape=(len(image), 1, 1, 1))
-    image = jnp.where(mirrored, image[:, :, ::-1], image)
-  return image
-
-
 def order(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
   """The order of n images in an epoch, int32 [n]: a pure function of (key, epoch)."""
   # One sort of random bits; jax.random.permutation sorts twice.
@@ -164,7 +136,7 @@ def epoch_steps(split: Split | Batch, size: int) -> int:
   n = len(split['label'])
   if not 0 < size <= n:
     raise DataError(
-      f'data: a batch has 1 to {n} images, as many as there are: got {size}'
+      f'data: a batch has 1 to {n} examples, as many as there are: got {size}'
     )
   return n // size
 

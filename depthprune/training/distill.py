@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from depthprune.training.method import Method, as_dict, main
+from depthprune.training.method import Method, as_dict, inputs_of, main
 from depthprune.training.tasks import Task, mean
 
 
@@ -54,5 +54,5 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
 
 def with_teacher(apply: Any, variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
   """The batch and, as 'teacher', the logits of a network in evaluation mode."""
-  logits = main(as_dict(apply(variables, batch['image'], train=False)))
+  logits = main(as_dict(apply(variables, *inputs_of(batch), train=False)))
   return {**batch, 'teacher': jax.lax.stop_gradient(logits)}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from depthprune.training.method import Tree, as_dict, main
+from depthprune.training.method import Tree, as_dict, inputs_of, main
 from depthprune.training.step import gated
 from depthprune.training.tasks import Task
 
@@ -25,7 +25,8 @@ def evaluate(
   Args:
     model: a module with `apply`, or such a function (a Pruned's `apply`).
     variables: its variables.
-    batches: batches of equal shape; 'weight' [batch] is 0 where one was padded.
+    batches: batches, each shape compiled once; 'weight' [batch] is 0 where one was
+      padded.
     task: what is measured.
     coupling, gates: a coupling and gates (or a keep tree) to mask the network by.
 
@@ -62,7 +63,7 @@ def evaluator(
 
 def totals(run, task: Task, answer, variables, gates, batch) -> dict[str, jax.Array]:
   """Sums over the examples of one batch, and their number."""
-  logits = answer(as_dict(run(variables, gates, batch['image'], train=False)))
+  logits = answer(as_dict(run(variables, gates, *inputs_of(batch), train=False)))
   size = jnp.asarray(batch['label'].shape[0], jnp.float32)
   examples = batch['weight'].sum() if 'weight' in batch else size
   means = {'loss': task.loss(logits, batch), **task.metrics(logits, batch)}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.training.masked import Decisions, Masked, masked
-from depthprune.training.method import Method, Tree
+from depthprune.training.method import Method, Tree, inputs_of
 from depthprune.training.step import State
 from depthprune.training.tasks import Task
 
@@ -170,9 +170,9 @@ def judge(
   Args:
     model, method, task, coupling: as for `make_step`.
     state: after training. (A later step would consume its arrays.)
-    held_out: batches to judge on, all of one shape; 'weight' as for `evaluate`.
+    held_out: batches to judge on, all of one size; 'weight' as for `evaluate`.
     calibration: batches for fresh batch statistics, augmented as in training and of
-      one shape; needed where a branch is closed and there are such statistics.
+      one size; needed where a branch is closed and there are such statistics.
     vectorise: how `each` runs all decisions in one program. 'vmap' makes one larger
       batch of them, 'map' is a loop. 'auto': vmap, but on a CPU (where convolutions in
       a loop may use one core only) whichever is faster when it is first used.
@@ -185,7 +185,7 @@ def judge(
   if not held_out:
     raise ValueError('judge: expected at least one held-out batch, got none')
   network = masked(model, method, task, state, coupling)
-  exits = sorted(jax.eval_shape(network.outputs, held_out[0]['image']))
+  exits = sorted(jax.eval_shape(network.outputs, *inputs_of(held_out[0])))
   batches = tuple(held_out), tuple(calibration)
   return Judge(network, tuple(exits), *batches, {'by': vectorise})
 

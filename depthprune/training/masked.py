@@ -44,13 +44,13 @@ class Masked(NamedTuple):
   Attributes:
     measure: (how, exits, decisions, batch) -> sums over the batch, and 'examples'.
     statistics: (how, decisions, batch) -> batch statistics of that batch alone.
-    outputs: (image) -> outputs by name, as trained.
+    outputs: (*inputs) -> outputs by name, as trained.
     stats: the batch statistics that the network has, {} if none.
   """
 
   measure: Callable[..., dict[str, jax.Array]]
   statistics: Callable[..., Tree]
-  outputs: Callable[[jax.Array], dict[str, jax.Array]]
+  outputs: Callable[..., dict[str, jax.Array]]
   stats: Tree
 
 
@@ -70,7 +70,7 @@ def masked(
   return Masked(
     partial(measure, variables, gates, state.theta),
     partial(statistics, variables, gates),
-    lambda image: as_dict(run(variables, gates, image, train=False)),
+    lambda *inputs: as_dict(run(variables, gates, *inputs, train=False)),
     variables.get(COLLECTION, {}),
   )
 

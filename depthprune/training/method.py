@@ -18,6 +18,9 @@ from depthprune.training.tasks import Task
 Tree = Any
 """A nested dict (or any other pytree) of arrays."""
 
+INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
+"""What of a batch a network may read, in the order in which it takes them."""
+
 
 class CutRefused(ValueError):
   """A decision that would cost too much; says how much, and how to force it."""
@@ -134,6 +137,24 @@ def apart(
   """An optimizer for {'params', 'theta'} that treats the two each in its own way."""
   parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
   return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})
+
+
+def inputs_of(batch: Mapping[str, Tree]) -> tuple[Tree, ...]:
+  """What the network reads of a batch: `apply(variables, *inputs_of(batch))`.
+
+  Of images: (image [batch, height, width, channels],). Of texts: (tokens int32
+  [batch, length], mask bool [batch, length]) and, of pairs, types int32 [batch,
+  length]. Of precomputed features: ({name: [batch, n]},).
+
+  Raises: ValueError for a batch without any of them.
+  """
+  found = tuple(batch[name] for name in INPUTS if name in batch)
+  if not found:
+    raise ValueError(
+      f'batch: expected an entry for the network to read ({", ".join(INPUTS)}), got '
+      f'{", ".join(batch) or "none"}'
+    )
+  return found
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:

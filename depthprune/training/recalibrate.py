@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from depthprune.training.method import Tree
+from depthprune.training.method import Tree, inputs_of
 from depthprune.training.step import apply_of
 
 COLLECTION = 'batch_stats'
@@ -25,9 +25,9 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
   with b taken from the batch; a statistic that does not move (m = 1) stays.
 
   Args:
-    model: a module with `apply(variables, image, train=..., mutable=...)`, or such a
+    model: a module with `apply(variables, *inputs, train=..., mutable=...)`, or such a
       function. variables: with a 'batch_stats' collection.
-    batches: {'image': [batch, ...]}, of equal shape.
+    batches: {'image': [batch, ...]}, or texts, of equal size.
 
   Raises: ValueError when there are no batch statistics, or no batch.
   """
@@ -39,7 +39,7 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
   measure = jax.jit(partial(_measure, apply_of(model)))
   total, count = None, 0
   for batch in batches:
-    found = measure(variables, batch['image'])
+    found = measure(variables, *inputs_of(batch))
     total = found if total is None else jax.tree.map(jnp.add, total, found)
     count += 1
   if total is None:
@@ -48,14 +48,14 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
   return {**variables, COLLECTION: fresh}
 
 
-def _measure(apply, variables, image):
+def _measure(apply, variables, *inputs):
   """The statistics of one batch, with the momentum undone."""
   old = variables[COLLECTION]
 
   def updated(stats):
     collections = {**variables, COLLECTION: stats}
     rngs = {'dropout': jax.random.key(0)}
-    return apply(collections, image, train=True, mutable=[COLLECTION], rngs=rngs)[1][
+    return apply(collections, *inputs, train=True, mutable=[COLLECTION], rngs=rngs)[1][
       COLLECTION
     ]
 

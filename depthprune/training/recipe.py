@@ -4,17 +4,15 @@ import time
 from functools import partial
 from typing import Any
 
-import jax
-
-from depthprune import methods, models
+from depthprune import methods
 from depthprune.config import Config
-from depthprune.models import pretrained
-from depthprune.models.heads import every_tap
 from depthprune.program.couple import couple
-from depthprune.training import checkpoint, record, results
-from depthprune.training.method import Tree, plain
+from depthprune.training import cascading, checkpoint, record, results
+from depthprune.training.method import plain
+from depthprune.training.networks import network as network
+from depthprune.training.networks import start as start
 from depthprune.training.rounds import shrink
-from depthprune.training.stage import Job, prepare, stage
+from depthprune.training.stage import prepare, stage
 
 
 def run(config: Config, show: bool = True) -> dict[str, Any]:
@@ -30,6 +28,8 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
     reached and for weights that do not fit, CutRefused for a cut that costs too much,
     CheckpointError for a directory of another run, NonFiniteLoss.
   """
+  if config.options.cascades:
+    return cascading.run(config, show)
   started = time.monotonic()
   network(config, classes=1)  # an unknown name is found before the data
   job = prepare(config, show)
@@ -37,7 +37,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   build = partial(methods.build, config)
   variables = start(job, model)
   # Before any training: a target below what can be reached is found now, not later.
-  coupling = couple(model, variables, job.example)
+  coupling = couple(model, variables, *job.inputs)
   build(coupling, 1, {}, coupling)
   record.write(
     job.folder / 'config.json',
@@ -57,29 +57,3 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   )
   record.write(job.folder / 'result.json', result)
   return result
-
-
-def network(config: Config, classes: int) -> Any:
-  """The model of a run; for a method that weighs exits, with a head on every tap."""
-  chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
-  model = models.build(
-    config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
-  )
-  return every_tap(model, pool=config.options.pool) if config.options.heads else model
-
-
-def start(job: Job, model: Any) -> Tree:
-  """The first variables of a run: random, or the trunk read from a file."""
-  variables = jax.jit(model.init)(job.key('init'), job.example)
-  path = job.config.pretrained
-  if path is None:
-    return variables
-  read = lambda model: pretrained.load(path, model, job.images.shape)
-  if not job.config.options.heads:
-    return read(model)
-  # The trunk's own head is not in use; those of the exits are new.
-  merged = dict(variables)
-  for collection, tree in read(model.trunk).items():
-    trunk = {k: tree[k] for k in variables[collection]['trunk']}
-    merged[collection] = {**variables[collection], 'trunk': trunk}
-  return merged

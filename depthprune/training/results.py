@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthprune.inference import latency
 from depthprune.program.view import runnable
-from depthprune.training import data, record
+from depthprune.training import record
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import as_dict, main
 from depthprune.training.stage import Job
@@ -29,7 +29,7 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   Args:
     model: the network before pruning.
   """
-  config, reports = job.config, [found.report for found in small.rounds]
+  reports = [found.report for found in small.rounds]
   full = evaluator(model, job.task, answer=small.answer)
   thin = evaluator(small.model, job.task)
   accuracy = lambda split: {
@@ -43,15 +43,7 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     'after': reports[-1][name]['after'],
   }
   result = {
-    'config': config.to_json(),
-    **surroundings(),
-    'command': record.command(),
-    'seed': config.seed,
-    'model': config.model,
-    'data': config.data,
-    'method': config.method,
-    'options': dataclasses.asdict(config.options),
-    'images': {name: len(getattr(job.images, name)['label']) for name in SPLITS},
+    **described(job),
     'accuracy': accuracy(job.images.test),
     'held_out': accuracy(job.images.held_out),
     'flops': cost('flops'),
@@ -64,6 +56,23 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     'report': reports[-1],
   }
   return result
+
+
+def described(job: Job) -> dict[str, Any]:
+  """What was run, on what, with what."""
+  config = job.config
+  return {
+    'config': config.to_json(),
+    **surroundings(),
+    'command': record.command(),
+    'seed': config.seed,
+    'model': config.model,
+    'data': config.data,
+    'method': config.method,
+    'options': dataclasses.asdict(config.options),
+    'data_notes': list(job.images.notes),
+    'images': {name: len(getattr(job.images, name)['label']) for name in SPLITS},
+  }
 
 
 def _told(found: 'Round') -> dict[str, Any]:
@@ -84,13 +93,12 @@ def _told(found: 'Round') -> dict[str, Any]:
 
 def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   """Milliseconds of an answer, and seconds to compile it, before and after."""
-  image = next(data.batches(job.images.held_out, 1, job.images.normalisation))['image']
   networks = (
     latency.Network(_answering(model, small.answer), small.before),
     latency.Network(_answering(small.model, main), small.variables),
   )
-  seconds = [latency.compile_seconds(network, image) for network in networks]
-  measured = latency.compare(*networks, image, batches=LATENCY_BATCHES)
+  seconds = [latency.compile_seconds(network, *job.inputs) for network in networks]
+  measured = latency.compare(*networks, *job.inputs, batches=LATENCY_BATCHES)
   return {
     'latency_ms': latency.to_json(measured),
     'compile_s': dict(zip(('before', 'after'), seconds)),
@@ -99,7 +107,9 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
 
 def _answering(model: Any, answer: Callable):
   run = runnable(model)
-  return lambda variables, image: answer(as_dict(run(variables, image, train=False)))
+  return lambda variables, *inputs: answer(
+    as_dict(run(variables, *inputs, train=False))
+  )
 
 
 def _widths(reports: Sequence[dict]) -> dict[str, list[int]]:

@@ -118,7 +118,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
 
 def _round(job: Job, model, variables, build: Build, teacher, before) -> _Done:
   """Fits with the method, decides on held-out data, cuts, recalibrates."""
-  coupling = couple(model, variables, job.example)
+  coupling = couple(model, variables, *job.inputs)
   epochs = job.config.epochs.finetune if before else job.config.epochs.gates
   full = before[0].coupling if before else coupling
   scores = rank(coupling, variables, 'l1')
@@ -188,7 +188,7 @@ def _cut(job: Job, model, method: Method, state: State, keep, coupling):
     model,
     trained(method, state) if last else opened(state.variables),
     keep,
-    job.example,
+    job.inputs,
     round_to=job.config.options.round_to,
     coupling=coupling,
   )
@@ -201,7 +201,7 @@ def _cut(job: Job, model, method: Method, state: State, keep, coupling):
   if last:
     return pruned, pruned.variables
   gates = branches_of(trained(method, state))
-  return pruned, carried(pruned, gates, job.example)
+  return pruned, carried(pruned, gates, *job.inputs)
 
 
 def _told(

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from depthprune.config import Config
-from depthprune.models import pretrained
-from depthprune.training import data, record, tasks
+from depthprune.training import data, datasets, record, tasks
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
 from depthprune.training.step import State, init_state, make_step
-from depthprune.training.train import Row, fit
+from depthprune.training.text import Texts
+from depthprune.training.train import Row, first_batch, fit
 
 LINES = 50  # of history that a stage writes
 # What training does not depend on, of a run's config and of any method's options.
@@ -30,21 +30,30 @@ class Job(NamedTuple):
 
   Attributes:
     config: of the run. folder: its directory.
-    images: the data set. train: its training images, on the device.
+    images: the data set, of images or of texts (or the features of either). train: its
+      training examples, where they are batched: on the device, but texts on the host.
     task: what is learnt. show: whether to draw progress bars.
   """
 
   config: Config
   folder: Path
-  images: data.Dataset
+  images: data.Dataset | Texts
   train: Tree
   task: tasks.Task
   show: bool = True
 
   @property
+  def inputs(self) -> tuple[jax.Array, ...]:
+    """One example as the network reads it: `apply(variables, *inputs)`.
+
+    An image of zeros, [1, height, width, channels]; or tokens and mask [1, length].
+    """
+    return self.images.example()
+
+  @property
   def example(self) -> jax.Array:
-    """One image of zeros, [1, height, width, channels]."""
-    return jnp.zeros((1, *self.images.shape), jnp.float32)
+    """The first of the inputs; of images the only one."""
+    return self.inputs[0]
 
   def steps(self, epochs: int) -> int:
     return epochs * data.epoch_steps(self.train, self.config.batch)
@@ -55,18 +64,21 @@ class Job(NamedTuple):
       jax.random.key(self.config.seed), zlib.crc32(name.encode()) >> 1
     )
 
-  def batch_at(self, name: str) -> data.Sampler:
-    """(images, step) -> augmented training batch of the stage of that name."""
-    key, set_ = self.key(f'{name}/data'), self.images
-    augment = set_.augment if self.config.augment else data.Augment()
-    return data.Sampler(key, self.config.batch, set_.normalisation, augment)
+  def batch_at(self, name: str) -> Any:
+    """(examples, step) -> augmented training batch of the stage of that name.
+
+    `batch_at(...).stepwise()` is the same, faster, for a loop on the host.
+    """
+    key, augment = self.key(f'{name}/data'), self.config.augment
+    return self.images.sampler(key, self.config.batch, augment)
 
   def held_out(self) -> Iterator[Tree]:
-    """Batches of the images that decisions may look at."""
+    """Batches of the examples that decisions may look at."""
     return self.batches(self.images.held_out)
 
-  def batches(self, split: data.Split) -> Iterator[Tree]:
-    return data.batches(split, self.config.batch, self.images.normalisation)
+  def batches(self, split: Tree) -> Iterator[Tree]:
+    """All examples of a split once, for evaluation; 'weight' is 0 on padding."""
+    return self.images.batches(split, self.config.batch)
 
   def relevant(self) -> dict[str, Any]:
     """The part of the config that training depends on."""
@@ -82,17 +94,12 @@ def relevant(values: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(config: Config, show: bool = True) -> Job:
   """Reads the data and makes the run's directory ready.
 
-  Raises: CheckpointError where the directory belongs to a run of another config.
+  Raises: CheckpointError where the directory belongs to a run of another config, and
+    DataError as `datasets.read` does.
   """
-  images = data.load(
-    config.data, seed=config.seed, subset=config.subset, resize=config.resize
-  )
-  if config.pretrained is not None:
-    theirs = pretrained.normalisation(config.pretrained)
-    if theirs is not None:  # what the weights were trained on
-      images = images._replace(normalisation=data.Normalisation(*theirs))
+  images = datasets.read(config)
   task, folder = tasks.classification(images.classes), config.path
-  job = Job(config, folder, images, jax.device_put(images.train), task, show)
+  job = Job(config, folder, images, images.on_device(), task, show)
   before = folder / 'config.json'
   if not before.is_file():
     return job
@@ -128,13 +135,13 @@ def stage(
   Args:
     job: the run. name: of the stage; its random numbers depend on it.
     model, method, coupling: as for `make_step`. variables: where to start.
-    epochs: passes over the training images. peak: highest learning rate.
+    epochs: passes over the training examples. peak: highest learning rate.
     teacher: a network to learn from, for methods wrapped by `distill`.
   """
   steps = job.steps(epochs)
   tx = optimizer(job.config, peak, steps)
   batch_at = job.batch_at(name)
-  batch = jax.eval_shape(batch_at, job.train, 0)
+  batch = first_batch(batch_at, job.train)
   state = init_state(model, method, tx, variables, coupling, batch)
   keeper = Keeper(job.folder / 'checkpoints' / name, keep=2, config=job.relevant())
   restored = keeper.restore_latest(state)
@@ -165,10 +172,11 @@ def stage(
 
 
 def optimizer(config: Config, peak: float, steps: int) -> optax.GradientTransformation:
-  """What the config asks for: `sgd` below, or Adam at a constant rate."""
+  """What the config asks for: `sgd` below, or Adam, at a constant rate or scheduled."""
   if config.optimizer == 'sgd':
     return sgd(peak, steps, config.weight_decay)
-  return optax.adamw(peak, weight_decay=config.weight_decay, mask=_kernels)
+  rate = peak if config.optimizer == 'adam' else scheduled(peak, steps)
+  return optax.adamw(rate, weight_decay=config.weight_decay, mask=_kernels)
 
 
 def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
@@ -180,10 +188,13 @@ def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransform
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=_kernels),
-    optax.sgd(
-      lambda step: cosine(jnp.asarray(step), peak, steps), momentum=0.9, nesterov=True
-    ),
+    optax.sgd(scheduled(peak, steps), momentum=0.9, nesterov=True),
   )
+
+
+def scheduled(peak: float, steps: int) -> optax.Schedule:
+  """(step) -> learning rate of `cosine`."""
+  return lambda step: cosine(jnp.asarray(step), peak, steps)
 
 
 def cosine(step: jax.Array, peak: float, steps: int) -> jax.Array:

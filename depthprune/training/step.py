@@ -12,7 +12,14 @@ import optax
 from depthprune.program.plug import plug, with_branches
 from depthprune.program.view import paths_of, runnable
 from depthprune.training.distill import with_teacher
-from depthprune.training.method import Method, Tree, as_dict, no_stats, optimizer
+from depthprune.training.method import (
+  Method,
+  Tree,
+  as_dict,
+  inputs_of,
+  no_stats,
+  optimizer,
+)
 from depthprune.training.tasks import Task
 
 
@@ -68,7 +75,7 @@ def init_state(
     gates = coupling.gates()
     outputs = as_dict(jax.eval_shape(run, coupling.variables, *coupling.inputs))
   elif batch is not None:
-    outputs = as_dict(jax.eval_shape(run, variables, batch['image']))
+    outputs = as_dict(jax.eval_shape(run, variables, *inputs_of(batch)))
   gates['branches'] = branches_of(variables)
   theta = method.init(gates, outputs)
   state = State(
@@ -96,7 +103,7 @@ def make_step(
   the step number is folded in. Metrics are scalars on the device, with 'loss'.
 
   Args:
-    model: anything with `apply(variables, image, train=..., mutable=..., rngs=...)`,
+    model: anything with `apply(variables, *inputs, train=..., mutable=..., rngs=...)`,
       or that function itself.
     tx: optimizer of the weights; the method adds what it needs (`method.optimizer`).
     coupling: from `couple`; None for a method without channel gates.
@@ -188,14 +195,15 @@ def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
 
 def _forward(run, method: Method, variables, gates, batch, key):
   """(outputs by name, changed collections)."""
+  inputs = inputs_of(batch)
   if not method.trunk_train:
-    return as_dict(run(variables, gates, batch['image'], train=False)), {}
+    return as_dict(run(variables, gates, *inputs, train=False)), {}
   rngs = {'dropout': key}
   changing = [k for k in variables if k not in ('params', 'branches')]
   if not changing:
-    return as_dict(run(variables, gates, batch['image'], train=True, rngs=rngs)), {}
+    return as_dict(run(variables, gates, *inputs, train=True, rngs=rngs)), {}
   outputs, changed = run(
-    variables, gates, batch['image'], train=True, mutable=changing, rngs=rngs
+    variables, gates, *inputs, train=True, mutable=changing, rngs=rngs
   )
   return as_dict(outputs), changed
 
@@ -211,7 +219,7 @@ def _no_stats_yet(model, method: Method, variables, theta, batch):
     )
 
   def seen(variables, theta, batch):
-    outputs = as_dict(runnable(model)(variables, batch['image'], train=False))
+    outputs = as_dict(runnable(model)(variables, *inputs_of(batch), train=False))
     gates = method.forward(theta, jax.random.key(0), jnp.zeros((), jnp.int32))
     return method.observe(gates, gates, outputs, batch)
 

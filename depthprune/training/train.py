@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.training import progress
-from depthprune.training.data import Sampler
 from depthprune.training.method import Tree
 from depthprune.training.step import State as State
 from depthprune.training.step import init_state as init_state
@@ -43,7 +42,8 @@ def fit(
   Args:
     step: from make_step. key: its key.
     batch_at: (data, step) -> batch; with data it must be traceable, without it is
-      called on the host.
+      called on the host. One with `stepwise()` is asked for its form for the host where
+      steps are dispatched one by one; one that has `on_host` has no other.
     data: the whole data set as arrays, on the device, or None.
     steps: where to stop, counted from step 0 and not from state.step.
     every: steps between log lines. Batches and keys depend on the number of the step
@@ -52,17 +52,25 @@ def fit(
     callbacks: called as (state, row) after every `every` steps; the state is valid
       until the next step.
     label: name of the stage. show: whether to draw the progress bar.
-    fused: whether `every` steps run as one program (this needs data). By default on
-      all devices but the CPU, where XLA's convolutions inside a loop are far slower
-      (ResNet-20 at 8x8, batch 128, 2 cores: 2.6 s instead of 0.18 s per step).
+    fused: whether `every` steps run as one program (this needs data). By default where
+      batches are not made on the host, on all devices but the CPU, where XLA's
+      convolutions inside a loop are far slower (ResNet-20 at 8x8, batch 128, 2 cores:
+      2.6 s instead of 0.18 s per step).
 
-  Raises: NonFiniteLoss, before any callback has seen the state that is not finite.
+  Raises: NonFiniteLoss, before any callback has seen the state that is not finite;
+    ValueError for `fused` with batches that are made on the host.
   """
   start = int(state.step)
   if start >= steps:
     return state
   if fused is None:
-    fused = data is not None and jax.default_backend() != 'cpu'
+    on_device = data is not None and not _on_host(batch_at)
+    fused = on_device and jax.default_backend() != 'cpu'
+  if fused and _on_host(batch_at):
+    raise ValueError(
+      f'{label}: batches of {type(batch_at).__name__} are made on the host, so steps '
+      'cannot be fused into one program: leave fused=None'
+    )
   program = _fused if fused else _one_by_one
   advance = program(step, batch_at, every, state, key, data, teacher)
   clock = time.perf_counter()
@@ -119,10 +127,11 @@ def _fused(step, batch_at, every, state, key, data, teacher):
 def _one_by_one(step, batch_at, every, state, key, data, teacher):
   """As `_fused`, but every step is dispatched by itself."""
   del every
-  if data is not None and hasattr(step, 'lower'):
+  # Batches of the host may differ in shape: compiled as they come.
+  if data is not None and hasattr(step, 'lower') and not _on_host(batch_at):
     batch = jax.eval_shape(batch_at, data, state.step)
     step.lower(state, batch, key, teacher).compile()
-  if isinstance(batch_at, Sampler):
+  if hasattr(batch_at, 'stepwise'):
     batch_at = batch_at.stepwise()
   elif data is not None:
     batch_at = jax.jit(batch_at)
@@ -139,6 +148,15 @@ def _one_by_one(step, batch_at, every, state, key, data, teacher):
     return state, log, images, bool(finite(state))
 
   return run
+
+
+def first_batch(batch_at: Callable[[Any, Any], Tree], data: Tree) -> Tree:
+  """A batch of the first step, as shapes, or as arrays where the host makes them."""
+  return batch_at(data, 0) if _on_host(batch_at) else jax.eval_shape(batch_at, data, 0)
+
+
+def _on_host(batch_at: Any) -> bool:
+  return getattr(batch_at, 'on_host', False)
 
 
 def _size(batch: Tree) -> int:

@@ -1,0 +1,62 @@
+"""The data set that a run is about: images or texts, whichever its name stands for."""
+
+from pathlib import Path
+
+from depthprune.config import Config
+from depthprune.models import pretrained
+from depthprune.training import data, sentences, text
+from depthprune.training.catalogue import DataError
+from depthprune.training.data import Dataset
+from depthprune.training.text import Texts
+
+
+def read(config: Config) -> Dataset | Texts:
+  """The data set of a config, split by its seed.
+
+  Raises DataError as `data.load` and `text.load` do, for texts without a tokenizer, and
+  for texts that are to be resized.
+  """
+  # Not all that is not text is images: what it is instead is said where it is read.
+  if sentences.kind_of(config.data) == 'text':
+    return _texts(config)
+  images = data.load(
+    config.data, seed=config.seed, subset=config.subset, resize=config.resize
+  )
+  if config.pretrained is not None:
+    theirs = pretrained.normalisation(config.pretrained)
+    if theirs is not None:  # what the weights were trained on
+      images = images._replace(normalisation=data.Normalisation(*theirs))
+  return images
+
+
+def _texts(config: Config) -> Texts:
+  if config.resize is not None:
+    raise DataError(
+      f'data {config.data!r}: resize is for images, got resize={config.resize} for '
+      'texts: leave it out, and give the tokens of a text with length'
+    )
+  return text.load(
+    config.data,
+    tokenizer(config),
+    seed=config.seed,
+    subset=config.subset,
+    length=config.length,
+  )
+
+
+def tokenizer(config: Config) -> Path:
+  """The tokenizer.json of a run: as given, else the one beside the weights.
+
+  Raises DataError where there is neither.
+  """
+  if config.tokenizer is not None:
+    return Path(config.tokenizer)
+  weights = config.pretrained
+  beside = None if weights is None else Path(weights).with_name('tokenizer.json')
+  if beside is None or not beside.is_file():
+    looked = 'no weights were given' if beside is None else f'there is no {beside}'
+    raise DataError(
+      f'data {config.data!r}: texts need the tokenizer.json that belongs to the '
+      f'network, got none, and {looked}: pass --tokenizer FILE'
+    )
+  return beside

@@ -1,0 +1,103 @@
+"""What held-out data decides of a cascade: temperatures and thresholds."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from depthprune.inference import calibration, thresholds
+from depthprune.inference import confidence as sure
+from depthprune.inference.choice import Choice
+from depthprune.inference.predictions import Predictions
+from depthprune.inference.risk import halves
+from depthprune.program.stages import Stages, split
+from depthprune.training.sides import Answers, Trained
+from depthprune.training.stage import Job
+
+# What else is asked of the held-out data, to be shown beside what was asked for: points
+# of accuracy, parts of the network's FLOPs, parts of all examples.
+ALSO = {
+  'drop': (0.0, 0.25, 0.5, 1.0, 2.0),
+  'budget': (0.5, 0.65, 0.8),
+  'risk': (0.01, 0.02, 0.05),
+}
+
+
+class Decided(NamedTuple):
+  """What held-out data decided.
+
+  Attributes:
+    stages: of the network with all heads.
+    temperatures: float32 [exits - 1]; weights: of a learned confidence, [exits - 1, 4].
+    kind, requested: what was asked for. chosen: the thresholds for it.
+    held_out, test: what every exit says there, and how sure it is.
+  """
+
+  stages: Stages
+  temperatures: np.ndarray
+  weights: np.ndarray | None
+  kind: str
+  requested: float
+  chosen: Choice
+  held_out: Predictions
+  test: Predictions
+
+
+def splits(job: Job) -> Job:
+  """The job, its held-out data replaced where the options say `decide_on` test data."""
+  config, test = job.config, job.images.test
+  asked = config.options.decide_on
+  seen = config.pretrained is not None and not config.epochs.train
+  if asked == 'train' or (asked == 'auto' and not seen):
+    return job
+  half = len(test['label']) // 2
+  part = lambda rows: {name: values[rows] for name, values in test.items()}
+  first, second = part(slice(half)), part(slice(half, None))
+  return job._replace(images=job.images._replace(held_out=first, test=second))
+
+
+def decide(job: Job, trained: Trained) -> Decided:
+  """Temperatures and thresholds for what the options ask.
+
+  Temperatures see only the half of the held-out data on which a certified risk is
+  searched for, so that the half that certifies has decided nothing.
+
+  Raises: ValueError for a budget or risk that cannot be met.
+  """
+  o, held_out = job.config.options, trained.held_out
+  stages = split(trained.model, trained.variables, *job.inputs, exits=trained.exits)
+  some, _ = halves(len(held_out.labels))
+  part = Answers(held_out.logits[:, some], held_out.labels[some])
+  scale = [calibration.temperature(logits, part.labels) for logits in part.logits[:-1]]
+  scale = np.asarray(scale, np.float32)
+  tempered = lambda logits: logits / np.append(scale, np.float32(1))[:, None, None]
+  weights = None
+  if o.confidence == 'learned':
+    weights = sure.learn(tempered(part.logits), part.labels)
+
+  def seen(answers: Answers) -> Predictions:
+    scores = sure.scores(o.confidence, tempered(answers.logits), weights)
+    costs = np.asarray(stages.flops, np.float64), float(stages.whole)
+    return Predictions(trained.exits, *answers, scores, *costs)
+
+  kind, requested = asked_for(o)
+  decides, reports = seen(held_out), seen(trained.test)
+  chosen = choose(decides, kind, requested, o.delta)
+  return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
+
+
+def asked_for(options: Any) -> tuple[str, float]:
+  """('drop' in points | 'budget' of FLOPs as a part | 'risk', how much)."""
+  if options.budget is not None:
+    return 'budget', options.budget
+  return ('drop', options.drop) if options.risk is None else ('risk', options.risk)
+
+
+def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> Choice:
+  """Thresholds for a request; raises ValueError where it cannot be met."""
+  ways: dict[str, Callable[[], Choice]] = {
+    'drop': lambda: thresholds.for_drop(p, requested),
+    'budget': lambda: thresholds.for_budget(p, requested * p.whole),
+    'risk': lambda: thresholds.for_risk(p, requested, delta),
+  }
+  return ways[kind]()

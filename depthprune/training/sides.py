@@ -1,0 +1,177 @@
+"""A network and heads on its taps, trained: heads alone, or everything together."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from depthprune.config import Config
+from depthprune.methods.sidenet import sidenet
+from depthprune.models.heads import Head, WithHeads
+from depthprune.models.layers import Pool
+from depthprune.program.couple import couple
+from depthprune.program.view import runnable
+from depthprune.training import tasks
+from depthprune.training.features import FeatureSet, collect
+from depthprune.training.method import Tree, inputs_of, plain
+from depthprune.training.networks import network, start
+from depthprune.training.stage import Job, stage
+
+SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth: where heads are put
+
+
+class Answers(NamedTuple):
+  """What every exit says of a split: logits float32 [exits, n, classes], labels [n]."""
+
+  logits: np.ndarray
+  labels: np.ndarray
+
+
+class Trained(NamedTuple):
+  """A network with heads, trained, and its answers on the splits of the job.
+
+  `exits` are in order, 'main' last.
+  """
+
+  model: WithHeads
+  variables: Tree
+  exits: tuple[str, ...]
+  held_out: Answers
+  test: Answers
+
+
+def train(job: Job) -> Trained:
+  """Trains the network where that is asked for, and its heads, by the regime."""
+  config, epochs = job.config, job.config.epochs
+  trunk = network(config, job.images.classes)
+  variables = start(job, trunk)
+  model = with_sides(config, trunk, job)
+  joint = config.options.regime == 'joint'
+  if epochs.train and not joint:
+    peak = config.learning_rate
+    given = trunk, plain(), variables
+    state = stage(job, 'train', *given, epochs=epochs.train, peak=peak)
+    variables = state.variables
+  whole = jax.jit(model.init)(job.key('heads'), *job.inputs)
+  whole = {name: dict(tree) for name, tree in whole.items()}
+  for name, tree in variables.items():
+    whole[name]['trunk'] = tree
+  if joint:
+    return together(job, 'joint', model, whole, epochs.train + epochs.gates)
+  frozen = fit_heads(job, model, whole)
+  if config.options.regime == 'frozen':
+    return frozen
+  return together(job, 'mixed', model, frozen.variables, epochs.finetune)
+
+
+def with_sides(config: Config, trunk: Any, job: Job) -> WithHeads:
+  """The trunk with the heads that the config asks for: exit1, exit2, ... by depth.
+
+  Raises: ValueError for a tap that there is not, and a trunk without two taps.
+  """
+  o, taps = config.options, trunk.taps
+  chosen = sorted(set(o.taps), key=lambda t: taps.index(t) if t in taps else -1)
+  if not chosen:
+    numbers = sorted({max(1, int(len(taps) * part)) for part in SPREAD})
+    chosen = [taps[i - 1] for i in numbers if i < len(taps)]
+  if not chosen:
+    raise ValueError(
+      f'sidenet: {type(trunk).__name__} has the taps {", ".join(taps) or "none"}: too '
+      'few for an exit before its own'
+    )
+  pool = o.pool or pool_of(trunk, job)
+  head = lambda tap: Head(tap, job.images.classes, o.hidden, pool, o.dropout)
+  return WithHeads(trunk, {f'exit{i}': head(tap) for i, tap in enumerate(chosen, 1)})
+
+
+def pool_of(trunk: Any, job: Job) -> Pool:
+  """A grid of images; the mean of tokens, as an early [CLS] has seen little."""
+  shapes = jax.eval_shape(trunk.init_with_output, job.key('shapes'), *job.inputs)[0]
+  pools: dict[int, Pool] = {2: 'avg', 3: 'avg', 4: 'grid4'}
+  return pools[shapes[trunk.taps[0]].ndim]
+
+
+def fit_heads(job: Job, model: WithHeads, variables: Tree) -> Trained:
+  """Heads on a frozen trunk: its features once, then one program for all heads."""
+  config, o = job.config, job.config.options
+  features, heads = feature_set(job, model, variables), model.alone
+  mine = {'params': {k: v for k, v in variables['params'].items() if k != 'trunk'}}
+  own = job._replace(
+    config=dataclasses.replace(config, optimizer='adamw'),
+    images=features,
+    train=features.on_device(),
+    task=tasks.classification(job.images.classes, o.smoothing),
+  )
+  method = sidenet(couple(heads, mine, *features.example()))
+  given, epochs = (heads, method, mine), config.epochs.gates
+  state = stage(own, 'heads', *given, epochs=epochs, peak=o.head_learning_rate)
+  params = {**variables['params'], **state.params}
+  says = lambda split: answers(own, heads, state.variables, model, split)
+  return Trained(
+    model,
+    {**variables, 'params': params},
+    in_order(model),
+    says(features.held_out),
+    says(features.test),
+  )
+
+
+def together(job: Job, name: str, model: WithHeads, variables: Tree, epochs: int):
+  """Network and heads trained as one."""
+  first, later = job.config.options.peaks
+  peak = (first if name == 'joint' else later) * job.config.learning_rate
+  method = sidenet(couple(model, variables, *job.inputs), 'joint')
+  state = stage(job, name, model, method, variables, epochs=epochs, peak=peak)
+  says = lambda split: answers(job, model, state.variables, model, split)
+  images = job.images
+  splits = says(images.held_out), says(images.test)
+  return Trained(model, state.variables, in_order(model), *splits)
+
+
+def in_order(model: WithHeads) -> tuple[str, ...]:
+  """The exits by depth, the network's own last."""
+  return (*(name for name in model.exits if name != 'main'), 'main')
+
+
+def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Answers:
+  """What every exit of `model` says of a split, by a `run` that may be its heads."""
+  apply, names = jax.jit(runnable(run)), in_order(model)
+  logits, labels = [], []
+  for batch in job.batches(split):
+    found = apply(variables, *inputs_of(batch))
+    real = np.asarray(batch.get('weight', np.ones(len(batch['label'])))) > 0
+    logits.append(np.stack([np.asarray(found[name])[real] for name in names]))
+    labels.append(np.asarray(batch['label'])[real])
+  return Answers(np.concatenate(logits, 1), np.concatenate(labels))
+
+
+# ---- features ------------------------------------------------------------------------
+
+
+def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
+  """What the heads read of every split; of training data, several augmented views."""
+  read: Any = partial(model.apply, method='features')
+  images, folder = job.images, job.folder / 'features'
+  augments = job.config.augment and hasattr(images, 'augment')  # texts do not
+  views = job.config.options.views if augments else 1
+  sources = {
+    'train': (_views(job, views), views * len(images.train['label'])),
+    'held_out': (job.batches(images.held_out), len(images.held_out['label'])),
+    'test': (job.batches(images.test), len(images.test['label'])),
+  }
+  splits = {
+    name: collect(read, variables, batches, most, folder / name, job.relevant())
+    for name, (batches, most) in sources.items()
+  }
+  return FeatureSet(images.name, **splits, classes=images.classes)
+
+
+def _views(job: Job, views: int) -> Iterator[Tree]:
+  """All training data as it is, then again and again augmented."""
+  yield from job.batches(job.images.train)
+  for i in range(1, views):
+    batch_at = job.batch_at(f'view{i}').stepwise()
+    yield from (batch_at(job.train, step) for step in range(job.steps(1)))

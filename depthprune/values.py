@@ -1,0 +1,82 @@
+"""Values of a run's configuration: how they are read, and refused."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import tyro
+
+
+class ConfigError(ValueError):
+  """A value of the configuration that no run can use: which, got, what to do."""
+
+
+class Epochs(NamedTuple):
+  """Passes over the training images in each stage.
+
+  train: of the plain network, before anything else. gates: of the weights together
+  with what the method learns. finetune: after each cut.
+  """
+
+  train: int
+  gates: int
+  finetune: int
+
+
+def fraction(value: str) -> float:
+  """`0.5` and `50%` both read as 0.5; raises ConfigError for anything else."""
+  text = str(value).strip()
+  number = re.fullmatch(r'([-+.\deE]+)\s*(%?)', text)
+  try:
+    read = float(number[1]) / (100 if number[2] else 1) if number else math.nan
+  except ValueError:
+    read = math.nan
+  if math.isnan(read):
+    raise ConfigError(
+      f'target: expected a fraction such as 0.5, or 50%, got {text!r}; '
+      'give the part of the network that is to remain'
+    )
+  return read
+
+
+# How the command line reads and describes a fraction.
+FRACTION = tyro.constructors.PrimitiveConstructorSpec(
+  nargs=1,
+  metavar='FRACTION',
+  instance_from_str=lambda words: fraction(words[0]),
+  is_instance=lambda value: isinstance(value, float),
+  str_from_instance=lambda value: [f'{value:g}'],
+)
+
+
+def one_of(values: Any, name: str, known: tuple[str, ...]) -> None:
+  if getattr(values, name) not in known:
+    expected = ' or '.join(map(repr, known))
+    raise ConfigError(f'{name}: expected {expected}, got {getattr(values, name)!r}')
+
+
+def at_least(values: Any, name: str, least: int) -> None:
+  value = getattr(values, name)
+  if value is None:
+    return
+  if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    raise ConfigError(f'{name}: expected a whole number >= {least}, got {value!r}')
+
+
+def finite(values: Any, name: str, positive: bool) -> None:
+  value = getattr(values, name)
+  if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    above = '> 0' if positive else '>= 0'
+    raise ConfigError(f'{name}: expected a finite number {above}, got {value!r}')
+
+
+def inside(
+  values: Any, name: str, least: float, most: float, open_: bool = False
+) -> None:
+  """The value is in [least, most), or above `least` too where that is `open_`."""
+  value = getattr(values, name)
+  if not least <= value < most or (open_ and value == least):
+    raise ConfigError(
+      f'{name}: expected a number in {"(" if open_ else "["}{least:g}, {most:g}), got '
+      f'{value!r}'
+    )

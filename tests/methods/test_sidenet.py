@@ -1,0 +1,102 @@
+"""SideNets: only they are trained, by the sum of their losses; or all together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from depthprune.methods.sidenet import early, side_paths, sidenet
+from depthprune.models.heads import Head, WithHeads
+from depthprune.models.resnet import ResNet
+from depthprune.program.couple import couple
+from depthprune.training.tasks import classification
+from depthprune.training.train import init_state, make_step
+from tests import zoo
+
+HEADS = {'a': Head('stage1/block0', hidden=5, pool='grid4'), 'b': Head('stage2/block0')}
+MODEL = WithHeads(ResNet(depth=8, width=4), HEADS)
+X = jax.random.normal(jax.random.key(0), (6, 8, 8, 3))
+BATCH = {'image': X, 'label': jnp.arange(6) % 10}
+VARIABLES = zoo.randomised(jax.eval_shape(MODEL.init, jax.random.key(1), X))
+COUPLING = couple(MODEL, VARIABLES, X)
+TASK = classification(10)
+
+
+def trained(regime, steps=3):
+  method, tx = sidenet(COUPLING, regime), optax.sgd(0.1)
+  state = init_state(MODEL, method, tx, VARIABLES, batch=BATCH)
+  step = make_step(MODEL, method, TASK, tx)
+  for _ in range(steps):
+    state, metrics = step(state, BATCH, jax.random.key(2))
+  return state, metrics
+
+
+def same(a, b) -> bool:
+  return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_what_main_does_not_read_is_the_side_nets():
+  assert early(COUPLING) == ('a', 'b')
+  assert {path.split('/')[1] for path in side_paths(COUPLING)} == {'head_a', 'head_b'}
+  assert len(side_paths(COUPLING)) == 6
+
+
+def test_any_network_with_exits_may_have_side_nets():
+  shapes = {'stem': (3, 4), 'side': (4, 2), 'head': (4, 2)}
+  w = {'params': {name: jnp.ones(shape) for name, shape in shapes.items()}}
+
+  def net(v, x):
+    h = jnp.tanh(x @ v['params']['stem'])
+    return {'early': h @ v['params']['side'], 'main': h @ v['params']['head']}
+
+  coupling = couple(net, w, jnp.ones((1, 3)))
+  assert side_paths(coupling) == {'params/side'}
+
+
+def test_frozen_is_frozen_to_the_bit_and_the_heads_learn():
+  state, metrics = trained('frozen')
+  assert same(state.params['trunk'], VARIABLES['params']['trunk'])
+  assert same(state.model_state, {k: v for k, v in VARIABLES.items() if k != 'params'})
+  for name in ('head_a', 'head_b'):
+    assert not same(state.params[name], VARIABLES['params'][name])
+  assert {'accuracy', 'accuracy_a', 'accuracy_b', 'loss'} <= metrics.keys()
+
+
+def test_joint_moves_everything_and_the_statistics():
+  state, _ = trained('joint')
+  assert not same(state.params['trunk']['stem'], VARIABLES['params']['trunk']['stem'])
+  stats = VARIABLES['batch_stats']['trunk']['stem']
+  assert not same(state.model_state['batch_stats']['trunk']['stem'], stats)
+
+
+@pytest.mark.parametrize(('regime', 'names'), [('frozen', 'ab'), ('joint', 'ab+')])
+def test_the_loss_is_the_sum_over_what_is_trained(regime, names):
+  method = sidenet(COUPLING, regime)
+  outputs = {k: v for k, v in MODEL.apply(VARIABLES, X).items() if k in MODEL.exits}
+  loss, _ = method.objective(TASK, outputs, BATCH, {}, 0)
+  exits = ['main' if name == '+' else name for name in names]
+  log_p = {name: jax.nn.log_softmax(outputs[name]) for name in exits}
+  rows = np.arange(6), np.asarray(BATCH['label'])
+  expected = -sum(float(np.asarray(log_p[name])[rows].mean()) for name in exits)
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_is_cut():
+  keep = sidenet(COUPLING).decide({}, {}, None)
+  assert keep == {'exits': {'a': True, 'b': True, 'main': True}}
+
+
+def in_training(variables, x, train):
+  outputs, _ = MODEL.apply(variables, x, train=train, mutable=['batch_stats'])
+  return {name: outputs[name] for name in MODEL.exits}
+
+
+def test_refused():
+  plain = {k: v['trunk'] for k, v in VARIABLES.items()}
+  with pytest.raises(ValueError, match="'main' and others, got main"):
+    sidenet(couple(MODEL.trunk, plain, X))
+  with pytest.raises(ValueError, match="regime='warm': expected one of frozen, joint"):
+    sidenet(COUPLING, 'warm')
+  with pytest.raises(ValueError, match='training mode.*train=False'):
+    sidenet(couple(in_training, VARIABLES, X, train=True))
