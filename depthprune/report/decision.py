@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from depthprune.report import asked
 from depthprune.report.numbers import percent
 
 UNITS = {'flops': 'FLOPs', 'params': 'parameters'}
@@ -46,6 +47,8 @@ HEAD = Round(
 
 def sentence(result: Mapping[str, Any]) -> str:
   """What the method was asked for and what it chose."""
+  if 'cascade' in result:
+    return asked.sentence(result)
   kept = exit_(result)
   if kept:
     return f'kept exit {kept.depth} of {kept.exits} ({kept.name}){_price(result)}'

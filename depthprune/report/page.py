@@ -11,7 +11,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from depthprune.report import decision, depth, plots, style, tables
+from depthprune.report import (
+  asked,
+  cascade,
+  curves,
+  decision,
+  depth,
+  exits,
+  plots,
+  style,
+  tables,
+)
 from depthprune.report.artifacts import Run, read
 from depthprune.report.numbers import count, milliseconds, percent, points
 
@@ -38,6 +48,8 @@ def page(run: Run) -> str:
   ]
   if decision.erasing(result):
     sections.append(_section('Rounds', _rounds(result)))
+  if 'cascade' in result:
+    sections += [_section(name, body) for name, body in _cascade(result)]
   sections += [_section(name, _chart(figure)) for name, figure in _figures(run)]
   if tables.narrowed(result):
     sections.append(_section('What was kept', _kept(result)))
@@ -77,6 +89,8 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
 
 def _lead(result: Mapping[str, Any]) -> str:
   decided = decision.sentence(result)
+  if 'cascade' in result:
+    return f'{decided[0].upper()}{decided[1:]}. {cascade.accuracy(result)}'
   accuracy = result['accuracy']
   before, after = (percent(accuracy[when]) for when in ('before', 'after'))
   return (
@@ -85,6 +99,9 @@ def _lead(result: Mapping[str, Any]) -> str:
 
 
 def _tiles(result: Mapping[str, Any]) -> Iterable[str]:
+  if 'cascade' in result:
+    yield from (_tile(*tile) for tile in cascade.tiles(result))
+    return
   accuracy = result['accuracy']
   change = points(accuracy['before'], accuracy['after'])
   yield _tile(percent(accuracy['after']), 'accuracy', change)
@@ -115,13 +132,34 @@ def _chart(figure: Figure) -> str:
 
 
 def _summary(result: Mapping[str, Any]) -> str:
-  return _table(('', 'before', 'cut', 'after', ''), tables.summary(result))
+  return _table(*tables.costs(result))
+
+
+def _cascade(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """(title, body) of what only a cascade has: its requests, curve and exits."""
+  found = result['cascade']
+  refused = _small(*asked.refused(result))
+  requests = _table(asked.HEAD, asked.requests(result), 'wide numbers')
+  yield 'Requested and reached', requests + refused + _small(asked.READING)
+  chart = curves.compute_curve({'': curves.series(result)})
+  yield 'Accuracy against FLOPs', _chart(chart) + _small(cascade.CURVE)
+  table = _table(cascade.EXIT_HEAD, cascade.exits(result), 'wide numbers tap')
+  yield 'Exits', table + _small(cascade.EXITS, cascade.cut(result))
+  chart = exits.leaving(found['shares'], cascade.right(result))
+  yield 'Where examples leave', _chart(chart) + _small(cascade.LEAVING)
+  if found.get('calibration'):
+    chart = exits.reliability(found['calibration'])
+    yield 'Reliability', _chart(chart) + _small(cascade.RELIABILITY)
+
+
+def _small(*lines: str) -> str:
+  return ''.join(f'<p class="small">{escape(line)}</p>' for line in lines if line)
 
 
 def _rounds(result: Mapping[str, Any]) -> str:
   said = 'Accuracy of held-out images; FLOPs as part of the whole network.'
   rounds = _table(decision.HEAD, decision.rounds(result), 'wide last-names')
-  return f'{rounds}<p class="small">{said}</p>'
+  return rounds + _small(said)
 
 
 def _table(
@@ -141,8 +179,7 @@ def _table(
 
 
 def _said(result: Mapping[str, Any]) -> str:
-  lines = (tables.legend(result), *tables.said(result))
-  return ''.join(f'<p class="small">{escape(line)}</p>' for line in lines)
+  return _small(tables.legend(result), *tables.said(result))
 
 
 def _notes(notes: Iterable[str]) -> str:

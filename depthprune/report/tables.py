@@ -1,6 +1,6 @@
 """What a run reached, as rows of text and as a rich table on the screen."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from depthprune.report import decision
+from depthprune.report import asked, cascade, decision
 from depthprune.report.numbers import count, milliseconds, percent, points, seconds
 
 FLOPS = 'FLOPs (1 MAC = 2)'
@@ -17,7 +17,9 @@ LEGENDS = {
   'trainable_gates': 'cut: right after surgery; after: fine-tuned',
   'netcut': 'cut: right after surgery; after: at the end of the run',
   'implosion': 'cut: right after the last erasure; after: retrained',
+  'sidenet': cascade.LEGEND,
 }
+HEAD = ('', 'before', 'cut', 'after', '')
 BAR = 24
 
 
@@ -34,6 +36,13 @@ class Row(NamedTuple):
 def legend(result: Mapping[str, Any]) -> str:
   """What the columns of `summary` are."""
   return LEGENDS[result['method']]
+
+
+def costs(result: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
+  """Head and rows of the first table: `summary`, or that of a cascade."""
+  if 'cascade' in result:
+    return cascade.HEAD, list(cascade.summary(result))
+  return HEAD, list(summary(result))
 
 
 def summary(result: Mapping[str, Any]) -> list[Row]:
@@ -80,7 +89,7 @@ def said(result: Mapping[str, Any]) -> list[str]:
     decision.sentence(result),
     decision.certainty(result),
     recalibrated(result),
-    verified(result),
+    cascade.executed(result) if 'cascade' in result else verified(result),
     measured_on(result),
   )
   return [line for line in lines if line]
@@ -142,7 +151,10 @@ def screen(result: Mapping[str, Any]) -> Group:
   parts += [Padding(Text(line), (0, 2)) for line in said(result)]
   parts.append(Text())
   if decision.erasing(result):
-    parts += [_rounds(result), Text()]
+    title = 'rounds: held-out accuracy, FLOPs of the whole'
+    parts += [_listed(title, decision.HEAD, decision.rounds(result)), Text()]
+  if 'cascade' in result:
+    parts += _cascade(result)
   if narrowed(result):
     parts += [_widths(result), Text()]
   if narrowed(result) and removed(result):
@@ -161,29 +173,46 @@ def _costs(result: Mapping[str, Any]) -> Table:
     caption_justify='left',
     box=box.SIMPLE_HEAD,
   )
+  head, rows = costs(result)
   table.add_column('')
-  for name in ('before', 'cut', 'after'):
+  for name in head[1:-1]:
     table.add_column(name, justify='right', no_wrap=True)
   table.add_column('', justify='left', no_wrap=True)
-  for row in summary(result):
-    table.add_row(row.name, row.before, row.cut, row.after, row.change)
+  for row in rows:
+    table.add_row(*row)
   return table
 
 
-def _rounds(result: Mapping[str, Any]) -> Table:
+def _cascade(result: Mapping[str, Any]) -> Iterable[Any]:
+  """Requests with what was refused, and the exits; each table with how to read it."""
+  found = asked.requests(result)
+  yield _listed('requested and reached', asked.HEAD, found, names=0)
+  said = [*asked.refused(result), asked.READING]
+  yield from (Padding(Text(line), (0, 2)) for line in said)
+  yield Text()
+  yield _listed('exits', cascade.EXIT_HEAD, cascade.exits(result), names=1)
+  said = [cascade.EXITS, cascade.cut(result)]
+  yield from (Padding(Text(line), (0, 2)) for line in said if line)
+  yield Text()
+
+
+def _listed(
+  title: str, head: Sequence[str], rows: Iterable[Sequence[str]], names: int = -1
+) -> Table:
+  """A table of numbers, and one column `names` that may be folded."""
   table = Table(
-    title='rounds: held-out accuracy, FLOPs of the whole',
+    title=title,
     title_justify='left',
     title_style='bold',
     box=None,
     pad_edge=False,
     padding=(0, 1),
   )
-  *numbers, names = decision.HEAD
-  for name in numbers:
-    table.add_column(name, justify='right', no_wrap=True)
-  table.add_column(names, overflow='fold')
-  for row in decision.rounds(result):
+  for index, name in enumerate(head):
+    folded = index == names % len(head)
+    side = 'left' if folded or index < names else 'right'
+    table.add_column(name, justify=side, no_wrap=not folded, overflow='fold')
+  for row in rows:
     table.add_row(*row)
   return table
 
@@ -203,7 +232,8 @@ def _widths(result: Mapping[str, Any]) -> Table:
 
 def measured_on(result: Mapping[str, Any]) -> str:
   device = result.get('device')
-  return f'measured on {device}' if device and result.get('latency_ms') else ''
+  measured = result.get('latency_ms') or 'cascade' in result
+  return f'measured on {device}' if device and measured else ''
 
 
 def _accuracy(name: str, accuracy: Mapping[str, float]) -> Row:

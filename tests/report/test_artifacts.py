@@ -78,3 +78,9 @@ def test_equal_steps_of_two_rounds_are_both_kept(implosion_run):
   lines = read(implosion_run).gates
   assert [line['step'] for line in lines] == 3 * list(range(5, 101, 5))
   assert [line['stage'] for line in lines[::20]] == ['gates-1', 'gates-2', 'gates-3']
+
+
+def test_a_cascade_is_read(sidenet_run, sidenet):
+  run = read(sidenet_run)
+  assert run.result == sidenet
+  assert (run.gates, run.notes) == ([], [])

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthprune.report import artifacts, page, style, tables
+from depthprune.report import artifacts, asked, cascade, page, style, tables
+from tests.report.cascades import made_up_sidenet
 
 VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}
 
@@ -134,3 +135,37 @@ def test_every_role_of_a_chart_is_a_variable_of_the_page(html):
 
 def test_the_same_run_gives_the_same_page(read_only_run, html):
   assert page.page(artifacts.read(read_only_run)) == html
+
+
+def test_a_cascade_shows_requests_curve_exits_and_reliability(sidenet_run, sidenet):
+  html = page.write(sidenet_run).read_text(encoding='utf-8')
+  text = ' '.join(read(html).text)
+  said = 'Asked to lose at most 0.5 point: loses 0.31 point and saves 35.2 % of the '
+  assert f'{said}FLOPs. Test accuracy: MainNet 93.87 %, cascade 93.56 %.' in text
+  assert re.findall('<h2>(.*?)</h2>', html) == [
+    *('What was gained', 'Requested and reached', 'Accuracy against FLOPs', 'Exits'),
+    *('Where examples leave', 'Reliability', 'Training', 'Run'),
+  ]
+  assert html.count('<svg') == 4
+  for row in (*asked.requests(sidenet), *cascade.exits(sidenet)):
+    assert all(cell in text for cell in row), row
+  for line in (*asked.refused(sidenet), *tables.said(sidenet), tables.legend(sidenet)):
+    assert line in text
+
+
+def test_the_page_of_a_cascade_asks_for_nothing_either(sidenet_run):
+  html = page.write(sidenet_run).read_text(encoding='utf-8')
+  assert all(a.startswith(('#', 'data:')) for a in read(html).addresses)
+  assert not re.search(r'@import|<script|<link|url\((?!#)', html)
+  assert page.page(artifacts.read(sidenet_run)) == html
+
+
+@pytest.mark.parametrize('exits', [1, 8])
+def test_a_cascade_may_have_one_exit_or_eight_and_no_calibration(tmp_path, exits):
+  result = made_up_sidenet(exits, '<b>{}/block{}')
+  result['cascade']['calibration'] = {}
+  (tmp_path / 'result.json').write_text(json.dumps(result))
+  html = page.write(tmp_path).read_text(encoding='utf-8')
+  assert html.count('&lt;b&gt;') == exits
+  assert 'Reliability' not in html
+  read(html)
