@@ -4,7 +4,8 @@ python -m experiments.plots
 
 writes SVG files beside the JSON: for NetCut accuracy, cost and depth against beta, and
 the importance of the exits over training; for Network Implosion accuracy against the
-number of erased units.
+number of erased units; for SideNet accuracy against FLOPs, and how calibrated its
+exits are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from depthprune.report import decision, depth, style
+from depthprune.report import curves, decision, depth, exits, style
 from experiments.found import files
 from experiments.implosion.table import by_importance
 
@@ -28,12 +29,23 @@ def figures() -> Iterator[tuple[Path, Figure]]:
     yield _beside(path, 'beta'), depth.against_beta(rows)
     yield _beside(path, 'importance'), depth.importance_map(histories(rows))
   for path, found in files('implosion', 'importance', 'erased').items():
-    curves = by_importance(found['rows'])
-    chart = depth.erased_curve({name: {'before': c} for name, c in curves.items()})
+    by_name = by_importance(found['rows'])
+    chart = depth.erased_curve({name: {'before': c} for name, c in by_name.items()})
     yield _beside(path, 'erased'), chart
   for path, found in files('implosion', 'method', 'rounds').items():
     chart = depth.erased_curve(retrained(found['rows']), 'held-out accuracy')
     yield _beside(path, 'erased'), chart
+  for path, found in files('sidenet', 'regime', 'curve').items():
+    by_regime: dict[str, Rows] = {}
+    for row in found['rows']:
+      by_regime.setdefault(row['regime'], []).append(row)
+    results = {
+      regime: curves.series(*({**row, 'cascade': row} for row in rows))
+      for regime, rows in by_regime.items()
+    }
+    yield _beside(path, 'curve'), curves.compute_curve(results)
+    first = found['rows'][0]
+    yield _beside(path, 'reliability'), exits.reliability(first['calibration'])
 
 
 def histories(rows: Rows) -> dict[str, tuple[list[dict], str]]:

@@ -5,10 +5,11 @@ python -m experiments.tables
 
 import re
 
-from experiments.bench.table import bench
+from experiments.bench.table import bench, cascades
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
+from experiments.sidenet.table import sidenet
 from experiments.trainable_gates.table import compared, digits
 
 README = HERE.parent / 'README.md'
@@ -18,7 +19,17 @@ MARKED = re.compile(r'(<!-- results:.*?-->\n).*?(<!-- end of results -->)', re.D
 def text() -> str:
   """What stands between the README's markers."""
   return '\n\n'.join(
-    part() for part in (digits, compared, bench, netcut, one_shot, retrained)
+    part()
+    for part in (
+      digits,
+      compared,
+      bench,
+      netcut,
+      one_shot,
+      retrained,
+      sidenet,
+      cascades,
+    )
   )
 
 

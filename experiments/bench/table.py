@@ -1,6 +1,6 @@
-"""What gates cost, and what the cut gains."""
+"""What gates cost, what the cut gains, and what a cascade gains."""
 
-from experiments.found import link, load
+from experiments.found import HERE, link, load, table
 
 
 def bench() -> str:
@@ -24,3 +24,35 @@ def bench() -> str:
 def _timed(fast: dict) -> str:
   rows = [(batch, row) for batch, row in fast['latency_ms'].items() if batch.isdigit()]
   return ', '.join(f'{row["speedup"]:.2f}× at batch {batch}' for batch, row in rows)
+
+
+def cascades() -> str:
+  """Executed cascades beside the part of time that their FLOPs promise."""
+  path = 'bench/results/cascade.json'
+  if not (HERE / path).is_file():
+    return 'Executed cascades: –'
+  found = load(path)
+  head = ('', 'FLOPs, ideal', 'padded', 'time', 'time / ideal', 'compile, s')
+  part = lambda value: f'{100 * value:.1f} %'
+  lines = [
+    (
+      name,
+      part(row['ideal_share']),
+      part(row['padded_share']),
+      part(row['share']),
+      f'{row["excess"]:.2f}',
+      f'{row["compile_s"]:.0f}',
+    )
+    for name, row in found.items()
+    if isinstance(row, dict) and 'excess' in row
+  ]
+  trap = found['trap']
+  config = found['config']
+  return (
+    f'A cascade executed at batch {config["batch"]}, {100 * config["leave"]:.0f} % of '
+    f'it leaving after a third, as part of the network alone ({found["device"]}; '
+    f'{link(path)}):\n\n{table(head, lines)}\n\n'
+    f'The same decision by `vmap(cond)`, on a transformer 128 wide: '
+    f'{trap["vmap_cond_ms"]:.0f} ms, where the network alone takes '
+    f'{trap["whole_ms"]:.0f} ms and the cascade {trap["cascade_ms"]:.0f} ms.'
+  )

@@ -1,0 +1,96 @@
+"""SideNets: what was asked of held-out data, and what was reached on test data."""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.found import files, link, percent, spread, table
+
+HEAD = (
+  *('regime', 'asked for', 'reached', 'points lost', 'FLOPs saved, %'),
+  *('95 % interval', 'seeds'),
+)
+ASKED = {  # words, unit on the screen, and what is to be compared with it
+  'drop': ('a drop ≤ {:g} points', 1, lambda test: test['drop']),
+  'budget': ('FLOPs ≤ {:.0f} %', 100, lambda test: 100 * (1 - test['saved'])),
+  'risk': ('risk ≤ {:g} %', 100, lambda test: 100 * test['risk']),
+}
+
+Rows = list[dict[str, Any]]
+
+
+def sidenet() -> str:
+  """One part per result file; a dash where there is none."""
+  found = files('sidenet', 'regime', 'requests')
+  return '\n\n'.join(_section(*file) for file in found.items()) or 'SideNet: –'
+
+
+def _section(path: Path, found: dict[str, Any]) -> str:
+  config, rows = found['config'], found['rows']
+  lines, said = [], []
+  for regime in dict.fromkeys(row['regime'] for row in rows):
+    mine = [row for row in rows if row['regime'] == regime]
+    lines += [_line(regime, name, mine) for name in _asked(mine)]
+    said.append(_said(regime, mine))
+  return (
+    f'SideNet, {config["model"]} on {config["data"]}: thresholds from held-out data, '
+    'everything else measured on test data; mean ± standard deviation over seeds; '
+    'saved of the FLOPs of the network alone, heads paid for; the interval is of what '
+    f'is saved (bootstrap, widest over seeds) ({link(path)}):\n\n'
+    + table(HEAD, lines)
+    + '\n\n'
+    + ' '.join(said)
+  )
+
+
+def _asked(rows: Rows) -> list[tuple[str, float]]:
+  """Every request that any seed could meet."""
+  met = [r for row in rows for r in row['requests'] if r['refused'] is None]
+  return list(dict.fromkeys((r['kind'], r['requested']) for r in met))
+
+
+def _line(regime: str, asked: tuple[str, float], rows: Rows) -> tuple[str, ...]:
+  kind, value = asked
+  words, unit, reached = ASKED[kind]
+  every = [r for row in rows for r in row['requests']]
+  mine = [r for r in every if (r['kind'], r['requested']) == asked]
+  met = [r for r in mine if r['refused'] is None]
+  tests = [r['test'] for r in met]
+  ends = [r['interval']['saved'] for r in met]
+  low, high = min(e[0] for e in ends), max(e[1] for e in ends)
+  return (
+    regime,
+    words.format(value * unit),
+    spread(map(reached, tests)),
+    spread(t['drop'] for t in tests),
+    percent(t['saved'] for t in tests),
+    f'{100 * low:.1f} to {100 * high:.1f}',
+    f'{len(met)} of {len(mine)}' if len(met) < len(mine) else str(len(met)),
+  )
+
+
+def _said(regime: str, rows: Rows) -> str:
+  """What does not fit in the table: the network, its exits, their calibration, time."""
+  own = percent(row['accuracy']['before'] for row in rows)
+  names = [name for name in rows[0]['exits'] if name != 'main']
+  each = lambda values: ' / '.join(f'{100 * v:.1f}' for v in values)
+  accuracy = each(_mean(row['exit_accuracy'][name] for row in rows) for name in names)
+  ece = {
+    when: each(
+      _mean(row['calibration'][name]['all'][when]['ece'] for row in rows)
+      for name in names
+    )
+    for when in ('before', 'after')
+  }
+  gain = spread(row['executed']['speedup'] for row in rows)
+  first = rows[0]['executed']
+  return (
+    f'{regime.capitalize()}: the network alone {own} %; exits {accuracy} %; ECE of the '
+    f'exits {ece["before"]} % before and {ece["after"]} % after temperature; executed '
+    f'{gain}× faster than the network at batch {first["batch"]}, on {first["device"]}.'
+  )
+
+
+def _mean(values: Iterable[float]) -> float:
+  return statistics.mean(values)
