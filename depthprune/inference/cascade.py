@@ -125,8 +125,8 @@ class Cascade:
     """The cascade with thresholds that were chosen for its exits; nothing compiles."""
     if chosen.exits != self.exits:
       raise ValueError(
-        f'cascade: thresholds of the exits {", ".join(chosen.exits)}, expected those of '
-        f'{", ".join(self.exits)}'
+        f'cascade: expected thresholds of the exits {", ".join(self.exits)}, got '
+        f'those of {", ".join(chosen.exits)}'
       )
     return dataclasses.replace(self, thresholds=chosen.thresholds)
 
