@@ -5,7 +5,7 @@ python -m experiments.tables
 
 import re
 
-from experiments.bench.table import bench, cascades
+from experiments.bench.table import bench, cascades, depth_methods
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
@@ -13,6 +13,10 @@ from experiments.sidenet.table import sidenet
 from experiments.trainable_gates.table import compared, digits
 
 README = HERE.parent / 'README.md'
+PARTS = (
+  *(digits, compared, bench, netcut, one_shot, retrained, depth_methods),
+  *(sidenet, cascades),
+)
 MARKED = re.compile(r'(<!-- results:.*?-->\n).*?(<!-- end of results -->)', re.DOTALL)
 
 

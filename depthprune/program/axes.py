@@ -130,7 +130,8 @@ def bind(v: Var, a: Axis, why: Any):
 def split(a: Axis, k: int, why: Any = None) -> tuple[Axis, Axis]:
   """Solves a = left + right with k slices on the left.
 
-  Raises: LayoutError when k falls inside the inner part of a product."""
+  A cut inside the inner part of a product takes that round of it apart from the
+  others: h*i = q*i + i + (h-q-1)*i."""
   a = norm(a)
   if k in (0, a.size):
     return (Cat(), a) if k == 0 else (a, Cat())
@@ -148,11 +149,13 @@ def split(a: Axis, k: int, why: Any = None) -> tuple[Axis, Axis]:
       before, after = [*before, left], [right, *after]
     return Cat(*before), Cat(*after)
   head, *rest = a.parts
-  inner = a.size // head.size
-  if k % inner:
-    raise LayoutError(f'{show(a)} cut at {k}')
-  left, right = split(head, k // inner, why)
-  return Prod(left, *rest), Prod(right, *rest)
+  q, k = divmod(k, a.size // head.size)
+  left, right = split(head, q, why)
+  if not k:
+    return Prod(left, *rest), Prod(right, *rest)
+  _, right = split(right, 1, why)
+  before, after = split(Prod(*rest), k, why)
+  return Cat(Prod(left, *rest), before), Cat(after, Prod(right, *rest))
 
 
 def factor(a: Axis, n: int, why: Any = None) -> tuple[Axis, Axis]:

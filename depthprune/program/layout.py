@@ -6,7 +6,6 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.axes import (
   Axis,
   Cat,
-  LayoutError,
   Prod,
   Var,
   norm,
@@ -80,12 +79,8 @@ def cut(a: Axis, lo: int, hi: int, e: jx.Equation) -> Axis:
   """The part of an axis from lo to hi."""
   if (lo, hi) == (0, a.size):
     return a
-  try:
-    _, rest = split(a, lo, e)
-    return norm(split(rest, hi - lo, e)[0])
-  except LayoutError as error:
-    pin(a, f'sliced across its layout: {error}')
-    return Var(hi - lo, 'a slice across a layout')
+  _, rest = split(a, lo, e)
+  return norm(split(rest, hi - lo, e)[0])
 
 
 def split_rule(facts, e, x):

@@ -1,6 +1,6 @@
 """A cascade against its network, executed: 70 % of a batch leave after a third of it.
 
-  transformer  BERT of 12 layers, 768 wide, 16 tokens, batch 256; an exit after layer 4
+  transformer  BERT of 12 layers, 768 wide, 8 tokens, batch 256; an exit after layer 4
   resnet56     32x32x3, batch 256; an exit after block 9 of 27
   trap         the same decision by vmap of lax.cond, on a transformer of 12 layers, 128
                wide: it computes both sides for everybody, and slower
@@ -32,7 +32,7 @@ from depthprune.program.view import runnable
 from depthprune.training import record, results
 
 RESULT = Path(__file__).parent / 'results' / 'cascade.json'
-BATCH, TOKENS, LEAVE, SECONDS = 256, 16, 0.7, 60
+BATCH, TOKENS, LEAVE, SECONDS = 256, 8, 0.7, 40
 BERT = {'classes': 2, 'vocab': 1000, 'depth': 12}
 SIZES = {
   'transformer': {'width': 768, 'heads': 12, 'inner': 3072},

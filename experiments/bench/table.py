@@ -56,3 +56,27 @@ def cascades() -> str:
     f'{trap["vmap_cond_ms"]:.0f} ms, where the network alone takes '
     f'{trap["whole_ms"]:.0f} ms and the cascade {trap["cascade_ms"]:.0f} ms.'
   )
+
+
+def depth_methods() -> str:
+  """NetCut's time beside PyTorch's, and the cut ResNet-110 beside ones built so."""
+  path, cut = 'bench/results/netcut.json', 'bench/results/depth.json'
+  found, blocks = load(path), load(cut)['blocks']
+  line = (
+    f'NetCut of the MLP, 20 epochs on one core, data, compilation and evaluation '
+    f'included: {found["seconds"]:.0f} s ({found["device"]}; {link(path)}).'
+  )
+  if 'step_over_torch' in found:
+    line += (
+      f' A training step takes {found["step_over_torch"]:.2f} of the time of the same '
+      f'network in PyTorch, by turns ({found["step_ms"]:.1f} and '
+      f'{found["torch_step_ms"]:.1f} ms).'
+    )
+  ratios = [
+    1 / row['speedup'] for b in blocks.values() for row in b['latency_ms'].values()
+  ]
+  return (
+    f'{line} A ResNet-110 cut at {", ".join(blocks)} blocks takes '
+    f'{min(ratios):.2f} to {max(ratios):.2f} of the time of networks built so, at batch '
+    f'1 and 128 ({link(cut)}).'
+  )
