@@ -13,10 +13,6 @@ from experiments.sidenet.table import sidenet
 from experiments.trainable_gates.table import compared, digits
 
 README = HERE.parent / 'README.md'
-PARTS = (
-  *(digits, compared, bench, netcut, one_shot, retrained, depth_methods),
-  *(sidenet, cascades),
-)
 MARKED = re.compile(r'(<!-- results:.*?-->\n).*?(<!-- end of results -->)', re.DOTALL)
 
 
@@ -31,6 +27,7 @@ def text() -> str:
       netcut,
       one_shot,
       retrained,
+      depth_methods,
       sidenet,
       cascades,
     )

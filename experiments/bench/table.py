@@ -77,6 +77,6 @@ def depth_methods() -> str:
   ]
   return (
     f'{line} A ResNet-110 cut at {", ".join(blocks)} blocks takes '
-    f'{min(ratios):.2f} to {max(ratios):.2f} of the time of networks built so, at batch '
-    f'1 and 128 ({link(cut)}).'
+    f'{min(ratios):.2f} to {max(ratios):.2f} of the time of networks built so, at '
+    f'batch 1 and 128 ({link(cut)}).'
   )
