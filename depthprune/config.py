@@ -43,7 +43,8 @@ class Config(Generic[O]):
 
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
-  names. Where FILE.json beside them has a normalisation, images get that."""
+  names, or the folder of a pruned network (RUN/pruned). Images get the normalisation
+  in FILE.json beside them, or of the folder, if there is one."""
 
   tokenizer: Annotated[str | None, BESIDE] = None
   """tokenizer.json, for a data set of texts."""
@@ -112,6 +113,10 @@ class Config(Generic[O]):
     for name in ('weight_decay', 'checkpoint_every_s'):
       finite(self, name, positive=False)
     finite(self, 'learning_rate', positive=True)
+    if self.options.cascades and self.distill:
+      raise ConfigError(
+        f'distill: expected False for {self.method}, which cuts nothing'
+      )
     if self.options.heads and self.train_epochs:
       raise ConfigError(
         f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; heads '

@@ -4,13 +4,17 @@ import os
 from pathlib import Path
 
 # Two test processes share two cores. One thread each is faster than four fighting,
-# and makes every sum run in one order. Read by XLA when it starts, hence up here.
+# and makes every sum run in one order. Tests compile many small programs and run each
+# a few times, so LLVM optimises little, which takes less time. Flags from outside come
+# last, so they win. Read by XLA when it starts, hence up here.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = ' '.join(
   (
-    os.environ.get('XLA_FLAGS', ''),
     '--xla_cpu_multi_thread_eigen=false',
     'intra_op_parallelism_threads=1',
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+    os.environ.get('XLA_FLAGS', ''),
   )
 ).strip()
 

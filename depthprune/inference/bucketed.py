@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from depthprune.inference import confidence as sure
-from depthprune.program.stages import Crossing, Stages
+from depthprune.program.crossing import Crossing
+from depthprune.program.stages import Stages
 
 
 class Answer(NamedTuple):
@@ -48,9 +49,21 @@ class Settings(NamedTuple):
   weights: jax.Array | None
 
 
-def sizes(batch: int, steps: int) -> tuple[int, ...]:
-  """0, ... batch in `steps` steps, each size once."""
-  return tuple(sorted({-(-batch * i // steps) for i in range(steps + 1)}))
+def sizes(batch: int, steps: int, least: int = 1) -> tuple[int, ...]:
+  """0, ... batch in `steps` steps, each size once; none between 0 and `least`."""
+  found = {-(-batch * i // steps) for i in range(1, steps + 1)}
+  return tuple(sorted({0, *(max(size, least) for size in found if size)}))
+
+
+def _alone(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
+  """One example, where stages need more: it goes in several times."""
+  more = [jnp.repeat(x, stages.least, 0) for x in inputs]
+  answer = run(stages, kind, steps, variables, settings, more, end)
+  of_one = ('logits', 'exit', 'score')
+  broken = answer.broken // stages.least
+  return answer._replace(
+    broken=broken, **{name: getattr(answer, name)[:1] for name in of_one}
+  )
 
 
 class _Front(NamedTuple):
@@ -69,7 +82,9 @@ def run(
   """The answers of the first `end` exits, for a batch as large as its inputs."""
   batch = inputs[0].shape[0]
   stages = stages.again(*inputs)
-  several = sizes(batch, steps)
+  several = sizes(batch, steps, stages.least)
+  if 0 < batch < stages.least:
+    return _alone(stages, kind, steps, variables, settings, inputs, end)
   programs = {size: stages.runs(size) for size in several if size}
   shape = logits(stages, stages.exits[-1])
   answer = Answer(
@@ -104,7 +119,9 @@ def _tail(stages, programs, variables, k: int, batch: int, several, front: _Fron
     def run(order, crossed):
       part = [_taken(c, x, order[:size]) for c, x in zip(before, crossed, strict=True)]
       said, after = programs[size][k](variables, part)
-      after = [_padded(c, x, batch) for c, x in zip(stages[k].crossing, after)]
+      after = [
+        _padded(c, x, batch) for c, x in zip(stages[k].crossing, after, strict=True)
+      ]
       return _rows(said, batch), after
 
     return run
@@ -128,7 +145,7 @@ def _leave(kind, settings: Settings, k, last: bool, answer: Answer, front, said,
     leaves = alive
   else:
     weights = None if settings.weights is None else settings.weights[k]
-    tempered = said / settings.temperatures[k].astype(said.dtype)
+    tempered = said.astype(jnp.float32) / settings.temperatures[k]
     score, memory = sure.score(kind, tempered, front.memory, weights)
     leaves = alive & (score > settings.thresholds[k])
   broken = jnp.sum(alive & jnp.isnan(score), dtype=jnp.int32)

@@ -191,9 +191,13 @@ def cascade(
   _named(early, 'temperature', temperatures)
   if any(not 0 < t < np.inf for t in temperatures.values()):
     raise ValueError(f'cascade: temperatures are above 0, got {dict(temperatures)}')
-  shapes = {name: bucketed.logits(stages, name).shape for name in stages.exits}
-  if len({*shapes.values()}) > 1 or len(shapes[early[0]]) != 2:
-    raise ValueError(f'cascade: expected logits [batch, classes] alike, got {shapes}')
+  said = {name: bucketed.logits(stages, name) for name in stages.exits}
+  shapes = {(x.shape, x.dtype) for x in said.values()}
+  if len(shapes) > 1 or any(len(s) != 2 or s[1] < 2 for s, _ in shapes):
+    raise ValueError(
+      f'cascade: expected logits [batch, classes] of two classes or more, of one shape '
+      f'and type at all exits, got {", ".join(f"{n} {x}" for n, x in said.items())}'
+    )
   if confidence not in sure.KINDS:
     raise ValueError(f'confidence: {confidence!r}: expected {", ".join(sure.KINDS)}')
   if steps < 1:

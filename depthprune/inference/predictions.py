@@ -139,7 +139,8 @@ def take(p: Predictions, rows: np.ndarray) -> Predictions:
 def digest(p: Predictions) -> np.ndarray:
   """Four bytes per sample that recognise it: a hash of the network's own logits.
 
-  uint32 [n]. The exits do not enter, so a sample stays the same with other exits.
+  uint32 [n]. The exits do not enter, so a sample stays the same with other exits. Bit
+  for bit: run again in batches of another size, a network may answer in other bits.
   """
   rows = np.ascontiguousarray(p.logits[-1])
   hashes = b''.join(hashlib.blake2b(r.tobytes(), digest_size=4).digest() for r in rows)

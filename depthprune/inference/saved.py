@@ -2,17 +2,17 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from depthprune.inference.cascade import Cascade, cascade
 from depthprune.surgery.cut import Pruned
 from depthprune.training import checkpoint, record
 
-RECORD = 'cascade.json'
+RECORD, TOKENIZER = 'cascade.json', 'tokenizer.json'
 
 
 def save_cascade(
@@ -37,10 +37,15 @@ def save_cascade(
       f'{path}: the cascade has the exits {", ".join(saved.exits)}, the network '
       f'{", ".join(exits)}: save it with the network that it was made of'
     )
+  arrays = zip(*map(jax.tree.leaves, (saved.variables, network.variables)), strict=True)
+  if not all(a is b or np.array_equal(a, b) for a, b in arrays):
+    raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
+  text = None if tokenizer is None else Path(tokenizer).read_text()
   (path / RECORD).unlink(missing_ok=True)  # until all of it is there again
   checkpoint.save(path / 'network', network, normalisation)
-  if tokenizer is not None:
-    shutil.copyfile(tokenizer, path / 'tokenizer.json')
+  (path / TOKENIZER).unlink(missing_ok=True)
+  if text is not None:
+    (path / TOKENIZER).write_text(text)
   early = saved.exits[:-1]
   plain = lambda values: {e: _finite(v) for e, v in zip(early, values.tolist())}
   weights = None if saved.weights is None else np.asarray(saved.weights).tolist()
@@ -73,18 +78,22 @@ def load_cascade(path: str | Path, model: Any = None) -> Cascade:
       f'{path}: expected a cascade (with {RECORD} and network/): {error}'
     ) from error
   network = checkpoint.load(path / 'network', model)
-  weights = decided['weights']
-  return cascade(
-    network.apply,
-    network.variables,
-    *network.coupling.inputs,
-    thresholds={e: float(t) for e, t in decided['thresholds'].items()},
-    exits=tuple(decided['exits']),
-    temperatures=decided['temperatures'],
-    confidence=decided['confidence'],
-    weights=None if weights is None else np.asarray(weights, np.float32),
-    steps=decided['steps'],
-  )
+  try:
+    weights = decided['weights']
+    settings: dict[str, Any] = {
+      'thresholds': {e: float(t) for e, t in decided['thresholds'].items()},
+      'exits': tuple(decided['exits']),
+      'temperatures': decided['temperatures'],
+      'confidence': decided['confidence'],
+      'weights': None if weights is None else np.asarray(weights, np.float32),
+      'steps': decided['steps'],
+    }
+  except KeyError as error:
+    raise checkpoint.CheckpointError(
+      f'{path}: {RECORD} has no entry {error}: damaged, or of another version'
+    ) from error
+  inputs, kwargs = network.coupling.inputs, network.coupling.kwargs
+  return cascade(network.apply, network.variables, *inputs, **settings, **kwargs)
 
 
 def _finite(value: float) -> float | str:

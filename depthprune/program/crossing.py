@@ -1,9 +1,11 @@
-"""What crosses from stage to stage of a program, and which axis counts examples."""
+"""A stage of a program, what crosses to the next, and which axis counts examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+
+import jax
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
@@ -12,7 +14,7 @@ from depthprune.program.view import View
 
 SEVERAL = 2  # examples that are traced to see which axes count them
 # Reasons to keep every slice of an axis that do not mix its slices.
-APART = ('input', ax.UNIT, 'indexed', 'no rule', 'part of')
+APART = ('input', ax.UNIT, 'indexed')
 
 
 class Crossing(NamedTuple):
@@ -29,6 +31,38 @@ class Crossing(NamedTuple):
   axis: int | None
 
 
+class Stage(NamedTuple):
+  """What is computed between the exit before and this one.
+
+  Attributes:
+    exit: name of the output that it ends with.
+    flops: of one example, 1 MAC = 2 FLOPs; those of all stages add up to the whole.
+    params: trainable parameters that no earlier stage has read.
+    crossing: what the stages behind it need, of it or of earlier ones.
+  """
+
+  exit: str
+  flops: int
+  params: int
+  crossing: tuple[Crossing, ...]
+
+  def __str__(self) -> str:
+    arrays = (f'{c.dtype}{list(c.shape)}' for c in self.crossing)
+    return (
+      f'{self.exit}: {self.flops:,} FLOPs, {self.params:,} parameters; '
+      f'then {", ".join(arrays) or "nothing"} crosses'
+    )
+
+
+def batched(inputs: tuple, batch: int) -> tuple:
+  """The inputs for so many examples."""
+  if not inputs or any(not x.shape for x in inputs):
+    raise ValueError(
+      f'split: expected inputs with examples along axis 0, got {[*map(str, inputs)]}'
+    )
+  return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs)
+
+
 def counting(view: View, inputs: int) -> set[ax.Axis]:
   """The axes that count examples, from those of the `inputs` last inputs.
 
@@ -37,6 +71,7 @@ def counting(view: View, inputs: int) -> set[ax.Axis]:
   parts = [v for a in count for v in ax.leaves(a)]
   why = {note for v in parts for note in v.notes}
   why |= {pin for v in parts for pin in v.pins if not pin.startswith(APART)}
+  why |= set(_summed(view, count))
   if why:
     raise ValueError(
       f'split: examples look at each other ({"; ".join(sorted(why))}), so they cannot '
@@ -65,3 +100,18 @@ def crossing(view: View, v: jx.Value, count: Iterable[ax.Axis]) -> Crossing:
     f'split: {v.dtype}{list(v.shape)} of {maker.where if maker else "an input"} '
     f'crosses a cut, but no axis of it counts examples{hint}; put the exit elsewhere'
   )
+
+
+def _summed(view: View, count: set[ax.Axis]) -> Iterator[str]:
+  """The contractions that sum over examples, which leave no other trace."""
+  for e in jx.walk(view.program):
+    if e.name == 'dot_general':
+      ((contracted, _), _), axes = e.params['dimension_numbers'], view.facts.dims
+      read = [axes[e.inputs[0]][i] for i in contracted]
+    elif e.name == 'conv_general_dilated':
+      lhs = view.facts.dims[e.inputs[0]]
+      read = [lhs[i] for i in e.params['dimension_numbers'].lhs_spec[1:]]
+    else:
+      continue
+    if any(v in count for d in read for v in ax.leaves(d)):
+      yield f'summed over by {e.where}'

@@ -20,27 +20,16 @@ import numpy as np
 
 from depthprune.program import cost
 from depthprune.program import jaxpr as jx
-from depthprune.program.crossing import SEVERAL, Crossing, counting, crossing
+from depthprune.program.crossing import (
+  SEVERAL,
+  Stage,
+  batched,
+  counting,
+  crossing,
+)
 from depthprune.program.evaluate import bind, interpret
 from depthprune.program.facts import fresh
 from depthprune.program.view import View, abstract, look, paths_of, runnable
-
-
-class Stage(NamedTuple):
-  """What is computed between the exit before and this one.
-
-  Attributes:
-    exit: name of the output that it ends with.
-    flops: of one example, 1 MAC = 2 FLOPs; those of all stages add up to the whole.
-    params: trainable parameters that no earlier stage has read.
-    crossing: what the stages behind it need, of it or of earlier ones.
-  """
-
-  exit: str
-  flops: int
-  params: int
-  crossing: tuple[Crossing, ...]
-
 
 Run = Callable[[Any, Sequence], tuple[Any, list]]
 """(variables, what crossed the cut before) -> (the exit, what crosses the next one);
@@ -55,6 +44,8 @@ class Stages(Sequence[Stage]):
     fn: the function, of (variables, *inputs). variables, inputs: abstract, one example.
     stages: in order.
     whole: FLOPs of one example for the last exit alone.
+    least: examples that stages can run on, at least: 2 where one example crosses the
+      cuts otherwise (a broadcast to the batch is nothing then), else 1.
     runs: (batch) -> the stages as functions for so many examples.
     again: (*inputs) -> the stages for inputs of another shape, such as longer texts.
   """
@@ -64,6 +55,7 @@ class Stages(Sequence[Stage]):
   inputs: tuple
   stages: tuple[Stage, ...]
   whole: int
+  least: int
   runs: Callable[[int], tuple[Run, ...]]
   again: Callable[..., Stages]
 
@@ -84,7 +76,7 @@ class Stages(Sequence[Stage]):
 
   def explain(self) -> str:
     """The stages, one line each."""
-    return '\n'.join(map(_told, self.stages))
+    return '\n'.join(map(str, self.stages))
 
 
 def split(
@@ -107,7 +99,7 @@ def split(
   known: dict[tuple, Stages] = {}
 
   def at(*inputs: Any) -> Stages:
-    inputs = _batched(abstract(inputs), 1)
+    inputs = batched(abstract(inputs), 1)
     key = tuple((x.shape, x.dtype) for x in inputs)
     if key not in known:
       known[key] = _split(fn, variables, inputs, exits, at)
@@ -119,13 +111,13 @@ def split(
 def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> Stages:
   one, several = (_view(fn, variables, inputs, n) for n in (1, SEVERAL))
   names = _ordered(one, exits)
-  parts = _parts(several, names)
+  parts, single = _parts(several, names), _parts(one, names)
   count = counting(several, len(inputs))
   crossings = [[crossing(several, v, count) for v in p.outward] for p in parts]
   named = {p for p in one.leaves if p.startswith('params/')}
   trainable = named or {p for p in one.leaves if not p.startswith('branches/')}
   stages, seen = [], set()
-  for part, crossed in zip(_parts(one, names), crossings, strict=True):
+  for part, crossed in zip(single, crossings, strict=True):
     read = trainable & {*part.reads}
     sizes = [int(np.prod(one.leaves[p].shape)) for p in read - seen]
     flops = cost.of_program(one, part.program)
@@ -137,8 +129,10 @@ def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> St
   def runs(batch: int) -> tuple[Run, ...]:
     return tuple(map(_run, _parts(_view(fn, variables, inputs, batch), names)))
 
+  kinds = lambda parts: [[(v.dtype, len(v.shape)) for v in p.outward] for p in parts]
+  least = 1 if kinds(parts) == kinds(single) else SEVERAL
   whole = cost.of_program(one, _upto(one, names[-1]))
-  return Stages(fn, variables, inputs, tuple(stages), whole, runs, again)
+  return Stages(fn, variables, inputs, tuple(stages), whole, least, runs, again)
 
 
 class _Part(NamedTuple):
@@ -199,16 +193,7 @@ def _run(part: _Part) -> Run:
 
 def _view(fn: Callable, variables: Any, inputs: tuple, batch: int) -> View:
   dims = {p: fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
-  return look(fn, variables, _batched(inputs, batch), {}, dims)
-
-
-def _batched(inputs: tuple, batch: int) -> tuple:
-  """The inputs for so many examples."""
-  if not inputs or any(not x.shape for x in inputs):
-    raise ValueError(
-      f'split: expected inputs with examples along axis 0, got {[*map(str, inputs)]}'
-    )
-  return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs)
+  return look(fn, variables, batched(inputs, batch), {}, dims)
 
 
 def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
@@ -221,6 +206,11 @@ def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
     )
   if missing := [name for name in exits if name not in names]:
     raise ValueError(f'split: no exit {missing[0]!r}; there are: {", ".join(names)}')
+  if len(exits) == 1 or 'main' in exits[:-1] or len({*exits}) < len(exits):
+    raise ValueError(
+      "split: expected two different exits or more, 'main' the last of them, got "
+      f'{", ".join(exits)}'
+    )
   depth = lambda name: (name == 'main', len(_upto(view, name).equations))
   return tuple(exits) or tuple(sorted(names, key=depth))
 
@@ -240,11 +230,3 @@ def _not_for_nothing(stages: Sequence[Stage]) -> None:
         'from one place, or out of one scan, which always runs to its end; scan only '
         'between exits, or drop one of them'
       )
-
-
-def _told(stage: Stage) -> str:
-  crossing = ', '.join(f'{c.dtype}{list(c.shape)}' for c in stage.crossing) or 'nothing'
-  return (
-    f'{stage.exit}: {stage.flops:,} FLOPs, {stage.params:,} parameters; '
-    f'then {crossing} crosses'
-  )

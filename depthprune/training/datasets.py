@@ -4,7 +4,7 @@ from pathlib import Path
 
 from depthprune.config import Config
 from depthprune.models import pretrained
-from depthprune.training import data, sentences, text
+from depthprune.training import checkpoint, data, sentences, store, text
 from depthprune.training.catalogue import DataError
 from depthprune.training.data import Dataset
 from depthprune.training.text import Texts
@@ -14,7 +14,7 @@ def read(config: Config) -> Dataset | Texts:
   """The data set of a config, split by its seed.
 
   Raises DataError as `data.load` and `text.load` do, for texts without a tokenizer, and
-  for texts that are to be resized.
+  for texts that are to be resized; and as `normalisation` does.
   """
   # Not all that is not text is images: what it is instead is said where it is read.
   if sentences.kind_of(config.data) == 'text':
@@ -22,11 +22,26 @@ def read(config: Config) -> Dataset | Texts:
   images = data.load(
     config.data, seed=config.seed, subset=config.subset, resize=config.resize
   )
-  if config.pretrained is not None:
-    theirs = pretrained.normalisation(config.pretrained)
-    if theirs is not None:  # what the weights were trained on
-      images = images._replace(normalisation=data.Normalisation(*theirs))
-  return images
+  theirs = None if config.pretrained is None else normalisation(config.pretrained)
+  if theirs is None:
+    return images
+  return images._replace(normalisation=theirs)
+
+
+def normalisation(path: str) -> data.Normalisation | None:
+  """What weights were trained on: as their file's .json says, or their folder's record.
+
+  Raises as `pretrained.normalisation` does, and CheckpointError for a folder that is no
+  pruned network.
+  """
+  if not Path(path).is_dir():
+    found = pretrained.normalisation(path)
+    return None if found is None else data.Normalisation(*found)
+  record = store.read_record(Path(path), checkpoint.RECORD)
+  found = record['report'].get('normalisation')
+  if found is None:
+    return None
+  return data.Normalisation(tuple(found['mean']), tuple(found['std']), found['scale'])
 
 
 def _texts(config: Config) -> Texts:

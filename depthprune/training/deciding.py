@@ -11,6 +11,7 @@ from depthprune.inference.choice import Choice
 from depthprune.inference.predictions import Predictions
 from depthprune.inference.risk import halves
 from depthprune.program.stages import Stages, split
+from depthprune.training.method import Tree, inputs_of
 from depthprune.training.sides import Answers, Trained
 from depthprune.training.stage import Job
 
@@ -75,15 +76,29 @@ def decide(job: Job, trained: Trained) -> Decided:
   if o.confidence == 'learned':
     weights = sure.learn(tempered(part.logits), part.labels)
 
-  def seen(answers: Answers) -> Predictions:
+  def seen(answers: Answers, examples: Tree) -> Predictions:
     scores = sure.scores(o.confidence, tempered(answers.logits), weights)
-    costs = np.asarray(stages.flops, np.float64), float(stages.whole)
-    return Predictions(trained.exits, *answers, scores, *costs)
+    return Predictions(trained.exits, *answers, scores, *costs(job, stages, examples))
 
   kind, requested = asked_for(o)
-  decides, reports = seen(held_out), seen(trained.test)
+  decides = seen(held_out, job.images.held_out)
+  reports = seen(trained.test, job.images.test)
   chosen = choose(decides, kind, requested, o.delta)
   return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
+
+
+def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
+  """FLOPs of leaving at each exit [exits], and of the network alone, in the mean.
+
+  Texts are as long as their batch, so that each length has its own costs.
+  """
+  total, count = np.zeros(len(stages) + 1), 0
+  for batch in job.batches(examples):
+    real = int(np.sum(batch.get('weight', np.ones(len(batch['label'])))))
+    here = stages.again(*inputs_of(batch))
+    total += real * np.array([*here.flops, here.whole], np.float64)
+    count += real
+  return total[:-1] / count, float(total[-1] / count)
 
 
 def asked_for(options: Any) -> tuple[str, float]:

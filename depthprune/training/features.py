@@ -125,12 +125,14 @@ def collect(
   if progress.is_file():
     done = json.loads(progress.read_text())
     same_config(done['about'], about, str(folder))
-  one = jax.jit(lambda variables, *inputs: dict(apply(variables, *inputs)))
+    if done.get('finished'):
+      return _read(folder, done['names'], done['rows'])
+  one = jax.jit(apply)
   files: dict[str, np.memmap] = {}
   for batch in itertools.islice(batches, done['batches'], None):
     real = np.asarray(batch.get('weight', np.ones(len(batch['label'])))) > 0
     found = jax.device_get(one(variables, *inputs_of(batch)))
-    found = {k: v.astype(np.float32) for k, v in found.items()}
+    found = {k: np.asarray(v, np.float32) for k, v in found.items()}
     rows = {**found, 'label': np.asarray(batch['label'], np.int32)}
     if not files:
       done['names'] = sorted(rows)
@@ -141,6 +143,9 @@ def collect(
       files[name].flush()
     done |= {'batches': done['batches'] + 1, 'rows': end}
     record.write(progress, done)
+  if not done['rows']:
+    raise ValueError(f'{folder}: expected examples to compute features of, got none')
+  record.write(progress, {**done, 'finished': True})
   return _read(folder, done['names'], done['rows'])
 
 

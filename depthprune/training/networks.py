@@ -1,38 +1,111 @@
 """The network that a run is about, and the variables that it starts with."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from depthprune import models
 from depthprune.config import Config
 from depthprune.models import pretrained
 from depthprune.models.heads import every_tap
+from depthprune.training import checkpoint, store, tokens
+from depthprune.training.checkpoint import CheckpointError
 from depthprune.training.method import Tree
 from depthprune.training.stage import Job
 
 
 def network(config: Config, classes: int) -> Any:
-  """The model of a run; for a method that weighs exits, with a head on every tap."""
+  """The model of a run; for a method that weighs exits, with a head on every tap.
+
+  Where it starts from a pruned network, a folder, the model has that one's `arch`.
+
+  Raises: ValueError for a name that there is not; CheckpointError for a folder that
+    holds another model.
+  """
   chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
   model = models.build(
     config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
   )
+  if config.pretrained is not None and Path(config.pretrained).is_dir():
+    model = as_thin(model, config.pretrained)
   return every_tap(model, pool=config.options.pool) if config.options.heads else model
 
 
 def start(job: Job, model: Any) -> Tree:
-  """The first variables of a run: random, or the trunk read from a file."""
+  """The first variables of a run: random, or the trunk read from a file or a folder.
+
+  Raises: ValueError for a file, CheckpointError for a folder, that does not fit, and
+    DataError for the tokenizer of another network.
+  """
+  path, heads = job.config.pretrained, job.config.options.heads
+  if hasattr(job.images, 'tokenizer'):
+    vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)
+    tokens.check_tokenizer(job.images.tokenizer, vocab)
+  if path is not None and not heads:
+    return _read(job, path, model)
   variables = jax.jit(model.init)(job.key('init'), *job.inputs)
-  path = job.config.pretrained
   if path is None:
     return variables
-  read = lambda model: pretrained.load(path, model, job.images.shape)
-  if not job.config.options.heads:
-    return read(model)
   # The trunk's own head is not in use; those of the exits are new.
   merged = dict(variables)
-  for collection, tree in read(model.trunk).items():
+  for collection, tree in _read(job, path, model.trunk).items():
     trunk = {k: tree[k] for k in variables[collection]['trunk']}
     merged[collection] = {**variables[collection], 'trunk': trunk}
   return merged
+
+
+def _read(job: Job, path: str, model: Any) -> Tree:
+  if Path(path).is_dir():
+    return pruned(path, model, *job.inputs)
+  return pretrained.load(path, model, job.images.shape)
+
+
+# ---- networks that were pruned before ------------------------------------------------
+
+
+def as_thin(model: Any, path: str | Path) -> Any:
+  """The model with the `arch` of the pruned network in a folder.
+
+  Raises: CheckpointError where the folder holds none, or not of this model; how many
+    classes it has, and the type it computes in, may differ.
+  """
+  record = store.read_record(Path(path), checkpoint.RECORD)
+  theirs, ours = _described(record['model']), _described(models.describe(model))
+  fixed = sorted({*theirs, *ours} - {'arch', 'classes', 'dtype'})
+  if apart := [k for k in fixed if theirs.get(k) != ours.get(k)]:
+    says = lambda d: ', '.join(f'{k} {d.get(k)}' for k in apart)
+    raise CheckpointError(
+      f'{path}: expected a pruned network with {says(ours)}, got one with '
+      f'{says(theirs)}: pass the --model that was pruned'
+    )
+  return model.clone(arch=type(model.arch)(record['arch']))
+
+
+def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
+  """The variables of the pruned network in a folder, for a model `as_thin` as it.
+
+  Branch gates are open, as those of the folder are folded into its arrays.
+
+  Raises: CheckpointError for another number of classes, and for arrays that do not fit.
+  """
+  leaves, record = store.read(Path(path), checkpoint.RECORD)
+  classes = _described(record['model']).get('classes')
+  if classes != model.classes:
+    raise CheckpointError(
+      f'{path}: expected a network of {model.classes} classes, as the data has, got '
+      f'one of {classes}'
+    )
+  shapes = dict(jax.eval_shape(model.init, jax.random.key(0), *inputs))
+  gates = {k: shapes.pop(k) for k in ('branches',) if k in shapes}
+  opened = jax.tree.map(lambda gate: jnp.ones(gate.shape, gate.dtype), gates)
+  return {**store.matched(shapes, leaves, str(path)), **opened}
+
+
+def _described(described: Mapping[str, Any]) -> dict[str, Any]:
+  """{'name': ..., field: value}, of what `models.describe` gave."""
+  if 'foreign' in described:
+    return {'name': described['foreign']}
+  return {'name': described['name'], **described['fields']}

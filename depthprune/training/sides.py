@@ -1,8 +1,9 @@
 """A network and heads on its taps, trained: heads alone, or everything together."""
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,10 +56,7 @@ def train(job: Job) -> Trained:
     given = trunk, plain(), variables
     state = stage(job, 'train', *given, epochs=epochs.train, peak=peak)
     variables = state.variables
-  whole = jax.jit(model.init)(job.key('heads'), *job.inputs)
-  whole = {name: dict(tree) for name, tree in whole.items()}
-  for name, tree in variables.items():
-    whole[name]['trunk'] = tree
+  whole = with_trunk(job, model, variables)
   if joint:
     return together(job, 'joint', model, whole, epochs.train + epochs.gates)
   frozen = fit_heads(job, model, whole)
@@ -87,6 +85,27 @@ def with_sides(config: Config, trunk: Any, job: Job) -> WithHeads:
   return WithHeads(trunk, {f'exit{i}': head(tap) for i, tap in enumerate(chosen, 1)})
 
 
+def with_trunk(job: Job, model: WithHeads, variables: Tree) -> Tree:
+  """The variables of a network with heads: new heads, its trunk's as they are given.
+
+  The trunk may be any module with taps that the model was made with: pruned before, or
+  quantised, whatever its arrays are then.
+  """
+
+  def fresh(key, *inputs):  # an own trunk would only be compiled to be thrown away
+    whole = model.init(key, *inputs)
+    given = lambda name: {'trunk'} if name in variables else set()
+    return {
+      name: {k: v for k, v in tree.items() if k not in given(name)}
+      for name, tree in whole.items()
+    }
+
+  whole = jax.jit(fresh)(job.key('heads'), *job.inputs)
+  for name, tree in variables.items():
+    whole[name]['trunk'] = tree
+  return whole
+
+
 def pool_of(trunk: Any, job: Job) -> Pool:
   """A grid of images; the mean of tokens, as an early [CLS] has seen little."""
   shapes = jax.eval_shape(trunk.init_with_output, job.key('shapes'), *job.inputs)[0]
@@ -94,10 +113,15 @@ def pool_of(trunk: Any, job: Job) -> Pool:
   return pools[shapes[trunk.taps[0]].ndim]
 
 
-def fit_heads(job: Job, model: WithHeads, variables: Tree) -> Trained:
-  """Heads on a frozen trunk: its features once, then one program for all heads."""
-  config, o = job.config, job.config.options
-  features, heads = feature_set(job, model, variables), model.alone
+def fit_heads(
+  job: Job, model: WithHeads, variables: Tree, features: FeatureSet | None = None
+) -> Trained:
+  """Heads on a frozen trunk: its features once, then one program for all heads.
+
+  features: of the trunk, where there are some already, such as those of another seed.
+  """
+  config, o, heads = job.config, job.config.options, model.alone
+  features = features or feature_set(job, model, variables)
   mine = {'params': {k: v for k, v in variables['params'].items() if k != 'trunk'}}
   own = job._replace(
     config=dataclasses.replace(config, optimizer='adamw'),
@@ -105,7 +129,9 @@ def fit_heads(job: Job, model: WithHeads, variables: Tree) -> Trained:
     train=features.on_device(),
     task=tasks.classification(job.images.classes, o.smoothing),
   )
+  # There is no trunk here to keep in evaluation mode; heads have dropout.
   method = sidenet(couple(heads, mine, *features.example()))
+  method = method._replace(trunk_train=True)
   given, epochs = (heads, method, mine), config.epochs.gates
   state = stage(own, 'heads', *given, epochs=epochs, peak=o.head_learning_rate)
   params = {**variables['params'], **state.params}
@@ -124,7 +150,9 @@ def together(job: Job, name: str, model: WithHeads, variables: Tree, epochs: int
   first, later = job.config.options.peaks
   peak = (first if name == 'joint' else later) * job.config.learning_rate
   method = sidenet(couple(model, variables, *job.inputs), 'joint')
-  state = stage(job, name, model, method, variables, epochs=epochs, peak=peak)
+  task = tasks.classification(job.images.classes, job.config.options.smoothing)
+  smoothed, given = job._replace(task=task), (model, method, variables)
+  state = stage(smoothed, name, *given, epochs=epochs, peak=peak)
   says = lambda split: answers(job, model, state.variables, model, split)
   images = job.images
   splits = says(images.held_out), says(images.test)
@@ -153,8 +181,11 @@ def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Ans
 
 def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   """What the heads read of every split; of training data, several augmented views."""
-  read: Any = partial(model.apply, method='features')
+  read: Any = functools.partial(model.apply, method='features')
   images, folder = job.images, job.folder / 'features'
+  crc32 = lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
+  arrays = functools.reduce(crc32, jax.tree.leaves(variables), 0)
+  about = {**job.relevant(), 'arrays': arrays}
   augments = job.config.augment and hasattr(images, 'augment')  # texts do not
   views = job.config.options.views if augments else 1
   sources = {
@@ -163,7 +194,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
     'test': (job.batches(images.test), len(images.test['label'])),
   }
   splits = {
-    name: collect(read, variables, batches, most, folder / name, job.relevant())
+    name: collect(read, variables, batches, most, folder / name, about)
     for name, (batches, most) in sources.items()
   }
   return FeatureSet(images.name, **splits, classes=images.classes)

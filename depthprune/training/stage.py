@@ -22,7 +22,10 @@ from depthprune.training.train import Row, first_batch, fit
 
 LINES = 50  # of history that a stage writes
 # What training does not depend on, of a run's config and of any method's options.
-UNRELATED = ('workdir', 'resume', 'checkpoint_every_s', 'tolerance', 'force')
+UNRELATED = (
+  *('workdir', 'resume', 'checkpoint_every_s', 'tolerance', 'force'),
+  *('drop', 'budget', 'risk', 'delta', 'confidence'),
+)
 
 
 class Job(NamedTuple):
@@ -109,7 +112,8 @@ def prepare(config: Config, show: bool = True) -> Job:
   else:
     for name in ('history.jsonl', 'gates.jsonl', 'costs.json', 'result.json'):
       (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+    for name in ('checkpoints', 'features', 'cascade'):
+      shutil.rmtree(folder / name, ignore_errors=True)
   return job
 
 

@@ -73,17 +73,38 @@ def flat(a) -> bool:
 
 
 @given(st.data(), expressions)
-def test_split_cuts_or_says_that_it_cannot(data, a):
+def test_split_cuts_anywhere(data, a):
   k = data.draw(st.integers(0, a.size))
-  before = meaning(a)
-  try:
-    left, right = split(a, k)
-  except LayoutError as error:
-    assert str(k) not in ('0', str(a.size)) and 'cut at' in str(error)
-    assert meaning(a) == before  # nothing was bound
-    return
+  left, right = split(a, k)
   assert (left.size, right.size) == (k, a.size - k)
   assert meaning(left) + meaning(right) == meaning(a)
+
+
+def test_a_cut_inside_a_product_takes_one_round_of_it_apart():
+  a = Prod(Var(4), Var(5))
+  left, right = split(a, 7)
+  assert show(left) == '(2+3+2)' and show(right) == '(3+(2*(2+3)))'
+  assert all(v.pins <= {UNIT} for v in leaves(a))
+
+
+@given(st.data(), st.permutations(range(3)))
+def test_what_was_solved_can_be_solved_again(data, order):
+  """As a view of a coupling does: from the solved axes, the product's factors anew."""
+  sizes = data.draw(st.tuples(st.integers(2, 3), st.integers(2, 4)))
+  n = sizes[0] * sizes[1]
+  a = Var(n)
+  equations = [
+    lambda a: unify(a, Prod(*map(Var, sizes))),
+    lambda a: split(a, sizes[1]),
+    lambda a: split(a, n // 2),
+  ]
+  for i in order:
+    equations[i](a)
+  again = copy(a, {})
+  for equation in equations:
+    equation(again)
+  assert show(again) == show(a)
+  assert [v.pins for v in leaves(again)] == [v.pins for v in leaves(a)]
 
 
 @given(st.integers(1, 24), st.integers(1, 24))

@@ -11,7 +11,8 @@ from depthprune.program.couple import couple
 from depthprune.program.plug import plug
 from depthprune.program.rebind import slim
 from tests import masking as m
-from tests.zoo import NETWORKS, Case
+from tests.zoo import NETWORKS, Case, image
+from tests.zoo.functions import convolve
 
 EXACT = 1e-5  # relative, in float32
 WITH_INTEGERS = (  # ReLU and BatchNorm only, averages over powers of two
@@ -157,6 +158,45 @@ def test_own_derivative_rules_stay_in_force():
   assert np.abs(one['next']).max() > 0  # a plain sign would give none
   assert m.difference(10 * one['out'], ten['out']) <= EXACT
   assert m.difference(one['mid'], ten['mid']) <= EXACT  # behind the clipped identity
+
+
+def test_a_product_that_a_later_equation_cut_is_solved_again():
+  """Coupling cuts the groups of the convolution after it; a view starts with the cuts,
+  but its groups are whole again: 24 = 3 groups of (4 + 4), met by 4 + 4 + 4 + ..."""
+
+  def f(p, x):
+    h = convolve(x, p['in'])
+    thirds = jnp.concatenate(jnp.split(h, 3, -1)[::-1], -1)
+    out = convolve(h, p['grouped'], 3).mean((1, 2)) @ p['out']
+    return out + thirds[..., 12:].mean((1, 2)) @ p['half'] + h.mean((1, 2)) @ p['out']
+
+  shapes = {
+    'in': (1, 1, 3, 24), 'grouped': (1, 1, 8, 24), 'out': (24, 5), 'half': (12, 5),
+  }  # fmt: skip
+  p = Case(f, image, shapes).variables()
+  coupling = couple(f, p, image(2, 4))
+  assert [g.size for g in coupling.groups.values()] == [4, 4]
+  keep, x = m.random_keep(coupling), image(3, 4)
+  small = slim(f, coupling, keep)(m.smaller(coupling, p, keep), x)
+  assert m.difference(f(m.zeroed(coupling, p, keep), x), small) <= EXACT
+
+
+def test_a_slice_that_ends_inside_a_head():
+  """The first 5 of 3 heads of 4: the cut goes through every head, and is exact."""
+
+  def f(p, x):
+    h = jnp.einsum('nc,chd->nhd', x.mean((1, 2)), p['in'])
+    return jnp.tanh(h.reshape(-1, 12)[:, :5]) @ p['part'] + h.reshape(-1, 12) @ p['all']
+
+  shapes = {'in': (3, 3, 4), 'part': (5, 2), 'all': (12, 2)}
+  p = Case(f, image, shapes).variables()
+  coupling = couple(f, p, image(2, 4))
+  assert {g: len(v.members) for g, v in coupling.groups.items()} == {'in:2.1': 3}
+  [size] = [g.size for g in coupling.groups.values()]
+  assert size == 3 and not coupling.unknown
+  keep, x = m.random_keep(coupling), image(3, 4)
+  small = slim(f, coupling, keep)(m.smaller(coupling, p, keep), x)
+  assert m.difference(f(m.zeroed(coupling, p, keep), x), small) <= EXACT
 
 
 def test_one_trace_serves_every_length_of_a_sequence():

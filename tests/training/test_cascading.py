@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from depthprune.config import RECIPES
@@ -12,8 +13,11 @@ from depthprune.inference.saved import load_cascade
 from depthprune.options import SideNet
 from depthprune.training import cascading, recipe, sides
 from depthprune.training.deciding import ALSO, splits
+from depthprune.training.features import FeatureSet
 from depthprune.training.keeper import CheckpointError
 from depthprune.training.stage import prepare
+from depthprune.training.tasks import classification
+from depthprune.training.train import init_state, make_step
 
 SMALL = dataclasses.replace(
   RECIPES['sidenet'],
@@ -133,6 +137,51 @@ def test_mixed_trains_the_network_too(ran, tmp_path):
   found = load_cascade(tmp_path / 'cascade')
   kernel = lambda tree: np.asarray(tree['params']['trunk']['layer0']['dense']['kernel'])
   assert (kernel(found.variables) != kernel(frozen.variables)).any()
+
+
+def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
+  config, _, trained = ran
+  seen = {}
+
+  def stage(job, name, model, method, variables, **kwargs):
+    seen.update(model=model, method=method, task=job.task)
+    raise StopIteration
+
+  monkeypatch.setattr(sides, 'stage', stage)
+  options = dataclasses.replace(config.options, dropout=0.9, smoothing=0.5)
+  job = prepare(config, show=False)
+  job = job._replace(config=dataclasses.replace(config, options=options))
+  model = sides.with_sides(job.config, trained.model.trunk, job)
+  batch = {'features': {n: np.ones((8, 200), np.float32) for n in ('exit1',)}}
+  batch |= {'label': np.arange(8, dtype=np.int32)}
+  batch['features']['main'] = np.ones((8, 10), np.float32)
+  features = FeatureSet('x', batch, batch, batch, 10)
+  with pytest.raises(StopIteration):
+    sides.fit_heads(job, model, trained.variables, features)
+  tx = optax.sgd(0.0)
+  mine = {
+    'params': {k: v for k, v in trained.variables['params'].items() if k != 'trunk'}
+  }
+  state = init_state(seen['model'], seen['method'], tx, mine, batch=batch)
+  step = make_step(seen['model'], seen['method'], seen['task'], tx)
+  losses = []
+  for _ in range(3):
+    state, metrics = step(state, batch, jax.random.key(0))
+    losses.append(float(metrics['loss']))
+  assert len({*losses}) == 3  # nothing is learnt at rate 0: only dropout moves it
+  logits = np.eye(10, dtype=np.float32)[:8] * 9
+  sharp = classification(10).loss(logits, batch)
+  assert seen['task'].loss(logits, batch) > sharp + 1
+
+
+def test_another_request_goes_on_from_the_same_heads(ran):
+  config, result, _ = ran
+  options = dataclasses.replace(config.options, drop=50.0, confidence='patience')
+  again = recipe.run(dataclasses.replace(config, options=options), show=False)
+  assert again['cascade']['confidence'] == 'patience'
+  assert again['cascade']['exit_accuracy'] == result['cascade']['exit_accuracy']
+  decided = json.loads((config.path / 'cascade' / 'cascade.json').read_text())
+  assert decided['exits'] == ['exit1', 'main']  # all are asked
 
 
 def test_which_images_decide(ran):

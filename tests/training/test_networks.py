@@ -1,0 +1,115 @@
+"""Runs that start from a pruned network, a folder: its arch, arrays, normalisation."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import depthprune as dp
+from depthprune import models
+from depthprune.config import RECIPES
+from depthprune.options import SideNet
+from depthprune.training import datasets
+from depthprune.training.data import Normalisation
+from depthprune.training.keeper import CheckpointError
+from depthprune.training.networks import network, start
+from depthprune.training.stage import prepare
+
+NORMALISATION = Normalisation((0.25,), (0.5,), 16.0)
+CONFIG = dataclasses.replace(
+  RECIPES['sidenet'], options=SideNet(hidden=8), model='resnet8', subset=64, batch=32
+)
+EXAMPLE = np.zeros((1, 8, 8, 1), np.float32)
+
+
+def cut(model, example, target=0.5):
+  variables = jax.jit(model.init)(jax.random.key(0), example)
+  coupling = dp.couple(model, variables, example)
+  keep = dp.oneshot(coupling, variables, target)
+  return dp.prune(model, variables, keep, example, coupling=coupling)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """(folder, what was saved there)."""
+  folder = tmp_path_factory.mktemp('run') / 'pruned'
+  small = cut(models.build('resnet8'), EXAMPLE)
+  dp.save(folder, small, NORMALISATION)
+  return folder, small
+
+
+def config_of(folder, tmp_path, **fields):
+  return dataclasses.replace(
+    CONFIG, pretrained=str(folder), workdir=str(tmp_path), **fields
+  )
+
+
+def test_a_run_starts_from_the_network_of_a_folder(saved, tmp_path):
+  folder, small = saved
+  config = config_of(folder, tmp_path)
+  job = prepare(config, show=False)
+  assert job.images.normalisation == NORMALISATION
+  model = network(config, job.images.classes)
+  assert model == small.model and dict(model.arch) == small.arch != {}
+  variables = start(job, model)
+  gates = jax.tree.leaves(variables.pop('branches'))
+  assert gates and all(gate == 1 for gate in gates)
+  assert variables.keys() == small.variables.keys()
+  jax.tree.map(np.testing.assert_array_equal, variables, small.variables)
+
+
+def test_a_method_that_weighs_exits_puts_its_own_on_that_network(saved, tmp_path):
+  folder, small = saved
+  config = dataclasses.replace(
+    RECIPES['netcut'], model='resnet8', pretrained=str(folder), workdir=str(tmp_path)
+  )
+  job = prepare(dataclasses.replace(config, subset=64), show=False)
+  model = network(config, 10)
+  trunk = start(job, model)['params']['trunk']
+  expected = {k: v for k, v in small.variables['params'].items() if k != 'head'}
+  assert trunk.keys() == expected.keys()
+  jax.tree.map(np.testing.assert_array_equal, trunk, expected)
+
+
+def test_a_network_without_normalisation_has_that_of_the_data(tmp_path):
+  dp.save(tmp_path / 'pruned', cut(models.build('mlp'), EXAMPLE))
+  config = config_of(tmp_path / 'pruned', tmp_path, model='mlp')
+  assert datasets.normalisation(str(tmp_path / 'pruned')) is None
+  plain = dataclasses.replace(config, pretrained=None)
+  found, expected = (datasets.read(c).normalisation for c in (config, plain))
+  assert found == expected
+
+
+def test_another_model_is_refused_before_the_data_is_read(saved, tmp_path):
+  config = config_of(saved[0], tmp_path, model='resnet14')
+  with pytest.raises(CheckpointError, match='depth 14, got one with depth 8: pass the'):
+    network(config, classes=1)
+  config = config_of(saved[0], tmp_path, model='mlp')
+  with pytest.raises(CheckpointError, match=r'mlp\.MLP.*got one with.*resnet\.ResNet'):
+    network(config, classes=1)
+
+
+def test_another_number_of_classes_is_refused(saved, tmp_path):
+  config = config_of(saved[0], tmp_path)
+  job = prepare(config, show=False)
+  with pytest.raises(CheckpointError, match='network of 7 classes.*got one of 10'):
+    start(job, network(config, classes=7))
+
+
+def test_a_function_of_someone_else_is_refused(tmp_path):
+  def foreign(variables, x):
+    return x.reshape(len(x), -1) @ variables['a'] @ variables['b']
+
+  arrays = {'a': np.ones((64, 8), np.float32), 'b': np.ones((8, 10), np.float32)}
+  coupling = dp.couple(foreign, arrays, EXAMPLE)
+  keep = dp.oneshot(coupling, arrays, 0.5)
+  dp.save(tmp_path / 'pruned', dp.prune(foreign, arrays, keep, EXAMPLE))
+  with pytest.raises(CheckpointError, match='got one with.*foreign'):
+    network(config_of(tmp_path / 'pruned', tmp_path), classes=10)
+
+
+def test_a_folder_without_a_network_is_refused(tmp_path):
+  for call in (network, lambda config, classes: datasets.read(config)):
+    with pytest.raises(CheckpointError, match=r'no file arch\.json'):
+      call(config_of(tmp_path, tmp_path), 10)
