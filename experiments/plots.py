@@ -36,7 +36,7 @@ def figures() -> Iterator[tuple[Path, Figure]]:
     chart = depth.erased_curve(retrained(found['rows']), 'held-out accuracy')
     yield _beside(path, 'erased'), chart
   for path, found in files('sidenet', 'regime', 'curve').items():
-    by_regime: dict[str, Rows] = {}
+    by_regime: dict[str, list[dict[str, Any]]] = {}
     for row in found['rows']:
       by_regime.setdefault(row['regime'], []).append(row)
     results = {

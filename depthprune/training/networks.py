@@ -41,9 +41,10 @@ def start(job: Job, model: Any) -> Tree:
     DataError for the tokenizer of another network.
   """
   path, heads = job.config.pretrained, job.config.options.heads
-  if hasattr(job.images, 'tokenizer'):
+  tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
+  if tokenizer is not None:
     vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)
-    tokens.check_tokenizer(job.images.tokenizer, vocab)
+    tokens.check_tokenizer(tokenizer, vocab)
   if path is not None and not heads:
     return _read(job, path, model)
   variables = jax.jit(model.init)(job.key('init'), *job.inputs)
