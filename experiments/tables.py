@@ -9,7 +9,7 @@ from experiments.bench.table import bench, cascades, depth_methods
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
-from experiments.sidenet.table import sidenet
+from experiments.sidenet.table import composed, sidenet
 from experiments.trainable_gates.table import compared, digits
 
 README = HERE.parent / 'README.md'
@@ -29,6 +29,7 @@ def text() -> str:
       retrained,
       depth_methods,
       sidenet,
+      composed,
       cascades,
     )
   )

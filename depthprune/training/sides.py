@@ -184,7 +184,8 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   read: Any = functools.partial(model.apply, method='features')
   images, folder = job.images, job.folder / 'features'
   crc32 = lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
-  arrays = functools.reduce(crc32, jax.tree.leaves(variables), 0)
+  trunk = {name: tree['trunk'] for name, tree in variables.items()}
+  arrays = functools.reduce(crc32, jax.tree.leaves(trunk), 0)
   about = {**job.relevant(), 'arrays': arrays}
   augments = job.config.augment and hasattr(images, 'augment')  # texts do not
   views = job.config.options.views if augments else 1

@@ -1,6 +1,6 @@
 """What gates cost, what the cut gains, and what a cascade gains."""
 
-from experiments.found import HERE, link, load, table
+from experiments.found import link, load, table
 
 
 def bench() -> str:
@@ -29,8 +29,6 @@ def _timed(fast: dict) -> str:
 def cascades() -> str:
   """Executed cascades beside the part of time that their FLOPs promise."""
   path = 'bench/results/cascade.json'
-  if not (HERE / path).is_file():
-    return 'Executed cascades: –'
   found = load(path)
   head = ('', 'FLOPs, ideal', 'padded', 'time', 'time / ideal', 'compile, s')
   part = lambda value: f'{100 * value:.1f} %'

@@ -38,8 +38,8 @@ from depthprune.training.features import FeatureSet
 from depthprune.training.method import Tree, plain
 from depthprune.training.networks import network, start
 from depthprune.training.stage import Job, prepare, stage
-from experiments.found import load, percent, spread, table
 from experiments.pieces import Rows, arguments, within
+from experiments.sidenet.table import composed
 
 RESULT = Path(__file__).parent / 'results' / 'composed.json'
 FOLDER = Path('runs/sidenet/composed')
@@ -57,10 +57,6 @@ CONFIG = dataclasses.replace(
 )
 TARGET = 0.6  # of the FLOPs, for `pruned`
 STATISTICS = 20  # batches that its statistics are measured on, before it is fine-tuned
-HEAD = (
-  *('MainNet', 'accuracy, %', 'MFLOPs', 'weights, KiB', 'cascade, %'),
-  *('points lost', 'FLOPs saved, %', 'seeds'),
-)
 
 
 class MainNet(NamedTuple):
@@ -171,27 +167,6 @@ def executed(job: Job, trained: sides.Trained, decided: Decided) -> dict[str, An
   """The cascade run on the reporting images, beside what was simulated, and timed."""
   _, early = assembled(job, trained, decided)
   return {'exits': early.exits, **reached.execute(job, decided, early)}
-
-
-def composed() -> str:
-  """A line for every MainNet, in Markdown; mean ± standard deviation over seeds."""
-  found = load(RESULT)['rows']
-  lines = []
-  for name in dict.fromkeys(row['mainnet'] for row in found):
-    mine = [row for row in found if row['mainnet'] == name]
-    tests = [row['test'] for row in mine]
-    line = (
-      name,
-      f'{100 * mine[0]["accuracy"]:.2f}',
-      f'{mine[0]["flops"] / 1e6:.1f}',
-      f'{mine[0]["bytes"] / 1024:.0f}',
-      percent(test['accuracy'] for test in tests),
-      spread(test['drop'] for test in tests),
-      percent(test['saved'] for test in tests),
-      str(len(mine)),
-    )
-    lines.append(line)
-  return table(HEAD, lines)
 
 
 if __name__ == '__main__':

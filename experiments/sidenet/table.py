@@ -17,6 +17,11 @@ ASKED = {  # words, unit on the screen, and what is to be compared with it
   'risk': ('risk ≤ {:g} %', 100, lambda test: 100 * test['risk']),
 }
 
+COMPOSED = (
+  *('MainNet', 'accuracy, %', 'MFLOPs', 'weights, KiB', 'cascade, %'),
+  *('points lost', 'FLOPs saved, %', 'seeds'),
+)
+
 Rows = list[dict[str, Any]]
 
 
@@ -94,3 +99,33 @@ def _said(regime: str, rows: Rows) -> str:
 
 def _mean(values: Iterable[float]) -> float:
   return statistics.mean(values)
+
+
+def composed() -> str:
+  """On networks that are small already; a dash where there is no result."""
+  parts = (_composed(*file) for file in files('sidenet', 'mainnet').items())
+  return '\n\n'.join(parts) or 'SideNet on a pruned and on an int8 network: –'
+
+
+def _composed(path: Path, found: dict[str, Any]) -> str:
+  lines = []
+  for name in dict.fromkeys(row['mainnet'] for row in found['rows']):
+    mine = [row for row in found['rows'] if row['mainnet'] == name]
+    tests = [row['test'] for row in mine]
+    line = (
+      name,
+      f'{100 * mine[0]["accuracy"]:.2f}',
+      f'{mine[0]["flops"] / 1e6:.1f}',
+      f'{mine[0]["bytes"] / 1024:.0f}',
+      percent(test['accuracy'] for test in tests),
+      spread(test['drop'] for test in tests),
+      percent(test['saved'] for test in tests),
+      str(len(mine)),
+    )
+    lines.append(line)
+  config = found['config']
+  return (
+    f'SideNets on networks that are small already, {config["model"]} on '
+    f'{config["data"]}, a drop of {config["options"]["drop"]:g} points asked for '
+    f'({link(path)}):\n\n' + table(COMPOSED, lines)
+  )

@@ -97,3 +97,40 @@ def write(path: Path, rows: list[dict]) -> Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps({'config': CONFIG, 'device': 'CPU', 'rows': rows}))
   return path
+
+
+def sidenet_row(seed: int) -> dict:
+  """Half a point asked for; a risk that the first seed could not promise."""
+  bins = {k: [0.5] * n for k, n in (('edges', 3), ('confidence', 2), ('accuracy', 2))}
+  measured = {'ece': 0.04, 'nll': 0.3, 'bins': {**bins, 'count': [5, 5]}}
+  entry = {'before': measured, 'after': {**measured, 'ece': 0.01}, 'auroc': 0.8}
+  entry |= {'accuracy': 0.8, 'n': 10}
+  drop = {
+    'kind': 'drop', 'requested': 0.5, 'chosen': True, 'refused': None,
+    'held_out': {'accuracy': 0.93, 'cost': 60},
+    'test': {'accuracy': 0.926, 'cost': 60, 'drop': 0.4 + seed / 10, 'saved': 0.4},
+    'interval': {'drop': [0.1, 0.7], 'saved': [0.38 - seed / 100, 0.42]},
+  }  # fmt: skip
+  risk = {**drop, 'kind': 'risk', 'requested': 0.01, 'chosen': False}
+  risk['test'] = {**drop['test'], 'risk': 0.008}
+  if not seed:
+    risk |= {'refused': 'too few', 'test': None, 'held_out': None, 'interval': None}
+  return {
+    'regime': 'frozen', 'seed': seed, 'exits': ['exit1', 'main'],
+    'accuracy': {'before': 0.93, 'after': 0.926}, 'flops': {'before': 100, 'after': 60},
+    'exit_accuracy': {'exit1': 0.8, 'main': 0.93}, 'whole': 100,
+    'cost': {'exit1': 40, 'main': 102}, 'requests': [drop, risk],
+    'curve': [{'cost': 102, 'accuracy': 0.93}, {'cost': 60, 'accuracy': 0.926}],
+    'calibration': {'exit1': {'temperature': 0.8, 'all': entry, 'exited': None}},
+    'executed': {'speedup': 1.5, 'batch': 128, 'device': 'a CPU'},
+  }  # fmt: skip
+
+
+@pytest.fixture
+def sidenet_file(results: Path) -> Path:
+  config = {'model': 'resnet56', 'data': 'cifar10', 'options': {'drop': 0.5}}
+  path = results / 'sidenet' / 'results' / 'resnet56.json'
+  path.parent.mkdir(parents=True)
+  rows = [sidenet_row(seed) for seed in (0, 1)]
+  path.write_text(json.dumps({'config': config, 'rows': rows}))
+  return path

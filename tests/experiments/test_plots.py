@@ -17,6 +17,12 @@ def test_every_result_file_of_a_depth_method_has_its_charts(
   ]
 
 
+def test_side_nets_have_a_curve_and_diagrams(sidenet_file):
+  drawn = [path for path, _ in plots.figures()]
+  names = ('resnet56_curve.svg', 'resnet56_reliability.svg')
+  assert drawn == [sidenet_file.with_name(name) for name in names]
+
+
 def test_without_result_files_there_is_nothing_to_draw(results):
   assert list(plots.figures()) == []
 

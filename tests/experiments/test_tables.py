@@ -5,6 +5,7 @@ import pytest
 from experiments import found, tables
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
+from experiments.sidenet.table import composed, sidenet
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -18,6 +19,7 @@ def test_without_result_files_there_is_a_dash(results):
   assert netcut() == 'NetCut: –'
   assert one_shot().endswith(': –')
   assert retrained().endswith(': –')
+  assert sidenet() == 'SideNet: –' and composed().endswith(': –')
 
 
 def test_netcut_has_a_line_per_beta_and_aggregate(netcut_file):
@@ -73,3 +75,16 @@ def test_all_parts_are_made_from_the_committed_files():
   for path in (found.HERE / 'netcut/results').glob('*.json'):
     if 'beta' in path.read_text():
       assert path.name in text
+
+
+def test_sidenet_says_what_was_asked_and_what_was_reached(sidenet_file):
+  text = sidenet()
+  lines = [line for line in text.splitlines() if line.startswith('| frozen')]
+  assert [line.strip('| ').split(' | ') for line in lines] == [
+    ['frozen', 'a drop ≤ 0.5 points', '0.45 ± 0.07', '0.45 ± 0.07', '40.00 ± 0.00',
+     '37.0 to 42.0', '2'],
+    ['frozen', 'risk ≤ 1 %', '0.80', '0.50', '40.00', '37.0 to 42.0', '1 of 2'],
+  ]  # fmt: skip
+  assert 'ECE of the exits 4.0 % before and 1.0 % after temperature' in text
+  assert 'the network alone 93.00 ± 0.00 %; exits 80.0 %' in text
+  assert '1.50 ± 0.00× faster than the network at batch 128, on a CPU' in text
