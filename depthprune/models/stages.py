@@ -62,7 +62,7 @@ def check_tap(tap: str, names: Sequence[str]) -> None:
   if tap not in names:
     raise ValueError(
       f'no tap {tap!r} (a scanned segment has one at its end only; scan=False gives '
-      f'one per block). {nearest(tap, names)}'
+      f'one per block). {nearest(tap, names)} All: {", ".join(names) or "none"}.'
     )
 
 

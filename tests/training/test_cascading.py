@@ -207,7 +207,7 @@ def test_which_images_decide(ran):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (SideNet(taps=('layer9',)), r"no tap 'layer9'.*Nearest"),
+    (SideNet(taps=('layer9',)), r"no tap 'layer9'.*All: layer0, layer1"),
     (SideNet(budget=0.01), 'below the floor: exit exit1'),
     (SideNet(risk=0.0001), 'reached by no thresholds'),
   ],
