@@ -1,7 +1,7 @@
 """What SideNet lets a user choose."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
@@ -10,6 +10,8 @@ from depthprune.values import ConfigError, Epochs, at_least, finite, inside, one
 BY_INPUT = tyro.conf.arg(help_behavior_hint='(default: grid4 of images, avg of tokens)')
 SPREAD = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: five, spread)')
 PART = tyro.conf.arg(metavar='FRACTION')
+
+Confidence = Literal['probability', 'entropy', 'margin', 'patience', 'learned']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,7 @@ class SideNet:
   head_learning_rate: float = 1e-3
   """Of the heads, while nothing else is trained (Adam, cosine)."""
 
-  confidence: Literal['probability', 'entropy', 'margin', 'patience', 'learned'] = (
-    'probability'
-  )
+  confidence: Confidence = 'probability'
   """What an exit is judged sure by."""
 
   drop: float = 0.5
@@ -78,8 +78,7 @@ class SideNet:
   def __post_init__(self):
     one_of(self, 'regime', ('frozen', 'joint', 'mixed'))
     one_of(self, 'decide_on', ('auto', 'train', 'test'))
-    kinds = ('probability', 'entropy', 'margin', 'patience', 'learned')
-    one_of(self, 'confidence', kinds)
+    one_of(self, 'confidence', get_args(Confidence))
     at_least(self, 'hidden', 0)
     at_least(self, 'views', 1)
     finite(self, 'drop', positive=False)

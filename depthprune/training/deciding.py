@@ -11,7 +11,7 @@ from depthprune.inference.choice import Choice
 from depthprune.inference.predictions import Predictions
 from depthprune.inference.risk import halves
 from depthprune.program.stages import Stages, split
-from depthprune.training.method import Tree, inputs_of
+from depthprune.training.method import Tree, inputs_of, real_rows
 from depthprune.training.sides import Answers, Trained
 from depthprune.training.stage import Job
 
@@ -94,7 +94,7 @@ def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
   """
   total, count = np.zeros(len(stages) + 1), 0
   for batch in job.batches(examples):
-    real = int(np.sum(batch.get('weight', np.ones(len(batch['label'])))))
+    real = int(real_rows(batch).sum())
     here = stages.again(*inputs_of(batch))
     total += real * np.array([*here.flops, here.whole], np.float64)
     count += real

@@ -18,7 +18,7 @@ import numpy as np
 
 from depthprune.training import data, record
 from depthprune.training.checkpoint import same_config
-from depthprune.training.method import Tree, inputs_of
+from depthprune.training.method import Tree, inputs_of, real_rows
 
 PROGRESS = 'features.json'
 SHARE = 4  # features up to one part in so many of the machine's memory are read into it
@@ -130,7 +130,7 @@ def collect(
   one = jax.jit(apply)
   files: dict[str, np.memmap] = {}
   for batch in itertools.islice(batches, done['batches'], None):
-    real = np.asarray(batch.get('weight', np.ones(len(batch['label'])))) > 0
+    real = real_rows(batch)
     found = jax.device_get(one(variables, *inputs_of(batch)))
     found = {k: np.asarray(v, np.float32) for k, v in found.items()}
     rows = {**found, 'label': np.asarray(batch['label'], np.int32)}

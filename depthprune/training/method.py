@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from depthprune.training.penalties import add_penalty
@@ -155,6 +156,14 @@ def inputs_of(batch: Mapping[str, Tree]) -> tuple[Tree, ...]:
       f'{", ".join(batch) or "none"}'
     )
   return found
+
+
+def real_rows(batch: Mapping[str, Tree]) -> np.ndarray:
+  """Which examples of a batch are no padding: bool [batch]."""
+  weight = batch.get('weight')
+  return (
+    np.ones(len(batch['label']), bool) if weight is None else np.asarray(weight) > 0
+  )
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:

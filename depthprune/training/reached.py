@@ -13,7 +13,7 @@ from depthprune.inference.predictions import drop, leave, losses, saved
 from depthprune.inference.race import race
 from depthprune.surgery.cut import Pruned
 from depthprune.training.deciding import ALSO, Decided, choose
-from depthprune.training.method import inputs_of
+from depthprune.training.method import inputs_of, real_rows
 from depthprune.training.results import described
 from depthprune.training.sides import Trained
 from depthprune.training.stage import Job
@@ -151,7 +151,7 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
   left, right, costs, broken = [], [], [], 0
   for batch in job.batches(job.images.test):
     inputs, label = inputs_of(batch), np.asarray(batch['label'])
-    real = np.asarray(batch.get('weight', np.ones(len(label)))) > 0
+    real = real_rows(batch)
     answer = early(*inputs)
     broken += int(answer.broken)
     left.append(np.asarray(answer.exit)[real])

@@ -17,7 +17,7 @@ from depthprune.program.couple import couple
 from depthprune.program.view import runnable
 from depthprune.training import tasks
 from depthprune.training.features import FeatureSet, collect
-from depthprune.training.method import Tree, inputs_of, plain
+from depthprune.training.method import Tree, inputs_of, plain, real_rows
 from depthprune.training.networks import network, start
 from depthprune.training.stage import Job, stage
 
@@ -170,7 +170,7 @@ def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Ans
   logits, labels = [], []
   for batch in job.batches(split):
     found = apply(variables, *inputs_of(batch))
-    real = np.asarray(batch.get('weight', np.ones(len(batch['label'])))) > 0
+    real = real_rows(batch)
     logits.append(np.stack([np.asarray(found[name])[real] for name in names]))
     labels.append(np.asarray(batch['label'])[real])
   return Answers(np.concatenate(logits, 1), np.concatenate(labels))
