@@ -1,12 +1,14 @@
 """Long experiments in pieces: stop after some minutes, go on with the next call.
 
 Rows are written as they are done, and a row that was interrupted resumes from the
-checkpoints of its run.
+checkpoints of its run. Calls for different seeds may run side by side.
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,21 +23,26 @@ class TimeIsUp(BaseException):
 
 
 class Arguments(NamedTuple):
-  """full: the accelerator's size instead of the CPU's. minutes: 0 is no limit."""
+  """full: the accelerator's size instead of the CPU's. minutes: 0 is no limit. seeds:
+  of the rows to add; none are all of the experiment."""
 
   full: bool
   minutes: float
+  seeds: tuple[int, ...]
 
 
 def arguments(description: str | None) -> Arguments:
-  """`--full` and `--minutes`, which every experiment understands."""
+  """`--full`, `--minutes` and `--seeds`, which every experiment understands."""
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--full', action='store_true', help='the size for an accelerator')
   parser.add_argument('--minutes', type=float, default=0, help='stop after; 0: never')
+  parser.add_argument(
+    '--seeds', type=int, nargs='+', default=(), help='of the rows to add; default all'
+  )
   given = parser.parse_args()
-  return Arguments(given.full, given.minutes)
+  return Arguments(given.full, given.minutes, tuple(given.seeds))
 
 
 @contextlib.contextmanager
@@ -65,10 +72,8 @@ class Rows:
     Raises: CheckpointError where the file has rows of another config.
     """
     self.path, self.keys = path, keys
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if found:
-      same_config(found['config'], config, str(path))
-    self.rows = found.get('rows', [])
+    self.config = config
+    self.rows = self._there()
     self.header = {
       'config': config,
       'command': record.command(),
@@ -79,6 +84,25 @@ class Rows:
     return all(any(row.get(k) != which.get(k) for k in self.keys) for row in self.rows)
 
   def add(self, row: dict[str, Any]) -> None:
-    self.rows.append(row)
-    record.write(self.path, {**self.header, 'rows': self.rows})
+    with _alone_in(self.path.parent):  # others may have added rows of other seeds
+      self.rows = [*self._there(), row]
+      record.write(self.path, {**self.header, 'rows': self.rows})
     print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
+
+  def _there(self) -> list[dict[str, Any]]:
+    found = json.loads(self.path.read_text()) if self.path.is_file() else {}
+    if found:
+      same_config(found['config'], self.config, str(self.path))
+    return found.get('rows', [])
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+  """Waits for other processes that are in here with the same folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)

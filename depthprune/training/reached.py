@@ -26,14 +26,12 @@ def measure(
 ) -> dict[str, Any]:
   """Everything that result.json says, but for the time it took."""
   executed = execute(job, decided, early)
-  test, held_out = decided.test, decided.held_out
-  own = lambda p: float((p.logits[-1].argmax(-1) == p.labels).mean())
-  chosen = thresholds.measured(decided.chosen, held_out)
+  chosen = thresholds.measured(decided.chosen, decided.held_out)
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   return {
     **described(job),
-    'accuracy': {'before': own(test), 'after': executed['accuracy']},
-    'held_out': {'before': own(held_out), 'after': chosen.accuracy},
+    'accuracy': {'before': trained.test.accuracy, 'after': executed['accuracy']},
+    'held_out': {'before': trained.held_out.accuracy, 'after': chosen.accuracy},
     'flops': {'before': executed['whole'], 'after': executed['ideal']},
     'params': {
       'before': size(trained.variables['params']['trunk']),
@@ -44,6 +42,7 @@ def measure(
     'report': {},
     'cascade': {
       **structure(decided, trained, early),
+      'original': trained.original,
       **behaviour(decided),
       'executed': executed,
     },

@@ -16,6 +16,7 @@ from depthprune.models.layers import Pool
 from depthprune.program.couple import couple
 from depthprune.program.view import runnable
 from depthprune.training import tasks
+from depthprune.training.evaluate import evaluator
 from depthprune.training.features import FeatureSet, collect
 from depthprune.training.method import Tree, inputs_of, plain, real_rows
 from depthprune.training.networks import network, start
@@ -30,11 +31,19 @@ class Answers(NamedTuple):
   logits: np.ndarray
   labels: np.ndarray
 
+  @property
+  def accuracy(self) -> float:
+    """Of the last exit, the network itself."""
+    return float((self.logits[-1].argmax(-1) == self.labels).mean())
+
 
 class Trained(NamedTuple):
   """A network with heads, trained, and its answers on the splits of the job.
 
-  `exits` are in order, 'main' last.
+  Attributes:
+    exits: in order, 'main' last.
+    original: accuracy on 'held_out' and 'test' of the network alone, before it was
+      trained together with heads; empty where it was not trained before.
   """
 
   model: WithHeads
@@ -42,6 +51,7 @@ class Trained(NamedTuple):
   exits: tuple[str, ...]
   held_out: Answers
   test: Answers
+  original: dict[str, float]
 
 
 def train(job: Job) -> Trained:
@@ -58,11 +68,23 @@ def train(job: Job) -> Trained:
     variables = state.variables
   whole = with_trunk(job, model, variables)
   if joint:
-    return together(job, 'joint', model, whole, epochs.train + epochs.gates)
+    original = alone(job, trunk, variables) if config.pretrained else {}
+    count = epochs.train + epochs.gates
+    return together(job, 'joint', model, whole, count, original)
   frozen = fit_heads(job, model, whole)
   if config.options.regime == 'frozen':
     return frozen
-  return together(job, 'mixed', model, frozen.variables, epochs.finetune)
+  given = frozen.variables, epochs.finetune, frozen.original
+  return together(job, 'mixed', model, *given)
+
+
+def alone(job: Job, trunk: Any, variables: Tree) -> dict[str, float]:
+  """Accuracy of a network without heads, on held-out and test data."""
+  measure = evaluator(trunk, job.task)
+  images = job.images
+  splits = {'held_out': images.held_out, 'test': images.test}
+  over = lambda split: measure(variables, job.batches(split))['accuracy']
+  return {name: over(split) for name, split in splits.items()}
 
 
 def with_sides(config: Config, trunk: Any, job: Job) -> WithHeads:
@@ -136,16 +158,20 @@ def fit_heads(
   state = stage(own, 'heads', *given, epochs=epochs, peak=o.head_learning_rate)
   params = {**variables['params'], **state.params}
   says = lambda split: answers(own, heads, state.variables, model, split)
-  return Trained(
-    model,
-    {**variables, 'params': params},
-    in_order(model),
-    says(features.held_out),
-    says(features.test),
-  )
+  splits = {'held_out': says(features.held_out), 'test': says(features.test)}
+  original = {name: split.accuracy for name, split in splits.items()}
+  whole = {**variables, 'params': params}
+  return Trained(model, whole, in_order(model), **splits, original=original)
 
 
-def together(job: Job, name: str, model: WithHeads, variables: Tree, epochs: int):
+def together(
+  job: Job,
+  name: str,
+  model: WithHeads,
+  variables: Tree,
+  epochs: int,
+  original: dict[str, float],
+) -> Trained:
   """Network and heads trained as one."""
   first, later = job.config.options.peaks
   peak = (first if name == 'joint' else later) * job.config.learning_rate
@@ -156,7 +182,7 @@ def together(job: Job, name: str, model: WithHeads, variables: Tree, epochs: int
   says = lambda split: answers(job, model, state.variables, model, split)
   images = job.images
   splits = says(images.held_out), says(images.test)
-  return Trained(model, state.variables, in_order(model), *splits)
+  return Trained(model, state.variables, in_order(model), *splits, original)
 
 
 def in_order(model: WithHeads) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from depthprune.training.stage import prepare, stage
 from experiments.pieces import Rows, arguments, within
 
 RESULTS = Path(__file__).parent / 'results'
+SEEDS = 3
 METHODS = ('priority', 'random', 'scratch')
 
 
@@ -49,7 +50,7 @@ def main(
   config = dataclasses.replace(config, workdir=f'runs/implosion/{name}')
   rows = Rows(RESULTS / f'{name}.json', config.to_json(), ('seed', 'method'))
   with within(given.minutes):
-    for seed in range(3):
+    for seed in given.seeds or range(SEEDS):
       for method in methods:
         if rows.missing(seed=seed, method=method):
           folder = config.path / f'{method}-seed{seed}'

@@ -53,7 +53,7 @@ def main(
   config = dataclasses.replace(config, workdir=f'runs/netcut/{name}')
   to = RESULTS / f'{name}.json'
   with within(given.minutes):
-    sweep(config, options, depths, range(seeds), to)
+    sweep(config, options, depths, given.seeds or range(seeds), to)
 
 
 def sweep(

@@ -37,11 +37,14 @@ def main(
   """
   given = arguments(doc)
   name = f'{name}_full' if given.full else name
-  described = full.to_json() | ({} if given.full else small_of(small))
+  described = full.to_json()
+  if not given.full:
+    first = next(iter(small.values()))
+    described = dataclasses.replace(full, **first).to_json() | small_of(small)
   rows = Rows(RESULTS / f'{name}.json', described, ('regime', 'seed'))
   with within(given.minutes):
     for regime, less in small.items():
-      for seed in range(SEEDS):
+      for seed in given.seeds or range(SEEDS):
         if rows.missing(regime=regime, seed=seed):
           config = dataclasses.replace(full, **({} if given.full else less))
           options = dataclasses.replace(config.options, regime=regime)

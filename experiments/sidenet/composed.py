@@ -117,7 +117,8 @@ def main() -> None:
   rows = Rows(RESULT, described, ('mainnet', 'seed'))
   with within(given.minutes):
     for name in MAINNETS:
-      missing = [s for s in range(SEEDS) if rows.missing(mainnet=name, seed=s)]
+      seeds = given.seeds or range(SEEDS)
+      missing = [s for s in seeds if rows.missing(mainnet=name, seed=s)]
       if missing:
         fill(rows, name, missing)
   if RESULT.is_file():

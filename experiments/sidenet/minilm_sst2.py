@@ -24,7 +24,7 @@ from experiments.sidenet.compare import main
 
 CONFIG = dataclasses.replace(
   RECIPES['sidenet'],
-  options=SideNet(drop=0.5, views=1, dropout=0.0),
+  options=SideNet(drop=0.5, views=1),
   model='bert_minilm',
   data='glue/sst2',
   length=64,
@@ -36,7 +36,11 @@ CONFIG = dataclasses.replace(
   learning_rate=5e-5,
   weight_decay=0.01,
 )
-LESS = {'train_epochs': 1, 'subset': 16_000}
+LESS = {
+  'options': SideNet(drop=0.5, views=1, dropout=0.0),
+  'train_epochs': 1,
+  'subset': 16_000,
+}
 
 
 def weights() -> str:
@@ -49,4 +53,10 @@ def weights() -> str:
 
 
 if __name__ == '__main__':
-  main(__doc__, 'minilm_sst2', CONFIG, {'frozen': LESS}, pretrained=weights())
+  main(
+    __doc__,
+    'minilm_sst2',
+    CONFIG,
+    {'frozen': LESS, 'mixed': LESS},
+    pretrained=weights(),
+  )

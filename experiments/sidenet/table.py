@@ -40,7 +40,8 @@ def _section(path: Path, found: dict[str, Any]) -> str:
     said.append(_said(regime, mine))
   return (
     f'SideNet, {config["model"]} on {config["data"]}: thresholds from held-out data, '
-    'everything else measured on test data; mean ± standard deviation over seeds; '
+    'everything else measured on test data, points lost against the network as it was '
+    'given; mean ± standard deviation over seeds; '
     'saved of the FLOPs of the network alone, heads paid for; the interval is of what '
     f'is saved (bootstrap, widest over seeds) ({link(path)}):\n\n'
     + table(HEAD, lines)
@@ -58,9 +59,11 @@ def _asked(rows: Rows) -> list[tuple[str, float]]:
 def _line(regime: str, asked: tuple[str, float], rows: Rows) -> tuple[str, ...]:
   kind, value = asked
   words, unit, reached = ASKED[kind]
-  every = [r for row in rows for r in row['requests']]
-  mine = [r for r in every if (r['kind'], r['requested']) == asked]
-  met = [r for r in mine if r['refused'] is None]
+  every = [(row, r) for row in rows for r in row['requests']]
+  mine = [(row, r) for row, r in every if (r['kind'], r['requested']) == asked]
+  met = [(row, r) for row, r in mine if r['refused'] is None]
+  lost = [100 * (_original(row) - r['test']['accuracy']) for row, r in met]
+  met = [r for _, r in met]
   tests = [r['test'] for r in met]
   ends = [r['interval']['saved'] for r in met]
   low, high = min(e[0] for e in ends), max(e[1] for e in ends)
@@ -68,7 +71,7 @@ def _line(regime: str, asked: tuple[str, float], rows: Rows) -> tuple[str, ...]:
     regime,
     words.format(value * unit),
     spread(map(reached, tests)),
-    spread(t['drop'] for t in tests),
+    spread(lost),
     percent(t['saved'] for t in tests),
     f'{100 * low:.1f} to {100 * high:.1f}',
     f'{len(met)} of {len(mine)}' if len(met) < len(mine) else str(len(met)),
@@ -78,6 +81,7 @@ def _line(regime: str, asked: tuple[str, float], rows: Rows) -> tuple[str, ...]:
 def _said(regime: str, rows: Rows) -> str:
   """What does not fit in the table: the network, its exits, their calibration, time."""
   own = percent(row['accuracy']['before'] for row in rows)
+  was = percent(map(_original, rows))
   names = [name for name in rows[0]['exits'] if name != 'main']
   each = lambda values: ' / '.join(f'{100 * v:.1f}' for v in values)
   accuracy = each(_mean(row['exit_accuracy'][name] for row in rows) for name in names)
@@ -91,10 +95,16 @@ def _said(regime: str, rows: Rows) -> str:
   gain = spread(row['executed']['speedup'] for row in rows)
   first = rows[0]['executed']
   return (
-    f'{regime.capitalize()}: the network alone {own} %; exits {accuracy} %; ECE of the '
+    f'{regime.capitalize()}: the network alone {own} %'
+    f'{f" ({was} % before)" if was != own else ""}; exits {accuracy} %; ECE of the '
     f'exits {ece["before"]} % before and {ece["after"]} % after temperature; executed '
     f'{gain}× faster than the network at batch {first["batch"]}, on {first["device"]}.'
   )
+
+
+def _original(row: dict[str, Any]) -> float:
+  """Accuracy of the network before it was trained together with heads, if it was."""
+  return row.get('original', {}).get('test', row['accuracy']['before'])
 
 
 def _mean(values: Iterable[float]) -> float:
