@@ -32,20 +32,17 @@ def fraction(value: str) -> float:
   except ValueError:
     read = math.nan
   if math.isnan(read):
-    raise ConfigError(
-      f'target: expected a fraction such as 0.5, or 50%, got {text!r}; '
-      'give the part of the network that is to remain'
-    )
+    raise ConfigError(f'expected a fraction such as 0.5, or 50%, got {text!r}')
   return read
 
 
-# How the command line reads and describes a fraction.
+# How the command line reads and describes a fraction, which may be left out.
 FRACTION = tyro.constructors.PrimitiveConstructorSpec(
   nargs=1,
   metavar='FRACTION',
   instance_from_str=lambda words: fraction(words[0]),
-  is_instance=lambda value: isinstance(value, float),
-  str_from_instance=lambda value: [f'{value:g}'],
+  is_instance=lambda value: value is None or isinstance(value, float),
+  str_from_instance=lambda value: ['none' if value is None else f'{value:g}'],
 )
 
 

@@ -74,10 +74,12 @@ class Rows:
     self.path, self.keys = path, keys
     self.config = config
     self.rows = self._there()
+    notes = json.loads(path.read_text()).get('notes') if self.rows else None
     self.header = {
       'config': config,
       'command': record.command(),
       **results.surroundings(),
+      **({'notes': notes} if notes else {}),
     }
 
   def missing(self, **which: Any) -> bool:

@@ -105,7 +105,8 @@ def report(
   temperatures [K], names [K]. {exit: {'temperature', 'all', 'exited'}}; 'all' over all
   samples, 'exited' over those that leave there, None if there are none. Each has 'n',
   'accuracy', 'auroc' (of the scaled confidence; None where all are right or all wrong)
-  and 'before', 'after': 'ece', 'nll' (nats), 'bins' (a `reliability` diagram).
+  and 'before', 'after': 'ece', 'nll' (nats), 'bins' (a `reliability` diagram). Samples
+  whose logits at an exit are not finite are left out there; 'n' says how many are in.
   Raises ValueError for wrong shapes, labels, exits or temperatures.
   """
   logits, left = np.asarray(logits, np.float64), np.asarray(left)
@@ -115,11 +116,17 @@ def report(
   for k, name in enumerate(exits):
     entry: dict[str, Any] = {'temperature': float(temperatures[k])}
     for part, rows in (('all', np.full(left.shape, True)), ('exited', left == k)):
-      some = rows.any()
-      chosen = _classified(logits[k], labels, rows)
-      entry[part] = _measures(*chosen, temperatures[k]) if some else None
+      chosen = finite(logits[k][rows], np.asarray(labels)[rows])
+      some = len(chosen[1]) > 0
+      entry[part] = _measures(*_classified(*chosen), temperatures[k]) if some else None
     entries[name] = entry
   return entries
+
+
+def finite(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The samples whose logits [n, classes] are all finite, with their labels [n]."""
+  rows = np.isfinite(logits).all(axis=-1)
+  return logits[rows], labels[rows]
 
 
 def _measures(logits: np.ndarray, labels: np.ndarray, t: float) -> dict[str, Any]:
@@ -156,9 +163,7 @@ def _pairs(values: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
   return values, correct.astype(bool)
 
 
-def _classified(
-  logits: Any, labels: Any, rows: Any = slice(None)
-) -> tuple[np.ndarray, np.ndarray]:
+def _classified(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
   logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
   if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
     raise ValueError(
@@ -174,7 +179,7 @@ def _classified(
       f'labels: expected integers in 0..{logits.shape[1] - 1}, got {labels.dtype} '
       f'from {labels.min()} to {labels.max()}'
     )
-  return logits[rows], labels[rows]
+  return logits, labels
 
 
 def _check_report(

@@ -93,11 +93,13 @@ def _regression(logits: jax.Array, labels: np.ndarray) -> np.ndarray:
   seen = np.stack([np.asarray(x, np.float64) for x in _seen(logits)], -1)
   x = np.concatenate([np.ones((len(seen), 1)), seen], -1)
   y = np.asarray(logits.argmax(-1)) == labels
-  w = np.zeros(x.shape[1])
+  rows = np.isfinite(x).all(-1)  # others never leave, and teach nothing
+  x, y = x[rows], y[rows]
+  w, ridge = np.zeros(x.shape[1]), RIDGE * max(1, len(x))
   for _ in range(STEPS):
     p = 1 / (1 + np.exp(-x @ w))
-    slope = x.T @ (p - y) + RIDGE * len(x) * w
-    curvature = (x * (p * (1 - p))[:, None]).T @ x + RIDGE * len(x) * np.eye(len(w))
+    slope = x.T @ (p - y) + ridge * w
+    curvature = (x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w))
     w -= np.linalg.solve(curvature, slope)
   return w.astype(np.float32)
 

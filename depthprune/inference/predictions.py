@@ -46,8 +46,9 @@ def validate(p: Predictions) -> Predictions:
   """The same with float32 logits and scores, and float64 costs.
 
   Raises ValueError that names the field, for shapes that do not fit together, fewer
-  than two exits, no samples, logits or costs that are not finite, costs that do not
-  increase, a `whole` in another unit, labels that are no class.
+  than two exits, no samples, costs that are not finite or do not increase, a `whole`
+  in another unit, labels that are no class, and for logits that are not finite, but
+  where an exit's score is nan, so that nobody has that answer.
   """
   count = len(p.exits)
   if count < 2 or len(set(p.exits)) < count:
@@ -61,15 +62,17 @@ def validate(p: Predictions) -> Predictions:
       f'logits: expected [{count}, n, classes] with n >= 1 and classes >= 2, got shape '
       f'{logits.shape}; exits are {", ".join(p.exits)}'
     )
-  if not np.isfinite(logits).all():
-    bad = [e for e, l in zip(p.exits, logits) if not np.isfinite(l).all()]
-    raise ValueError(f'logits of {", ".join(bad)}: expected finite numbers')
   n = logits.shape[1]
   if scores.shape != (count - 1, n):
     raise ValueError(
       f'scores: expected [{count - 1}, {n}], one row per exit but the last, got shape '
       f'{scores.shape}'
     )
+  broken = ~np.isfinite(logits).all(axis=2)
+  broken[:-1] &= ~np.isnan(scores)  # who never leaves may have no answer
+  if broken.any():
+    bad = [name for name, rows in zip(p.exits, broken) if rows.any()]
+    raise ValueError(f'logits of {", ".join(bad)}: expected finite numbers')
   cost, whole = _costs(p)
   labels = p.labels if p.labels is None else _labels(p.labels, n, logits.shape[2])
   return Predictions(tuple(p.exits), logits, labels, scores, cost, whole)

@@ -5,12 +5,22 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
-from depthprune.values import ConfigError, Epochs, at_least, finite, inside, one_of
+from depthprune.values import (
+  FRACTION,
+  ConfigError,
+  Epochs,
+  at_least,
+  finite,
+  fraction,
+  inside,
+  one_of,
+)
 
 BY_INPUT = tyro.conf.arg(help_behavior_hint='(default: grid4 of images, avg of tokens)')
 SPREAD = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: five, spread)')
-PART = tyro.conf.arg(metavar='FRACTION')
+NUMBER = tyro.conf.arg(metavar='NUMBER')
 
+REQUESTS = ('budget', 'milliseconds', 'threshold', 'risk')  # instead of a drop
 Confidence = Literal['probability', 'entropy', 'margin', 'patience', 'learned']
 
 
@@ -47,12 +57,21 @@ class SideNet:
   """What an exit is judged sure by."""
 
   drop: float = 0.5
-  """Points of accuracy that the cascade which is saved may lose."""
+  """Points of accuracy that the cascade which is saved may lose against the network
+  alone, as it is after training."""
 
-  budget: Annotated[float | None, PART] = None
-  """Save the best cascade for this part of the network's FLOPs, instead of by drop."""
+  budget: Annotated[float | None, FRACTION] = None
+  """Save the best cascade for this part of the network's FLOPs, such as 0.6 or 60%,
+  instead of by drop."""
 
-  risk: Annotated[float | None, PART] = None
+  milliseconds: Annotated[float | None, NUMBER] = None
+  """Save the best cascade for this time of an example, in full batches, as measured
+  here on this device, instead of by drop."""
+
+  threshold: Annotated[float | None, NUMBER] = None
+  """Save the cascade with this threshold at every exit, instead of by drop."""
+
+  risk: Annotated[float | None, FRACTION] = None
   """Save the cascade that is wrong where the network is right on at most this part of
   all examples, guaranteed with confidence 1 - delta, instead of by drop."""
 
@@ -86,16 +105,26 @@ class SideNet:
     for name in ('dropout', 'smoothing'):
       inside(self, name, 0, 1)
     for name in ('budget', 'risk', 'delta'):
-      if getattr(self, name) is not None:
+      if isinstance(value := getattr(self, name), str):
+        object.__setattr__(self, name, fraction(value))
+      if value is not None:
         inside(self, name, 0, 1, open_=True)
-    if self.budget is not None and self.risk is not None:
-      raise ConfigError('budget, risk: expected one of them, got both')
+    if self.milliseconds is not None:
+      finite(self, 'milliseconds', positive=True)
+    if self.threshold is not None:
+      finite(self, 'threshold', positive=False)
+    given = [name for name in REQUESTS if getattr(self, name) is not None]
+    if len(given) > 1:
+      raise ConfigError(f'{", ".join(given)}: expected one of them, got {len(given)}')
+
+  @property
+  def asked(self) -> tuple[str, float]:
+    """('drop', points), or one of REQUESTS and its value."""
+    given = ((name, getattr(self, name)) for name in REQUESTS)
+    return next((one for one in given if one[1] is not None), ('drop', self.drop))
 
   @property
   def label(self) -> str:
-    asked = f'drop{self.drop:g}'
-    if self.budget is not None:
-      asked = f'budget{100 * self.budget:g}'
-    if self.risk is not None:
-      asked = f'risk{100 * self.risk:g}'
-    return f'{self.regime}-{asked}-{self.confidence}'
+    kind, value = self.asked
+    much = 100 * value if kind in ('budget', 'risk') else value
+    return f'{self.regime}-{kind}{much:g}-{self.confidence}'

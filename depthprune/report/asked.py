@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 from depthprune.report.numbers import percent
 
 NONE = '–'
-KINDS = {'drop': 'drop', 'budget': 'cost', 'risk': 'risk'}
+KINDS = {'drop': 'drop', 'budget': 'cost', 'risk': 'risk', 'milliseconds': 'time'}
 READING = (
   'Thresholds come from held-out data; reached, lost and saved are of test data, in '
   'brackets their 95 % interval (paired bootstrap). Drop: points of accuracy; cost: of '
-  "the MainNet's FLOPs; risk: examples wrong where the MainNet is right."
+  "the MainNet's FLOPs; risk: examples wrong where the MainNet is right; time: of an "
+  'example, executed.'
 )
 
 
@@ -44,8 +45,11 @@ def sentence(result: Mapping[str, Any]) -> str:
       f'asked to be wrong where the MainNet is right in at most {_share(much)} of the '
       f'examples: is so in {risk}, {lost} and {saved}'
     )
-  if kind == 'fixed':
+  if kind == 'threshold':
     return f'asked for a {_asked(chosen)}: {lost} and {saved}'
+  if kind == 'milliseconds':
+    took = _reached(chosen)
+    return f'asked to take at most {much:g} ms an example: takes {took}, {lost}'
   return f'asked to lose at most {much:g} {_points(much)}: {lost} and {saved}'
 
 
@@ -73,6 +77,21 @@ def refused(result: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def certified(result: Mapping[str, Any]) -> list[str]:
+  """What is guaranteed of the requests for a risk."""
+  found = [
+    (request, (request.get('test') or {}).get('certificate'))
+    for request in result['cascade']['requests']
+  ]
+  return [
+    f'{_asked(request)} holds with probability {percent(1 - c["delta"])} for examples '
+    f'drawn as the held-out ones are: {c["losses"]:,} of {c["rows"]:,} that nothing '
+    f'was searched on; at most {percent(c["bound"], 2)} for these thresholds alone'
+    for request, c in found
+    if c
+  ]
+
+
 def _chosen(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
   chosen = (r for r in result['cascade']['requests'] if r.get('chosen'))
   return next(chosen, None)
@@ -93,11 +112,12 @@ def _saved(result: Mapping[str, Any]) -> str:
 
 
 def _asked(request: Mapping[str, Any]) -> str:
-  """`drop ≤ 0.5`, `cost ≤ 67 %`, `risk ≤ 2 %`, `threshold 0.9`."""
+  """`drop ≤ 0.5`, `cost ≤ 67 %`, `risk ≤ 2 %`, `time ≤ 0.8 ms`, `threshold 0.9`."""
   kind, much = request['kind'], request['requested']
-  if kind == 'fixed':
-    return 'threshold ' + ('never met' if much is None else f'{much:g}')
-  return f'{KINDS[kind]} ≤ ' + (f'{much:g}' if kind == 'drop' else _share(much))
+  if kind == 'threshold':
+    return f'threshold {much:g}'
+  shown = {'drop': f'{much:g}', 'milliseconds': f'{much:g} ms'}
+  return f'{KINDS[kind]} ≤ {shown.get(kind, _share(much))}'
 
 
 def _reached(request: Mapping[str, Any]) -> str:
@@ -107,11 +127,13 @@ def _reached(request: Mapping[str, Any]) -> str:
     'drop': test['drop'],
     'budget': 1 - test['saved'],
     'risk': test.get('risk'),
+    'milliseconds': test.get('milliseconds'),
   }
   value = reached.get(kind)
   if value is None:
     return NONE
-  text = f'{value:z.2f}' if kind == 'drop' else percent(value, 2)
+  shown = {'drop': f'{value:z.2f}', 'milliseconds': f'{value:.3g} ms'}
+  text = shown.get(kind, percent(value, 2))
   return f'{text}, missed' if value > request['requested'] + 1e-9 else text
 
 

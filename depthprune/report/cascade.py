@@ -51,8 +51,10 @@ EXIT_HEAD = Exit(
 
 def accuracy(result: Mapping[str, Any]) -> str:
   """`Test accuracy: MainNet 93.87 %, cascade 93.56 %.`"""
-  found = result['accuracy']
+  found, original = result['accuracy'], result['cascade'].get('original') or {}
   own, early = (percent(found[when], 2) for when in ('before', 'after'))
+  if original.get('test', found['before']) != found['before']:
+    own += f' ({percent(original["test"], 2)} before it was trained with its heads)'
   return f'Test accuracy: MainNet {own}, cascade {early}.'
 
 
@@ -101,11 +103,14 @@ def executed(result: Mapping[str, Any]) -> str:
   found = result['cascade'].get('executed') or {}
   if found.get('differ') is None:
     return ''
+  broken = ''
+  if found.get('broken'):
+    broken = f'; {found["broken"]:,} had an answer that is not finite, and went on'
   if not found['differ']:
-    return f'executed: all {found["n"]:,} examples left where simulated'
+    return f'executed: all {found["n"]:,} examples left where simulated{broken}'
   return (
     f'executed: {found["differ"]:,} of {found["n"]:,} examples left elsewhere than '
-    f'simulated, {found["near"]:,} of them within 1e-5 of a threshold'
+    f'simulated, {found["near"]:,} of them within 1e-5 of a threshold{broken}'
   )
 
 

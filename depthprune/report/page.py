@@ -138,7 +138,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 def _cascade(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   """(title, body) of what only a cascade has: its requests, curve and exits."""
   found = result['cascade']
-  refused = _small(*asked.refused(result))
+  refused = _small(*asked.certified(result), *asked.refused(result))
   requests = _table(asked.HEAD, asked.requests(result), 'wide numbers')
   yield 'Requested and reached', requests + refused + _small(asked.READING)
   chart = curves.compute_curve({'': curves.series(result)})

@@ -187,7 +187,7 @@ def _cascade(result: Mapping[str, Any]) -> Iterable[Any]:
   """Requests with what was refused, and the exits; each table with how to read it."""
   found = asked.requests(result)
   yield _listed('requested and reached', asked.HEAD, found, names=0)
-  said = [*asked.refused(result), asked.READING]
+  said = [*asked.certified(result), *asked.refused(result), asked.READING]
   yield from (Padding(Text(line), (0, 2)) for line in said)
   yield Text()
   yield _listed('exits', cascade.EXIT_HEAD, cascade.exits(result), names=1)

@@ -1,14 +1,16 @@
 """What held-out data decides of a cascade: temperatures and thresholds."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from depthprune.inference import calibration, thresholds
 from depthprune.inference import confidence as sure
+from depthprune.inference.cascade import cascade
 from depthprune.inference.choice import Choice
 from depthprune.inference.predictions import Predictions
+from depthprune.inference.race import exit_milliseconds
 from depthprune.inference.risk import halves
 from depthprune.program.stages import Stages, split
 from depthprune.training.method import Tree, inputs_of, real_rows
@@ -31,7 +33,7 @@ class Decided(NamedTuple):
     stages: of the network with all heads.
     temperatures: float32 [exits - 1]; weights: of a learned confidence, [exits - 1, 4].
     kind, requested: what was asked for. chosen: the thresholds for it.
-    held_out, test: what every exit says there, and how sure it is.
+    held_out, test: what every exit says there, and how sure it is; costs in FLOPs.
   """
 
   stages: Stages
@@ -61,7 +63,8 @@ def decide(job: Job, trained: Trained) -> Decided:
   """Temperatures and thresholds for what the options ask.
 
   Temperatures see only the half of the held-out data on which a certified risk is
-  searched for, so that the half that certifies has decided nothing.
+  searched for, so that the half that certifies has decided nothing. An example for
+  which an exit's answer is not finite never leaves there, and decides nothing of it.
 
   Raises: ValueError for a budget or risk that cannot be met.
   """
@@ -69,7 +72,7 @@ def decide(job: Job, trained: Trained) -> Decided:
   stages = split(trained.model, trained.variables, *job.inputs, exits=trained.exits)
   some, _ = halves(len(held_out.labels))
   part = Answers(held_out.logits[:, some], held_out.labels[some])
-  scale = [calibration.temperature(logits, part.labels) for logits in part.logits[:-1]]
+  scale = [_temperature(logits, part.labels) for logits in part.logits[:-1]]
   scale = np.asarray(scale, np.float32)
   tempered = lambda logits: logits / np.append(scale, np.float32(1))[:, None, None]
   weights = None
@@ -80,11 +83,32 @@ def decide(job: Job, trained: Trained) -> Decided:
     scores = sure.scores(o.confidence, tempered(answers.logits), weights)
     return Predictions(trained.exits, *answers, scores, *costs(job, stages, examples))
 
-  kind, requested = asked_for(o)
   decides = seen(held_out, job.images.held_out)
   reports = seen(trained.test, job.images.test)
-  chosen = choose(decides, kind, requested, o.delta)
+  kind, requested = o.asked
+  priced = decides
+  if kind == 'milliseconds':
+    early = cascade(
+      trained.model, trained.variables, *job.inputs,
+      exits=trained.exits, confidence=o.confidence, weights=weights,
+    )  # fmt: skip
+    cost, whole = exit_milliseconds(early, *usual(job))
+    priced = decides._replace(cost=cost, whole=whole)
+  chosen = choose(priced, kind, requested, o.delta)
   return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
+
+
+def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+  """Of the finite answers, 1 where there are none."""
+  logits, labels = calibration.finite(logits, labels)
+  return calibration.temperature(logits, labels) if len(labels) else 1.0
+
+
+def usual(job: Job) -> tuple:
+  """The inputs of a test batch of the shape that most of them have."""
+  batches = [inputs_of(batch) for batch in job.batches(job.images.test)]
+  shapes = [tuple(x.shape for x in inputs) for inputs in batches]
+  return batches[shapes.index(max(shapes, key=shapes.count))]
 
 
 def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
@@ -101,18 +125,16 @@ def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
   return total[:-1] / count, float(total[-1] / count)
 
 
-def asked_for(options: Any) -> tuple[str, float]:
-  """('drop' in points | 'budget' of FLOPs as a part | 'risk', how much)."""
-  if options.budget is not None:
-    return 'budget', options.budget
-  return ('drop', options.drop) if options.risk is None else ('risk', options.risk)
-
-
 def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> Choice:
-  """Thresholds for a request; raises ValueError where it cannot be met."""
+  """Thresholds for a request; raises ValueError where it cannot be met.
+
+  p: of held-out data, its costs in milliseconds if that is what is asked for.
+  """
   ways: dict[str, Callable[[], Choice]] = {
     'drop': lambda: thresholds.for_drop(p, requested),
     'budget': lambda: thresholds.for_budget(p, requested * p.whole),
+    'milliseconds': lambda: thresholds.for_budget(p, requested),
+    'threshold': lambda: thresholds.fixed(p, requested),
     'risk': lambda: thresholds.for_risk(p, requested, delta),
   }
   return ways[kind]()

@@ -12,7 +12,7 @@ from depthprune.inference.choice import Choice
 from depthprune.inference.predictions import drop, leave, losses, saved
 from depthprune.inference.race import race
 from depthprune.surgery.cut import Pruned
-from depthprune.training.deciding import ALSO, Decided, choose
+from depthprune.training.deciding import ALSO, Decided, choose, usual
 from depthprune.training.method import inputs_of, real_rows
 from depthprune.training.results import described
 from depthprune.training.sides import Trained
@@ -43,7 +43,7 @@ def measure(
     'cascade': {
       **structure(decided, trained, early),
       'original': trained.original,
-      **behaviour(decided),
+      **behaviour(decided, executed['ms'] / executed['batch']),
       'executed': executed,
     },
   }
@@ -69,8 +69,11 @@ def structure(decided: Decided, trained: Trained, early: Cascade) -> dict[str, A
   }
 
 
-def behaviour(decided: Decided) -> dict[str, Any]:
-  """What the thresholds, and others, do on test data; how calibrated the exits are."""
+def behaviour(decided: Decided, milliseconds: float) -> dict[str, Any]:
+  """What the thresholds, and others, do on test data; how calibrated the exits are.
+
+  milliseconds: of an example of the chosen cascade, executed.
+  """
   p, chosen = decided.test, decided.chosen
   achieved = thresholds.achieved(chosen, p)
   right = (p.logits.argmax(-1) == p.labels).mean(-1)
@@ -80,7 +83,7 @@ def behaviour(decided: Decided) -> dict[str, Any]:
     'exit_accuracy': dict(zip(p.exits, right.tolist())),
     'shares': dict(zip(p.exits, achieved.exits)),
     'curve': curve(decided),
-    'requests': requests(decided),
+    'requests': requests(decided, milliseconds),
     'calibration': calibration.report(p.logits, p.labels, left, scale, p.exits),
   }
 
@@ -102,17 +105,20 @@ def curve(decided: Decided) -> list[dict[str, float]]:
   return lines
 
 
-def requests(decided: Decided) -> list[dict[str, Any]]:
+def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
   """Requested against reached, for what was asked and for what else may be."""
   asked = [(kind, value) for kind, values in ALSO.items() for value in values]
   mine = decided.kind, decided.requested
   rows = []
   for kind, value in asked if mine in asked else [mine, *asked]:
     row: dict[str, Any] = {'kind': kind, 'requested': value}
-    row |= {'chosen': (kind, value) == mine, 'refused': None}
+    is_mine = (kind, value) == mine
+    row |= {'chosen': is_mine, 'refused': None}
     try:
-      found = choose(decided.held_out, kind, value)
+      found = decided.chosen if is_mine else choose(decided.held_out, kind, value)
       row |= outcome(decided, found)
+      if kind == 'milliseconds':
+        row['test'] |= {'milliseconds': milliseconds}
     except ValueError as error:
       row |= {'refused': str(error), 'held_out': None, 'test': None, 'interval': None}
     rows.append(row)
@@ -133,7 +139,8 @@ def outcome(decided: Decided, found: Choice) -> dict[str, Any]:
     left = leave(p.scores, found.thresholds)
     gap = losses(p, found.risk.loss)[left, np.arange(len(left))]
     reached |= {'risk': float(gap.mean()), 'certificate': found.risk._asdict()}
-  held_out = {'accuracy': found.held_out.accuracy, 'cost': found.held_out.cost}
+  here = thresholds.measured(found, decided.held_out)
+  held_out = {'accuracy': here.accuracy, 'cost': here.cost}
   interval = thresholds.bootstrap(found, p)._asdict()
   interval = {name: list(ends) for name, ends in interval.items()}
   return {'held_out': held_out, 'test': reached, 'interval': interval}
@@ -147,12 +154,11 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
   gap = np.abs(p.scores[rows] - early.thresholds[:, None]).min(0)
   # Raced before anything else compiles it, so that the seconds of that are seen.
   timed = race(early, *usual(job))
-  left, right, costs, broken = [], [], [], 0
+  left, right, costs = [], [], []
   for batch in job.batches(job.images.test):
     inputs, label = inputs_of(batch), np.asarray(batch['label'])
     real = real_rows(batch)
     answer = early(*inputs)
-    broken += int(answer.broken)
     left.append(np.asarray(answer.exit)[real])
     right.append((np.asarray(answer.logits.argmax(-1)) == label)[real])
     cost = early.cost(answer._replace(exit=left[-1]), *inputs)
@@ -168,16 +174,9 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
     'differ': int(differ.sum()),
     'near': int((differ & (gap < NEAR)).sum()),
     'n': len(differ),
-    'broken': broken,
+    'broken': int(np.isnan(p.scores[rows]).any(0).sum()),
     'device': latency.device(),
   }
-
-
-def usual(job: Job) -> tuple:
-  """The inputs of a test batch of the shape that most of them have."""
-  batches = [inputs_of(batch) for batch in job.batches(job.images.test)]
-  shapes = [tuple(x.shape for x in inputs) for inputs in batches]
-  return batches[shapes.index(max(shapes, key=shapes.count))]
 
 
 def _plain(value: float) -> float | None:

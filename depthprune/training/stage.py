@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from depthprune.config import Config
+from depthprune.options.sidenet import REQUESTS
 from depthprune.training import data, datasets, record, tasks
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
@@ -24,7 +25,7 @@ LINES = 50  # of history that a stage writes
 # What training does not depend on, of a run's config and of any method's options.
 UNRELATED = (
   *('workdir', 'resume', 'checkpoint_every_s', 'tolerance', 'force'),
-  *('drop', 'budget', 'risk', 'delta', 'confidence'),
+  *('drop', *REQUESTS, 'delta', 'confidence'),
 )
 
 

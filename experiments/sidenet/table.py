@@ -46,7 +46,7 @@ def _section(path: Path, found: dict[str, Any]) -> str:
     f'is saved (bootstrap, widest over seeds) ({link(path)}):\n\n'
     + table(HEAD, lines)
     + '\n\n'
-    + ' '.join(said)
+    + ' '.join([*said, *(f'Note: {note}.' for note in found.get('notes', ()))])
   )
 
 
@@ -94,11 +94,12 @@ def _said(regime: str, rows: Rows) -> str:
   }
   gain = spread(row['executed']['speedup'] for row in rows)
   first = rows[0]['executed']
+  before = f' ({was} % before it was trained with heads)' if was != own else ''
   return (
-    f'{regime.capitalize()}: the network alone {own} %'
-    f'{f" ({was} % before)" if was != own else ""}; exits {accuracy} %; ECE of the '
-    f'exits {ece["before"]} % before and {ece["after"]} % after temperature; executed '
-    f'{gain}× faster than the network at batch {first["batch"]}, on {first["device"]}.'
+    f'{regime.capitalize()}: the network alone {own} %{before}; exits {accuracy} %; '
+    f'ECE of the exits {ece["before"]} % before and {ece["after"]} % after temperature; '
+    f'executed at {gain}× the speed of the network at batch {first["batch"]}, '
+    f'{first["device"]}.'
   )
 
 

@@ -1,5 +1,7 @@
 """Tables say what is in the result files, and a dash where there is none."""
 
+import json
+
 import pytest
 
 from experiments import found, tables
@@ -87,4 +89,18 @@ def test_sidenet_says_what_was_asked_and_what_was_reached(sidenet_file):
   ]  # fmt: skip
   assert 'ECE of the exits 4.0 % before and 1.0 % after temperature' in text
   assert 'the network alone 93.00 ± 0.00 %; exits 80.0 %' in text
-  assert '1.50 ± 0.00× faster than the network at batch 128, on a CPU' in text
+  assert 'executed at 1.50 ± 0.00× the speed of the network at batch 128, a CPU' in text
+
+
+def test_what_is_lost_counts_from_the_network_that_was_given(sidenet_file):
+  found_ = json.loads(sidenet_file.read_text())
+  for row in found_['rows']:
+    row['original'] = {'held_out': 0.95, 'test': 0.94}
+  found_['notes'] = ['the device was shared']
+  sidenet_file.write_text(json.dumps(found_))
+  text = sidenet()
+  assert '| frozen | a drop ≤ 0.5 points | 0.45 ± 0.07 | 1.45 ± 0.07 |' in text
+  assert (
+    'alone 93.00 ± 0.00 % (94.00 ± 0.00 % before it was trained with heads)' in text
+  )
+  assert text.endswith('Note: the device was shared.')

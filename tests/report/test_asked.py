@@ -47,7 +47,7 @@ def test_the_sentence_of_a_budget_and_of_a_risk(sidenet, kind, said):
 
 def test_the_sentence_of_a_threshold_and_of_no_request(sidenet):
   (request, *_) = sidenet['cascade']['requests'][1:]
-  request |= {'kind': 'fixed', 'requested': 0.9}
+  request |= {'kind': 'threshold', 'requested': 0.9}
   reached = 'loses 0.31 point and saves 35.2 % of the FLOPs'
   assert asked.sentence(sidenet) == f'asked for a threshold 0.9: {reached}'
   rows = [row.asked for row in asked.requests(sidenet)]
@@ -100,3 +100,24 @@ def test_numbers_that_are_not_there_leave_a_dash_or_nothing(sidenet):
   rows = list(asked.requests(sidenet))
   assert rows[0] == ('drop ≤ 0', '–', '–', '21.2 %')
   assert rows[4][1:3] == ('–', '0.74')
+
+
+def test_a_time_is_told_in_milliseconds_as_executed(sidenet):
+  (request, *_) = (r for r in sidenet['cascade']['requests'] if r['chosen'])
+  request |= {'kind': 'milliseconds', 'requested': 0.4}
+  request['test']['milliseconds'] = 0.4567
+  said = 'asked to take at most 0.4 ms an example: takes 0.457 ms, missed, loses 0.31'
+  assert asked.sentence(sidenet).startswith(said)
+  row = next(row for row in asked.requests(sidenet) if 'chosen' in row.asked)
+  assert (row.asked, row.reached) == ('time ≤ 0.4 ms, chosen', '0.457 ms, missed')
+
+
+def test_a_certificate_says_what_holds_and_how_it_is_known(sidenet):
+  risk = next(r for r in sidenet['cascade']['requests'] if r['kind'] == 'risk')
+  risk['test']['certificate'] = {
+    'loss': 'gap', 'alpha': 0.02, 'delta': 0.1, 'rows': 2500, 'losses': 31,
+    'bound': 0.0161,
+  }  # fmt: skip
+  (said, *_) = asked.certified(sidenet)
+  assert said.startswith('risk ≤ 2 % holds with probability 90.0 %')
+  assert '31 of 2,500' in said and 'at most 1.61 %' in said

@@ -1,5 +1,6 @@
 """Texts: tokenised, split and batched by length; trained on like images."""
 
+import dataclasses
 import glob
 import json
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.config import Config
-from depthprune.options import NetCut
+from depthprune.config import RECIPES, Config
+from depthprune.inference.saved import load_cascade
+from depthprune.options import NetCut, SideNet
 from depthprune.training import catalogue, datasets, recipe, sentences, text, tokens
 from depthprune.training.catalogue import DataError
 from depthprune.training.data import Dataset
@@ -361,3 +363,39 @@ def test_a_bert_is_cut_to_depth_on_sst2(tfds_data, tmp_path):
   assert 'texts were cut to 16 tokens' in result['data_notes'][0]
   assert 0.3 < result['accuracy']['after'] < 1
   assert result['flops']['after'] <= result['flops']['before']
+
+
+@pytest.mark.slow  # a cascade is compiled for every length
+@pytest.mark.parametrize('regime', ['frozen', 'mixed'])
+def test_texts_leave_a_bert_early(tmp_path, monkeypatch, regime):
+  """The whole of `run sidenet`: lengths have their own stages, costs and thresholds."""
+  given(monkeypatch, some(300), some(90, 1))
+  monkeypatch.setattr(sentences, 'kind_of', lambda _: 'text')
+  config = dataclasses.replace(
+    RECIPES['sidenet'],
+    options=SideNet(('layer0',), hidden=8, regime=regime, threshold=0.5),
+    model='bert_tiny',
+    data='made/up',
+    tokenizer=str(made(tmp_path)),
+    length=16,
+    batch=32,
+    train_epochs=1,
+    gate_epochs=1,
+    finetune_epochs=1,
+    optimizer='adamw',
+    learning_rate=1e-3,
+    workdir=str(tmp_path / 'run'),
+  )
+  with jax.numpy_dtype_promotion('standard'):
+    result = recipe.run(config, show=False)
+  found, executed = result['cascade'], result['cascade']['executed']
+  assert executed['n'] == 90 and executed['differ'] == executed['near']
+  assert found['thresholds'] == {'exit1': 0.5}
+  # Two classes: one of them has more than a half, so that all leave at the first.
+  assert found['shares']['exit1'] == pytest.approx(1)
+  assert executed['ideal'] < 0.9 * executed['whole']
+  early = load_cascade(tmp_path / 'run' / 'cascade')
+  job = prepare(config, show=False)
+  for batch in job.batches(job.images.test):
+    answer = early(*inputs_of(batch))
+    assert (np.asarray(answer.exit) == 0).all()
