@@ -68,10 +68,10 @@ def validate(p: Predictions) -> Predictions:
       f'scores: expected [{count - 1}, {n}], one row per exit but the last, got shape '
       f'{scores.shape}'
     )
-  broken = ~np.isfinite(logits).all(axis=2)
-  broken[:-1] &= ~np.isnan(scores)  # who never leaves may have no answer
+  leaves = np.concatenate([~np.isnan(scores), np.full((1, n), True)])
+  broken = leaves & ~np.isfinite(logits).all(axis=2)  # who stays may have no answer
   if broken.any():
-    bad = [name for name, rows in zip(p.exits, broken) if rows.any()]
+    bad = [p.exits[k] for k in np.flatnonzero(broken.any(axis=1))]
     raise ValueError(f'logits of {", ".join(bad)}: expected finite numbers')
   cost, whole = _costs(p)
   labels = p.labels if p.labels is None else _labels(p.labels, n, logits.shape[2])

@@ -97,9 +97,9 @@ def _said(regime: str, rows: Rows) -> str:
   before = f' ({was} % before it was trained with heads)' if was != own else ''
   return (
     f'{regime.capitalize()}: the network alone {own} %{before}; exits {accuracy} %; '
-    f'ECE of the exits {ece["before"]} % before and {ece["after"]} % after temperature; '
-    f'executed at {gain}× the speed of the network at batch {first["batch"]}, '
-    f'{first["device"]}.'
+    f'ECE of the exits {ece["before"]} % before and {ece["after"]} % after '
+    f'temperature; executed at {gain}× the speed of the network at batch '
+    f'{first["batch"]}, {first["device"]}.'
   )
 
 

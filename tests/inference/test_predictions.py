@@ -127,6 +127,15 @@ GOOD = answers(RIGHT, SCORES)
 NOT_FINITE = np.where(np.arange(3)[:, None, None] == 1, np.nan, GOOD.logits)
 
 
+def test_who_never_leaves_may_have_no_answer():
+  scores = np.where(np.arange(2)[:, None] == 1, np.nan, GOOD.scores)
+  p = pr.validate(GOOD._replace(logits=NOT_FINITE, scores=scores))
+  assert 1 not in pr.leave(p.scores, [0.0, 0.0])
+  nothing = np.where(np.arange(3)[:, None, None] == 2, np.nan, GOOD.logits)
+  with pytest.raises(ValueError, match='logits of main: expected finite'):
+    pr.validate(GOOD._replace(logits=nothing))
+
+
 @pytest.mark.parametrize(
   ('changes', 'said'),
   [

@@ -103,12 +103,16 @@ def test_the_network_is_frozen_to_the_bit(ran):
 
 
 def test_a_saved_cascade_needs_nothing_but_its_folder(ran):
-  config, result, _ = ran
+  config, result, trained = ran
   found = load_cascade(config.path / 'cascade')
   job = splits(prepare(config, show=False))
   batch = next(job.batches(job.images.test))
   answer = found(batch['image'])
   assert answer.logits.shape == (64, 10)
+  whole = trained.model.apply(trained.variables, batch['image'])
+  said = np.stack([np.asarray(whole[name]) for name in found.exits])
+  at_exit = said[np.asarray(answer.exit), np.arange(64)]
+  np.testing.assert_allclose(np.asarray(answer.logits), at_exit, atol=1e-5)
   decided = json.loads((config.path / 'cascade' / 'cascade.json').read_text())
   assert list(found.exits) == decided['exits'] and found.steps == 8
   assert list(found.stages.flops) == decided['flops']

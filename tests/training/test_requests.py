@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from depthprune import models
 from depthprune.config import RECIPES, ConfigError
+from depthprune.inference.risk import halves
 from depthprune.inference.saved import load_cascade
 from depthprune.options import SideNet
 from depthprune.training import deciding, reached, recipe, sides
@@ -134,3 +136,69 @@ def test_what_the_network_was_before_is_kept(trained, tmp_path):
   assert frozen.original == says
   trunk = {name: tree['trunk'] for name, tree in frozen.variables.items()}
   assert sides.alone(job, frozen.model.trunk, trunk) == pytest.approx(says)
+
+
+# ---- who decides what ----------------------------------------------------------------
+
+
+def scrambled(answers, rows):
+  """Answers whose labels are others in those rows."""
+  labels = answers.labels.copy()
+  labels[rows] = (labels[rows] + 1) % 10
+  return answers._replace(labels=labels)
+
+
+def test_temperatures_are_of_the_half_that_certifies_nothing(trained):
+  job, network = trained
+  searched, certifies = halves(len(network.held_out.labels))
+  found = decided(trained).temperatures
+  other = network._replace(held_out=scrambled(network.held_out, certifies))
+  assert decided((job, other)).temperatures.tolist() == found.tolist()
+  other = network._replace(held_out=scrambled(network.held_out, searched))
+  assert decided((job, other)).temperatures.tolist() != found.tolist()
+
+
+def test_test_data_chooses_nothing(trained):
+  job, network = trained
+  every = np.arange(len(network.test.labels))
+  other = network._replace(test=scrambled(network.test, every))
+  a, b = decided(trained), decided((job, other))
+  assert a.chosen.thresholds.tolist() == b.chosen.thresholds.tolist()
+  lines = [reached.curve(found) for found in (a, b)]
+  costs = [[(p['cost_held_out'], p['cost']) for p in line] for line in lines]
+  assert costs[0] == costs[1] and len(costs[0]) > 1
+  assert [p['accuracy'] for p in lines[0]] != [p['accuracy'] for p in lines[1]]
+
+
+# ---- how heads are trained -----------------------------------------------------------
+
+
+def test_heads_see_the_data_as_it_is_and_augmented(trained):
+  job, network = trained
+  features = sides.feature_set(job, network.model, network.variables)
+  assert len(features.train['label']) == 2 * 256  # views
+  first, second = features.train['features']['exit1'][: 2 * 256].reshape(2, 256, -1)
+  assert np.abs(first - second).max() > 0.1
+  rows = features.train['label'][:256]
+  assert rows.tolist() == np.asarray(job.images.train['label']).tolist()
+
+
+def test_positions_are_pooled_to_what_heads_can_use(trained):
+  job, network = trained
+  assert sides.pool_of(network.model.trunk, job) == 'avg'
+  assert sides.pool_of(models.build('resnet8', classes=10), job) == 'grid4'
+
+
+def test_what_is_trained_already_moves_slowly(trained, monkeypatch):
+  job, network = trained
+  seen = {}
+
+  def stage(job, name, *given, epochs, peak, **rest):
+    seen[name] = epochs, peak
+    raise StopIteration
+
+  monkeypatch.setattr(sides, 'stage', stage)
+  for name, rate in (('mixed', 0.1), ('joint', 1.0)):
+    with pytest.raises(StopIteration):
+      sides.together(job, name, network.model, network.variables, 3, {})
+    assert seen[name] == (3, pytest.approx(rate * job.config.learning_rate))
