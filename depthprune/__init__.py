@@ -6,6 +6,7 @@ from depthprune.gates import straight_through as straight_through
 from depthprune.inference.cascade import cascade as cascade
 from depthprune.inference.saved import load_cascade as load_cascade
 from depthprune.inference.saved import save_cascade as save_cascade
+from depthprune.methods.auxiliary import auxiliary as auxiliary
 from depthprune.methods.implosion import implosion as implosion
 from depthprune.methods.netcut import netcut as netcut
 from depthprune.methods.sidenet import sidenet as sidenet

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from depthprune.config import RECIPES, Config
-from depthprune.options import Gates, Implosion, NetCut, SideNet
+from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
@@ -56,11 +56,18 @@ SIDENET = _method(
   'Put small heads on a pretrained network, find out how sure each must be, and save '
   'the cascade in which sure answers leave early, and report.',
 )
+AUXILIARY = _method(
+  'auxiliary',
+  'auxiliary',
+  'Train a compact network beside a wider path that reads it everywhere, drop the '
+  'path, and report.',
+)
 Method = (
   Annotated[Config[Gates], GATES]
   | Annotated[Config[NetCut], NETCUT]
   | Annotated[Config[Implosion], IMPLOSION]
   | Annotated[Config[SideNet], SIDENET]
+  | Annotated[Config[Auxiliary], AUXILIARY]
 )
 
 

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from depthprune.options import METHODS, Gates, Implosion, NetCut, Options, SideNet
+from depthprune.options import (
+  METHODS,
+  Auxiliary,
+  Gates,
+  Implosion,
+  NetCut,
+  Options,
+  SideNet,
+)
 from depthprune.values import ConfigError, Epochs, at_least, finite, one_of
 
 BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
@@ -119,8 +127,8 @@ class Config(Generic[O]):
       )
     if self.options.heads and self.train_epochs:
       raise ConfigError(
-        f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; heads '
-        'and network are trained together, for gate_epochs'
+        f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; the '
+        'network and its heads are trained together, for gate_epochs'
       )
 
   @property
@@ -159,6 +167,7 @@ RECIPES: dict[str, Config] = {
   'netcut': Config(NetCut(), 'mlp20x200', augment=False, **_DEPTH),
   'implosion': Config(Implosion()),
   'sidenet': Config(SideNet()),
+  'auxiliary': Config(Auxiliary()),
 }
 
 

@@ -90,14 +90,16 @@ def _plain(key: str, value: Any) -> Any:
     return describe(value)
   if isinstance(value, Mapping):
     return {name: _plain(name, item) for name, item in value.items()}
-  return list(value) if isinstance(value, tuple) else value
+  if isinstance(value, tuple):
+    return [_plain(key, item) for item in value]
+  return value
 
 
 def _restored(key: str, value: Any) -> Any:
   if key == 'dtype':
     return jnp.dtype(value)
   if isinstance(value, list):
-    return tuple(value)
+    return tuple(_restored(key, item) for item in value)
   if not isinstance(value, Mapping):
     return value
   if set(value) == {'name', 'fields'}:

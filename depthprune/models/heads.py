@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.auxiliary import Auxiliary, AuxiliaryPath
 from depthprune.models.layers import Pool, he_normal, pooled
 from depthprune.models.stages import check_tap
 
@@ -35,6 +36,16 @@ class Head:
   hidden: int = 0
   pool: Pool = 'avg'
   dropout: float = 0.0
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """The taps that it reads."""
+    return (self.tap,)
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold beneath it."""
+    return {'hidden': self.hidden} if self.hidden else {}
 
 
 class Perceptron(nn.Module):
@@ -98,7 +109,7 @@ class WithHeads(nn.Module):
 
   Attributes:
     trunk: a model of this package. An `arch` that it has is taken over.
-    heads: what to put where, by name.
+    heads: what to put where, by name: perceptrons, or paths beside the trunk.
     arch: see above and `models.arch`.
 
   Raises:
@@ -106,12 +117,13 @@ class WithHeads(nn.Module):
   """
 
   trunk: Any
-  heads: Mapping[str, Head]
+  heads: Mapping[str, Head | Auxiliary]
   arch: Arch = FrozenDict()
 
   def __post_init__(self):
     for name, head in self.heads.items():
-      check_tap(head.tap, self.trunk.taps)
+      for tap in head.reads:
+        check_tap(tap, self.trunk.taps)
       if name in (*self.trunk.taps, 'main'):
         raise ValueError(f'head {name!r}: the trunk has an output of that name')
     self.heads = FrozenDict(self.heads)
@@ -147,10 +159,17 @@ class WithHeads(nn.Module):
   @nn.compact
   def __call__(self, *inputs: jax.Array, train: bool = False) -> dict[str, jax.Array]:
     arch = complete(self.arch, self.widths, 'WithHeads')
-    heads, outputs = self._kept, self._run_trunk(inputs, train)
+    outputs = self._run_trunk(inputs, train)
+    mask, dtype = outputs.get('mask'), self.trunk.dtype
+    paths = {k: h for k, h in self._kept.items() if isinstance(h, Auxiliary)}
+    heads = {k: h for k, h in self._kept.items() if k not in paths}
     taps = {name: outputs[head.tap] for name, head in heads.items()}
-    mask = outputs.get('mask')
-    return outputs | _answers(heads, arch, self.trunk.dtype, taps, train, mask)
+    answers = _answers(heads, arch, dtype, taps, train, mask)
+    for name, path in paths.items():
+      part = within(arch, f'head_{name}')
+      run = AuxiliaryPath(path, part, dtype, name=f'head_{name}')
+      answers[name] = run(outputs, train, mask, inputs[0].shape[1:-1])
+    return outputs | answers
 
   def features(self, *inputs: jax.Array) -> dict[str, jax.Array]:
     """{NAME: what head NAME reads, pooled [batch, n]}, and the trunk's 'main' if kept.
@@ -165,20 +184,21 @@ class WithHeads(nn.Module):
     return read | ({'main': outputs['main']} if 'main' in self.exits else {})
 
   @property
-  def _kept(self) -> dict[str, Head]:
+  def _kept(self) -> dict[str, Any]:
     return {name: head for name, head in self.heads.items() if name in self.exits}
 
   def _run_trunk(self, inputs: tuple, train: bool) -> dict[str, jax.Array]:
     """As far as an exit needs it."""
-    read = {head.tap for head in self._kept.values()}
+    read = {tap for head in self._kept.values() for tap in head.reads}
     last = [tap for tap in self.taps if tap in read][-1:]
     until = '' if 'main' in self.exits else last[0]
     return self.trunk(*inputs, train=train, until=until)
 
 
-def hidden_widths(heads: Mapping[str, Head]) -> dict[str, int]:
+def hidden_widths(heads: Mapping[str, Head | Auxiliary]) -> dict[str, int]:
   """The keys of `arch` that heads have, with their values in the full network."""
-  return {f'head_{n}/hidden': h.hidden for n, h in heads.items() if h.hidden}
+  keys = [beneath(head.widths, f'head_{name}') for name, head in heads.items()]
+  return {key: width for part in keys for key, width in part.items()}
 
 
 def _answers(

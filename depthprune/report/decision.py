@@ -1,11 +1,11 @@
 """What a run decided, in words and rows: a target met, an exit kept, units erased."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from depthprune.report import asked
-from depthprune.report.numbers import percent
+from depthprune.report import asked, structure
+from depthprune.report.numbers import in_order, percent
 
 UNITS = {'flops': 'FLOPs', 'params': 'parameters'}
 STACKED = re.compile(r'(.*)\[(\d+)\]')  # a layer of a scanned stack
@@ -49,6 +49,8 @@ def sentence(result: Mapping[str, Any]) -> str:
   """What the method was asked for and what it chose."""
   if 'cascade' in result:
     return asked.sentence(result)
+  if 'structure' in result['options']:
+    return structure.sentence(result)
   kept = exit_(result)
   if kept:
     return f'kept exit {kept.depth} of {kept.exits} ({kept.name}){_price(result)}'
@@ -157,12 +159,6 @@ def first_names(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
       then[name] = first
     now = then
   return found
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-  """Names in the network's order: `block2` before `block10`."""
-  number = lambda word: (int(word), '') if word.isdigit() else (-1, word)
-  return sorted(names, key=lambda name: [number(w) for w in re.split(r'(\d+)', name)])
 
 
 def _price(result: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from depthprune.report.decision import erased, first_names, in_order
+from depthprune.report.decision import erased, first_names
+from depthprune.report.numbers import in_order
 from depthprune.report.style import (
   FIRST,
   INK,

@@ -1,6 +1,8 @@
-"""Numbers as people read them: three significant digits, percent, milliseconds."""
+"""Numbers and names as people read them: three digits, percent, 2 before 10."""
 
 import math
+import re
+from collections.abc import Iterable
 
 
 def count(number: float) -> str:
@@ -34,3 +36,9 @@ def _three(value: float) -> str:
     return f'{value:g}'
   rounded = float(f'{value:.3g}')
   return f'{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f}'
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Names in the network's order: `block2` before `block10`."""
+  number = lambda word: (int(word), '') if word.isdigit() else (-1, word)
+  return sorted(names, key=lambda name: [number(w) for w in re.split(r'(\d+)', name)])

@@ -19,6 +19,7 @@ from depthprune.report import (
   depth,
   exits,
   plots,
+  structure,
   style,
   tables,
 )
@@ -79,11 +80,13 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
   widths = tables.widths(result)
   if tables.narrowed(result):
     yield 'Widths of the layers', plots.width_chart(widths)
+  asked = result['options']
   if run.history:
-    asked = result['options']
     goal = asked.get('target'), asked.get('of', 'flops')
     yield 'Training', plots.training_curves(run.history, *goal)
-  if 'open' in what:
+  if 'structure' in asked and structure.weights(result):
+    yield 'Connections of the path', structure.connections(result)
+  elif 'open' in what:
     yield 'Gates over time', plots.gate_map(gates, widths)
 
 

@@ -18,6 +18,7 @@ LEGENDS = {
   'netcut': 'cut: right after surgery; after: at the end of the run',
   'implosion': 'cut: right after the last erasure; after: retrained',
   'sidenet': cascade.LEGEND,
+  'auxiliary': 'before: with what helped to train it; after: the compact network alone',
 }
 HEAD = ('', 'before', 'cut', 'after', '')
 BAR = 24

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from depthprune import models
 from depthprune.config import Config
 from depthprune.models import pretrained
-from depthprune.models.heads import every_tap
+from depthprune.models.auxiliary import beside
+from depthprune.models.heads import Head, WithHeads, every_tap
+from depthprune.options import NetCut
 from depthprune.training import checkpoint, store, tokens
 from depthprune.training.checkpoint import CheckpointError
 from depthprune.training.method import Tree
@@ -18,7 +20,7 @@ from depthprune.training.stage import Job
 
 
 def network(config: Config, classes: int) -> Any:
-  """The model of a run; for a method that weighs exits, with a head on every tap.
+  """The model of a run, with the heads that its method needs.
 
   Where it starts from a pruned network, a folder, the model has that one's `arch`.
 
@@ -31,7 +33,23 @@ def network(config: Config, classes: int) -> Any:
   )
   if config.pretrained is not None and Path(config.pretrained).is_dir():
     model = as_thin(model, config.pretrained)
-  return every_tap(model, pool=config.options.pool) if config.options.heads else model
+  return with_heads(model, config, classes) if config.options.heads else model
+
+
+def with_heads(trunk: Any, config: Config, classes: int) -> Any:
+  """The trunk with what the method wants on its taps."""
+  o = config.options
+  if isinstance(o, NetCut):
+    return every_tap(trunk, pool=o.pool)
+  if o.structure == 'none':
+    return trunk
+  path = beside(trunk.taps, o.structure == 'search', classes=classes, width=o.width)
+  if o.structure != 'deep-supervision':
+    return WithHeads(trunk, {'aux': path})
+  ends = [taps[-1] for taps in path.stages]
+  # The last of them is what the network's own head reads.
+  heads = {f'aux{i}': Head(t, classes) for i, t in enumerate(ends[:-1] or ends, 1)}
+  return WithHeads(trunk, heads)
 
 
 def start(job: Job, model: Any) -> Tree:
@@ -40,7 +58,7 @@ def start(job: Job, model: Any) -> Tree:
   Raises: ValueError for a file, CheckpointError for a folder, that does not fit, and
     DataError for the tokenizer of another network.
   """
-  path, heads = job.config.pretrained, job.config.options.heads
+  path, heads = job.config.pretrained, hasattr(model, 'trunk')
   tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
   if tokenizer is not None:
     vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)

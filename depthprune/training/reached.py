@@ -59,7 +59,7 @@ def structure(decided: Decided, trained: Trained, early: Cascade) -> dict[str, A
   names = trained.exits
   return {
     'exits': list(names),
-    'taps': {name: heads[name].tap for name in names[:-1]},
+    'taps': {name: heads[name].reads[-1] for name in names[:-1]},
     'stages': stages,
     'cost': dict(zip(names, decided.test.cost.tolist())),
     'whole': decided.test.whole,

@@ -1,0 +1,177 @@
+"""Auxiliary overparameterization: a wider path helps to train, and is then dropped.
+
+Liu, Zhuang, Shen, Chen, Yin: "Training Compact Neural Networks via Auxiliary
+Overparameterization" (arXiv 1909.02214 v1). The path is `models.auxiliary`; gates on
+its connections, their price and a weight that decays are ours:
+
+  L        = CE(z, y) + a_t sum_k CE(z_k, y) + lambda sum_j c_j b(w_j)
+  b(w)     = 1[w > 0] forward, db/dw = 1 backward        (gates.straight_through)
+  a_t      = a                 constant
+           = a (1 - t / T)     linear
+           = a (1 + cos(pi t / T)) / 2                   cosine
+  w_j     <- w_j - eta (dL / dw_j) / c_j
+
+  z        logits of the network, the exit 'main';  y  the labels
+  z_k      logits of every other exit: of the path, or of heads (deep supervision)
+  w_j      weight of the gate of connection j; all start open, at START
+  c_j      its FLOPs over the mean;  lambda  nats that a mean connection must save
+  a, T     auxiliary weight, number of steps;  eta  learning rate of the gates
+
+In the end all exits but 'main' are dropped: what is left is the compact network, its
+arrays untouched. The connection of the largest weight stays open whatever it is.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from depthprune.config import Config
+from depthprune.gates import straight_through
+from depthprune.methods.sidenet import early
+from depthprune.program import cost
+from depthprune.program.couple import Coupling
+from depthprune.training.method import Method, Tree, apart
+
+Decay = Literal['constant', 'linear', 'cosine']
+START = 0.1
+
+
+def auxiliary(
+  coupling: Coupling,
+  weight: float = 1.0,
+  decay: Decay = 'constant',
+  price: float = 0.005,
+  gate_lr: float = 0.02,
+  steps: int = 0,
+) -> Method:
+  """The method for a network with an exit 'main' and others that help to train it.
+
+  Where connections of the path have gates (`models.auxiliary.beside(search=True)`),
+  they are trained too: the structure is searched.
+
+  Args:
+    coupling: of the network, from `couple`. weight: a. decay: of a over the steps.
+    price: lambda. gate_lr: eta. steps: T; needed where the weight decays.
+
+  Raises: ValueError without 'main' and another exit, for a weight, price or rate that
+    is negative or not finite, and for an unknown decay, or one without steps.
+  """
+  names = early(coupling)
+  _check(weight, decay, price, gate_lr, steps)
+  gates = connections(coupling)
+  c = prices(coupling, gates)
+  paid = lambda b: jnp.stack([c[path] * b[path] for path in gates]).sum()
+
+  def a_t(step):
+    t = jnp.minimum(step.astype(jnp.float32) / max(steps, 1), 1)
+    shape = {'constant': 1.0, 'linear': 1 - t, 'cosine': (1 + jnp.cos(jnp.pi * t)) / 2}
+    return weight * shape[decay]
+
+  def objective(task, outputs, batch, theta, step):
+    del theta
+    aside = jnp.stack([task.loss(outputs[name], batch) for name in names]).sum()
+    metrics = task.metrics(outputs['main'], batch)
+    for name in names:
+      found = task.metrics(outputs[name], batch)
+      metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
+    return task.loss(outputs['main'], batch) + a_t(step) * aside, metrics
+
+  def forward(theta, key=None, step=None):
+    del key, step
+    return {'branches': opened(theta['branches'])} if gates else {}
+
+  def penalty(theta, step):
+    del step
+    return price * paid(opened(theta['branches']))
+
+  start = {path: jnp.full((), START, jnp.float32) for path in gates}
+  return Method(
+    objective=objective,
+    decide=lambda theta, stats, evaluate: {
+      'exits': {name: name == 'main' for name in coupling.exits}
+    },
+    penalty=penalty if gates else None,
+    init=lambda given, outputs: {'branches': start} if gates else {},
+    forward=forward,
+    transform=lambda tx: apart(tx, _gate_tx(c, gate_lr)) if gates else tx,
+    answer=lambda task, outputs, theta: outputs['main'],
+    report=lambda theta: _structure(theta['branches'], c) if gates else {},
+  )
+
+
+def connections(coupling: Coupling) -> tuple[str, ...]:
+  """Paths of the branch gates that do nothing for 'main': those of the path."""
+  main = {name: name == 'main' for name in coupling.exits}
+  left = lambda **closed: cost.flops(coupling, {'exits': main, 'branches': closed})
+  whole = left()
+  return tuple(path for path in coupling.branches if left(**{path: False}) == whole)
+
+
+def prices(coupling: Coupling, gates: Sequence[str]) -> dict[str, float]:
+  """{connection: its FLOPs as a multiple of their mean}; empty without gates."""
+  if not gates:
+    return {}
+  ones = {path: jnp.float32(1) for path in gates}
+  slope = jax.grad(lambda b: cost.flops(coupling, {'branches': b}))(ones)
+  mean = float(np.mean([*slope.values()]))
+  return {path: float(slope[path]) / mean for path in gates}
+
+
+def opened(w: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """b(w) of every connection, with its derivative; the largest stays open."""
+  top = functools.reduce(jnp.maximum, w.values())
+
+  def gate(one: jax.Array) -> jax.Array:
+    b = straight_through(one)
+    return b + jax.lax.stop_gradient(jnp.where(one >= top, 1.0, b) - b)
+
+  return {path: gate(one) for path, one in w.items()}
+
+
+def configured(
+  config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
+) -> Method:
+  """The method as a run describes it; plain training of a network that is alone."""
+  del scores, whole
+  o = config.options
+  if o.structure == 'none':
+    return Method()
+  return auxiliary(coupling, o.weight, o.decay, o.price, o.gate_learning_rate, steps)
+
+
+def _structure(w: Mapping[str, jax.Array], c: Mapping[str, float]) -> Tree:
+  """Weight and price by connection, which are open, and how many."""
+  open_ = opened(w)
+  return {
+    'weight': dict(w),
+    'price': {path: jnp.float32(each) for path, each in c.items()},
+    'open': open_,
+    'connections': jnp.stack([*open_.values()]).sum(),
+  }
+
+
+def _gate_tx(c: Mapping[str, float], eta: float) -> optax.GradientTransformation:
+  """SGD on the weights of gates, their gradient divided by the price."""
+
+  def divided(updates, params):
+    del params
+    w = updates['theta']['branches']
+    return {**updates, 'theta': {'branches': {path: w[path] / c[path] for path in c}}}
+
+  return optax.chain(optax.stateless(divided), optax.sgd(eta))
+
+
+def _check(weight: float, decay: str, price: float, gate_lr: float, steps: int) -> None:
+  for name, value in (('weight', weight), ('price', price), ('gate_lr', gate_lr)):
+    if not (np.isfinite(value) and value >= 0):
+      raise ValueError(f'auxiliary: {name} is finite and not negative, got {value}')
+  if decay not in get_args(Decay):
+    expected = ', '.join(get_args(Decay))
+    raise ValueError(f'auxiliary: decay={decay!r}: expected one of {expected}')
+  if decay != 'constant' and steps < 1:
+    raise ValueError(f'auxiliary: a {decay} decay takes steps, got {steps}')

@@ -1,0 +1,177 @@
+"""An auxiliary path beside a trunk: a wider network while training, dropped afterwards.
+
+Liu, Zhuang, Shen, Chen, Yin, "Training Compact Neural Networks via Auxiliary
+Overparameterization", arXiv 1909.02214. The path is that of the authors' later code
+(CVPR 2020); stages of several taps, and one width for all of it, are ours:
+
+  h_s   = relu( D_s(h_{s-1}) + sum_j g_js phi_js(out_j) )
+  aux   = head(h_S)
+
+  out_j     features of the trunk at tap j
+  phi, D    dense over channels (a 1 × 1 convolution) and batch normalisation, at the
+            size of the stage; there is no D in the first
+  g_js      gate of the connection from tap j to stage s: 1, or trained
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from depthprune.gates import branch
+from depthprune.models.arch import Arch, within
+from depthprune.models.layers import Pool, he_normal, norm, pooled
+
+NODES = 3  # stages of the path beside a trunk whose taps are one chain
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+  """A path that reads many taps, and has an answer of its own.
+
+  Attributes:
+    stages: taps that feed each stage of the path, in the order of depth.
+    classes: number of logits.
+    width: channels of the path.
+    pool: how features become a vector, as in `heads.Head`; None for a class of every
+      pixel: logits [batch, height, width, classes], of the size of the image.
+    gated: whether connections have gates, which a search can close.
+  """
+
+  stages: tuple[tuple[str, ...], ...]
+  classes: int = 10
+  width: int = 64
+  pool: Pool | None = 'avg'
+  gated: bool = False
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """The taps that it reads, each once."""
+    return tuple(dict.fromkeys(tap for taps in self.stages for tap in taps))
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold beneath it, with its value in the full path."""
+    keys = {}
+    for s, taps in enumerate(self.stages):
+      for tap in taps:
+        keys[f'stage{s}/{_word(tap)}/dense'] = self.width
+        if self.gated:
+          keys[f'stage{s}/{_word(tap)}/branch'] = 1
+      if s:
+        keys[f'stage{s}/before/dense'] = self.width
+    return keys
+
+
+def beside(taps: tuple[str, ...], search: bool = False, **fields: Any) -> Auxiliary:
+  """An auxiliary path for a trunk with these taps.
+
+  A tap called 'stage1/block0' feeds a stage with all others of its 'stage1'; of taps
+  that are one chain, equally many feed each of three stages. With `search` a tap may
+  feed its own and every later stage, by a gate for each.
+
+  fields: classes, width and pool of `Auxiliary`. Raises ValueError without taps.
+  """
+  if not taps:
+    raise ValueError('auxiliary: the trunk has no taps that a path could read')
+  groups: dict[Any, list[str]] = {}
+  for i, tap in enumerate(taps):
+    stage = tap.rpartition('/')[0]
+    groups.setdefault(stage or i * min(NODES, len(taps)) // len(taps), []).append(tap)
+  stages = [tuple(group) for group in groups.values()]
+  if search:
+    stages = [tuple(t for g in stages[: s + 1] for t in g) for s in range(len(stages))]
+  return Auxiliary(tuple(stages), gated=search, **fields)
+
+
+def _word(tap: str) -> str:
+  """The name of a tap as that of a module."""
+  return tap.replace('/', '_')
+
+
+class Adaptor(nn.Module):
+  """[batch, ..., c] → [batch, *size, width]: phi or D, times its gate if it has one."""
+
+  width: int
+  gated: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, size: tuple[int, ...], train: bool) -> jax.Array:
+    for axis, (there, wanted) in enumerate(zip(x.shape[1:-1], size), 1):
+      step = -(-there // wanted)
+      if step > 1 and -(-there // step) == wanted:  # as a convolution of that stride
+        x = x[(slice(None),) * axis + (slice(None, None, step),)]
+    dense = nn.Dense(
+      self.width, use_bias=False, kernel_init=he_normal, dtype=self.dtype, name='dense'
+    )
+    x = norm(dense(x), train, dtype=self.dtype, name='norm')
+    if x.shape[1:-1] != size:
+      x = jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), 'bilinear')
+    return branch(self, x) if self.gated else x
+
+
+class AuxiliaryPath(nn.Module):
+  """{tap: features [batch, ..., c]} → float32 logits of `Auxiliary`.
+
+  Stages without an open connection pass on what came before them. Of vectors, images
+  and sequences; a mask bool [batch, tokens] leaves padding out of the answer.
+  """
+
+  spec: Auxiliary
+  arch: Arch
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(
+    self,
+    features: Mapping[str, jax.Array],
+    train: bool = False,
+    mask: jax.Array | None = None,
+    size: tuple[int, ...] = (),
+  ) -> jax.Array:
+    """size: height and width of the answer, where it is one of pixels."""
+    h = None
+    for s, taps in enumerate(self.spec.stages):
+      name, given = f'stage{s}', {tap: features[tap] for tap in taps}
+      part = within(self.arch, name)
+      h = Stage(self.spec.gated, part, self.dtype, name=name)(given, h, train)
+    if h is None:
+      raise ValueError('auxiliary: arch closes every connection; drop the exit instead')
+    h = h.astype(jnp.float32)
+    if self.spec.pool:
+      h = pooled(h, self.spec.pool, mask)
+    logits = nn.Dense(self.spec.classes, name='head')(h)
+    if self.spec.pool or logits.shape[1:-1] == size:
+      return logits
+    return jax.image.resize(logits, (len(logits), *size, logits.shape[-1]), 'bilinear')
+
+
+class Stage(nn.Module):
+  """h_s of h_{s-1} and the taps of a stage; None where there is neither."""
+
+  gated: bool
+  arch: Arch
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(
+    self, features: Mapping[str, jax.Array], h: jax.Array | None, train: bool
+  ) -> jax.Array | None:
+    size = [*features.values()][-1].shape[1:-1]
+    parts = []
+    if h is not None:
+      before = Adaptor(self.arch['before/dense'], False, self.dtype, name='before')
+      parts.append(before(h, size, train))
+    for tap, x in features.items():
+      name = _word(tap)
+      if self.arch.get(f'{name}/branch', 1):
+        width = self.arch[f'{name}/dense']
+        adaptor = Adaptor(width, self.gated, self.dtype, name=name)
+        parts.append(adaptor(x, size, train))
+    return nn.relu(functools.reduce(jnp.add, parts)) if parts else None
