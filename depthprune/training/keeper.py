@@ -91,9 +91,10 @@ class Keeper:
 def same_config(stored: Mapping, config: Mapping, where: str) -> None:
   """Raises CheckpointError naming the fields in which a run differs from what is there.
 
-  Both are compared as JSON has them, where a tuple is a list.
+  Both are compared as JSON has them, where a tuple is a list; a field that is None is
+  as good as one that did not exist when the run was made.
   """
-  stored, config = json.loads(json.dumps([dict(stored), dict(config)]))
+  stored, config = map(_given, json.loads(json.dumps([dict(stored), dict(config)])))
   differing = [
     f'{field} (asked for {config.get(field)!r}, there {stored.get(field)!r})'
     for field in sorted({*stored, *config})
@@ -105,3 +106,10 @@ def same_config(stored: Mapping, config: Mapping, where: str) -> None:
       'another directory (--workdir), the config it was made with, or start anew '
       '(--no-resume)'
     )
+
+
+def _given(values: Any) -> Any:
+  """Without what is None, at any depth."""
+  if not isinstance(values, dict):
+    return values
+  return {k: _given(v) for k, v in values.items() if v is not None}

@@ -53,10 +53,4 @@ def weights() -> str:
 
 
 if __name__ == '__main__':
-  main(
-    __doc__,
-    'minilm_sst2',
-    CONFIG,
-    {'frozen': LESS, 'mixed': LESS},
-    pretrained=weights(),
-  )
+  main(__doc__, 'minilm_sst2', CONFIG, {'frozen': LESS}, pretrained=weights())

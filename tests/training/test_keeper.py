@@ -195,3 +195,10 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path, kills):
     # The last save may have been complete before it was reported.
     assert back is not None and back.step in (said, said + 1)
     assert np.all(np.asarray(back.state['w']) == back.step)
+
+
+def test_a_field_that_came_later_and_is_not_used_is_no_difference():
+  before = {'options': {'drop': 0.5}}
+  same_config(before, {'options': {'drop': 0.5, 'threshold': None}}, 'here')
+  with pytest.raises(CheckpointError, match='options'):
+    same_config(before, {'options': {'drop': 0.5, 'threshold': 0.9}}, 'here')
