@@ -16,6 +16,7 @@ import pytest
 
 from depthprune.training import store
 from depthprune.training.checkpoint import CheckpointError, Keeper
+from depthprune.training.keeper import same_config
 
 
 @flax.struct.dataclass
