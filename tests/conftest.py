@@ -1,19 +1,22 @@
 """Settings that hold for every test: strict promotion, two cores, real data."""
 
+import gc
 import os
 from pathlib import Path
 
 # Two test processes share two cores. One thread each is faster than four fighting,
 # and makes every sum run in one order. Tests compile many small programs and run each
-# a few times, so LLVM optimises little, which takes less time. Flags from outside come
-# last, so they win. Read by XLA when it starts, hence up here.
+# a few times, so LLVM gets one small module a program and optimises little, which takes
+# a tenth of the time. Flags from outside come last, so they win; a word that is not a
+# flag would end the list. Read by XLA when it starts, hence up here.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = ' '.join(
   (
     '--xla_cpu_multi_thread_eigen=false',
-    'intra_op_parallelism_threads=1',
     '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true',
+    '--xla_cpu_use_fusion_emitters=false',
+    '--xla_cpu_parallel_codegen_split_count=1',
     os.environ.get('XLA_FLAGS', ''),
   )
 ).strip()
@@ -22,6 +25,8 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
+# Tracing makes many objects and little garbage.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope='session')
