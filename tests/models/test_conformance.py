@@ -2,7 +2,7 @@
 
 import json
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -47,6 +47,7 @@ SMALL = {
   ),
 }
 every_model = pytest.mark.parametrize('make', SMALL.values(), ids=SMALL)
+every_name = pytest.mark.parametrize('name', SMALL)
 LEAVES = ('kernel', 'scale', 'bias')
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 TEXT = jax.random.randint(jax.random.key(0), (2, 7), 0, 64)
@@ -60,6 +61,19 @@ def example(model, images=X):
 def features(outputs):
   """The outputs without the mask of a text."""
   return {name: value for name, value in outputs.items() if name != 'mask'}
+
+
+@pytest.fixture(scope='module')
+def whole(randomised):
+  """name → the model, what it takes, random variables and the compiled network."""
+
+  @cache
+  def of(name):
+    model = SMALL[name]()
+    x = example(model)
+    return model, x, randomised(model, x), jax.jit(model.apply)
+
+  return of
 
 
 def shapes(model):
@@ -148,12 +162,10 @@ def test_unknown_arch_keys_are_refused_with_the_nearest(make):
     shapes(model.clone(arch={key: 99}))
 
 
-@every_model
-def test_until_ends_the_network_at_that_tap(make, randomised):
-  model = getattr(make(), 'trunk', make())
-  x = example(model)
-  variables = randomised(model, x)
-  full = jax.jit(model.apply)(variables, x)
+@pytest.mark.parametrize('name', [name for name in SMALL if name != 'heads'])
+def test_until_ends_the_network_at_that_tap(name, whole):
+  model, x, variables, run = whole(name)
+  full = run(variables, x)
   middle = model.taps[len(model.taps) // 2]
 
   def part(tap):
@@ -240,12 +252,11 @@ def test_a_scanned_stack_has_as_many_layers_as_arch_says(left, randomised):
   np.testing.assert_allclose(reached, expected, rtol=1e-5, atol=1e-5)
 
 
-@every_model
-def test_bfloat16_computes_so_and_keeps_float32_parameters_and_logits(make, randomised):
-  full, half = make(), make(dtype=jnp.bfloat16)
-  x = example(full)
-  variables = randomised(full, x)
-  expected = jax.jit(full.apply)(variables, x)
+@every_name
+def test_bfloat16_computes_so_and_keeps_float32_parameters_and_logits(name, whole):
+  full, x, variables, run = whole(name)
+  half = SMALL[name](dtype=jnp.bfloat16)
+  expected = run(variables, x)
   assert jax.tree.map(jnp.dtype, shapes(half)) == jax.tree.map(jnp.dtype, shapes(full))
   outputs = jax.jit(half.apply)(variables, x)
   for name in (*half.taps, *half.exits):
@@ -256,15 +267,13 @@ def test_bfloat16_computes_so_and_keeps_float32_parameters_and_logits(make, rand
   assert error > 0
 
 
-@every_model
-def test_runs_without_the_collection_of_branch_gates(make, randomised):
-  model = make()
-  x = example(model)
-  variables = randomised(model, x)
-  variables['branches'] = jax.tree.map(jnp.ones_like, variables.get('branches', {}))
-  outputs = m.quick(model.apply)(variables, x)
+@every_name
+def test_runs_without_the_collection_of_branch_gates(name, whole):
+  model, x, variables, _ = whole(name)
   bare = {name: tree for name, tree in variables.items() if name != 'branches'}
-  again = m.quick(model.apply)(bare, x)
+  gates = jax.tree.map(jnp.ones_like, variables.get('branches', {}))
+  run = m.quick(model.apply)
+  outputs, again = run({**bare, 'branches': gates}, x), run(bare, x)
   jax.tree.map(np.testing.assert_array_equal, again, outputs)
 
 
