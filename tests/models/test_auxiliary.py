@@ -1,0 +1,123 @@
+"""The auxiliary path: attaches to any trunk, leaves without a trace."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import depthprune as dp
+from depthprune import models
+from depthprune.models.auxiliary import Auxiliary, AuxiliaryPath, beside
+from depthprune.models.heads import WithHeads
+from tests import zoo
+from tests.test_conformance import canonical
+
+X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+TRUNKS = {
+  'mlp': (models.build('mlp', hidden=(6, 5, 4)), X),
+  'resnet': (models.build('resnet8', width=4), X),
+  'preact': (models.build('resnet8', width=4, preact=True, shortcut='B'), X),
+  'vit': (models.build('vit_tiny', depth=2, width=8, heads=2, patch=4), X),
+}
+
+
+def made(trunk, x, search=True, **fields):
+  """(trunk with a path, its variables: random, all gates open)."""
+  path = beside(trunk.taps, search, width=6, **fields)
+  model = WithHeads(trunk, {'aux': path})
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(1), x))
+  gates = jax.tree.map(jnp.ones_like, variables.pop('branches', {}))
+  return model, variables | ({'branches': gates} if gates else {})
+
+
+def test_taps_feed_the_stage_that_they_are_in():
+  taps = ('stage1/block0', 'stage1/block1', 'stage2/block0')
+  assert beside(taps).stages == (taps[:2], taps[2:])
+  assert beside(taps, search=True).stages == (taps[:2], taps)
+  assert not beside(taps).gated and beside(taps, search=True).gated
+  chain = tuple(f'layer{i}' for i in range(5))
+  assert beside(chain).stages == (chain[:2], chain[2:4], chain[4:])
+  assert beside(('layer0',)).stages == (('layer0',),)
+  with pytest.raises(ValueError, match='no taps'):
+    beside(())
+
+
+def test_a_path_is_what_its_equation_says():
+  """relu(D(h) + sum g phi(out)), by hand on vectors of two numbers."""
+  path = Auxiliary((('a',), ('b',)), classes=2, width=2, gated=True)
+  run = AuxiliaryPath(path, path.widths, jnp.float32)
+  a, b = jnp.array([[1.0, -2.0]]), jnp.array([[3.0]])
+  v = run.init(jax.random.key(0), {'a': a, 'b': b})
+  scale = 1 / np.sqrt(1 + 1e-5)  # what a normalisation does at first
+  p = jax.tree.map(np.asarray, v['params'])
+  dense = lambda s, t: p[f'stage{s}'][t]['dense']['kernel'] * scale
+  for g in (1.0, 0.0):
+    gates = jax.tree.map(jnp.ones_like, v['branches'])
+    gates['stage1']['b']['branch'] = jnp.float32(g)
+    h0 = np.maximum(a @ dense(0, 'a'), 0)
+    h1 = np.maximum(h0 @ dense(1, 'before') + g * (b @ dense(1, 'b')), 0)
+    said = run.apply({**v, 'branches': gates}, {'a': a, 'b': b})
+    expected = h1 @ p['head']['kernel'] + p['head']['bias']
+    np.testing.assert_allclose(said, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', TRUNKS)
+@pytest.mark.parametrize('search', [True, False])
+def test_stripped_is_the_compact_network_itself(name, search):
+  trunk, x = TRUNKS[name]
+  model, variables = made(trunk, x, search)
+  keep = {'exits': {'main': True, 'aux': False}}
+  pruned = dp.prune(model, variables, keep, x)
+  alone = {k: v['trunk'] for k, v in variables.items() if 'trunk' in v}
+  left = {k: v['trunk'] for k, v in pruned.variables.items()}
+  assert all([*v] == ['trunk'] for v in pruned.variables.values())
+  # Open gates of residual units are folded into the arrays and change nothing there.
+  alone.pop('branches', None)
+  assert jax.tree.all(jax.tree.map(np.array_equal, left, alone))
+  main = lambda v, x: pruned.apply({k: {'trunk': t} for k, t in v.items()}, x)['main']
+  plain = lambda v, x: trunk.apply(v, x)['main']
+  assert canonical(main, left, x) == canonical(plain, alone, x)
+  whole = model.apply(variables, x)['main']
+  np.testing.assert_allclose(main(left, x), whole, atol=1e-6)
+
+
+def test_features_of_any_size_are_brought_to_that_of_the_stage():
+  path = Auxiliary((('a', 'b', 'c'),), classes=3, width=4, pool=None)
+  run = AuxiliaryPath(path, path.widths, jnp.float32)
+  sizes = {'a': (15, 9), 'b': (4, 4), 'c': (7, 5)}
+  features = {n: jnp.ones((2, *size, 3)) for n, size in sizes.items()}
+  said, v = run.init_with_output(jax.random.key(0), features, size=(30, 20))
+  assert said.shape == (2, 30, 20, 3)
+  assert v['params']['stage0']['a']['dense']['kernel'].shape == (3, 4)
+
+
+def test_closed_connections_can_be_cut_while_the_path_stays():
+  trunk, x = TRUNKS['resnet']
+  model, variables = made(trunk, x)
+  gates = [p for p in dp.couple(model, variables, x).branches if 'head_aux' in p]
+  keep = {'branches': {p: not p.startswith('head_aux/stage1') for p in gates}}
+  pruned = dp.prune(model, variables, keep, x)
+  cut = [k for k, n in pruned.arch.items() if 'head_aux' in k and n == 0]
+  assert {k.rsplit('/', 1)[0] for k in cut} == {
+    'head_aux/stage1/stage1_block0', 'head_aux/stage1/stage2_block0'
+  }  # fmt: skip
+  built = jax.eval_shape(pruned.model.init, jax.random.key(0), x)
+  shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+  assert shapes(pruned.variables['params']) == shapes(built['params'])
+
+
+def test_a_description_holds_the_path():
+  trunk, _ = TRUNKS['resnet']
+  model = WithHeads(trunk, {'aux': beside(trunk.taps, classes=10)})
+  found = models.describe(model)
+  again = models.build(found['name'], **found['fields'])
+  assert again == model and hash(again.heads['aux']) == hash(model.heads['aux'])
+
+
+def test_a_tap_that_there_is_not():
+  trunk, _ = TRUNKS['resnet']
+  path = dataclasses.replace(beside(trunk.taps), stages=(('stage9/block0',),))
+  with pytest.raises(ValueError, match=r"no tap 'stage9/block0'.*All: stage1/block0"):
+    WithHeads(trunk, {'aux': path})
