@@ -5,6 +5,7 @@ python -m experiments.tables
 
 import re
 
+from experiments.auxiliary.table import auxiliary
 from experiments.bench.table import bench, cascades, depth_methods
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
@@ -31,6 +32,7 @@ def text() -> str:
       sidenet,
       composed,
       cascades,
+      auxiliary,
     )
   )
 

@@ -1,0 +1,120 @@
+"""Auxiliary training of a compact network beside its controls, on the same images.
+
+  alone      the compact network, as many epochs
+  longer     the compact network, as many epochs as cost what `all` costs (FLOPs)
+  deep       plain deep supervision: linear heads after its stages
+  all        beside a path that every tap feeds
+  search     beside a path whose connections are searched
+  distilled  the compact network, learning from the answers of the path of `all`
+
+Every (seed, method) is one row; a second call goes on where the first one ended. What
+helped to train is cut away before anything is measured; the test images are read once
+per row, and nothing is decided on them.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import depthprune as dp
+from depthprune import methods
+from depthprune.config import Config
+from depthprune.options import Auxiliary
+from depthprune.training import recipe
+from depthprune.training.distill import distill
+from depthprune.training.evaluate import evaluator
+from depthprune.training.method import plain
+from depthprune.training.networks import network
+from depthprune.training.stage import Job, Teacher, prepare, stage
+from depthprune.training.step import State
+from experiments.pieces import Rows, arguments, within
+
+RESULTS = Path(__file__).parent / 'results'
+SEEDS = 3
+METHODS = ('all', 'search', 'deep', 'alone', 'longer', 'distilled')
+STRUCTURES = {'alone': 'none', 'longer': 'none', 'deep': 'deep-supervision'}
+
+
+def main(
+  doc: str | None, name: str, full: Config[Auxiliary], small: Mapping[str, Any]
+) -> None:
+  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+
+  small: what differs from `full` in the size for a CPU.
+  """
+  given = arguments(doc)
+  name = f'{name}_full' if given.full else name
+  config = full if given.full else dataclasses.replace(full, **small)
+  config = dataclasses.replace(config, workdir=f'runs/auxiliary/{name}')
+  rows = Rows(RESULTS / f'{name}.json', config.to_json(), ('seed', 'method'))
+  with within(given.minutes):
+    for seed in given.seeds or range(SEEDS):
+      for method in METHODS:
+        if rows.missing(seed=seed, method=method):
+          folder = config.path / f'{method}-seed{seed}'
+          run = dataclasses.replace(config, seed=seed, workdir=str(folder))
+          cost = {row['method']: row for row in rows.rows if row['seed'] == seed}
+          rows.add({'seed': seed, 'method': method, **_row(run, method, cost)})
+          shutil.rmtree(folder)
+
+
+def _row(config: Config[Auxiliary], method: str, cost: Mapping) -> dict[str, Any]:
+  if method == 'distilled':
+    return _distilled(config)
+  structure = STRUCTURES.get(method, method)
+  options = dataclasses.replace(config.options, structure=structure)
+  config = dataclasses.replace(config, options=options)
+  if method == 'longer':
+    part = cost['all']['flops_training'] / cost['all']['flops']
+    config = dataclasses.replace(config, gate_epochs=round(config.epochs.gates * part))
+  result = recipe.run(config)
+  learned = result['rounds'][0]['learned']
+  return {
+    'accuracy': result['accuracy']['after'],
+    'held_out': result['held_out']['after'],
+    'epochs': config.epochs.gates,
+    'flops': result['flops']['after'],
+    'flops_training': result['flops']['before'],
+    'params': result['params']['after'],
+    'latency_ms': result['latency_ms'],
+    'structure': {k: learned[k] for k in ('weight', 'open') if k in learned},
+    'wall_seconds': round(result['wall_seconds'], 1),
+  }
+
+
+def _distilled(config: Config[Auxiliary]) -> dict[str, Any]:
+  """The wide network first, trunk and path; then a new trunk towards its answers."""
+  started = time.monotonic()
+  job = prepare(config)
+  wide = network(config, job.images.classes)
+  options = dataclasses.replace(config.options, structure='none')
+  compact = network(dataclasses.replace(config, options=options), job.images.classes)
+  taught = _trained(job, 'wide', wide)
+  says = lambda v, *inputs, **mode: wide.apply(v, *inputs, **mode)['aux']
+  state = _trained(job, 'distilled', compact, Teacher(says, taught.variables))
+  measure = evaluator(compact, job.task)
+  accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
+  return {
+    'accuracy': accuracy(job.images.test),
+    'held_out': accuracy(job.images.held_out),
+    'epochs': config.epochs.gates,
+    'wall_seconds': round(time.monotonic() - started, 1),
+  }
+
+
+def _trained(job: Job, name: str, model: Any, teacher: Teacher | None = None) -> State:
+  """Beside what helps to train it, or towards the answers of a teacher."""
+  variables = jax.jit(model.init)(job.key('init'), *job.inputs)
+  coupling = dp.couple(model, variables, *job.inputs)
+  epochs, peak = job.config.epochs.gates, job.config.learning_rate
+  build = lambda: methods.build(job.config, coupling, job.steps(epochs), {})
+  method = distill(plain()) if teacher else build()
+  return stage(
+    job, name, model, method, variables,
+    epochs=epochs, peak=peak, coupling=coupling, teacher=teacher,
+  )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Auxiliary training beside its controls: accuracy, and what training costs."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.found import files, link, percent, spread, table
+
+HEAD = ('', 'test accuracy', 'against alone', 'epochs', 'training FLOPs', 'seeds')
+NAMES = {
+  'alone': 'compact alone',
+  'longer': 'compact alone, same training FLOPs as all',
+  'distilled': 'distilled from the wide network',
+  'deep': 'deep supervision',
+  'all': 'auxiliary path, all connections',
+  'search': 'auxiliary path, searched',
+}
+
+Rows = list[dict[str, Any]]
+
+
+def auxiliary() -> str:
+  """One table per result file; a dash where there is none."""
+  found = files('auxiliary', 'method', 'accuracy')
+  return '\n\n'.join(_table(*file) for file in found.items()) or 'Auxiliary path: –'
+
+
+def _table(path: Path, found: dict[str, Any]) -> str:
+  config, rows = found['config'], found['rows']
+  alone = {row['seed']: row for row in rows if row['method'] == 'alone'}
+  lines = []
+  for method, name in NAMES.items():
+    mine = [row for row in rows if row['method'] == method]
+    if mine:
+      lines.append(_line(name, mine, alone))
+  images = f', {config["subset"]:,} images' if config['subset'] else ''
+  return (
+    f'Auxiliary overparameterization, {config["model"]} on {config["data"]}{images}: '
+    'what helped to train is cut away, and the same compact network is left; accuracy '
+    'in %, mean ± standard deviation; differences in points, seed by seed'
+    f'{_searched(rows)} ({link(path)}):\n\n' + table(HEAD, lines)
+  )
+
+
+def _line(name: str, rows: Rows, alone: dict[int, dict[str, Any]]) -> tuple[str, ...]:
+  gains = [
+    100 * (row['accuracy'] - alone[row['seed']]['accuracy'])
+    for row in rows
+    if row['seed'] in alone
+  ]
+  base = next(iter(alone.values()), None)
+  cost = '–'
+  if base and 'flops_training' in rows[0]:
+    work = lambda row: row['flops_training'] * row['epochs']
+    cost = f'{work(rows[0]) / work(base):.2f}×'
+  return (
+    name,
+    percent(row['accuracy'] for row in rows),
+    spread(gains) if gains else '–',
+    str(rows[0]['epochs']),
+    cost,
+    str(len(rows)),
+  )
+
+
+def _searched(rows: Rows) -> str:
+  """How many connections the search left open."""
+  found = [row['structure']['open'] for row in rows if row['method'] == 'search']
+  if not found:
+    return ''
+  open_ = spread(sum(each.values()) for each in found)
+  return f'; the search left {open_} of {len(found[0])} connections open'
