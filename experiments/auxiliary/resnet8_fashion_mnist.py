@@ -7,7 +7,8 @@ parameters, beside a path of 64 channels. CPU-sized: 10,000 images at 14×14, 15
   python -m experiments.auxiliary.resnet8_fashion_mnist
 
 3 seeds, about 20 minutes on one core. TFDS_DATA_DIR says where the data are;
-`--minutes 10` stops and goes on with the next call. Goal: `search` above `alone` by more than a standard deviation.
+`--minutes 10` stops and goes on with the next call. Goal: `search` above `alone` by
+more than a standard deviation.
 """
 
 import dataclasses
