@@ -1,11 +1,12 @@
-"""Residual units: what they are before any pruning, their shortcuts, their branch.
+"""Residual units: what they are before any pruning, shortcuts, branch, stages of them.
 
 Source: He, Zhang, Ren, Sun, arXiv 1512.03385; pre-activation: arXiv 1603.05027.
 Bottlenecks have their stride in the 3×3 convolution, as the common pretrained networks
 do.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from depthprune.models.arch import Arch
+from depthprune.models import stages
+from depthprune.models.arch import Arch, beneath, within
 from depthprune.models.layers import ConvNorm, add_branch, conv, norm
 
 
@@ -119,3 +121,38 @@ def subsample_and_pad(x: jax.Array, shape: Shape) -> jax.Array:
   x = x[:, :: shape.stride, :: shape.stride]
   channels = (new // 2, new - new // 2, 0)
   return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0),) * 3 + (channels,))
+
+
+class Stage(nn.Module):
+  """[batch, h, w, c] → `blocks` units, the first of which may resize → their taps."""
+
+  unit: Any  # (shape, arch, dtype, name) -> module, such as `Unit`
+  blocks: int
+  shape: Any  # of the first unit; those that follow have shape.after
+  arch: Arch
+  scan: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    outputs = {}
+    for name, tap, _ in stages.segments(self.blocks, self.scan):
+      shape = self.shape if name == 'block0' else self.shape.after
+      unit = self.unit(shape, within(self.arch, name), self.dtype, name=name)
+      if name == stages.STACK:
+        x = stages.repeat(unit, x, self.arch[f'{name}/branch'], train)
+      else:
+        x = unit(x, train)
+      outputs[tap] = x
+    return outputs
+
+
+def stage_widths(blocks: Sequence[int], shapes: Sequence, scan: bool) -> dict[str, int]:
+  """The keys of `arch` of stages; shapes: of the first unit of each."""
+  widths = {}
+  for i, (count, shape) in enumerate(zip(blocks, shapes), 1):
+    for name, _, times in stages.segments(count, scan):
+      unit = (shape if name == 'block0' else shape.after).widths
+      branch = {'branch': times} if 'branch' in unit else {}
+      widths |= beneath(unit | branch, f'stage{i}/{name}')
+  return widths

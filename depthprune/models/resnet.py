@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from depthprune.models import stages
 from depthprune.models.arch import Arch, beneath, complete, within
 from depthprune.models.layers import ConvNorm, Pool, classify, norm
-from depthprune.models.residual import Shape, Unit
+from depthprune.models.residual import Shape, Stage, Unit, stage_widths
 
 IMAGENET = {
   18: (2, 2, 2, 2),
@@ -25,29 +25,6 @@ IMAGENET = {
   101: (3, 4, 23, 3),
   152: (3, 8, 36, 3),
 }
-
-
-class Stage(nn.Module):
-  """[batch, h, w, c] → `blocks` units, the first of which may resize → their taps."""
-
-  blocks: int
-  shape: Shape  # of the first unit
-  arch: Arch
-  scan: bool
-  dtype: DTypeLike
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
-    outputs = {}
-    for name, tap, _ in stages.segments(self.blocks, self.scan):
-      shape = self.shape if name == 'block0' else self.shape.after
-      unit = Unit(shape, within(self.arch, name), self.dtype, name=name)
-      if name == stages.STACK:
-        x = stages.repeat(unit, x, self.arch[f'{name}/branch'], train)
-      else:
-        x = unit(x, train)
-      outputs[tap] = x
-    return outputs
 
 
 class ResNet(nn.Module):
@@ -128,12 +105,8 @@ class ResNet(nn.Module):
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    widths = {'stem/conv': self.width}
-    for i, (blocks, shape) in enumerate(zip(self.blocks, self.shapes), 1):
-      for name, _, times in stages.segments(blocks, self.scan):
-        unit = (shape if name == 'block0' else shape.after).widths
-        widths |= beneath(unit | {'branch': times}, f'stage{i}/{name}')
-    return widths
+    units = stage_widths(self.blocks, self.shapes, self.scan)
+    return {'stem/conv': self.width} | units
 
   @nn.compact
   def __call__(
@@ -151,7 +124,7 @@ class ResNet(nn.Module):
     for i, (blocks, shape) in enumerate(zip(counts, self.shapes), 1):
       name = f'stage{i}'
       part = within(arch, name)
-      stage = Stage(blocks, shape, part, self.scan, self.dtype, name=name)
+      stage = Stage(Unit, blocks, shape, part, self.scan, self.dtype, name=name)
       outputs |= beneath(stage(x, train), name)
       x = outputs[self.taps[len(outputs) - 1]]
     if until:
