@@ -12,6 +12,7 @@ from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import Head, WithHeads, every_tap
 from depthprune.models.mlp import MLP
+from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
@@ -45,6 +46,12 @@ CASES = {  # model, and what is decided beyond half of every group
   'preact B': (
     ResNet(depth=11, width=2, bottleneck=True, shortcut='B', preact=True),
     {'branches': ['stage2/block0']},
+  ),
+  'mobilenet': (
+    MobileNetV2(blocks=(1, 3), width=0.5), {'branches': ['stage2/block1']}
+  ),
+  'mobilenet scanned': (
+    MobileNetV2(blocks=(1, 4), width=0.1, scan=True), {'layers': ['stage2/blocks']}
   ),
   'vit': (
     ViT(width=8, depth=3, heads=4, inner=6),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import every_tap
 from depthprune.models.mlp import MLP
+from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
@@ -33,6 +34,7 @@ NETWORKS = {  # what has units
   'pre-activation': ResNet(depth=8, width=2, preact=True),
   'bottleneck': BOTTLENECK,
   'pre-activation bottleneck': BOTTLENECK.clone(preact=True),
+  'inverted': MobileNetV2(blocks=(1, 3), width=0.1),
   'stages scanned': ResNet(depth=14, width=2, scan=True),
   'vit': ViT(width=4, depth=2, heads=2, inner=4),
   'vit scanned': ViT(width=4, depth=3, heads=2, inner=4, scan=True),

@@ -27,6 +27,7 @@ def conv(
   stride: int = 1,
   *,
   bias: bool = False,
+  groups: int = 1,
   dtype: DTypeLike,
   name: str,
 ) -> nn.Conv:
@@ -37,6 +38,7 @@ def conv(
     strides=(stride, stride),
     padding=((size // 2, size // 2),) * 2,
     use_bias=bias,
+    feature_group_count=groups,
     kernel_init=he_normal,
     dtype=dtype,  # pyright: ignore[reportArgumentType]
     name=name,
@@ -55,7 +57,12 @@ def norm(x: jax.Array, train: bool, *, dtype: DTypeLike, name: str) -> jax.Array
 
 
 class ConvNorm(nn.Module):
-  """[batch, h, w, c] → `conv`, `norm`, ReLU if asked → [batch, h', w', features]."""
+  """[batch, h, w, c] → `conv`, `norm`, ReLU if asked → [batch, h', w', features].
+
+  Attributes:
+    groups: of the convolution; c for a depthwise one.
+    ceiling: where the ReLU ends, 6 for a ReLU6.
+  """
 
   features: int
   size: int = 3
@@ -63,13 +70,16 @@ class ConvNorm(nn.Module):
   relu: bool = True
   dtype: DTypeLike = jnp.float32
   bias: bool = False
+  groups: int = 1
+  ceiling: float = math.inf
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     options = {'bias': self.bias, 'dtype': self.dtype, 'name': 'conv'}
-    x = conv(self.features, self.size, self.stride, **options)(x)
+    x = conv(self.features, self.size, self.stride, groups=self.groups, **options)(x)
     x = norm(x, train, dtype=self.dtype, name='norm')
-    return nn.relu(x) if self.relu else x
+    x = nn.relu(x) if self.relu else x
+    return jnp.minimum(x, self.ceiling) if math.isfinite(self.ceiling) else x
 
 
 def add_branch(module: nn.Module, kept: jax.Array, y: jax.Array) -> jax.Array:

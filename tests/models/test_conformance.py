@@ -17,6 +17,7 @@ from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
+from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
@@ -35,6 +36,7 @@ SMALL = {
   'preact B': lambda **more: ResNet(
     depth=11, width=4, bottleneck=True, shortcut='B', preact=True, **more
   ),
+  'mobilenet': lambda **more: MobileNetV2(blocks=(1, 3), width=0.5, **more),
   'vit': lambda **more: ViT(width=8, depth=4, heads=2, inner=12, segments=2, **more),
   'vit without token': lambda **more: ViT(
     width=8, depth=2, heads=2, inner=12, token=False, **more
@@ -193,8 +195,9 @@ def stacked(tree, segments=0):
     return tree
   tree = {name: stacked(part) for name, part in tree.items()}
   for kind in ('block', 'layer'):
-    count = sum(name.startswith(kind) for name in tree)
-    rows = np.arange(count).reshape(segments, -1) if segments else np.arange(count)[1:]
+    found = [int(name.removeprefix(kind)) for name in tree if name.startswith(kind)]
+    rows = np.sort(np.array(found, int))  # the gates of a stage may have no first one
+    rows = rows.reshape(segments, -1) if segments else rows[rows > 0]
     stacks = {f'{kind}s{i}': row for i, row in enumerate(rows)}
     for name, row in (stacks if segments else {f'{kind}s': rows}).items():
       if row.size:

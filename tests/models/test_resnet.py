@@ -19,8 +19,8 @@ def resnet8(**fields) -> Any:
   return ResNet(**{'depth': 8, 'width': 4, **fields})
 
 
-def named(name) -> Any:
-  return build(name)
+def named(name, **fields) -> Any:
+  return build(name, **fields)
 
 
 def parameters(tree):
