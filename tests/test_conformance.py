@@ -10,7 +10,7 @@ import pytest
 from depthprune.models import build, names
 from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
-from depthprune.models.heads import Head, WithHeads, every_tap
+from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.models.mlp import MLP
 from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
@@ -86,6 +86,10 @@ CASES = {  # model, and what is decided beyond half of every group
   'without main': (
     WithHeads(ResNet(depth=8, width=4), HEADS),
     {'exits': ['main'], 'branches': ['trunk/stage2/block0']},
+  ),
+  'multitask': (
+    multitask(ResNet(depth=8, width=4), {'left': 5, 'right': 4}),
+    {'exits': ['left'], 'branches': ['trunk/stage3/block0']},
   ),
 }  # fmt: skip
 

@@ -230,13 +230,40 @@ def every_tap(
   Raises:
     ValueError: the trunk has no taps.
   """
-  taps = getattr(trunk, 'taps', ())
-  if not taps:
-    raise ValueError(
-      f'every_tap: {type(trunk).__name__} has no taps to put exits on; expected a '
-      f'model with `taps` and `pool`, such as those of {__package__}'
-    )
+  taps = _taps(trunk, 'every_tap')
   head = partial(Head, classes=classes or trunk.classes, pool=pool or trunk.pool)
   digits = len(str(len(taps)))
   heads = {f'exit{i:0{digits}}': head(tap) for i, tap in enumerate(taps, 1)}
   return WithHeads(trunk, heads, FrozenDict({'exit/main': 0}))
+
+
+def multitask(trunk: Any, tasks: Mapping[str, int]) -> WithHeads:
+  """Hard parameter sharing: one trunk, a linear head per task on its last tap.
+
+  Inputs → {**trunk's taps, TASK: float32 logits [batch, classes], ...}. Each task is
+  an exit. The trunk's own head is dropped, so there is no 'main'.
+
+  Args:
+    trunk: a model of this package.
+    tasks: number of classes of each, such as {'left': 10, 'right': 10}.
+
+  Raises:
+    ValueError: no task, one named like an output of the trunk, a trunk without taps.
+
+  Source: Caruana, Multitask Learning, Machine Learning 28, 1997.
+  """
+  last = _taps(trunk, 'multitask')[-1]
+  if not tasks:
+    raise ValueError('multitask: expected {task: number of classes}, got none')
+  heads = {name: Head(last, n, pool=trunk.pool) for name, n in tasks.items()}
+  return WithHeads(trunk, heads, FrozenDict({'exit/main': 0}))
+
+
+def _taps(trunk: Any, who: str) -> tuple[str, ...]:
+  taps = getattr(trunk, 'taps', ())
+  if not taps:
+    raise ValueError(
+      f'{who}: {type(trunk).__name__} has no taps to put exits on; expected a model '
+      f'with `taps` and `pool`, such as those of {__package__}'
+    )
+  return taps

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from depthprune.models import build, describe, names
 from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
-from depthprune.models.heads import Head, WithHeads
+from depthprune.models.heads import Head, WithHeads, multitask
 from depthprune.models.mlp import MLP
 from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
@@ -46,6 +46,9 @@ SMALL = {
   'heads': lambda **more: WithHeads(
     ResNet(depth=14, width=4, shortcut='B', **more),
     {'early': Head('stage1/block1', hidden=5), 'late': Head('stage3/block1')},
+  ),
+  'multitask': lambda **more: multitask(
+    MLP(hidden=(6, 6, 6), **more), {'left': 3, 'right': 4}
   ),
 }
 every_model = pytest.mark.parametrize('make', SMALL.values(), ids=SMALL)
@@ -134,8 +137,9 @@ def test_arch_gives_exactly_its_shapes_and_trains(name, randomised):
   half = {key: max(w // 2, 1) for key, w in without_logits(model.widths).items()}
   units = [key for key in half if key.endswith('/branch')]
   arch = half | {key: int(i % 3 > 0) for i, key in enumerate(units)}
+  exits = {key: value for key, value in model.arch.items() if key.startswith('exit/')}
   removed = tuple(key.removesuffix('branch') for key in units if not arch[key])
-  small = model.clone(arch=arch)
+  small = model.clone(arch=arch | exits)
   x = example(model)
   variables = randomised(small, x)
   assert without_logits(kernel_widths(variables)) == {
@@ -147,7 +151,7 @@ def test_arch_gives_exactly_its_shapes_and_trains(name, randomised):
   def loss(params):
     trained = {**variables, 'params': params}
     outputs, _ = small.apply(trained, x, train=True, mutable='batch_stats')
-    return jnp.square(outputs['main']).sum()
+    return sum(jnp.square(outputs[name]).sum() for name in small.exits)
 
   slopes = jax.jit(jax.grad(loss))(variables['params'])
   assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))

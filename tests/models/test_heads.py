@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from depthprune.models import build
-from depthprune.models.heads import Head, WithHeads, every_tap
+from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.models.layers import pooled
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -171,6 +171,38 @@ def test_every_tap_pools_as_the_trunk_says_unless_told(name, pool):
 def test_every_tap_of_a_model_without_taps_is_refused():
   with pytest.raises(ValueError, match='Dense has no taps'):
     every_tap(nn.Dense(3))
+
+
+def test_tasks_share_a_trunk_and_have_no_main(run):
+  trunk_outputs, trunk = run(TRUNK)
+  model = multitask(TRUNK, {'left': 3, 'right': 4})
+  _, variables = run(model, seed=1)
+  assert model.exits == ('left', 'right') and model.taps == TRUNK.taps
+  for name, tree in trunk.items():
+    tree = {key: part for key, part in tree.items() if key != 'head'}
+    same = jax.tree.map(jnp.shape, tree)
+    assert jax.tree.map(jnp.shape, variables[name]['trunk']) == same
+    variables[name]['trunk'] = tree
+  outputs = jax.jit(model.apply)(variables, X)
+  assert set(outputs) == {*TRUNK.taps, 'left', 'right'}
+  assert outputs['left'].shape == (2, 3) and outputs['right'].shape == (2, 4)
+  for tap in TRUNK.taps:
+    np.testing.assert_array_equal(outputs[tap], trunk_outputs[tap])
+  out = variables['params']['head_left']['out']
+  left = outputs[TRUNK.taps[-1]].mean((1, 2)) @ out['kernel'] + out['bias']
+  np.testing.assert_allclose(outputs['left'], left, rtol=1e-5, atol=1e-5)
+  one = model.clone(arch={**model.arch, 'exit/right': 0})
+  assert one.exits == ('left',) and 'head_right' not in shapes(one)['params']
+
+
+def test_impossible_tasks_are_refused():
+  for trunk, tasks, message in [
+    (TRUNK, {}, 'multitask: expected .* got none'),
+    (TRUNK, {'main': 3}, "head 'main': the trunk has an output"),
+    (nn.Dense(3), {'left': 3}, 'multitask: Dense has no taps'),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      multitask(trunk, tasks)
 
 
 KEPT = {  # trunk, image, {exit: parameters of the network that ends there}

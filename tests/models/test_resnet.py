@@ -57,6 +57,16 @@ def test_parameters_equal_the_published_counts(name, size, expected):
   assert parameters(shapes['params']) == expected
 
 
+@pytest.mark.parametrize('width', [4, 8, 12])
+def test_thin_networks_have_the_parameters_counted_by_hand(width):
+  """ResNet-20: 116 squares of the width in 3×3 kernels, 43 norms of the width."""
+  x = jnp.ones((1, 32, 32, 3))
+  model = build('resnet20', width=width)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  kernels, norms, head = 9 * 116 * width**2 + 27 * width, 2 * 43 * width, 40 * width
+  assert parameters(shapes['params']) == kernels + norms + head + 10
+
+
 @pytest.mark.parametrize(
   ('name', 'size', 'millions'),
   [('resnet20', 32, 40.55), ('resnet56', 32, 125.49), ('resnet50', 224, 4089.18)],
