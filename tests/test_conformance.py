@@ -14,6 +14,7 @@ from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.models.mlp import MLP
 from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
+from depthprune.models.segnet import SegNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
 from depthprune.program import cost
@@ -52,6 +53,13 @@ CASES = {  # model, and what is decided beyond half of every group
   ),
   'mobilenet scanned': (
     MobileNetV2(blocks=(1, 4), width=0.1, scan=True), {'layers': ['stage2/blocks']}
+  ),
+  'segnet': (
+    SegNet(blocks=(1, 2, 1), width=4, classes=3),
+    {'branches': ['stage1/block0', 'stage2/block1']},
+  ),
+  'segnet scanned': (
+    SegNet(blocks=(1, 4), width=4, scan=True), {'layers': ['stage2/blocks']}
   ),
   'vit': (
     ViT(width=8, depth=3, heads=4, inner=6),

@@ -14,6 +14,7 @@ from depthprune.models.heads import every_tap
 from depthprune.models.mlp import MLP
 from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
+from depthprune.models.segnet import SegNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
 from depthprune.program.couple import Coupling, couple
@@ -35,6 +36,7 @@ NETWORKS = {  # what has units
   'bottleneck': BOTTLENECK,
   'pre-activation bottleneck': BOTTLENECK.clone(preact=True),
   'inverted': MobileNetV2(blocks=(1, 3), width=0.1),
+  'segmentation': SegNet(blocks=(1, 1, 1), width=2),
   'stages scanned': ResNet(depth=14, width=2, scan=True),
   'vit': ViT(width=4, depth=2, heads=2, inner=4),
   'vit scanned': ViT(width=4, depth=3, heads=2, inner=4, scan=True),

@@ -19,6 +19,7 @@ from depthprune.models.heads import Head, WithHeads, multitask
 from depthprune.models.mlp import MLP
 from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
+from depthprune.models.segnet import SegNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
 from tests import masking as m
@@ -37,6 +38,7 @@ SMALL = {
     depth=11, width=4, bottleneck=True, shortcut='B', preact=True, **more
   ),
   'mobilenet': lambda **more: MobileNetV2(blocks=(1, 3), width=0.5, **more),
+  'segnet': lambda **more: SegNet(blocks=(1, 2), width=4, **more),
   'vit': lambda **more: ViT(width=8, depth=4, heads=2, inner=12, segments=2, **more),
   'vit without token': lambda **more: ViT(
     width=8, depth=2, heads=2, inner=12, token=False, **more
@@ -119,7 +121,9 @@ def test_named_models_have_float32_logits_and_every_tap(name):
   x = example(model, jnp.ones((2, 32, 32, 3)))
   outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
   assert set(features(outputs)) == {*model.taps, 'main'} and model.exits == ('main',)
-  assert outputs['main'].shape == (2, 7) and outputs['main'].dtype == jnp.float32
+  pixels = (32, 32) if isinstance(model, SegNet) else ()
+  assert outputs['main'].shape == (2, *pixels, 7)
+  assert outputs['main'].dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
 
 
