@@ -38,9 +38,11 @@ def _section(path: Path, found: dict[str, Any]) -> str:
     mine = [row for row in rows if row['regime'] == regime]
     lines += [_line(regime, name, mine) for name in _asked(mine)]
     said.append(_said(regime, mine))
+  sizes = {row['images']['train']: None for row in rows if 'images' in row}
+  many = f' ({" / ".join(f"{n:,}" for n in sizes)} training examples)' if sizes else ''
   return (
-    f'SideNet, {config["model"]} on {config["data"]}: thresholds from held-out data, '
-    'everything else measured on test data, points lost against the network as it was '
+    f'SideNet, {config["model"]} on {config["data"]}{many}: thresholds from held-out '
+    'data, everything else measured on test data, points lost against the network as it was '
     'given; mean ± standard deviation over seeds; '
     'saved of the FLOPs of the network alone, heads paid for; the interval is of what '
     f'is saved (bootstrap, widest over seeds) ({link(path)}):\n\n'
