@@ -1,11 +1,12 @@
 """A network measured on a whole split."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from depthprune.training.method import Tree, as_dict, inputs_of, main
 from depthprune.training.step import gated
@@ -20,7 +21,9 @@ def evaluate(
   coupling: Any = None,
   gates: Tree | None = None,
 ) -> dict[str, float]:
-  """Loss and metrics of the network's answer in evaluation mode, over all examples.
+  """Scores of the network's answer in evaluation mode, over all examples.
+
+  They are the task's: {'loss', 'accuracy', ...}.
 
   Args:
     model: a module with `apply`, or such a function (a Pruned's `apply`).
@@ -54,17 +57,18 @@ def evaluator(
       raise ValueError(
         'evaluate: expected at least one batch, got none; is the split empty?'
       )
-    total = jax.tree.map(lambda *xs: sum(map(float, xs)), *jax.device_get(sums))
-    examples = max(total.pop('examples'), 1e-9)
-    return {name: value / examples for name, value in total.items()}
+    return {name: float(x) for name, x in task.scores(added(sums)).items()}
 
   return over
 
 
-def totals(run, task: Task, answer, variables, gates, batch) -> dict[str, jax.Array]:
-  """Sums over the examples of one batch, and their number."""
+def totals(run, task: Task, answer, variables, gates, batch) -> Tree:
+  """The task's sums over the examples of one batch."""
   logits = answer(as_dict(run(variables, gates, *inputs_of(batch), train=False)))
-  size = jnp.asarray(batch['label'].shape[0], jnp.float32)
-  examples = batch['weight'].sum() if 'weight' in batch else size
-  means = {'loss': task.loss(logits, batch), **task.metrics(logits, batch)}
-  return {'examples': examples, **{k: v * examples for k, v in means.items()}}
+  return task.sums(logits, batch)
+
+
+def added(sums: Sequence[Tree]) -> Tree:
+  """The sums of several batches, added in float64, numpy."""
+  exact = lambda *batches: sum(np.asarray(x, np.float64) for x in batches)
+  return jax.tree.map(exact, *jax.device_get(sums))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.training.evaluate import added
 from depthprune.training.masked import Decisions, Masked, masked
 from depthprune.training.method import Method, Tree, inputs_of
 from depthprune.training.step import State
@@ -51,7 +52,7 @@ class Judge:
   sizes: set[int] = dataclasses.field(default_factory=set)
 
   def __call__(self, keep: Tree) -> dict[str, float]:
-    """Loss and metrics of the network masked by keep, means over held-out examples.
+    """Scores of the network masked by keep, on all held-out examples.
 
     With exits in keep the one that is kept answers (the last by name, if several are)
     and nothing behind it is computed; without, what the method says.
@@ -106,14 +107,11 @@ class Judge:
     return Decisions(gates, closes, np.asarray(at, np.int32)), exits
 
   def _judged(self, how: str, exits: tuple[str, ...], decisions: Decisions) -> dict:
-    """Means over the held-out examples, [n] or [] each."""
+    """Scores on the held-out examples, [n] or [] each."""
     if self.network.stats and decisions.closes.any():
       decisions = decisions._replace(stats=self._recalibrated(how, decisions))
     measure = partial(self.network.measure, how, exits, decisions)
-    sums = [measure(batch) for batch in self.held_out]
-    total = {k: sum(np.asarray(s[k], np.float64) for s in sums) for k in sums[0]}
-    examples = np.maximum(total.pop('examples'), 1e-9)
-    return {name: value / examples for name, value in total.items()}
+    return self.network.scores(added([measure(batch) for batch in self.held_out]))
 
   def _recalibrated(self, how: str, decisions: Decisions) -> Tree:
     """Fresh statistics where a branch is closed, and where none is, those it has."""

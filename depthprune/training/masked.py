@@ -42,16 +42,18 @@ class Masked(NamedTuple):
   exits, and without any the method says what the answer is.
 
   Attributes:
-    measure: (how, exits, decisions, batch) -> sums over the batch, and 'examples'.
+    measure: (how, exits, decisions, batch) -> the task's sums over the batch.
     statistics: (how, decisions, batch) -> batch statistics of that batch alone.
     outputs: (*inputs) -> outputs by name, as trained.
     stats: the batch statistics that the network has, {} if none.
+    scores: (sums of all batches) -> {'loss', 'accuracy', ...}, the task's.
   """
 
-  measure: Callable[..., dict[str, jax.Array]]
+  measure: Callable[..., Tree]
   statistics: Callable[..., Tree]
   outputs: Callable[..., dict[str, jax.Array]]
   stats: Tree
+  scores: Callable[[Tree], dict[str, np.ndarray]]
 
 
 def masked(
@@ -72,6 +74,7 @@ def masked(
     partial(statistics, variables, gates),
     lambda *inputs: as_dict(run(variables, gates, *inputs, train=False)),
     variables.get(COLLECTION, {}),
+    task.scores,
   )
 
 
