@@ -6,15 +6,18 @@ arXiv 1503.02531), wrapped around the objective of any method.
   L = (1 - a) L_method + a T^2 KL( p_teacher(T) || p_student(T) )
 
 `make_step(..., teacher=apply)` runs the teacher on every batch, with arrays that are
-an argument of the step, and leaves its logits in `batch['teacher']`.
+an argument of the step, and leaves its logits in `batch['teacher']`. Divergences of
+several tasks are added, those of pixels averaged (of unlabelled ones too).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from depthprune.training.method import Method, as_dict, inputs_of, main
+from depthprune.training.method import Method, Tree, as_dict, inputs_of, main
 from depthprune.training.tasks import Task, mean
 
 
@@ -43,16 +46,27 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
       )
     loss, metrics = method.objective(task, outputs, batch, theta, step)
     T = temperature
-    q = task.log_probs(method.answer(task, outputs, theta) / T)
-    p = task.log_probs(batch['teacher'] / T)
-    divergence = mean((jnp.exp(p) * (p - q)).sum(-1), batch)
+    soft = lambda logits: task.log_probs(jax.tree.map(lambda z: z / T, logits))
+    q, p = soft(method.answer(task, outputs, theta)), soft(batch['teacher'])
+    divergence = sum(jax.tree.leaves(jax.tree.map(partial(_divergence, batch), p, q)))
     loss = (1 - weight) * loss + weight * T**2 * divergence
     return loss, {**metrics, 'distillation': divergence}
 
   return method._replace(objective=objective)
 
 
-def with_teacher(apply: Any, variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def _divergence(batch: Tree, p: jax.Array, q: jax.Array) -> jax.Array:
+  """Mean over the examples, and where there are any over their pixels."""
+  each = (jnp.exp(p) * (p - q)).sum(-1)
+  return mean(each.mean(range(1, each.ndim)) if each.ndim > 1 else each, batch)
+
+
+def with_teacher(
+  apply: Any,
+  variables: Any,
+  batch: dict[str, Any],
+  answer: Callable[[Tree], Tree] = main,
+) -> dict[str, Any]:
   """The batch and, as 'teacher', the logits of a network in evaluation mode."""
-  logits = main(as_dict(apply(variables, *inputs_of(batch), train=False)))
+  logits = answer(as_dict(apply(variables, *inputs_of(batch), train=False)))
   return {**batch, 'teacher': jax.lax.stop_gradient(logits)}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training.method import Tree, as_dict, inputs_of, main
+from depthprune.training.method import Tree, as_dict, inputs_of
 from depthprune.training.step import gated
 from depthprune.training.tasks import Task
 
@@ -42,12 +42,13 @@ def evaluator(
   model: Any,
   task: Task,
   coupling: Any = None,
-  answer: Callable[[Tree], jax.Array] = main,
+  answer: Callable[[Tree], Tree] | None = None,
 ) -> Callable[..., dict[str, float]]:
   """measure(variables, batches, gates=None): `evaluate`, compiled once for many.
 
-  answer: (outputs) -> logits, what is measured; 'main', or the only exit, by default.
+  answer: (outputs) -> logits, what is measured; the task's answer by default.
   """
+  answer = answer or task.answer
   measure = jax.jit(partial(totals, gated(model, coupling), task, answer))
 
   def over(variables: Tree, batches: Iterable[Tree], gates: Tree | None = None):

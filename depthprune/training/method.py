@@ -14,10 +14,9 @@ import numpy as np
 import optax
 
 from depthprune.training.penalties import add_penalty
-from depthprune.training.tasks import Task
-
-Tree = Any
-"""A nested dict (or any other pytree) of arrays."""
+from depthprune.training.task import Task as Task
+from depthprune.training.task import Tree as Tree
+from depthprune.training.task import main as main
 
 INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
 """What of a batch a network may read, in the order in which it takes them."""
@@ -30,25 +29,13 @@ class CutRefused(ValueError):
 def supervised(task: Task, outputs: Tree, batch: Tree, theta: Tree, step: jax.Array):
   """The task's own loss and metrics on the network's answer."""
   del theta, step
-  logits = main(outputs)
+  logits = task.answer(outputs)
   return task.loss(logits, batch), task.metrics(logits, batch)
 
 
-def main(outputs: Tree) -> jax.Array:
-  """A network's answer: 'main', or its only output. Raises ValueError for neither."""
-  if 'main' in outputs:
-    return outputs['main']
-  if len(outputs) == 1:
-    return next(iter(outputs.values()))
-  raise ValueError(
-    f"expected an output 'main', or a single one, got {', '.join(outputs)}: which of "
-    'them answers? Drop all exits but one, or use a method that weighs them'
-  )
-
-
-def answer_of_main(task: Task, outputs: Tree, theta: Tree) -> jax.Array:
-  del task, theta
-  return main(outputs)
+def answer_of_task(task: Task, outputs: Tree, theta: Tree) -> Tree:
+  del theta
+  return task.answer(outputs)
 
 
 def nothing_to_say(theta: Tree) -> Tree:
@@ -110,7 +97,7 @@ class Method(NamedTuple):
   )
   trunk_train: bool = True
   rounds: int = 1
-  answer: Callable[[Task, Tree, Tree], jax.Array] = answer_of_main
+  answer: Callable[[Task, Tree, Tree], Tree] = answer_of_task
   report: Callable[[Tree], Tree] = nothing_to_say
 
 

@@ -8,7 +8,7 @@ from depthprune.inference import latency
 from depthprune.program.view import runnable
 from depthprune.training import record
 from depthprune.training.evaluate import evaluator
-from depthprune.training.method import as_dict, main
+from depthprune.training.method import as_dict
 from depthprune.training.stage import Job
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   """Milliseconds of an answer, and seconds to compile it, before and after."""
   networks = (
     latency.Network(_answering(model, small.answer), small.before),
-    latency.Network(_answering(small.model, main), small.variables),
+    latency.Network(_answering(small.model, job.task.answer), small.variables),
   )
   seconds = [latency.compile_seconds(network, *job.inputs) for network in networks]
   measured = latency.compare(*networks, *job.inputs, batches=LATENCY_BATCHES)

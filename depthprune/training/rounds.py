@@ -21,7 +21,7 @@ from depthprune.training.branches import carried, opened, trained
 from depthprune.training.distill import distill
 from depthprune.training.evaluate import evaluator
 from depthprune.training.judge import Judge, judge
-from depthprune.training.method import Method, Tree, as_dict, main, plain
+from depthprune.training.method import Method, Tree, as_dict, plain
 from depthprune.training.recalibrate import COLLECTION, recalibrate
 from depthprune.training.stage import Job, Teacher, stage
 from depthprune.training.step import State, apply_of, branches_of, gated
@@ -94,7 +94,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   distills, given = job.config.distill, _is_trained(job.config)
   teacher = Teacher(apply_of(model), variables) if distills and given else None
   last = _round(job, model, variables, build, teacher, ())
-  whole, answer = (variables, main) if given else _answering(job, last)
+  whole, answer = (variables, job.task.answer) if given else _answering(job, last)
   if distills and not given:
     apply = gated(model)
     says = lambda v, *inputs, **mode: answer(as_dict(apply(v, {}, *inputs, **mode)))

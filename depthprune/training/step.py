@@ -114,7 +114,7 @@ def make_step(
   @partial(jax.jit, donate_argnums=0)
   def step(state: State, batch, key, teacher_variables=None):
     if teacher is not None:
-      batch = with_teacher(teacher, teacher_variables, batch)
+      batch = with_teacher(teacher, teacher_variables, batch, task.answer)
     found = _both_ways(run, method, task, state, batch, key)
     trained = {'params': state.params, 'theta': state.theta}
     updates, opt_state = tx.update(found.grads, state.opt_state, trained)
