@@ -46,8 +46,9 @@ class Config(Generic[O]):
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
 
   data: str = 'digits'
-  """digits (comes with scikit-learn), or a TFDS set of images or texts found in
-  $TFDS_DATA_DIR, such as cifar10 or glue/sst2."""
+  """digits (comes with scikit-learn), or a TFDS
+  set of images (with a class each, or masks) or texts found in $TFDS_DATA_DIR, such as
+  cifar10, camvid or glue/sst2."""
 
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from depthprune.training.catalogue import DataError
 from depthprune.training.data import epoch_steps
+from depthprune.training.prepared import DataError
 
 Split = dict[str, np.ndarray]
 """{'tokens': int32 [n, length], 'mask': bool [n, length], 'label': int32 [n]}, and of

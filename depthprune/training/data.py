@@ -1,4 +1,4 @@
-"""Image classification data: read once into memory, batched and augmented inside jit.
+"""Images and their classes: read once into memory, batched and augmented inside jit.
 
 `load` gives numpy arrays with deterministic splits; `batch` is a pure function of
 (key, step), so a run that is stopped and resumed sees the same images; `batches` goes
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training import catalogue, splits
+from depthprune.training import catalogue, masks, splits
 from depthprune.training.augment import Augment, Normalisation, augmented, normalise
-from depthprune.training.catalogue import DataError, Split
+from depthprune.training.prepared import DataError, Source, Split
 
 Batch = dict[str, jax.Array]
-"""{'image': float32 [batch, height, width, channels], 'label': int32 [batch]}, and in
-evaluation 'weight': float32 [batch], 0 where the batch was padded."""
+"""{'image': float32 [batch, height, width, channels], 'label': int32 [batch],
+or [batch, height, width], or [batch, tasks]}, and in evaluation 'weight': float32
+[batch], 0 where the batch was padded."""
 
 # A mirrored character is another one, or none.
 _CHARACTERS = frozenset(
@@ -32,6 +33,11 @@ class Dataset(NamedTuple):
 
   `shape` is that of one image, (height, width, channels). `normalisation` was computed
   on `train` alone. `augment` is what is usual for such images.
+
+  Labels are int32 [n], but uint8 [n, height, width] where every pixel has a class: then
+  pixels labelled `ignore` have none, and `names` are those of the classes, if the set
+  has them. With several `tasks`, of `classes` each, labels are int32 [n, tasks].
+  `notes` are what a reader of results must know of the data.
   """
 
   name: str
@@ -42,6 +48,10 @@ class Dataset(NamedTuple):
   shape: tuple[int, int, int]
   normalisation: Normalisation
   augment: Augment
+  ignore: int | None = None
+  names: tuple[str, ...] = ()
+  tasks: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
   def example(self) -> tuple[jax.Array, ...]:
     """One image of zeros, ([1, height, width, channels],)."""
@@ -60,11 +70,6 @@ class Dataset(NamedTuple):
     """The training images, where the sampler reads them."""
     return jax.device_put(self.train)
 
-  @property
-  def notes(self) -> tuple[str, ...]:
-    """What a reader of results must know: nothing, the images are as published."""
-    return ()
-
 
 def load(
   name: str = 'digits',
@@ -74,34 +79,55 @@ def load(
   resize: int | None = None,
   download: bool = False,
 ) -> Dataset:
-  """Reads a data set: 'digits', or any TFDS image classification set by its name.
+  """Reads a data set: 'digits', or any TFDS set of images by its name.
+
+  Images have a class each, or a mask with one for every pixel.
 
   The test images are always the same: the set's own, or a fixed quarter where it has
   none. `seed` chooses the `held_out` images out of the training images (a tenth, 5000
   at most, unless given) and the `subset` that is trained on (all the others, unless
-  given). Only chosen images are decoded. `resize` makes them square, with that side;
+  given). Where a set with masks has a test and a validation split, the latter is held
+  out. Only chosen images are decoded. `resize` makes them square, with that side;
   `download` lets TFDS fetch a set that is not in TFDS_DATA_DIR.
 
-  Raises DataError where the set is unknown, absent, not one of image classification,
-  or too large for the memory of this machine.
+  Raises DataError where the set is unknown, absent, without classes to tell from its
+  images, or too large for the memory of this machine; and as `masks.source`.
   """
   source = catalogue.source(name, resize, download)
   sizes = source.train, source.test
-  rows = splits.divide(name, sizes, seed, held_out, subset)
+  own = source.validation
+  rows = splits.divide(name, sizes, seed, held_out, subset, validation=own)
   count = sum(map(len, rows[:3]))
   _fits(name, count * int(np.prod(source.shape)))
-  train = source.read('train', rows.train)
+  parts = {
+    'train': source.read('train', rows.train),
+    'held_out': source.read(rows.held_of, rows.held_out),
+    'test': source.read(rows.of, rows.test),
+  }
+  classes, notes = source.classes, ()
+  if source.ignore is not None:
+    classes = classes or masks.highest(list(parts.values()), source.ignore)
+    notes = masks.notes(parts, classes, source)
   return Dataset(
     name,
-    train,
-    source.read('train', rows.held_out),
-    source.read(rows.of, rows.test),
-    source.classes,
-    source.shape,
-    _normalisation(train['image'], source.scale),
-    # An eighth of the side: 4 pixels of 32, 1 of 8.
-    Augment(-(-source.shape[0] // 8), name.split(':')[0] not in _CHARACTERS),
+    **parts,
+    classes=classes,
+    shape=source.shape,
+    normalisation=_normalisation(parts['train']['image'], source.scale),
+    augment=_usual(name, source),
+    ignore=source.ignore,
+    names=source.names,
+    tasks=source.tasks,
+    notes=notes,
   )
+
+
+def _usual(name: str, source: Source) -> Augment:
+  if source.tasks:  # they are told by where things lie: shifted by less than that
+    return Augment(source.shape[0] // 12)
+  # An eighth of the side: 4 pixels of 32, 1 of 8.
+  flip = name.split(':')[0] not in _CHARACTERS
+  return Augment(-(-source.shape[0] // 8), flip, source.ignore)
 
 
 def _fits(name: str, size: int) -> None:
@@ -164,12 +190,12 @@ def batch(
   if ordered is None:
     ordered = order(ordering, step // steps, n)
   rows = jax.lax.dynamic_slice_in_dim(ordered, start, size)
-  image = jnp.asarray(split['image'])[rows]
-  image = augmented(image, jax.random.fold_in(augmenting, step), augment)
-  return {
-    'image': normalise(image, normalisation),
-    'label': jnp.asarray(split['label'])[rows],
-  }
+  image, label = jnp.asarray(split['image'])[rows], jnp.asarray(split['label'])[rows]
+  way = jax.random.fold_in(augmenting, step)
+  image = augmented(image, way, augment)
+  if augment.ignore is not None:
+    label = augmented(label[..., None], way, augment, augment.ignore)[..., 0]
+  return {'image': normalise(image, normalisation), 'label': label.astype(jnp.int32)}
 
 
 class Sampler(NamedTuple):
@@ -209,11 +235,9 @@ def batches(split: Split, size: int, normalisation: Normalisation) -> Iterator[B
     image = split['image'][start : start + size]
     label = split['label'][start : start + size]
     missing = size - len(label)
+    padded = lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))  # noqa: B023
     yield {
-      'image': normalise(
-        jnp.pad(jnp.asarray(image), ((0, missing), (0, 0), (0, 0), (0, 0))),
-        normalisation,
-      ),
-      'label': jnp.pad(jnp.asarray(label), (0, missing)),
+      'image': normalise(padded(jnp.asarray(image)), normalisation),
+      'label': padded(jnp.asarray(label)).astype(jnp.int32),
       'weight': (jnp.arange(size) < len(label)).astype(jnp.float32),
     }

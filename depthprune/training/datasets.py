@@ -5,8 +5,8 @@ from pathlib import Path
 from depthprune.config import Config
 from depthprune.models import pretrained
 from depthprune.training import checkpoint, data, sentences, store, text
-from depthprune.training.catalogue import DataError
 from depthprune.training.data import Dataset
+from depthprune.training.prepared import DataError
 from depthprune.training.text import Texts
 
 

@@ -5,8 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from depthprune.training import catalogue
-from depthprune.training.catalogue import DataError
+from depthprune.training import prepared
+from depthprune.training.prepared import DataError
 
 Text = str | tuple[str, str]
 
@@ -35,11 +35,11 @@ def kind_of(name: str, download: bool = False) -> Literal['images', 'text']:
   """What a data set consists of, told from the types of its features.
 
   'images' also for a set of neither: `data.load` says what it expected. Raises
-  DataError as `catalogue.find`.
+  DataError as `prepared.find`.
   """
-  if name == 'digits':
+  if name in prepared.OWN:
     return 'images'
-  builder = catalogue.find(name, download)
+  builder = prepared.find(name, download)
   images, texts, labels = _by_type(builder)
   return 'text' if texts and labels and not images else 'images'
 
@@ -54,11 +54,11 @@ def source(name: str, download: bool = False) -> Source:
   Raises DataError for a name nobody knows, a set that is not prepared on this machine,
   and a set that is not of one text, or two, and a class.
   """
-  builder = catalogue.find(name, download)
+  builder = prepared.find(name, download)
   columns, label_key, pair = _columns(name, builder)
-  opened = {s: catalogue.open_split(name, builder, s) for s in builder.info.splits}
+  opened = {s: prepared.open_split(name, builder, s) for s in builder.info.splits}
   found = {'train': opened['train']} if 'train' in opened else {}
-  if named := catalogue.tested(opened, label_key):
+  if named := prepared.tested(opened, label_key):
     found['test'] = opened[named]
 
   def read(split, rows):

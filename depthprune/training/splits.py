@@ -4,16 +4,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from depthprune.training.catalogue import DataError
+from depthprune.training.prepared import DataError
 
 
 class Rows(NamedTuple):
-  """Which rows go where, each [n] and sorted; those of `test` are of the split `of`."""
+  """Which rows go where, each [n] and sorted.
+
+  Those of `test` are of the split `of`, those of `held_out` of `held_of`.
+  """
 
   train: np.ndarray
   held_out: np.ndarray
   test: np.ndarray
   of: str
+  held_of: str = 'train'
 
 
 def divide(
@@ -23,12 +27,14 @@ def divide(
   held_out: int | None = None,
   subset: int | None = None,
   noun: str = 'images',
+  validation: int = 0,
 ) -> Rows:
   """The rows of every split of a set with `sizes` rows in train and in test.
 
   Those of test are always the same: all, or a fixed quarter of train where test has
   none. `seed` chooses `held_out` (a tenth, 5000 at most, unless given) of the rest and
-  the `subset` to train on (all the others, unless given).
+  the `subset` to train on (all the others, unless given). With `validation` rows in a
+  split of that name, `held_out` of those are (all, unless given), and none of train.
 
   Raises DataError where there are not so many; `noun` says of what.
   """
@@ -39,6 +45,8 @@ def divide(
     of, mixed = 'train', np.random.RandomState(0).permutation(count)
     test, rest = np.split(mixed, [count // 4])
   rest = np.random.RandomState(seed).permutation(np.sort(rest))
+  if validation:
+    return _with_validation(name, validation, rest, test, of, seed, held_out, subset)
   held = min(5000, len(rest) // 10) if held_out is None else held_out
   many = len(rest) - held if subset is None else subset
   if held < 0 or many < 1 or held + many > len(rest):
@@ -48,3 +56,16 @@ def divide(
     )
   train = np.sort(rest[held : held + many])
   return Rows(train, np.sort(rest[:held]), np.sort(test), of)
+
+
+def _with_validation(name, size, rest, test, of, seed, held_out, subset) -> Rows:
+  many = len(rest) if subset is None else subset
+  held = size if held_out is None else held_out
+  if not (0 <= held <= size and 1 <= many <= len(rest)):
+    raise DataError(
+      f'data {name!r}: has {len(rest)} images to train on and {size} for validation, '
+      f'got held_out={held}, subset={many}: at most these, and subset at least 1'
+    )
+  chosen = np.random.RandomState(seed).permutation(size)[:held]
+  train, held_rows = np.sort(rest[:many]), np.sort(chosen)
+  return Rows(train, held_rows, np.sort(test), of, 'validation')

@@ -102,7 +102,7 @@ def prepare(config: Config, show: bool = True) -> Job:
     DataError as `datasets.read` does.
   """
   images = datasets.read(config)
-  task, folder = tasks.classification(images.classes), config.path
+  task, folder = tasks.of(images), config.path
   job = Job(config, folder, images, images.on_device(), task, show)
   before = folder / 'config.json'
   if not before.is_file():

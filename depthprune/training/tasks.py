@@ -110,6 +110,15 @@ def several(
   return Task(loss, metrics, log_probs, sums, scores, answer)
 
 
+def of(images: Any) -> Task:
+  """The task of a data set of images, texts or features: to tell its labels."""
+  if names := getattr(images, 'tasks', ()):
+    return several({name: classification(images.classes) for name in names})
+  if (ignore := getattr(images, 'ignore', None)) is not None:
+    return segmentation(images.classes, ignore, images.names)
+  return classification(images.classes)
+
+
 def _check_names(tasks: Mapping[str, Task], given: Tree) -> None:
   names = list(given) if isinstance(given, Mapping) else []
   missing = [name for name in tasks if name not in names]

@@ -10,7 +10,7 @@ import numpy as np
 
 from depthprune.training import buckets, sentences, splits, tokens
 from depthprune.training.buckets import Split, TextSampler
-from depthprune.training.catalogue import DataError
+from depthprune.training.prepared import DataError
 from depthprune.training.tokens import Encoded, largest
 
 

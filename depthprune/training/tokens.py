@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.training.catalogue import DataError
+from depthprune.training.prepared import DataError
 from depthprune.training.sentences import Text
 
 _BLOCK = 8192

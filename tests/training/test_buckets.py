@@ -6,7 +6,7 @@ import pytest
 
 from depthprune.training import buckets
 from depthprune.training.buckets import TextSampler
-from depthprune.training.catalogue import DataError
+from depthprune.training.prepared import DataError
 
 KEY = jax.random.key(0)
 

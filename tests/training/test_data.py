@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprune.training import catalogue, data
+from depthprune.training import catalogue, data, prepared
 from depthprune.training.data import Augment, DataError, Normalisation
 
 SPLITS = ('train', 'held_out', 'test')
@@ -160,7 +160,7 @@ def test_evaluation_sees_every_image_once_and_pads_the_last_batch():
 
 
 def test_too_many_images_for_the_memory_are_refused_before_they_are_read(monkeypatch):
-  huge = catalogue.Source(99, 0, (2**20, 2**20, 3), 2, 255.0, lambda *_: pytest.fail())
+  huge = prepared.Source(99, 0, (2**20, 2**20, 3), 2, 255.0, lambda *_: pytest.fail())
   monkeypatch.setattr(catalogue, 'source', lambda *_: huge)
   with pytest.raises(DataError, match='GiB of images.*subset=N'):
     data.load('huge')

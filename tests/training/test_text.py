@@ -16,11 +16,11 @@ import pytest
 from depthprune.config import RECIPES, Config
 from depthprune.inference.saved import load_cascade
 from depthprune.options import NetCut, SideNet
-from depthprune.training import catalogue, datasets, recipe, sentences, text, tokens
-from depthprune.training.catalogue import DataError
+from depthprune.training import datasets, prepared, recipe, sentences, text, tokens
 from depthprune.training.data import Dataset
 from depthprune.training.evaluate import evaluate
 from depthprune.training.method import inputs_of, plain
+from depthprune.training.prepared import DataError
 from depthprune.training.sentences import Source
 from depthprune.training.stage import prepare
 from depthprune.training.tasks import classification
@@ -211,14 +211,14 @@ def on_disk(monkeypatch, columns, keys=None, **splits) -> None:
   features |= {name: kinds.Text() for name in columns}
   features |= {'label': kinds.ClassLabel(num_classes=3)}
   info = SimpleNamespace(features=features, supervised_keys=keys, splits=splits)
-  monkeypatch.setattr(catalogue, 'find', lambda *_: SimpleNamespace(info=info))
+  monkeypatch.setattr(prepared, 'find', lambda *_: SimpleNamespace(info=info))
 
   class Records(list):
     def __getitems__(self, rows):
       return [self[i] for i in rows]
 
   opened = {name: Records(records) for name, records in splits.items()}
-  monkeypatch.setattr(catalogue, 'open_split', lambda name, builder, s: opened[s])
+  monkeypatch.setattr(prepared, 'open_split', lambda name, builder, s: opened[s])
 
 
 def record(label: int, **words: str) -> dict:
