@@ -46,7 +46,7 @@ class Config(Generic[O]):
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
 
   data: str = 'digits'
-  """digits (comes with scikit-learn), or a TFDS
+  """digits (comes with scikit-learn), multi_fashion (two labels an image), or a TFDS
   set of images (with a class each, or masks) or texts found in $TFDS_DATA_DIR, such as
   cifar10, camvid or glue/sst2."""
 

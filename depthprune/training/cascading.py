@@ -17,6 +17,7 @@ from depthprune.surgery.cut import Pruned, prune
 from depthprune.training import reached, record, results
 from depthprune.training.deciding import Decided, decide, splits
 from depthprune.training.networks import network
+from depthprune.training.prepared import DataError
 from depthprune.training.sides import Trained, train
 from depthprune.training.stage import Job, prepare
 
@@ -28,7 +29,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   """
   started = time.monotonic()
   network(config, classes=1)  # an unknown name is found before the data
-  job = splits(prepare(config, show))
+  job = splits(_one_class(prepare(config, show)))
   record.write(
     job.folder / 'config.json',
     {'config': config.to_json(), **results.surroundings(), 'command': record.command()},
@@ -44,6 +45,16 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   save_cascade(folder, early, pruned, images.normalisation, tokenizer)
   record.write(job.folder / 'result.json', result)
   return result
+
+
+def _one_class(job: Job) -> Job:
+  shape = np.shape(job.images.train['label'])
+  if len(shape) != 1:
+    raise DataError(
+      f'data {job.images.name!r}: a cascade tells one class per example, got labels '
+      f'{list(shape)}: use another method, or a data set with one class each'
+    )
+  return job
 
 
 def assembled(job: Job, trained: Trained, decided: Decided) -> tuple[Pruned, Cascade]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from depthprune.training import masks
+from depthprune.training import masks, overlaid
 from depthprune.training.prepared import (
   BLOCK,
   DataError,
@@ -24,13 +24,17 @@ from depthprune.training.prepared import (
 def source(name: str, resize: int | None = None, download: bool = False) -> Source:
   """The data set called `name`: 'digits', or anything TFDS has in TFDS_DATA_DIR.
 
-  Where a set has masks, every pixel has a class.
+  'multi_fashion' is made of fashion_mnist, and where a set has masks every pixel has
+  a class.
 
   Raises DataError for a name nobody knows, a set that is not prepared on this machine,
   and a set without images or without classes.
   """
   if name == 'digits':
     return _digits()
+  if name == 'multi_fashion':
+    pieces = _tfds(overlaid.OF, find(overlaid.OF, download), None)
+    return overlaid.overlaid(pieces, resize)
   builder = find(name, download)
   if found := masks.keys(builder):
     return masks.source(name, builder, *found, resize)

@@ -79,7 +79,7 @@ def load(
   resize: int | None = None,
   download: bool = False,
 ) -> Dataset:
-  """Reads a data set: 'digits', or any TFDS set of images by its name.
+  """Reads a data set: 'digits', 'multi_fashion', or any TFDS set of images by its name.
 
   Images have a class each, or a mask with one for every pixel.
 

@@ -16,7 +16,7 @@ have one each, int32 [n, tasks]."""
 
 BLOCK = 1024  # records that are decoded at once
 
-OWN = ('digits',)  # sets that TFDS does not have
+OWN = 'digits', 'multi_fashion'  # sets that TFDS does not have
 
 
 class DataError(ValueError):
