@@ -42,10 +42,10 @@ def _section(path: Path, found: dict[str, Any]) -> str:
   many = f' ({" / ".join(f"{n:,}" for n in sizes)} training examples)' if sizes else ''
   return (
     f'SideNet, {config["model"]} on {config["data"]}{many}: thresholds from held-out '
-    'data, everything else measured on test data, points lost against the network as it was '
-    'given; mean ± standard deviation over seeds; '
-    'saved of the FLOPs of the network alone, heads paid for; the interval is of what '
-    f'is saved (bootstrap, widest over seeds) ({link(path)}):\n\n'
+    'data, everything else measured on test data, points lost against the network as '
+    'it was given; mean ± standard deviation over seeds; saved of the FLOPs of the '
+    'network alone, heads paid for; the interval is of what is saved (bootstrap, '
+    f'widest over seeds) ({link(path)}):\n\n'
     + table(HEAD, lines)
     + '\n\n'
     + ' '.join([*said, *(f'Note: {note}.' for note in found.get('notes', ()))])
