@@ -99,7 +99,6 @@ def auxiliary(
     init=lambda given, outputs: {'branches': start} if gates else {},
     forward=forward,
     transform=lambda tx: apart(tx, _gate_tx(c, gate_lr)) if gates else tx,
-    answer=lambda task, outputs, theta: outputs['main'],
     report=lambda theta: _structure(theta['branches'], c) if gates else {},
   )
 

@@ -89,9 +89,9 @@ class SegNet(nn.Module):
     return tuple(f'up{i}' for i in range(len(self.blocks) - 1, 0, -1))
 
   @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
-    return 'avg'
+  def pool(self) -> Pool | None:
+    """None: what is asked for is a class of every pixel, not one of a vector."""
+    return None
 
   @property
   def shapes(self) -> list[Shape]:

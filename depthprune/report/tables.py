@@ -53,6 +53,9 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     accuracy = result.get(key)
     if accuracy:
       rows.append(_accuracy(f'accuracy, {name}', accuracy))
+  scores = result.get('scores', {})  # of pixels
+  if all('miou' in scores.get(when, {}) for when in ('before', 'after')):
+    rows.append(_accuracy('mean IoU, test', {k: v['miou'] for k, v in scores.items()}))
   for name, key in ((FLOPS, 'flops'), ('parameters', 'params')):
     rows.append(_cost(name, result[key]))
   peak = result.get('peak_bytes') or result.get('report', {}).get('peak_bytes')
@@ -142,8 +145,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def title(result: Mapping[str, Any]) -> str:
-  seed = f', seed {result["seed"]}' if 'seed' in result else ''
-  return f'{result["model"]} on {result["data"]}{seed}'
+  return f'{result["model"]} on {result["data"]}, seed {result["seed"]}'
 
 
 def screen(result: Mapping[str, Any]) -> Group:
@@ -232,9 +234,8 @@ def _widths(result: Mapping[str, Any]) -> Table:
 
 
 def measured_on(result: Mapping[str, Any]) -> str:
-  device = result.get('device')
   measured = result.get('latency_ms') or 'cascade' in result
-  return f'measured on {device}' if device and measured else ''
+  return f'measured on {result["device"]}' if measured and 'device' in result else ''
 
 
 def _accuracy(name: str, accuracy: Mapping[str, float]) -> Row:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from depthprune import models
 from depthprune.config import Config
 from depthprune.models import pretrained
-from depthprune.models.auxiliary import beside
+from depthprune.models.auxiliary import Auxiliary, beside
 from depthprune.models.heads import Head, WithHeads, every_tap
 from depthprune.options import NetCut
 from depthprune.training import checkpoint, store, tokens
@@ -43,13 +43,16 @@ def with_heads(trunk: Any, config: Config, classes: int) -> Any:
     return every_tap(trunk, pool=o.pool)
   if o.structure == 'none':
     return trunk
-  path = beside(trunk.taps, o.structure == 'search', classes=classes, width=o.width)
+  fields = {'classes': classes, 'width': o.width, 'pool': trunk.pool}
+  path = beside(trunk.taps, o.structure == 'search', **fields)
   if o.structure != 'deep-supervision':
     return WithHeads(trunk, {'aux': path})
   ends = [taps[-1] for taps in path.stages]
-  # The last of them is what the network's own head reads.
-  heads = {f'aux{i}': Head(t, classes) for i, t in enumerate(ends[:-1] or ends, 1)}
-  return WithHeads(trunk, heads)
+  ends = ends[:-1] or ends  # the last of them is what the network's own head reads
+  linear = lambda tap: Head(tap, classes, pool=trunk.pool)
+  dense = lambda tap: Auxiliary(((tap,),), **fields)  # of pixels
+  head = linear if trunk.pool else dense
+  return WithHeads(trunk, {f'aux{i}': head(tap) for i, tap in enumerate(ends, 1)})
 
 
 def start(job: Job, model: Any) -> Tree:

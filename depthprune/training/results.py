@@ -1,6 +1,7 @@
 """What a run reached, measured: accuracy, cost, latency."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,20 +33,23 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   reports = [found.report for found in small.rounds]
   full = evaluator(model, job.task, answer=small.answer)
   thin = evaluator(small.model, job.task)
-  accuracy = lambda split: {
-    'before': full(small.before, job.batches(split))['accuracy'],
-    'pruned': thin(small.pruned.variables, job.batches(split))['accuracy'],
-    'recalibrated': thin(small.recalibrated, job.batches(split))['accuracy'],
-    'after': thin(small.variables, job.batches(split))['accuracy'],
+  scores = lambda split: {
+    'before': full(small.before, job.batches(split)),
+    'pruned': thin(small.pruned.variables, job.batches(split)),
+    'recalibrated': thin(small.recalibrated, job.batches(split)),
+    'after': thin(small.variables, job.batches(split)),
   }
+  test, held_out = scores(job.images.test), scores(job.images.held_out)
+  accuracy = lambda found: {when: each['accuracy'] for when, each in found.items()}
   cost = lambda name: {
     'before': reports[0][name]['before'],
     'after': reports[-1][name]['after'],
   }
   result = {
     **described(job),
-    'accuracy': accuracy(job.images.test),
-    'held_out': accuracy(job.images.held_out),
+    'accuracy': accuracy(test),
+    'held_out': accuracy(held_out),
+    'scores': {when: finite(test[when]) for when in ('before', 'after')},
     'flops': cost('flops'),
     'params': cost('params'),
     'peak_bytes': cost('peak_bytes'),
@@ -56,6 +60,11 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     'report': reports[-1],
   }
   return result
+
+
+def finite(scores: dict[str, float]) -> dict[str, float | None]:
+  """All scores; None for one of nothing, as the IoU of a class that is not there."""
+  return {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
 
 
 def described(job: Job) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import depthprune as dp
 from depthprune import methods
 from depthprune.config import Config
 from depthprune.options import Auxiliary
-from depthprune.training import recipe
+from depthprune.training import recipe, results
 from depthprune.training.distill import distill
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
@@ -77,6 +77,7 @@ def _row(config: Config[Auxiliary], method: str, cost: Mapping) -> dict[str, Any
   return {
     'accuracy': result['accuracy']['after'],
     'held_out': result['held_out']['after'],
+    'scores': result['scores']['after'],
     'epochs': config.epochs.gates,
     'flops': result['flops']['after'],
     'flops_training': result['flops']['before'],
@@ -98,10 +99,12 @@ def _distilled(config: Config[Auxiliary]) -> dict[str, Any]:
   says = lambda v, *inputs, **mode: wide.apply(v, *inputs, **mode)['aux']
   state = _trained(job, 'distilled', compact, Teacher(says, taught.variables))
   measure = evaluator(compact, job.task)
-  accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
+  scores = lambda split: measure(state.variables, job.batches(split))
+  test = results.finite(scores(job.images.test))
   return {
-    'accuracy': accuracy(job.images.test),
-    'held_out': accuracy(job.images.held_out),
+    'accuracy': test['accuracy'],
+    'held_out': scores(job.images.held_out)['accuracy'],
+    'scores': test,
     'epochs': config.epochs.gates,
     'wall_seconds': round(time.monotonic() - started, 1),
   }

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.found import files, link, percent, spread, table
 
-HEAD = ('', 'test accuracy', 'against alone', 'epochs', 'training FLOPs', 'seeds')
+HEAD = ('', 'test', 'against alone', 'epochs', 'training FLOPs', 'seeds')
 NAMES = {
   'alone': 'compact alone',
   'longer': 'compact alone, same training FLOPs as all',
@@ -26,6 +26,9 @@ def auxiliary() -> str:
 
 def _table(path: Path, found: dict[str, Any]) -> str:
   config, rows = found['config'], found['rows']
+  # Of pixels it is the mean IoU that counts.
+  score = 'miou' if 'miou' in rows[0].get('scores', {}) else 'accuracy'
+  rows = [{**row, 'score': row.get('scores', row)[score]} for row in rows]
   alone = {row['seed']: row for row in rows if row['method'] == 'alone'}
   lines = []
   for method, name in NAMES.items():
@@ -35,15 +38,16 @@ def _table(path: Path, found: dict[str, Any]) -> str:
   images = f', {config["subset"]:,} images' if config['subset'] else ''
   return (
     f'Auxiliary overparameterization, {config["model"]} on {config["data"]}{images}: '
-    'what helped to train is cut away, and the same compact network is left; accuracy '
-    'in %, mean ± standard deviation; differences in points, seed by seed'
+    'what helped to train is cut away, and the same compact network is left; '
+    f'{"mean IoU" if score == "miou" else "accuracy"} on test data in %, mean ± '
+    'standard deviation; differences in points, seed by seed'
     f'{_searched(rows)} ({link(path)}):\n\n' + table(HEAD, lines)
   )
 
 
 def _line(name: str, rows: Rows, alone: dict[int, dict[str, Any]]) -> tuple[str, ...]:
   gains = [
-    100 * (row['accuracy'] - alone[row['seed']]['accuracy'])
+    100 * (row['score'] - alone[row['seed']]['score'])
     for row in rows
     if row['seed'] in alone
   ]
@@ -54,7 +58,7 @@ def _line(name: str, rows: Rows, alone: dict[int, dict[str, Any]]) -> tuple[str,
     cost = f'{work(rows[0]) / work(base):.2f}×'
   return (
     name,
-    percent(row['accuracy'] for row in rows),
+    percent(row['score'] for row in rows),
     spread(gains) if gains else '–',
     str(rows[0]['epochs']),
     cost,
