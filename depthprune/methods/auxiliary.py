@@ -61,7 +61,7 @@ def auxiliary(
   Raises: ValueError without 'main' and another exit, for a weight, price or rate that
     is negative or not finite, and for an unknown decay, or one without steps.
   """
-  names = early(coupling)
+  names = early(coupling, 'auxiliary')
   _check(weight, decay, price, gate_lr, steps)
   gates = connections(coupling)
   c = prices(coupling, gates)

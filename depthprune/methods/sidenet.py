@@ -75,12 +75,12 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
   )
 
 
-def early(coupling: Coupling) -> tuple[str, ...]:
+def early(coupling: Coupling, method: str = 'sidenet') -> tuple[str, ...]:
   """The exits before the network's own. Raises ValueError where there are none."""
   names = tuple(name for name in coupling.exits if name != 'main')
   if not names or 'main' not in coupling.exits:
     raise ValueError(
-      "sidenet: expected a network with an exit 'main' and others, got "
+      f"{method}: expected a network with an exit 'main' and others, got "
       f'{", ".join(coupling.exits) or "none"}; models.heads.WithHeads has them on taps'
     )
   return names
