@@ -46,9 +46,8 @@ class Config(Generic[O]):
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
 
   data: str = 'digits'
-  """digits (comes with scikit-learn), multi_fashion (two labels an image), or a TFDS
-  set of images (with a class each, or masks) or texts found in $TFDS_DATA_DIR, such as
-  cifar10, camvid or glue/sst2."""
+  """digits (comes with scikit-learn), or a TFDS set of images (with a class each, or
+  masks) or texts found in $TFDS_DATA_DIR, such as cifar10, camvid or glue/sst2."""
 
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
@@ -125,6 +124,10 @@ class Config(Generic[O]):
     if self.options.cascades and self.distill:
       raise ConfigError(
         f'distill: expected False for {self.method}, which cuts nothing'
+      )
+    if isinstance(self.options, Auxiliary) and self.distill:
+      raise ConfigError(
+        'distill: expected False for auxiliary: the path teaches the network already'
       )
     if self.options.heads and self.train_epochs:
       raise ConfigError(

@@ -23,7 +23,7 @@ class Epochs(NamedTuple):
   finetune: int
 
 
-def fraction(value: str) -> float:
+def fraction(value: str, name: str = 'value') -> float:
   """`0.5` and `50%` both read as 0.5; raises ConfigError for anything else."""
   text = str(value).strip()
   number = re.fullmatch(r'([-+.\deE]+)\s*(%?)', text)
@@ -32,7 +32,7 @@ def fraction(value: str) -> float:
   except ValueError:
     read = math.nan
   if math.isnan(read):
-    raise ConfigError(f'expected a fraction such as 0.5, or 50%, got {text!r}')
+    raise ConfigError(f'{name}: expected a fraction such as 0.5, or 50%, got {text!r}')
   return read
 
 

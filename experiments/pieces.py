@@ -83,11 +83,15 @@ class Rows:
     }
 
   def missing(self, **which: Any) -> bool:
+    self.rows = self._there()  # other calls may have added to it
     return all(any(row.get(k) != which.get(k) for k in self.keys) for row in self.rows)
 
   def add(self, row: dict[str, Any]) -> None:
     with _alone_in(self.path.parent):  # others may have added rows of other seeds
-      self.rows = [*self._there(), row]
+      if not self.missing(**row):
+        print(f'another call has added this row: {[row.get(k) for k in self.keys]}')
+        return
+      self.rows = [*self.rows, row]
       record.write(self.path, {**self.header, 'rows': self.rows})
     print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
 

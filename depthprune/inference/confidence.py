@@ -49,6 +49,8 @@ def score(
   answer = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   again = jnp.where(answer == memory.answer, memory.repeated + 1, 0)
   memory = Memory(answer, again)
+  # An answer that is not finite is none: its score is NaN, and nobody leaves by it.
+  logits = jnp.where(jnp.isfinite(logits).all(-1, keepdims=True), logits, jnp.nan)
   if kind == 'patience':
     broken = jnp.isnan(logits).any(-1)
     return jnp.where(broken, jnp.nan, again.astype(jnp.float32)), memory

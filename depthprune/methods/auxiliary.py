@@ -104,11 +104,14 @@ def auxiliary(
 
 
 def connections(coupling: Coupling) -> tuple[str, ...]:
-  """Paths of the branch gates that do nothing for 'main': those of the path."""
+  """Paths of the branch gates that cost something, and nothing in what 'main' needs."""
   main = {name: name == 'main' for name in coupling.exits}
-  left = lambda **closed: cost.flops(coupling, {'exits': main, 'branches': closed})
-  whole = left()
-  return tuple(path for path in coupling.branches if left(**{path: False}) == whole)
+  flops = lambda **keep: cost.flops(coupling, keep)
+  whole, alone = flops(), flops(exits=main)
+  spares = lambda closed: (
+    flops(branches=closed) < whole and flops(exits=main, branches=closed) == alone
+  )
+  return tuple(path for path in coupling.branches if spares({path: False}))
 
 
 def prices(coupling: Coupling, gates: Sequence[str]) -> dict[str, float]:

@@ -72,17 +72,20 @@ def beside(taps: tuple[str, ...], search: bool = False, **fields: Any) -> Auxili
   """An auxiliary path for a trunk with these taps.
 
   A tap called 'stage1/block0' feeds a stage with all others of its 'stage1'; of taps
-  that are one chain, equally many feed each of three stages. With `search` a tap may
+  without such a name equally many feed each of three stages. With `search` a tap may
   feed its own and every later stage, by a gate for each.
 
   fields: classes, width and pool of `Auxiliary`. Raises ValueError without taps.
   """
   if not taps:
     raise ValueError('auxiliary: the trunk has no taps that a path could read')
+  chain = [tap for tap in taps if '/' not in tap]
   groups: dict[Any, list[str]] = {}
-  for i, tap in enumerate(taps):
+  for tap in taps:
     stage = tap.rpartition('/')[0]
-    groups.setdefault(stage or i * min(NODES, len(taps)) // len(taps), []).append(tap)
+    if not stage:
+      stage = chain.index(tap) * min(NODES, len(chain)) // len(chain)
+    groups.setdefault(stage, []).append(tap)
   stages = [tuple(group) for group in groups.values()]
   if search:
     stages = [tuple(t for g in stages[: s + 1] for t in g) for s in range(len(stages))]

@@ -125,7 +125,10 @@ class WithHeads(nn.Module):
     """{NAME: what head NAME reads, pooled [batch, n]}, and the trunk's 'main' if kept.
 
     `model.apply(variables, x, method='features')`; the arrays of heads are not read.
+    Raises ValueError for a path, which has no features of one tap.
     """
+    if paths := [k for k, h in self._kept.items() if isinstance(h, Auxiliary)]:
+      raise ValueError(f'features: {paths[0]} is an auxiliary path, no head on a tap')
     outputs = self._run_trunk(inputs, train=False)
     read = {
       name: pooled(outputs[head.tap], head.pool, outputs.get('mask'))

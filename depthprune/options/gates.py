@@ -48,7 +48,7 @@ class Gates:
 
   def __post_init__(self):
     if isinstance(self.target, str):
-      object.__setattr__(self, 'target', fraction(self.target))
+      object.__setattr__(self, 'target', fraction(self.target, 'target'))
     if not 0 < self.target <= 1:
       raise ConfigError(
         f'target: expected a fraction in (0, 1], got {self.target:g}; '

@@ -106,7 +106,7 @@ class SideNet:
       inside(self, name, 0, 1)
     for name in ('budget', 'risk', 'delta'):
       if isinstance(value := getattr(self, name), str):
-        object.__setattr__(self, name, fraction(value))
+        object.__setattr__(self, name, fraction(value, name))
       if value is not None:
         inside(self, name, 0, 1, open_=True)
     if self.milliseconds is not None:

@@ -23,7 +23,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     return 'trained alone, without a path beside it'
   flops = result['flops']
   found = weights(result)
-  open_ = sum(w > 0 for _, _, w in found)
+  open_ = sum(is_open for *_, is_open in found)
   kept = f' ({open_} of {len(found)} connections open)' if found else ''
   return (
     f'trained beside {STRUCTURES[structure]}{kept}, dropped after training: '
@@ -31,30 +31,28 @@ def sentence(result: Mapping[str, Any]) -> str:
   )
 
 
-def weights(result: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-  """(tap, stage, weight) of every connection with a gate; the largest is open."""
+def weights(result: Mapping[str, Any]) -> list[tuple[str, str, float, bool]]:
+  """(tap, stage, weight, whether open) of every connection with a gate."""
   rounds = result.get('rounds') or [{}]
   learned = rounds[-1].get('learned', {})
   found = []
   for path in in_order(learned.get('weight', {})):
     *_, stage, tap, _ = path.split('/')
-    weight = learned['weight'][path]
-    # The last one stays open whatever its weight.
-    found.append((tap, stage, abs(weight) if learned['open'][path] else weight))
+    found.append((tap, stage, learned['weight'][path], learned['open'][path] > 0))
   return found
 
 
 def connections(result: Mapping[str, Any]) -> Figure:
   """Taps against stages of the path: a full mark for an open gate, else a ring."""
   found = weights(result)
-  taps = in_order({tap for tap, _, _ in found})
-  stages = in_order({stage for _, stage, _ in found})
+  taps = in_order({tap for tap, *_ in found})
+  stages = in_order({stage for _, stage, *_ in found})
   with style.styled():
     height = 1.2 + style.ROW * len(taps)
     figure = Figure(figsize=(7.2, height), layout='constrained')
     axes = figure.subplots()
-    for tap, stage, weight in found:
-      at, open_ = (stages.index(stage), taps.index(tap)), weight > 0
+    for tap, stage, weight, open_ in found:
+      at = stages.index(stage), taps.index(tap)
       face = style.FIRST if open_ else style.PAPER
       axes.plot(*at, 'o', ms=7, mfc=face, mec=style.FIRST if open_ else style.MUTED)
       axes.annotate(

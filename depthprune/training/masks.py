@@ -64,7 +64,10 @@ def source(
   if 'train' not in opened:
     raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
   test = next((s for s in ('test', 'validation') if len(opened.get(s, ()))), '')
-  names, ignore = _classes(builder, mask_key)
+  listed = _listed(builder, mask_key)
+  names = tuple(n for n in listed if n.lower() not in UNLABELLED)
+  ignore = len(names) if len(names) < len(listed) else IGNORE
+  numbers = numbered(listed, ignore)
 
   def read(split, rows):
     of = test if split == 'test' else split
@@ -72,9 +75,9 @@ def source(
     label = np.empty((len(rows), *shape[:2]), np.uint8)
     for i, record in enumerate(_records(opened[of], rows)):
       where = f'data {name!r}: {_where(builder, of, int(rows[i]))}'
-      _check(where, record[image_key], record[mask_key], mask_key, len(names), ignore)
+      _check(where, record[image_key], record[mask_key], mask_key, len(listed), ignore)
       image[i] = sized(record[image_key], resize)
-      label[i] = sized(record[mask_key], resize, nearest=True)[..., 0]
+      label[i] = numbers[sized(record[mask_key], resize, nearest=True)[..., 0]]
     return {'image': image, 'label': label}
 
   count = lambda split: len(opened.get(split, ()))
@@ -97,31 +100,42 @@ def _records(split: Any, rows: np.ndarray) -> Iterator[Mapping[str, np.ndarray]]
     yield from split.__getitems__(rows[start : start + BLOCK].tolist())
 
 
-def _classes(builder: Any, mask_key: str) -> tuple[tuple[str, ...], int]:
-  """(names of the classes, () if there are none; the label of pixels without one)."""
+def numbered(listed: Sequence[str], ignore: int) -> np.ndarray:
+  """The class of every label that a mask may hold, uint8 [256].
+
+  Classes count up without a gap; unlabelled pixels, wherever the set lists them, are
+  `ignore`. A label behind those that are listed stays as it is.
+  """
+  numbers, count = np.arange(256, dtype=np.uint8), 0
+  for i, name in enumerate(listed):
+    is_class = name.lower() not in UNLABELLED
+    numbers[i] = count if is_class else ignore
+    count += is_class
+  return numbers
+
+
+def _listed(builder: Any, mask_key: str) -> tuple[str, ...]:
+  """What the set calls its labels, in order; () if it says nothing."""
   names = tuple(getattr(builder.info.features[mask_key], 'names', None) or ())
   listed = builder.data_path / f'{mask_key}.labels.txt'
   if not names and listed.exists():
     names = tuple(listed.read_text().split('\n'))
     names = names[:-1] if names[-1] == '' else names
-  ignore = [i for i, name in enumerate(names) if name.lower() in UNLABELLED]
-  if ignore and ignore[0] == len(names) - 1:
-    names = names[:-1]
-  return names, ignore[0] if ignore else IGNORE
+  return names
 
 
-def _check(where, image, mask, mask_key: str, classes: int, ignore: int) -> None:
+def _check(where, image, mask, mask_key: str, labels: int, ignore: int) -> None:
   if image.shape[:2] != mask.shape[:2]:
     raise DataError(
       f'{where}: the image is {image.shape[:2]}, its {mask_key} {mask.shape[:2]}, '
       'expected one size: resize the mask (nearest pixel) and prepare the set again'
     )
-  wrong = mask[(mask >= classes) & (mask != ignore)] if classes else mask[:0]
+  wrong = mask[(mask >= labels) & (mask != ignore)] if labels else mask[:0]
   if wrong.size:
     raise DataError(
-      f'{where}: {mask_key} has the label {wrong.flat[0]}, expected 0 to '
-      f'{classes - 1}, or {ignore} for no label: name all classes, one a line, in '
-      f'{mask_key}.labels.txt'
+      f'{where}: {mask_key} has the label {wrong.flat[0]}, expected 0 to {labels - 1}'
+      f'{f", or {ignore} for no label" if ignore >= labels else ""}: name all labels, '
+      f'one a line, in {mask_key}.labels.txt'
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from depthprune import models
 from depthprune.config import Config
 from depthprune.models import pretrained
+from depthprune.models.arch import within
 from depthprune.models.auxiliary import Auxiliary, beside
 from depthprune.models.heads import Head, WithHeads, every_tap
 from depthprune.options import NetCut
@@ -71,7 +72,7 @@ def start(job: Job, model: Any) -> Tree:
   variables = jax.jit(model.init)(job.key('init'), *job.inputs)
   if path is None:
     return variables
-  # The trunk's own head is not in use; those of the exits are new.
+  # What the network has of the trunk; its own head may not be in use. Heads are new.
   merged = dict(variables)
   for collection, tree in _read(job, path, model.trunk).items():
     trunk = {k: tree[k] for k in variables[collection]['trunk']}
@@ -95,7 +96,8 @@ def as_thin(model: Any, path: str | Path) -> Any:
     classes it has, and the type it computes in, may differ.
   """
   record = store.read_record(Path(path), checkpoint.RECORD)
-  theirs, ours = _described(record['model']), _described(models.describe(model))
+  stored, arch, _ = _compact(record)
+  theirs, ours = _described(stored), _described(models.describe(model))
   fixed = sorted({*theirs, *ours} - {'arch', 'classes', 'dtype'})
   if apart := [k for k in fixed if theirs.get(k) != ours.get(k)]:
     says = lambda d: ', '.join(f'{k} {d.get(k)}' for k in apart)
@@ -103,7 +105,7 @@ def as_thin(model: Any, path: str | Path) -> Any:
       f'{path}: expected a pruned network with {says(ours)}, got one with '
       f'{says(theirs)}: pass the --model that was pruned'
     )
-  return model.clone(arch=type(model.arch)(record['arch']))
+  return model.clone(arch=type(model.arch)(arch))
 
 
 def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
@@ -114,7 +116,9 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
   Raises: CheckpointError for another number of classes, and for arrays that do not fit.
   """
   leaves, record = store.read(Path(path), checkpoint.RECORD)
-  classes = _described(record['model']).get('classes')
+  stored, _, inside = _compact(record)
+  leaves = {name.replace(inside, '/', 1): leaf for name, leaf in leaves.items()}
+  classes = _described(stored).get('classes')
   if classes != model.classes:
     raise CheckpointError(
       f'{path}: expected a network of {model.classes} classes, as the data has, got '
@@ -124,6 +128,20 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
   gates = {k: shapes.pop(k) for k in ('branches',) if k in shapes}
   opened = jax.tree.map(lambda gate: jnp.ones(gate.shape, gate.dtype), gates)
   return {**store.matched(shapes, leaves, str(path)), **opened}
+
+
+def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str]:
+  """(model, arch, what its arrays lie in) of a record, '/' if in nothing.
+
+  Of a trunk whose heads were all dropped, such as a network that was trained beside an
+  auxiliary path, they are those of the trunk.
+  """
+  model, arch = record['model'], record['arch']
+  heads = model.get('fields', {}).get('heads', {})
+  bare = heads and all(arch.get(f'exit/{name}') == 0 for name in heads)
+  if model.get('name') == 'heads.WithHeads' and bare and arch.get('exit/main', 1):
+    return model['fields']['trunk'], within(arch, 'trunk'), '/trunk/'
+  return model, arch, '/'
 
 
 def _described(described: Mapping[str, Any]) -> dict[str, Any]:

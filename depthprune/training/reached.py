@@ -165,6 +165,8 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
     costs.append((len(left[-1]), *cost))
   n, ideal, padded, whole = np.array(costs).T
   differ = np.concatenate(left) != expected
+  before = np.arange(len(rows))[:, None] < expected  # exits that were passed
+  stayed = before & np.isnan(p.scores[rows])
   return {
     **timed.to_json(),
     'ideal': float(n @ ideal / n.sum()),
@@ -174,7 +176,7 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
     'differ': int(differ.sum()),
     'near': int((differ & (gap < NEAR)).sum()),
     'n': len(differ),
-    'broken': int(np.isnan(p.scores[rows]).any(0).sum()),
+    'broken': int(stayed.any(0).sum()),
     'device': latency.device(),
   }
 

@@ -109,7 +109,7 @@ def test_a_mask_of_another_size_names_its_record(loaded):
 
 def test_a_label_outside_the_classes_names_file_and_value(loaded):
   with pytest.raises(
-    DataError, match='test-1, record 0: mask has the label 3, expected 0 to 1, or 2'
+    DataError, match='test-1, record 0: mask has the label 3, expected 0 to 2: name'
   ):
     loaded({'train': [record()] * 3, 'test': [record(2), record(1), record(3)]})
 
@@ -199,3 +199,11 @@ def test_camvid_says_that_its_validation_images_are_skewed(tfds_data):
 def test_shares_leave_unlabelled_pixels_out():
   split = {'label': np.asarray([[[0, 1, 1, 255]]], np.uint8)}
   np.testing.assert_allclose(masks.shares(split, 3), [1 / 3, 2 / 3, 0])
+
+
+def test_unlabelled_may_stand_anywhere_among_the_labels():
+  listed = ('void', 'road', 'Unlabelled', 'sky')
+  numbers = masks.numbered(listed, ignore=2)
+  assert numbers[:4].tolist() == [2, 0, 2, 1] and numbers[255] == 255
+  assert masks.numbered((), 255).tolist() == [*range(256)]
+  assert masks.numbered(('a', 'b', 'void'), 2)[:3].tolist() == [0, 1, 2]

@@ -9,6 +9,8 @@ import pytest
 import depthprune as dp
 from depthprune import models
 from depthprune.config import RECIPES
+from depthprune.models.auxiliary import beside
+from depthprune.models.heads import WithHeads
 from depthprune.options import SideNet
 from depthprune.training import datasets
 from depthprune.training.data import Normalisation
@@ -113,3 +115,21 @@ def test_a_folder_without_a_network_is_refused(tmp_path):
   for call in (network, lambda config, classes: datasets.read(config)):
     with pytest.raises(CheckpointError, match=r'no file arch\.json'):
       call(config_of(tmp_path, tmp_path), 10)
+
+
+def test_a_network_that_lost_its_path_is_the_compact_one(tmp_path):
+  trunk = models.build('resnet8')
+  wide = WithHeads(trunk, {'aux': beside(trunk.taps, width=4)})
+  variables = jax.jit(wide.init)(jax.random.key(0), EXAMPLE)
+  whole = dp.prune(wide, variables, {'exits': {'main': True}}, EXAMPLE)
+  bare = dp.prune(wide, variables, {'exits': {'main': True, 'aux': False}}, EXAMPLE)
+  dp.save(tmp_path / 'whole', whole, NORMALISATION)
+  dp.save(tmp_path / 'bare', bare, NORMALISATION)
+  config = dataclasses.replace(CONFIG, pretrained=str(tmp_path / 'bare'))
+  model = network(config, 10)
+  assert model == trunk
+  found = start(prepare(config, show=False), model)
+  same = jax.tree.map(np.array_equal, found['params'], variables['params']['trunk'])
+  assert jax.tree.all(same)
+  with pytest.raises(CheckpointError, match='heads.WithHeads'):
+    network(dataclasses.replace(config, pretrained=str(tmp_path / 'whole')), 10)
