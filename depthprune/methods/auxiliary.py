@@ -63,9 +63,6 @@ def auxiliary(
   """
   names = early(coupling, 'auxiliary')
   _check(weight, decay, price, gate_lr, steps)
-  gates = connections(coupling)
-  c = prices(coupling, gates)
-  paid = lambda b: jnp.stack([c[path] * b[path] for path in gates]).sum()
 
   def a_t(step):
     t = jnp.minimum(step.astype(jnp.float32) / max(steps, 1), 1)
@@ -81,25 +78,24 @@ def auxiliary(
       metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
     return task.loss(outputs['main'], batch) + a_t(step) * aside, metrics
 
-  def forward(theta, key=None, step=None):
-    del key, step
-    return {'branches': opened(theta['branches'])} if gates else {}
+  gates = connections(coupling)
+  method = _search(prices(coupling, gates), price, gate_lr) if gates else Method()
+  keep = {'exits': {name: name == 'main' for name in coupling.exits}}
+  return method._replace(
+    objective=objective, decide=lambda theta, stats, evaluate: keep
+  )
 
-  def penalty(theta, step):
-    del step
-    return price * paid(opened(theta['branches']))
 
-  start = {path: jnp.full((), START, jnp.float32) for path in gates}
+def _search(c: Mapping[str, float], price: float, gate_lr: float) -> Method:
+  """What trains the gates of connections, given their prices."""
+  paid = lambda b: jnp.stack([c[path] * b[path] for path in c]).sum()
+  start = {path: jnp.full((), START, jnp.float32) for path in c}
   return Method(
-    objective=objective,
-    decide=lambda theta, stats, evaluate: {
-      'exits': {name: name == 'main' for name in coupling.exits}
-    },
-    penalty=penalty if gates else None,
-    init=lambda given, outputs: {'branches': start} if gates else {},
-    forward=forward,
-    transform=lambda tx: apart(tx, _gate_tx(c, gate_lr)) if gates else tx,
-    report=lambda theta: _structure(theta['branches'], c) if gates else {},
+    penalty=lambda theta, step: price * paid(opened(theta['branches'])),
+    init=lambda given, outputs: {'branches': start},
+    forward=lambda theta, key=None, step=None: {'branches': opened(theta['branches'])},
+    transform=lambda tx: apart(tx, _gate_tx(c, gate_lr)),
+    report=lambda theta: _structure(theta['branches'], c),
   )
 
 
@@ -115,9 +111,7 @@ def connections(coupling: Coupling) -> tuple[str, ...]:
 
 
 def prices(coupling: Coupling, gates: Sequence[str]) -> dict[str, float]:
-  """{connection: its FLOPs as a multiple of their mean}; empty without gates."""
-  if not gates:
-    return {}
+  """{connection: its FLOPs as a multiple of their mean}."""
   ones = {path: jnp.float32(1) for path in gates}
   slope = jax.grad(lambda b: cost.flops(coupling, {'branches': b}))(ones)
   mean = float(np.mean([*slope.values()]))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from depthprune import models
 from depthprune.config import Config
@@ -17,6 +18,7 @@ from depthprune.options import NetCut
 from depthprune.training import checkpoint, store, tokens
 from depthprune.training.checkpoint import CheckpointError
 from depthprune.training.method import Tree
+from depthprune.training.prepared import DataError
 from depthprune.training.stage import Job
 
 
@@ -78,6 +80,22 @@ def start(job: Job, model: Any) -> Tree:
     trunk = {k: tree[k] for k in variables[collection]['trunk']}
     merged[collection] = {**variables[collection], 'trunk': trunk}
   return merged
+
+
+def check_answer(job: Job, model: Any) -> None:
+  """Raises DataError unless the model has an answer of the kind that the labels are."""
+  if getattr(job.images, 'tasks', ()):
+    return  # `tasks.several` names those that are missing
+  given = jax.eval_shape(model.init_with_output, job.key('shapes'), *job.inputs)[0]
+  said = {name: tuple(given[name].shape) for name in model.exits}
+  label = np.shape(job.images.train['label'])
+  if any(len(shape) != len(label) + 1 for shape in said.values()):
+    kinds = {1: 'a class of every image or text', 3: 'a class of every pixel'}
+    raise DataError(
+      f'data {job.config.data!r} has {kinds.get(len(label), "labels")} {label}, but '
+      f'{job.config.model} answers {said}: choose a model of that kind, such as '
+      f'{"segnet8" if len(label) == 3 else "resnet20"}'
+    )
 
 
 def _read(job: Job, path: str, model: Any) -> Tree:

@@ -9,6 +9,7 @@ from depthprune.config import Config
 from depthprune.program.couple import couple
 from depthprune.training import cascading, checkpoint, record, results
 from depthprune.training.method import plain
+from depthprune.training.networks import check_answer
 from depthprune.training.networks import network as network
 from depthprune.training.networks import start as start
 from depthprune.training.rounds import shrink
@@ -34,6 +35,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   network(config, classes=1)  # an unknown name is found before the data
   job = prepare(config, show)
   model = network(config, job.images.classes)
+  check_answer(job, model)
   build = partial(methods.build, config)
   variables = start(job, model)
   # Before any training: a target below what can be reached is found now, not later.

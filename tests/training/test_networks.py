@@ -12,10 +12,11 @@ from depthprune.config import RECIPES
 from depthprune.models.auxiliary import beside
 from depthprune.models.heads import WithHeads
 from depthprune.options import SideNet
-from depthprune.training import datasets
+from depthprune.training import datasets, recipe
 from depthprune.training.data import Normalisation
 from depthprune.training.keeper import CheckpointError
 from depthprune.training.networks import network, start
+from depthprune.training.prepared import DataError
 from depthprune.training.stage import prepare
 
 NORMALISATION = Normalisation((0.25,), (0.5,), 16.0)
@@ -133,3 +134,11 @@ def test_a_network_that_lost_its_path_is_the_compact_one(tmp_path):
   assert jax.tree.all(same)
   with pytest.raises(CheckpointError, match='heads.WithHeads'):
     network(dataclasses.replace(config, pretrained=str(tmp_path / 'whole')), 10)
+
+
+def test_a_model_of_another_kind_than_the_labels(tmp_path):
+  config = dataclasses.replace(
+    RECIPES['auxiliary'], model='segnet8', subset=64, workdir=str(tmp_path)
+  )
+  with pytest.raises(DataError, match='a class of every image.*segnet8 answers'):
+    recipe.run(config, show=False)
