@@ -8,7 +8,9 @@ parameters, beside a path of 64 channels. CPU-sized: 10,000 images at 14×14, 15
 
 3 seeds, about 20 minutes on one core. TFDS_DATA_DIR says where the data are;
 `--minutes 10` stops and goes on with the next call. Goal: `search` above `alone` by
-more than a standard deviation.
+more than a standard deviation. Found: `all` is (86.2 against 85.7 %), `search` (86.0)
+is not, and `longer` (86.7), with the same training FLOPs, is ahead of both: 15 short
+epochs are far from converged. Searched gates hover about zero but for the last tap's.
 """
 
 import dataclasses
