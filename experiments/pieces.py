@@ -71,19 +71,18 @@ class Rows:
 
     Raises: CheckpointError where the file has rows of another config.
     """
-    self.path, self.keys = path, keys
-    self.config = config
-    self.rows = self._there()
-    notes = json.loads(path.read_text()).get('notes') if self.rows else None
+    self.path, self.keys, self.config = path, keys, config
+    found = self._there()
+    self.rows = found.get('rows', [])
     self.header = {
       'config': config,
       'command': record.command(),
       **results.surroundings(),
-      **({'notes': notes} if notes else {}),
+      **{k: found[k] for k in ('notes',) if k in found},  # written beside the rows
     }
 
   def missing(self, **which: Any) -> bool:
-    self.rows = self._there()  # other calls may have added to it
+    self.rows = self._there().get('rows', [])  # other calls may have added to it
     return all(any(row.get(k) != which.get(k) for k in self.keys) for row in self.rows)
 
   def add(self, row: dict[str, Any]) -> None:
@@ -95,11 +94,11 @@ class Rows:
       record.write(self.path, {**self.header, 'rows': self.rows})
     print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
 
-  def _there(self) -> list[dict[str, Any]]:
+  def _there(self) -> dict[str, Any]:
     found = json.loads(self.path.read_text()) if self.path.is_file() else {}
     if found:
       same_config(found['config'], self.config, str(self.path))
-    return found.get('rows', [])
+    return found
 
 
 @contextlib.contextmanager

@@ -50,10 +50,10 @@ def score(
   again = jnp.where(answer == memory.answer, memory.repeated + 1, 0)
   memory = Memory(answer, again)
   # An answer that is not finite is none: its score is NaN, and nobody leaves by it.
-  logits = jnp.where(jnp.isfinite(logits).all(-1, keepdims=True), logits, jnp.nan)
+  finite = jnp.isfinite(logits).all(-1)
   if kind == 'patience':
-    broken = jnp.isnan(logits).any(-1)
-    return jnp.where(broken, jnp.nan, again.astype(jnp.float32)), memory
+    return jnp.where(finite, again.astype(jnp.float32), jnp.nan), memory
+  logits = jnp.where(finite[:, None], logits, jnp.nan)
   top, entropy, margin = _seen(logits)
   if kind == 'learned':
     if weights is None:

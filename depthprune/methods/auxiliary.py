@@ -32,7 +32,7 @@ import optax
 
 from depthprune.config import Config
 from depthprune.gates import straight_through
-from depthprune.methods.sidenet import early
+from depthprune.methods.sidenet import early, measured
 from depthprune.program import cost
 from depthprune.program.couple import Coupling
 from depthprune.training.method import Method, Tree, apart
@@ -72,11 +72,8 @@ def auxiliary(
   def objective(task, outputs, batch, theta, step):
     del theta
     aside = jnp.stack([task.loss(outputs[name], batch) for name in names]).sum()
-    metrics = task.metrics(outputs['main'], batch)
-    for name in names:
-      found = task.metrics(outputs[name], batch)
-      metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
-    return task.loss(outputs['main'], batch) + a_t(step) * aside, metrics
+    loss = task.loss(outputs['main'], batch) + a_t(step) * aside
+    return loss, measured(task, outputs, batch, names)
 
   gates = connections(coupling)
   method = _search(prices(coupling, gates), price, gate_lr) if gates else Method()

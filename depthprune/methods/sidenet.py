@@ -28,7 +28,7 @@ import optax
 from depthprune.config import Config
 from depthprune.program.couple import Coupling
 from depthprune.program.view import Decision
-from depthprune.training.method import Method, Tree
+from depthprune.training.method import Method, Task, Tree
 
 Regime = Literal['frozen', 'joint']
 
@@ -61,11 +61,7 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
   def objective(task, outputs, batch, theta, step):
     del theta, step
     loss = jnp.stack([task.loss(outputs[name], batch) for name in trained]).sum()
-    metrics = task.metrics(outputs['main'], batch)
-    for name in names:
-      found = task.metrics(outputs[name], batch)
-      metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
-    return loss, metrics
+    return loss, measured(task, outputs, batch, names)
 
   return Method(
     objective=objective,
@@ -84,6 +80,15 @@ def early(coupling: Coupling, method: str = 'sidenet') -> tuple[str, ...]:
       f'{", ".join(coupling.exits) or "none"}; models.heads.WithHeads has them on taps'
     )
   return names
+
+
+def measured(task: Task, outputs: Tree, batch: Tree, names: tuple[str, ...]) -> dict:
+  """The metrics of 'main', and those of the exits `names` under '<metric>_<exit>'."""
+  metrics = task.metrics(outputs['main'], batch)
+  for name in names:
+    found = task.metrics(outputs[name], batch)
+    metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
+  return metrics
 
 
 def side_paths(coupling: Coupling) -> frozenset[str]:

@@ -14,9 +14,9 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models import stages
-from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import ConvNorm, Pool, add_branch, classify
-from depthprune.models.residual import Stage, stage_widths
+from depthprune.models.residual import stage_widths, staged
 
 EXPANSION = (1, 6, 6, 6, 6, 6, 6)
 FEATURES = (16, 24, 32, 64, 96, 160, 320)
@@ -157,19 +157,14 @@ class MobileNetV2(nn.Module):
       stages.check_tap(until, self.taps)
     stride = 2 if self.imagenet else 1
     x = ConvNorm6(arch['stem/conv'], 3, stride, dtype=self.dtype, name='stem')(x, train)
-    outputs = {}
     end = '' if until == 'last' else until
     counts = stages.up_to(end, self.blocks, self.scan)
-    for i, (blocks, shape) in enumerate(zip(counts, self.shapes), 1):
-      name = f'stage{i}'
-      part = within(arch, name)
-      stage = Stage(Unit, blocks, shape, part, self.scan, self.dtype, name=name)
-      outputs |= beneath(stage(x, train), name)
-      x = outputs[self.taps[len(outputs) - 1]]
+    given = Unit, counts, self.shapes, arch, self.scan, self.dtype
+    outputs = staged(x, train, *given)
     if end:
       return outputs
-    x = ConvNorm6(arch['last/conv'], 1, dtype=self.dtype, name='last')(x, train)
-    outputs['last'] = x
+    last = ConvNorm6(arch['last/conv'], 1, dtype=self.dtype, name='last')
+    outputs['last'] = x = last(outputs[self.taps[-2]], train)
     return outputs if until else {**outputs, 'main': classify(x, self.classes)}
 
 

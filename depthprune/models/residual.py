@@ -147,6 +147,24 @@ class Stage(nn.Module):
     return outputs
 
 
+def staged(
+  x: jax.Array, train: bool, unit: Any, blocks: Sequence[int], shapes: Sequence,
+  arch: Arch, scan: bool, dtype: DTypeLike,
+) -> dict[str, jax.Array]:  # fmt: skip
+  """Features through stage1, stage2, ... → {'stage1/block0': ..., ...}, their taps.
+
+  blocks: number of units in each; shapes: of the first unit of each, or of more stages
+  than there are. The rest as in `Stage`. To be called where its modules are children.
+  """
+  outputs = {}
+  for i, (count, shape) in enumerate(zip(blocks, shapes), 1):
+    name = f'stage{i}'
+    stage = Stage(unit, count, shape, within(arch, name), scan, dtype, name=name)
+    outputs |= beneath(stage(x, train), name)
+    x = [*outputs.values()][-1]
+  return outputs
+
+
 def stage_widths(blocks: Sequence[int], shapes: Sequence, scan: bool) -> dict[str, int]:
   """The keys of `arch` of stages; shapes: of the first unit of each."""
   widths = {}

@@ -14,9 +14,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from depthprune.models import stages
-from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import ConvNorm, Pool, classify, norm
-from depthprune.models.residual import Shape, Stage, Unit, stage_widths
+from depthprune.models.residual import Shape, Unit, stage_widths, staged
 
 IMAGENET = {
   18: (2, 2, 2, 2),
@@ -119,16 +119,12 @@ class ResNet(nn.Module):
     x = stem(x, train)
     if self.imagenet:
       x = nn.pool(x, -jnp.inf, lax.max, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    outputs = {}
     counts = stages.up_to(until, self.blocks, self.scan)
-    for i, (blocks, shape) in enumerate(zip(counts, self.shapes), 1):
-      name = f'stage{i}'
-      part = within(arch, name)
-      stage = Stage(Unit, blocks, shape, part, self.scan, self.dtype, name=name)
-      outputs |= beneath(stage(x, train), name)
-      x = outputs[self.taps[len(outputs) - 1]]
+    given = Unit, counts, self.shapes, arch, self.scan, self.dtype
+    outputs = staged(x, train, *given)
     if until:
       return outputs
+    x = outputs[self.taps[-1]]
     if self.preact:
       x = nn.relu(norm(x, train, dtype=self.dtype, name='norm'))
     return {**outputs, 'main': classify(x, self.classes)}

@@ -16,9 +16,9 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models import stages
-from depthprune.models.arch import Arch, beneath, complete, within
+from depthprune.models.arch import Arch, complete, within
 from depthprune.models.layers import ConvNorm, Pool
-from depthprune.models.residual import Shape, Stage, Unit, stage_widths
+from depthprune.models.residual import Shape, Unit, stage_widths, staged
 
 
 class Up(nn.Module):
@@ -123,19 +123,14 @@ class SegNet(nn.Module):
     _, height, width, _ = x.shape
     stem = ConvNorm(arch['stem/conv'], stride=2, dtype=self.dtype, name='stem')
     x = stem(x, train)
-    outputs, skips = {}, []
     end = '' if until in self.ups else until
     counts = stages.up_to(end, self.blocks, self.scan)
-    for i, (blocks, shape) in enumerate(zip(counts, self.shapes), 1):
-      name = f'stage{i}'
-      part = within(arch, name)
-      stage = Stage(Unit, blocks, shape, part, self.scan, self.dtype, name=name)
-      outputs |= beneath(stage(x, train), name)
-      x = outputs[self.taps[len(outputs) - 1]]
-      skips.append(x)
+    given = Unit, counts, self.shapes, arch, self.scan, self.dtype
+    outputs = staged(x, train, *given)
     if end:
       return outputs
-    for name, skip in zip(self.ups, skips[-2::-1]):
+    *skips, x = (outputs[f'stage{i}/block{n - 1}'] for i, n in enumerate(counts, 1))
+    for name, skip in zip(self.ups, reversed(skips)):
       up = Up(within(arch, name), self.dtype, name=name)
       outputs[name] = x = up(x, skip, train)
       if name == until:

@@ -12,12 +12,11 @@ STRUCTURES = {
   'all': 'a path that every tap feeds',
   'search': 'a path whose connections were searched',
   'deep-supervision': 'linear heads after its stages',
-  'none': '',
 }
 
 
 def sentence(result: Mapping[str, Any]) -> str:
-  """`trained beside a path, ... (17 of 18 connections open), which is dropped: ...`."""
+  """`trained beside a path ... (17 of 18 connections open), dropped after ...`."""
   structure = result['options']['structure']
   if structure == 'none':
     return 'trained alone, without a path beside it'

@@ -50,8 +50,7 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
   """Accuracy, cost and measured latency of a finished run's `result.json`."""
   rows = []
   for name, key in (('test', 'accuracy'), ('held-out', 'held_out')):
-    accuracy = result.get(key)
-    if accuracy:
+    if accuracy := result.get(key):
       rows.append(_accuracy(f'accuracy, {name}', accuracy))
   scores = result.get('scores', {})  # of pixels
   if all('miou' in scores.get(when, {}) for when in ('before', 'after')):
@@ -145,7 +144,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def title(result: Mapping[str, Any]) -> str:
-  return f'{result["model"]} on {result["data"]}, seed {result["seed"]}'
+  seed = f', seed {result["seed"]}' if 'seed' in result else ''
+  return f'{result["model"]} on {result["data"]}{seed}'
 
 
 def screen(result: Mapping[str, Any]) -> Group:

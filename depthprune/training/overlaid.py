@@ -26,11 +26,8 @@ def overlaid(pieces: Source, resize: int | None = None) -> Source:
     partner = pairs(len(rows))
     image = overlay(found['image'], found['image'][partner])
     if resize is not None:
-      image = (
-        np.stack([sized(one, resize) for one in image])
-        if len(image)
-        else (np.empty((0, resize, resize, 1), np.uint8))
-      )
+      small = [sized(one, resize) for one in image]
+      image = np.array(small, np.uint8).reshape(-1, resize, resize, 1)
     label = np.stack([found['label'], found['label'][partner]], axis=1)
     return {'image': image, 'label': label}
 
