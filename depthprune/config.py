@@ -47,7 +47,8 @@ class Config(Generic[O]):
 
   data: str = 'digits'
   """digits (comes with scikit-learn), or a TFDS set of images (with a class each, or
-  masks) or texts found in $TFDS_DATA_DIR, such as cifar10, camvid or glue/sst2."""
+  masks) or texts found in $TFDS_DATA_DIR, such as cifar10, camvid or glue/sst2; or
+  multi_fashion: two fashion_mnist images in one, and a class to tell of each."""
 
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's

@@ -9,16 +9,20 @@ its connections, their price and a weight that decays are ours:
   a_t      = a                 constant
            = a (1 - t / T)     linear
            = a (1 + cos(pi t / T)) / 2                   cosine
-  w_j     <- w_j - eta (dL / dw_j) / c_j
+  w_j     <- w_j - eta_t (dL / dw_j) / c_j
+  eta_t    = eta min(1, 3 - 4 t / T), not below 0
 
-  z        logits of the network, the exit 'main';  y  the labels
+  z        logits of the network, the exit 'main';  y  the labels. Of several tasks both
+           are one for each, and CE is the sum over them
   z_k      logits of every other exit: of the path, or of heads (deep supervision)
   w_j      weight of the gate of connection j; all start open, at START
   c_j      its FLOPs over the mean;  lambda  nats that a mean connection must save
-  a, T     auxiliary weight, number of steps;  eta  learning rate of the gates
+  a, T     auxiliary weight, number of steps
+  eta      learning rate of the gates, until half of the steps; the structure is settled
+           for the last quarter
 
-In the end all exits but 'main' are dropped: what is left is the compact network, its
-arrays untouched. The connection of the largest weight stays open whatever it is.
+In the end all exits that only helped are dropped: what is left is the compact network,
+its arrays untouched. The connection of the largest weight stays open whatever it is.
 """
 
 import functools
@@ -32,13 +36,14 @@ import optax
 
 from depthprune.config import Config
 from depthprune.gates import straight_through
-from depthprune.methods.sidenet import early, measured
+from depthprune.methods.sidenet import measured
 from depthprune.program import cost
 from depthprune.program.couple import Coupling
 from depthprune.training.method import Method, Tree, apart
 
 Decay = Literal['constant', 'linear', 'cosine']
 START = 0.1
+ASIDE = 'aux'  # what the exits that only help are called in a run, or begin with
 
 
 def auxiliary(
@@ -48,20 +53,26 @@ def auxiliary(
   price: float = 0.005,
   gate_lr: float = 0.02,
   steps: int = 0,
+  aside: Sequence[str] | None = None,
 ) -> Method:
   """The method for a network with an exit 'main' and others that help to train it.
+
+  Or, of several tasks, with an exit for each task, and others that answer all of them:
+  those must be named in `aside`.
 
   Where connections of the path have gates (`models.auxiliary.beside(search=True)`),
   they are trained too: the structure is searched.
 
   Args:
     coupling: of the network, from `couple`. weight: a. decay: of a over the steps.
-    price: lambda. gate_lr: eta. steps: T; needed where the weight decays.
+    price: lambda. gate_lr: eta. steps: T; needed where the weight decays or gates are
+    trained. aside: the exits that only help; None: all but 'main'.
 
-  Raises: ValueError without 'main' and another exit, for a weight, price or rate that
-    is negative or not finite, and for an unknown decay, or one without steps.
+  Raises: ValueError without an exit that helps and one that is helped, for a weight,
+    price or rate that is negative or not finite, for an unknown decay, and without
+    steps where they are needed.
   """
-  names = early(coupling, 'auxiliary')
+  names = _aside(coupling, aside)
   _check(weight, decay, price, gate_lr, steps)
 
   def a_t(step):
@@ -71,19 +82,36 @@ def auxiliary(
 
   def objective(task, outputs, batch, theta, step):
     del theta
-    aside = jnp.stack([task.loss(outputs[name], batch) for name in names]).sum()
-    loss = task.loss(outputs['main'], batch) + a_t(step) * aside
-    return loss, measured(task, outputs, batch, names)
+    others = jnp.stack([task.loss(outputs[name], batch) for name in names]).sum()
+    own = task.answer({k: v for k, v in outputs.items() if k not in names})
+    loss = task.loss(own, batch) + a_t(step) * others
+    return loss, measured(task, own, outputs, batch, names)
 
-  gates = connections(coupling)
-  method = _search(prices(coupling, gates), price, gate_lr) if gates else Method()
-  keep = {'exits': {name: name == 'main' for name in coupling.exits}}
+  gates = connections(coupling, names)
+  method = Method()
+  if gates:
+    _check_steps('a search', steps)
+    method = _search(prices(coupling, gates), price, gate_lr, steps)
+  keep = {'exits': {name: name not in names for name in coupling.exits}}
   return method._replace(
     objective=objective, decide=lambda theta, stats, evaluate: keep
   )
 
 
-def _search(c: Mapping[str, float], price: float, gate_lr: float) -> Method:
+def _aside(coupling: Coupling, aside: Sequence[str] | None) -> tuple[str, ...]:
+  """The exits that only help, in the order of depth."""
+  given = aside or [name for name in coupling.exits if name != 'main']
+  helped = [name for name in coupling.exits if name not in given]
+  if {*given} - {*coupling.exits} or not helped or (aside is None and not given):
+    raise ValueError(
+      "auxiliary: expected a network with an exit 'main' and others that help to train "
+      f'it, or aside=those that do, got {", ".join(coupling.exits) or "no exits"} and '
+      f'aside={aside}; models.heads.WithHeads has exits on taps'
+    )
+  return tuple(name for name in coupling.exits if name in given)
+
+
+def _search(c: Mapping[str, float], price: float, gate_lr: float, steps: int) -> Method:
   """What trains the gates of connections, given their prices."""
   paid = lambda b: jnp.stack([c[path] * b[path] for path in c]).sum()
   start = {path: jnp.full((), START, jnp.float32) for path in c}
@@ -91,14 +119,14 @@ def _search(c: Mapping[str, float], price: float, gate_lr: float) -> Method:
     penalty=lambda theta, step: price * paid(opened(theta['branches'])),
     init=lambda given, outputs: {'branches': start},
     forward=lambda theta, key=None, step=None: {'branches': opened(theta['branches'])},
-    transform=lambda tx: apart(tx, _gate_tx(c, gate_lr)),
+    transform=lambda tx: apart(tx, _gate_tx(c, gate_lr, steps)),
     report=lambda theta: _structure(theta['branches'], c),
   )
 
 
-def connections(coupling: Coupling) -> tuple[str, ...]:
-  """Paths of the branch gates that cost something, and nothing in what 'main' needs."""
-  main = {name: name == 'main' for name in coupling.exits}
+def connections(coupling: Coupling, aside: Sequence[str]) -> tuple[str, ...]:
+  """Paths of the branch gates that cost something, in nothing but the exits aside."""
+  main = {name: name not in aside for name in coupling.exits}
   flops = lambda **keep: cost.flops(coupling, keep)
   whole, alone = flops(), flops(exits=main)
   spares = lambda closed: (
@@ -134,7 +162,9 @@ def configured(
   o = config.options
   if o.structure == 'none':
     return Method()
-  return auxiliary(coupling, o.weight, o.decay, o.price, o.gate_learning_rate, steps)
+  aside = [name for name in coupling.exits if name.startswith(ASIDE)]
+  given = o.weight, o.decay, o.price, o.gate_learning_rate
+  return auxiliary(coupling, *given, steps, aside)
 
 
 def _structure(w: Mapping[str, jax.Array], c: Mapping[str, float]) -> Tree:
@@ -148,7 +178,9 @@ def _structure(w: Mapping[str, jax.Array], c: Mapping[str, float]) -> Tree:
   }
 
 
-def _gate_tx(c: Mapping[str, float], eta: float) -> optax.GradientTransformation:
+def _gate_tx(
+  c: Mapping[str, float], eta: float, steps: int
+) -> optax.GradientTransformation:
   """SGD on the weights of gates, their gradient divided by the price."""
 
   def divided(updates, params):
@@ -156,7 +188,8 @@ def _gate_tx(c: Mapping[str, float], eta: float) -> optax.GradientTransformation
     w = updates['theta']['branches']
     return {**updates, 'theta': {'branches': {path: w[path] / c[path] for path in c}}}
 
-  return optax.chain(optax.stateless(divided), optax.sgd(eta))
+  eta_t = lambda step: eta * jnp.clip(3 - 4 * jnp.asarray(step) / steps, 0, 1)
+  return optax.chain(optax.stateless(divided), optax.sgd(eta_t))
 
 
 def _check(weight: float, decay: str, price: float, gate_lr: float, steps: int) -> None:
@@ -166,5 +199,10 @@ def _check(weight: float, decay: str, price: float, gate_lr: float, steps: int) 
   if decay not in get_args(Decay):
     expected = ', '.join(get_args(Decay))
     raise ValueError(f'auxiliary: decay={decay!r}: expected one of {expected}')
-  if decay != 'constant' and steps < 1:
-    raise ValueError(f'auxiliary: a {decay} decay takes steps, got {steps}')
+  if decay != 'constant':
+    _check_steps(f'a {decay} decay', steps)
+
+
+def _check_steps(what: str, steps: int) -> None:
+  if steps < 1:
+    raise ValueError(f'auxiliary: {what} takes steps, got {steps}')

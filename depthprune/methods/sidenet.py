@@ -61,7 +61,7 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
   def objective(task, outputs, batch, theta, step):
     del theta, step
     loss = jnp.stack([task.loss(outputs[name], batch) for name in trained]).sum()
-    return loss, measured(task, outputs, batch, names)
+    return loss, measured(task, outputs['main'], outputs, batch, names)
 
   return Method(
     objective=objective,
@@ -71,20 +71,22 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
   )
 
 
-def early(coupling: Coupling, method: str = 'sidenet') -> tuple[str, ...]:
+def early(coupling: Coupling) -> tuple[str, ...]:
   """The exits before the network's own. Raises ValueError where there are none."""
   names = tuple(name for name in coupling.exits if name != 'main')
   if not names or 'main' not in coupling.exits:
     raise ValueError(
-      f"{method}: expected a network with an exit 'main' and others, got "
+      f"sidenet: expected a network with an exit 'main' and others, got "
       f'{", ".join(coupling.exits) or "none"}; models.heads.WithHeads has them on taps'
     )
   return names
 
 
-def measured(task: Task, outputs: Tree, batch: Tree, names: tuple[str, ...]) -> dict:
-  """The metrics of 'main', and those of the exits `names` under '<metric>_<exit>'."""
-  metrics = task.metrics(outputs['main'], batch)
+def measured(
+  task: Task, own: Tree, outputs: Tree, batch: Tree, names: tuple[str, ...]
+) -> dict:
+  """The metrics of the network's own logits, and of exits as '<metric>_<exit>'."""
+  metrics = task.metrics(own, batch)
   for name in names:
     found = task.metrics(outputs[name], batch)
     metrics |= {f'{metric}_{name}': value for metric, value in found.items()}

@@ -9,7 +9,8 @@ Overparameterization", arXiv 1909.02214. The path is that of the authors' later 
 
   out_j     features of the trunk at tap j
   phi, D    dense over channels (a 1 × 1 convolution) and batch normalisation, at the
-            size of the stage; there is no D in the first
+            size of the stage's last tap or, if smaller, of the next stage's: where D is
+            strided nothing else is read; there is no D in the first
   g_js      gate of the connection from tap j to stage s: 1, or trained
 """
 
@@ -21,11 +22,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.gates import branch
 from depthprune.models.arch import Arch, within
-from depthprune.models.layers import Pool, he_normal, norm, pooled
+from depthprune.models.layers import Classes, Pool, answer, he_normal, pooled
 
 NODES = 3  # stages of the path beside a trunk whose taps are one chain
 
@@ -36,7 +38,7 @@ class Auxiliary:
 
   Attributes:
     stages: taps that feed each stage of the path, in the order of depth.
-    classes: number of logits.
+    classes: number of logits; or that of each of several tasks, by name.
     width: channels of the path.
     pool: how features become a vector, as in `heads.Head`; None for a class of every
       pixel: logits [batch, height, width, classes], of the size of the image.
@@ -44,10 +46,14 @@ class Auxiliary:
   """
 
   stages: tuple[tuple[str, ...], ...]
-  classes: int = 10
+  classes: Classes = 10
   width: int = 64
   pool: Pool | None = 'avg'
   gated: bool = False
+
+  def __post_init__(self):
+    if isinstance(self.classes, Mapping):
+      object.__setattr__(self, 'classes', FrozenDict(self.classes))
 
   @property
   def reads(self) -> tuple[str, ...]:
@@ -110,17 +116,57 @@ class Adaptor(nn.Module):
       step = -(-there // wanted)
       if step > 1 and -(-there // step) == wanted:  # as a convolution of that stride
         x = x[(slice(None),) * axis + (slice(None, None, step),)]
-    dense = nn.Dense(
-      self.width, use_bias=False, kernel_init=he_normal, dtype=self.dtype, name='dense'
-    )
-    x = norm(dense(x), train, dtype=self.dtype, name='norm')
+    kernel, bias = DenseNorm(self.width, name='dense')(x, train)
+    x = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
     if x.shape[1:-1] != size:
       x = jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), 'bilinear')
     return branch(self, x) if self.gated else x
 
 
+class DenseNorm(nn.Module):
+  """The layer that is a dense one and batch normalisation: kernel [c, width], bias.
+
+  While training, mean and variance of what the kernel gives follow from those of its
+  input, [batch, ..., c], which has fewer channels: the path is wide, and normalising it
+  would cost several times what it computes.
+  """
+
+  width: int
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    kernel = self.param('kernel', he_normal, (x.shape[-1], self.width))
+    scale = self.param('scale', nn.initializers.ones, (self.width,))
+    bias = self.param('bias', nn.initializers.zeros, (self.width,))
+    running = (
+      self.variable('batch_stats', 'mean', jnp.zeros, (self.width,)),
+      self.variable('batch_stats', 'var', jnp.ones, (self.width,)),
+    )
+    mean, var = (each.value for each in running)
+    if train:
+      mean, var = _moments(x, kernel)
+      if not self.is_initializing():
+        for each, new in zip(running, (mean, var)):
+          each.value = self.momentum * each.value + (1 - self.momentum) * new
+    slope = scale * jax.lax.rsqrt(var + self.epsilon)
+    return kernel * slope, bias - mean * slope
+
+
+def _moments(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance [width] of x @ kernel over all positions, in float32."""
+  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  dot = functools.partial(jnp.matmul, precision='highest')
+  mean = rows.mean(0)
+  apart = rows - mean
+  covariance = dot(apart.T, apart) / len(rows)
+  return dot(mean, kernel), (kernel * dot(covariance, kernel)).sum(0)
+
+
 class AuxiliaryPath(nn.Module):
-  """{tap: features [batch, ..., c]} → float32 logits of `Auxiliary`.
+  """{tap: features [batch, ..., c]} → float32 logits of `Auxiliary`, of several tasks
+  {TASK: logits}.
 
   Stages without an open connection pass on what came before them. Of vectors, images
   and sequences; a mask bool [batch, tokens] leaves padding out of the answer.
@@ -137,22 +183,25 @@ class AuxiliaryPath(nn.Module):
     train: bool = False,
     mask: jax.Array | None = None,
     size: tuple[int, ...] = (),
-  ) -> jax.Array:
+  ) -> Any:
     """size: height and width of the answer, where it is one of pixels."""
-    h = None
+    h, sizes = None, [features[taps[-1]].shape[1:-1] for taps in self.spec.stages]
     for s, taps in enumerate(self.spec.stages):
       name, given = f'stage{s}', {tap: features[tap] for tap in taps}
+      # Not larger than the next stage, which would read but a part of it.
+      here = tuple(map(min, sizes[s], sizes[min(s + 1, len(sizes) - 1)]))
       part = within(self.arch, name)
-      h = Stage(self.spec.gated, part, self.dtype, name=name)(given, h, train)
+      h = Stage(self.spec.gated, part, self.dtype, name=name)(given, h, here, train)
     if h is None:
       raise ValueError('auxiliary: arch closes every connection; drop the exit instead')
     h = h.astype(jnp.float32)
     if self.spec.pool:
       h = pooled(h, self.spec.pool, mask)
-    logits = nn.Dense(self.spec.classes, name='head')(h)
-    if self.spec.pool or logits.shape[1:-1] == size:
+    logits = answer(h, self.spec.classes, 'head')
+    if self.spec.pool or h.shape[1:-1] == size:
       return logits
-    return jax.image.resize(logits, (len(logits), *size, logits.shape[-1]), 'bilinear')
+    large = lambda z: jax.image.resize(z, (len(z), *size, z.shape[-1]), 'bilinear')
+    return jax.tree.map(large, logits)
 
 
 class Stage(nn.Module):
@@ -164,9 +213,12 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(
-    self, features: Mapping[str, jax.Array], h: jax.Array | None, train: bool
+    self,
+    features: Mapping[str, jax.Array],
+    h: jax.Array | None,
+    size: tuple[int, ...],
+    train: bool,
   ) -> jax.Array | None:
-    size = [*features.values()][-1].shape[1:-1]
     parts = []
     if h is not None:
       before = Adaptor(self.arch['before/dense'], False, self.dtype, name='before')

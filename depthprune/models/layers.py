@@ -6,7 +6,8 @@ be wrong.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 from depthprune.gates import branch
 
 Pool = Literal['avg', 'max', 'grid4', 'cls']
+Classes = int | Mapping[str, int]  # of several tasks: for each its number of classes
 
 he_normal = nn.initializers.he_normal()
 
@@ -137,4 +139,12 @@ def classify(
   In float32 whatever the compute type is: it is a sliver of the cost, and losses and
   thresholds are taken from here.
   """
-  return nn.Dense(classes, name=name)(pooled(x.astype(jnp.float32), pool))
+  return answer(pooled(x.astype(jnp.float32), pool), classes, name)
+
+
+def answer(x: jax.Array, classes: Classes, name: str) -> Any:
+  """[..., c] → float32 logits [..., classes] by the layer NAME; or, of several tasks,
+  {TASK: [..., its classes]} by the layers NAME_TASK."""
+  if isinstance(classes, Mapping):
+    return {task: answer(x, n, f'{name}_{task}') for task, n in classes.items()}
+  return nn.Dense(classes, name=name)(x.astype(jnp.float32))

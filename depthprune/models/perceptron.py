@@ -1,14 +1,16 @@
 """A head: a perceptron with at most one hidden layer, on one tap of a trunk."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch
-from depthprune.models.layers import Pool, he_normal, pooled
+from depthprune.models.layers import Classes, Pool, answer, he_normal, pooled
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Head:
 
   Attributes:
     tap: name of the features it reads.
-    classes: number of logits.
+    classes: number of logits; or that of each of several tasks, by name.
     hidden: width of its hidden layer; 0 for a linear head.
     pool: how positions [batch, ..., c] become one vector: their mean 'avg', their
       maximum 'max', the means over a grid of 4 × 4 'grid4' (images only), or the first
@@ -26,10 +28,14 @@ class Head:
   """
 
   tap: str
-  classes: int = 10
+  classes: Classes = 10
   hidden: int = 0
   pool: Pool = 'avg'
   dropout: float = 0.0
+
+  def __post_init__(self):
+    if isinstance(self.classes, Mapping):
+      object.__setattr__(self, 'classes', FrozenDict(self.classes))
 
   @property
   def reads(self) -> tuple[str, ...]:
@@ -43,7 +49,10 @@ class Head:
 
 
 class Perceptron(nn.Module):
-  """Features [batch, ..., c] → pool → float32 logits [batch, classes]."""
+  """Features [batch, ..., c] → pool → float32 logits [batch, classes].
+
+  Of several tasks {TASK: [batch, its classes]}.
+  """
 
   head: Head
   arch: Arch
@@ -52,11 +61,11 @@ class Perceptron(nn.Module):
   @nn.compact
   def __call__(
     self, x: jax.Array, train: bool = False, mask: jax.Array | None = None
-  ) -> jax.Array:
+  ) -> Any:
     x = pooled(x, self.head.pool, mask)
     if self.head.hidden:
       width = self.arch['hidden']
       dense = nn.Dense(width, kernel_init=he_normal, dtype=self.dtype, name='hidden')
       x = nn.relu(dense(x))
     x = nn.Dropout(self.head.dropout)(x, deterministic=not train)
-    return nn.Dense(self.head.classes, name='out')(x.astype(jnp.float32))
+    return answer(x, self.head.classes, 'out')

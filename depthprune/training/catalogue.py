@@ -32,7 +32,7 @@ def source(name: str, resize: int | None = None, download: bool = False) -> Sour
   """
   if name == 'digits':
     return _digits()
-  if name == 'multi_fashion':
+  if name == overlaid.NAME:
     pieces = _tfds(overlaid.OF, find(overlaid.OF, download), None)
     return overlaid.overlaid(pieces, resize)
   builder = find(name, download)

@@ -1,21 +1,23 @@
 """The network that a run is about, and the variables that it starts with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 from depthprune import models
 from depthprune.config import Config
+from depthprune.methods.auxiliary import ASIDE
 from depthprune.models import pretrained
 from depthprune.models.arch import within
 from depthprune.models.auxiliary import Auxiliary, beside
-from depthprune.models.heads import Head, WithHeads, every_tap
+from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.options import NetCut
-from depthprune.training import checkpoint, store, tokens
+from depthprune.training import checkpoint, overlaid, store, tokens
 from depthprune.training.checkpoint import CheckpointError
 from depthprune.training.method import Tree
 from depthprune.training.prepared import DataError
@@ -25,37 +27,55 @@ from depthprune.training.stage import Job
 def network(config: Config, classes: int) -> Any:
   """The model of a run, with the heads that its method needs.
 
-  Where it starts from a pruned network, a folder, the model has that one's `arch`.
+  Where the data have several tasks, of `classes` each, it has a head for each. Where it
+  starts from a pruned network, a folder, the model has that one's `arch`.
 
-  Raises: ValueError for a name that there is not; CheckpointError for a folder that
-    holds another model.
+  Raises: ValueError for a name that there is not, DataError for a method that is not
+    for several tasks; CheckpointError for a folder that holds another model.
   """
   chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
   model = models.build(
     config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
   )
+  if tasks := overlaid.tasks(config.data):
+    _check_several(config, model, tasks)
+    model = multitask(model, dict.fromkeys(tasks, classes))
   if config.pretrained is not None and Path(config.pretrained).is_dir():
     model = as_thin(model, config.pretrained)
-  return with_heads(model, config, classes) if config.options.heads else model
+  return with_heads(model, config) if config.options.heads else model
 
 
-def with_heads(trunk: Any, config: Config, classes: int) -> Any:
-  """The trunk with what the method wants on its taps."""
+def with_heads(model: Any, config: Config) -> Any:
+  """The model with what the method wants on its taps, or those of its trunk."""
   o = config.options
   if isinstance(o, NetCut):
-    return every_tap(trunk, pool=o.pool)
+    return every_tap(model, pool=o.pool)
   if o.structure == 'none':
-    return trunk
+    return model
+  own = getattr(model, 'heads', {})  # of several tasks, one each
+  trunk = model.trunk if own else model
+  classes = {task: head.classes for task, head in own.items()} or model.classes
   fields = {'classes': classes, 'width': o.width, 'pool': trunk.pool}
   path = beside(trunk.taps, o.structure == 'search', **fields)
   if o.structure != 'deep-supervision':
-    return WithHeads(trunk, {'aux': path})
-  ends = [taps[-1] for taps in path.stages]
-  ends = ends[:-1] or ends  # the last of them is what the network's own head reads
-  linear = lambda tap: Head(tap, classes, pool=trunk.pool)
-  dense = lambda tap: Auxiliary(((tap,),), **fields)  # of pixels
-  head = linear if trunk.pool else dense
-  return WithHeads(trunk, {f'aux{i}': head(tap) for i, tap in enumerate(ends, 1)})
+    heads = {ASIDE: path}
+  else:
+    ends = [taps[-1] for taps in path.stages]
+    ends = ends[:-1] or ends  # the last of them is what the network's own head reads
+    linear = lambda tap: Head(tap, classes, pool=trunk.pool)
+    dense = lambda tap: Auxiliary(((tap,),), **fields)  # of pixels
+    head = linear if trunk.pool else dense
+    heads = {f'{ASIDE}{i}': head(tap) for i, tap in enumerate(ends, 1)}
+  return WithHeads(trunk, {**own, **heads}, model.arch if own else FrozenDict())
+
+
+def _check_several(config: Config, model: Any, tasks: Sequence[str]) -> None:
+  if config.method in ('netcut', 'sidenet') or getattr(model, 'pool', None) is None:
+    raise DataError(
+      f'data {config.data!r} has several tasks ({", ".join(tasks)}): expected the '
+      'method gates, implosion or auxiliary and a network with taps that classifies, '
+      f'such as resnet20, got {config.method} and {config.model}'
+    )
 
 
 def start(job: Job, model: Any) -> Tree:
@@ -64,27 +84,40 @@ def start(job: Job, model: Any) -> Tree:
   Raises: ValueError for a file, CheckpointError for a folder, that does not fit, and
     DataError for the tokenizer of another network.
   """
-  path, heads = job.config.pretrained, hasattr(model, 'trunk')
+  path = job.config.pretrained
   tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
   if tokenizer is not None:
     vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)
     tokens.check_tokenizer(tokenizer, vocab)
-  if path is not None and not heads:
-    return _read(job, path, model)
-  variables = jax.jit(model.init)(job.key('init'), *job.inputs)
+  init = lambda: jax.jit(model.init)(job.key('init'), *job.inputs)
   if path is None:
-    return variables
-  # What the network has of the trunk; its own head may not be in use. Heads are new.
-  merged = dict(variables)
-  for collection, tree in _read(job, path, model.trunk).items():
-    trunk = {k: tree[k] for k in variables[collection]['trunk']}
-    merged[collection] = {**variables[collection], 'trunk': trunk}
+    return init()
+  if not hasattr(model, 'trunk'):
+    return _read(job, path, model)
+  merged = dict(init())  # heads of the method are new
+  for collection, tree in _known(job, path, model).items():
+    new = merged[collection]
+    # What the network has of the trunk; its own head may not be in use.
+    trunk = {k: tree['trunk'][k] for k in new['trunk']}
+    merged[collection] = {**new, **tree, 'trunk': trunk}
   return merged
+
+
+def _known(job: Job, path: str, model: Any) -> Tree:
+  """The arrays of a network with heads that a file or folder has: of its trunk, or
+  where the folder holds a network of several tasks of their heads too."""
+  tasks = overlaid.tasks(job.config.data)
+  if not (tasks and Path(path).is_dir()):
+    found = _read(job, path, model.trunk)
+    return {collection: {'trunk': tree} for collection, tree in found.items()}
+  own = {name: head for name, head in model.heads.items() if name in tasks}
+  arch = {k: v for k, v in model.arch.items() if f'/{ASIDE}' not in k}
+  return _read(job, path, model.clone(heads=own, arch=arch))
 
 
 def check_answer(job: Job, model: Any) -> None:
   """Raises DataError unless the model has an answer of the kind that the labels are."""
-  if getattr(job.images, 'tasks', ()):
+  if overlaid.tasks(job.config.data):
     return  # `tasks.several` names those that are missing
   given = jax.eval_shape(model.init_with_output, job.key('shapes'), *job.inputs)[0]
   said = {name: tuple(given[name].shape) for name in model.exits}
@@ -136,10 +169,11 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
   leaves, record = store.read(Path(path), checkpoint.RECORD)
   stored, _, inside = _compact(record)
   leaves = {name.replace(inside, '/', 1): leaf for name, leaf in leaves.items()}
+  ours = _described(models.describe(model)).get('classes')
   classes = _described(stored).get('classes')
-  if classes != model.classes:
+  if classes != ours:
     raise CheckpointError(
-      f'{path}: expected a network of {model.classes} classes, as the data has, got '
+      f'{path}: expected a network of {ours} classes, as the data has, got '
       f'one of {classes}'
     )
   shapes = dict(jax.eval_shape(model.init, jax.random.key(0), *inputs))
@@ -151,19 +185,33 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str]:
   """(model, arch, what its arrays lie in) of a record, '/' if in nothing.
 
-  Of a trunk whose heads were all dropped, such as a network that was trained beside an
-  auxiliary path, they are those of the trunk.
+  Heads that were dropped, such as an auxiliary path, are not among them; of a trunk
+  whose heads were all dropped they are those of the trunk.
   """
   model, arch = record['model'], record['arch']
-  heads = model.get('fields', {}).get('heads', {})
-  bare = heads and all(arch.get(f'exit/{name}') == 0 for name in heads)
-  if model.get('name') == 'heads.WithHeads' and bare and arch.get('exit/main', 1):
-    return model['fields']['trunk'], within(arch, 'trunk'), '/trunk/'
-  return model, arch, '/'
+  if model.get('name') != 'heads.WithHeads':
+    return model, arch, '/'
+  fields, gone = model['fields'], lambda name: arch.get(f'exit/{name}', 1) == 0
+  heads = {name: head for name, head in fields['heads'].items() if not gone(name)}
+  if not heads and not gone('main'):
+    return fields['trunk'], within(arch, 'trunk'), '/trunk/'
+  dropped = {*fields['heads']} - {*heads}
+  mine = lambda key: key.split('/')[0].removeprefix('head_') not in dropped
+  arch = {k: v for k, v in arch.items() if mine(k.removeprefix('exit/'))}
+  return {**model, 'fields': {**fields, 'heads': heads}}, arch, '/'
 
 
 def _described(described: Mapping[str, Any]) -> dict[str, Any]:
-  """{'name': ..., field: value}, of what `models.describe` gave."""
+  """{'name': ..., field: value}, of what `models.describe` gave.
+
+  The fields of a trunk are among those of the network that has it, and say how many
+  classes there are; its heads have taps.
+  """
   if 'foreign' in described:
     return {'name': described['foreign']}
-  return {'name': described['name'], **described['fields']}
+  name, fields = described['name'], described['fields']
+  if 'trunk' not in fields:
+    return {'name': name, **fields}
+  tap = lambda head: head['fields'].get('tap', head['name'])
+  taps = {of: tap(head) for of, head in fields['heads'].items()}
+  return {'name': name, **fields['trunk']['fields'], 'heads': taps}

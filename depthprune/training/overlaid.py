@@ -9,7 +9,7 @@ import numpy as np
 
 from depthprune.training.prepared import Source, sized
 
-OF = 'fashion_mnist'
+NAME, OF = 'multi_fashion', 'fashion_mnist'
 TASKS = 'left', 'right'  # the columns of the labels
 SIDE, PIECE = 36, 28  # of the canvas, and of what lies in two of its corners
 
@@ -33,6 +33,11 @@ def overlaid(pieces: Source, resize: int | None = None) -> Source:
 
   side = resize or SIDE
   return pieces._replace(shape=(side, side, 1), read=read, tasks=TASKS)
+
+
+def tasks(name: str) -> tuple[str, ...]:
+  """The tasks of the data set of that name, () where it has but one."""
+  return TASKS if name == NAME else ()
 
 
 def pairs(n: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Paper: arXiv 1909.02214 (compact networks on CIFAR and ImageNet there). ResNet-8, 75,000
 parameters, beside a path of 64 channels. CPU-sized: 10,000 images at 14×14, 15 epochs.
-`--full`, for an accelerator: all images at 28×28, 60 epochs.
+`--full`, for an accelerator: all images at 28×28, 20 epochs.
 
   python -m experiments.auxiliary.resnet8_fashion_mnist
 
@@ -19,7 +19,7 @@ from depthprune.config import RECIPES
 from experiments.auxiliary.compare import main
 
 FULL = dataclasses.replace(
-  RECIPES['auxiliary'], data='fashion_mnist', model='resnet8', gate_epochs=60
+  RECIPES['auxiliary'], data='fashion_mnist', model='resnet8', gate_epochs=20
 )
 SMALL = {'subset': 10_000, 'resize': 14, 'gate_epochs': 15}
 

@@ -2,7 +2,7 @@
 
 Paper: arXiv 1909.02214 (light segmentation networks there). SegNet of width 8, 190,000
 parameters, beside a path of 32 channels that reads encoder and decoder. CPU-sized:
-images at 64×64, 40 epochs. `--full`, for an accelerator: 180×240, 200 epochs.
+images at 64×64, 40 epochs. `--full`, for an accelerator: 128×128, 150 epochs.
 
   python -m experiments.auxiliary.segnet_camvid
 
@@ -24,7 +24,8 @@ FULL = dataclasses.replace(
   data='camvid',
   model='segnet8',
   batch=16,
-  gate_epochs=200,
+  resize=128,
+  gate_epochs=150,
 )
 SMALL = {'resize': 64, 'gate_epochs': 40}
 

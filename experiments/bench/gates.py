@@ -29,11 +29,13 @@ RESULT = Path(__file__).parent / 'results' / 'gates.json'
 BATCH, SHAPE = 128, (32, 32, 3)
 
 
-def stepper(model, variables, method: Method, coupling, batch):
+def stepper(
+  model, variables, method: Method, coupling, batch, task=tasks.classification(10)
+):
   """A function without arguments that does the next training step."""
   tx = optax.sgd(0.1, momentum=0.9, nesterov=True)
   state = init_state(model, method, tx, variables, coupling, batch)
-  step = dp.make_step(model, method, tasks.classification(10), tx, coupling)
+  step = dp.make_step(model, method, task, tx, coupling)
 
   def advance():
     nonlocal state

@@ -3,8 +3,8 @@
   priority   the paper's: trained, the units of smallest |w| erased, retrained, again
   drop, greedy   the same with another importance
   random     the same with units drawn by chance
-  scratch    the shape that `priority` ended with, trained from scratch for as many
-             epochs as all its stages together
+  scratch    the shape that the row of `priority` ended with, trained from scratch for
+             as many epochs as all its stages together
 
 Every (seed, method) is one row; rows are written as they are done and a second call
 goes on where the first one ended. Decisions see held-out images only; the test images
@@ -22,9 +22,10 @@ import jax
 
 from depthprune.config import Config
 from depthprune.options import Implosion
-from depthprune.training import checkpoint, recipe
+from depthprune.training import recipe
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
+from depthprune.training.networks import network
 from depthprune.training.stage import prepare, stage
 from experiments.pieces import Rows, arguments, within
 
@@ -55,16 +56,16 @@ def main(
         if rows.missing(seed=seed, method=method):
           folder = config.path / f'{method}-seed{seed}'
           run = dataclasses.replace(config, seed=seed, workdir=str(folder))
-          rows.add({'seed': seed, 'method': method, **_row(run, method)})
-          if method != 'priority':  # whose shape scratch has
-            shutil.rmtree(folder)  # checkpoints of many networks
-      shutil.rmtree(config.path / f'priority-seed{seed}', ignore_errors=True)
+          found = {row['method']: row for row in rows.rows if row['seed'] == seed}
+          rows.add({'seed': seed, 'method': method, **_row(run, method, found)})
+          shutil.rmtree(folder)  # checkpoints of many networks
 
 
-def _row(config: Config[Implosion], method: str) -> dict[str, Any]:
+def _row(
+  config: Config[Implosion], method: str, found: Mapping[str, Any]
+) -> dict[str, Any]:
   if method == 'scratch':
-    kept = config.path.parent / f'priority-seed{config.seed}'
-    return _scratch(config, kept / 'pruned')
+    return _scratch(config, found['priority'])
   options: Any = dataclasses.replace(config.options, importance=method)
   return _erased(dataclasses.replace(config, options=options))
 
@@ -85,16 +86,16 @@ def _erased(config: Config[Implosion]) -> dict[str, Any]:
   }
 
 
-def _scratch(config: Config[Implosion], shape: Path) -> dict[str, Any]:
+def _scratch(config: Config[Implosion], shape: Mapping[str, Any]) -> dict[str, Any]:
   started = time.monotonic()
-  pruned = checkpoint.load(shape)
-  job = prepare(config)
-  model = pruned.model
+  job = prepare(dataclasses.replace(config, pretrained=None))
+  erased = [unit for each in shape['rounds'] for unit in each['erased']]
+  full = network(job.config, job.images.classes)
+  model = full.clone(arch={f'{unit}/branch': 0 for unit in erased})
   variables = jax.jit(model.init)(job.key('init'), job.example)
   # No gates are trained, so none stay: the units are as the erased network has them.
   variables = {k: v for k, v in variables.items() if k != 'branches'}
-  rounds = -(-_erasures(pruned.arch) // config.options.per_round)
-  epochs, peak = _epochs(config, rounds), config.learning_rate
+  epochs, peak = shape['epochs'], config.learning_rate
   state = stage(job, 'train', model, plain(), variables, epochs=epochs, peak=peak)
   measure = evaluator(model, job.task)
   accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
@@ -102,7 +103,7 @@ def _scratch(config: Config[Implosion], shape: Path) -> dict[str, Any]:
     'accuracy': accuracy(job.images.test),
     'held_out': accuracy(job.images.held_out),
     'epochs': epochs,
-    **{k: pruned.report[k]['after'] for k in ('flops', 'params')},
+    **{k: shape[k] for k in ('flops', 'params')},
     'wall_seconds': round(time.monotonic() - started, 1),
   }
 
@@ -111,8 +112,3 @@ def _epochs(config: Config[Implosion], rounds: int) -> int:
   """Of all stages together."""
   train, gates, finetune = config.epochs
   return train + gates + rounds * finetune
-
-
-def _erasures(arch: Mapping[str, int]) -> int:
-  """Units that are gone, of a network without scanned stacks."""
-  return sum(1 for k, n in arch.items() if k.endswith('branch') and n == 0)

@@ -9,9 +9,9 @@ import pytest
 import depthprune as dp
 from depthprune.methods.auxiliary import auxiliary, connections, opened, prices
 from depthprune.models.auxiliary import beside
-from depthprune.models.heads import Head, WithHeads
+from depthprune.models.heads import Head, WithHeads, multitask
 from depthprune.models.resnet import ResNet
-from depthprune.training.tasks import classification
+from depthprune.training.tasks import classification, several
 from depthprune.training.train import init_state, make_step
 
 TRUNK = ResNet(depth=8, width=4)
@@ -45,20 +45,21 @@ def test_the_loss_is_both_with_a_weight_that_decays(decay, left):
 
 
 def test_gates_of_the_path_are_told_from_those_of_units():
-  found = connections(COUPLING)
+  found = connections(COUPLING, ('aux',))
   assert len(found) == 6 and all(path.startswith('head_aux/') for path in found)
   assert any(path.startswith('trunk/') for path in COUPLING.branches)
-  assert connections(made(search=False)[2]) == ()
+  assert connections(made(search=False)[2], ('aux',)) == ()
 
 
 def test_prices_are_flops_over_their_mean():
-  c = prices(COUPLING, connections(COUPLING))
+  c = prices(COUPLING, connections(COUPLING, ('aux',)))
   assert np.mean([*c.values()]) == pytest.approx(1)
-  # 1x1 from c channels to 4, where the stage has 64, 16 or 4 pixels; the
-  # normalisation, ReLU and sum are counted with it, so that ratios are not exact.
-  cost = lambda s, t: c[f'head_aux/stage{s}/stage{t}_block0/branch']
-  assert cost(0, 1) > cost(1, 2) > cost(1, 1) > cost(2, 1)
-  assert cost(2, 3) > cost(2, 2) > cost(2, 1)
+  # 1x1 from c channels to 4, at the 16, 4 and 4 pixels of this stage or the next.
+  sizes = {(0, 1): 16 * 4, (1, 1): 4 * 4, (1, 2): 4 * 8}
+  sizes |= {(2, 1): 4 * 4, (2, 2): 4 * 8, (2, 3): 4 * 16}
+  for (s, t), size in sizes.items():
+    found = c[f'head_aux/stage{s}/stage{t}_block0/branch']
+    assert found == pytest.approx(size / np.mean([*sizes.values()]), rel=1e-6)
 
 
 def test_gates_are_straight_through_and_the_largest_stays_open():
@@ -72,7 +73,7 @@ def test_early_blocks_feel_the_path():
   """The gradient of the stem is another with the path than without."""
   steps = {}
   for weight in (0.0, 1.0):
-    method, tx = auxiliary(COUPLING, weight=weight), optax.sgd(0.1)
+    method, tx = auxiliary(COUPLING, weight=weight, steps=1), optax.sgd(0.1)
     state = init_state(MODEL, method, tx, VARIABLES, COUPLING, BATCH)
     step = make_step(MODEL, method, TASK, tx, COUPLING)
     state, _ = step(state, BATCH, jax.random.key(0))
@@ -103,8 +104,8 @@ def test_a_connection_that_is_planted_as_useless_closes():
   x = jax.random.normal(jax.random.key(4), (256, 4))
   batch = {'image': x, 'label': (x[:, 0] > 0).astype(jnp.int32)}
   coupling = dp.couple(net, variables, x[:1])
-  assert connections(coupling) == ('noise', 'signal')
-  method = auxiliary(coupling, price=0.02, gate_lr=0.05)
+  assert connections(coupling, ('aux',)) == ('noise', 'signal')
+  method = auxiliary(coupling, price=0.02, gate_lr=0.05, steps=600)
   tx = optax.sgd(0.1)
   state = init_state(net, method, tx, variables, coupling, batch)
   step = make_step(net, method, TASK, tx, coupling)
@@ -115,7 +116,7 @@ def test_a_connection_that_is_planted_as_useless_closes():
 
 
 def test_what_is_decided_leaves_the_compact_network():
-  method = auxiliary(COUPLING)
+  method = auxiliary(COUPLING, steps=1)
   keep = method.decide({}, {}, lambda keep: None)
   assert keep == {'exits': {'main': True, 'aux': False}}
   pruned = dp.prune(MODEL, VARIABLES, keep, X[:1], coupling=COUPLING)
@@ -153,3 +154,68 @@ def test_bad_input(changes, message):
   coupling = dp.couple(TRUNK, jax.jit(TRUNK.init)(jax.random.key(1), X), X[:1])
   with pytest.raises(ValueError, match='auxiliary: expected a network with an exit'):
     auxiliary(coupling)
+  with pytest.raises(ValueError, match=r"got main, aux and aside=\['axu'\]"):
+    auxiliary(COUPLING, aside=['axu'])
+  with pytest.raises(ValueError, match='a search takes steps, got 0'):
+    auxiliary(COUPLING)
+
+
+SEVERAL = several({'left': TASK, 'right': classification(3)})
+
+
+def of_two_tasks(search):
+  sizes = {'left': 10, 'right': 3}
+  base = multitask(TRUNK, sizes)
+  path = beside(TRUNK.taps, search, classes=sizes, width=4)
+  model = WithHeads(TRUNK, {**base.heads, 'aux': path}, base.arch)
+  variables = jax.jit(model.init)(jax.random.key(1), X)
+  return model, variables, dp.couple(model, variables, X[:1])
+
+
+def test_a_path_answers_several_tasks():
+  model, variables, coupling = of_two_tasks(search=True)
+  assert {*coupling.exits} == {'left', 'right', 'aux'}
+  outputs = model.apply(variables, X)
+  assert outputs['aux']['right'].shape == (8, 3)
+  batch = {'image': X, 'label': jnp.stack([BATCH['label'], BATCH['label'] % 3], 1)}
+  method = auxiliary(coupling, weight=0.5, steps=1, aside=['aux'])
+  exits = {name: outputs[name] for name in coupling.exits}
+  loss, metrics = method.objective(SEVERAL, exits, batch, {}, jnp.int32(0))
+  ce = lambda z, column: optax.softmax_cross_entropy_with_integer_labels(
+    z, batch['label'][:, column]
+  ).mean()
+  both = lambda left, right: ce(left, 0) + ce(right, 1)
+  own, aux = both(outputs['left'], outputs['right']), both(**outputs['aux'])
+  np.testing.assert_allclose(loss, own + 0.5 * aux, rtol=1e-5)
+  assert {'accuracy', 'accuracy_left', 'accuracy_aux'} <= {*metrics}
+  keep = method.decide({}, {}, lambda keep: None)
+  assert keep == {'exits': {'left': True, 'right': True, 'aux': False}}
+  pruned = dp.prune(model, variables, keep, X[:1], coupling=coupling)
+  bare = multitask(TRUNK, {'left': 10, 'right': 3})
+  small = pruned.model.apply(pruned.variables, X)
+  expected = bare.apply(
+    {k: {n: v[n] for n in v if n != 'head_aux'} for k, v in variables.items()}, X
+  )
+  for name in ('left', 'right'):
+    np.testing.assert_array_equal(small[name], expected[name])
+  assert 'aux' not in str(jax.tree.structure(pruned.variables))
+
+
+def test_several_tasks_need_the_names_of_what_helps():
+  with pytest.raises(ValueError, match=r'got left, right, aux and aside=None'):
+    auxiliary(of_two_tasks(search=False)[2])
+
+
+def test_the_structure_is_settled_in_the_last_quarter():
+  method = auxiliary(COUPLING, gate_lr=0.5, steps=8)
+  tx = method.transform(optax.sgd(0.1))
+  theta = method.init({}, {})
+  trained = {'params': {}, 'theta': theta}
+  state, ones = tx.init(trained), jax.tree.map(jnp.ones_like, trained)
+  c = prices(COUPLING, connections(COUPLING, ('aux',)))
+  path = next(iter(c))
+  for step in range(9):
+    updates, state = tx.update(ones, state, trained)
+    eta = 0.5 * {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 0.5}.get(step, 0)
+    moved = updates['theta']['branches'][path]
+    np.testing.assert_allclose(moved, -eta / c[path], rtol=1e-6)

@@ -11,7 +11,7 @@ from depthprune import models
 from depthprune.config import RECIPES
 from depthprune.models.auxiliary import beside
 from depthprune.models.heads import WithHeads
-from depthprune.options import SideNet
+from depthprune.options import Auxiliary, Gates, SideNet
 from depthprune.training import datasets, recipe
 from depthprune.training.data import Normalisation
 from depthprune.training.keeper import CheckpointError
@@ -134,6 +134,41 @@ def test_a_network_that_lost_its_path_is_the_compact_one(tmp_path):
   assert jax.tree.all(same)
   with pytest.raises(CheckpointError, match='heads.WithHeads'):
     network(dataclasses.replace(config, pretrained=str(tmp_path / 'whole')), 10)
+
+
+def test_a_network_of_several_tasks_loses_its_path_and_goes_on(tmp_path, tfds_data):
+  """Trained beside a path for both tasks, then pruned with trainable gates."""
+  fields = {'data': 'multi_fashion', 'model': 'resnet8', 'resize': 12, 'subset': 64}
+  fields |= {'gate_epochs': 1, 'finetune_epochs': 0, 'batch': 32}
+  config = dataclasses.replace(
+    RECIPES['auxiliary'],
+    options=Auxiliary('search', width=4),
+    workdir=str(tmp_path / 'wide'),
+    **fields,
+  )
+  result = recipe.run(config, show=False)
+  assert {'accuracy_left', 'accuracy_right'} <= {*result['scores']['after']}
+  folder = tmp_path / 'wide' / 'pruned'
+  stripped = dp.load(folder)
+  config = dataclasses.replace(
+    RECIPES['trainable_gates'],
+    pretrained=str(folder),
+    options=Gates(target=0.8),
+    workdir=str(tmp_path / 'thin'),
+    train_epochs=0,
+    **fields,
+  )
+  job = prepare(config, show=False)
+  model = network(config, 10)
+  assert {*model.exits} == {'left', 'right'}
+  variables = start(job, model)
+  same = jax.tree.map(np.array_equal, variables['params'], stripped.variables['params'])
+  assert jax.tree.all(same)
+  result = recipe.run(config, show=False)
+  assert result['flops']['after'] < 0.82 * result['flops']['before']
+  netcut = dataclasses.replace(RECIPES['netcut'], data='multi_fashion')
+  with pytest.raises(DataError, match='several tasks .left, right.: expected the meth'):
+    network(netcut, 10)
 
 
 def test_a_model_of_another_kind_than_the_labels(tmp_path):
