@@ -115,7 +115,7 @@ if __name__ == '__main__':
   state = stage(job, 'gates', model, method, variables, epochs=EPOCHS, peak=peak)
   trained = time.perf_counter()
   on = lambda batches: dp.judge(model, method, job.task, state, list(batches))
-  judged = on(job.held_out())
+  judged = on(job.batches(job.images.held_out))
   keep = method.decide(jax.device_get(state.theta), {}, judged)
   tested = on(job.batches(job.images.test))
   accuracy = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.config import Config
-from depthprune.training import rounds
+from depthprune.training import mesh, rounds
 from depthprune.training.data import Augment, Dataset, Normalisation
 from depthprune.training.method import Method
 from depthprune.training.stage import Job
@@ -62,9 +62,8 @@ def test_rounds_are_repeated_and_held_out_data_decides(tmp_path):
     return Method(decide=decide, rounds=2 if n == 8 else 1)
 
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path))
-  job = Job(
-    config, tmp_path, set_, jax.device_put(set_.train), classification(3), False
-  )
+  train, task = jax.device_put(set_.train), classification(3)
+  job = Job(config, tmp_path, set_, train, task, mesh.of(config), show=False)
   variables = Net().init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
   small = rounds.shrink(job, Net(), variables, build)
   assert [n for n, _, _ in asked] == [8, 4]
