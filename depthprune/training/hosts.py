@@ -27,9 +27,10 @@ class HostError(ValueError):
 def join() -> None:
   """Joins the other processes of the run, where there are any; once per process.
 
-  SLURM (srun), Open MPI, indexed Jobs on Kubernetes (GKE) and TPU pods are found by
-  jax itself. Processes that were started by hand are told by the environment:
-  JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+  SLURM (srun), Open MPI, TPU pods and, with jax[k8s] installed, indexed Jobs on
+  Kubernetes (GKE) are found by jax itself. Processes that were started by hand are told
+  by the environment: JAX_COORDINATOR_ADDRESS (host:port of process 0),
+  JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
   Raises: HostError where only some of these three are set, or not to numbers.
   """
@@ -52,7 +53,7 @@ def several(environment: Mapping[str, str]) -> bool:
     any(name in environment for name in EXPLICIT)
     or (step and count('SLURM_NTASKS') > 1)
     or count('OMPI_COMM_WORLD_SIZE') > 1
-    or 'JOB_COMPLETION_INDEX' in environment
+    or ('JOB_COMPLETION_INDEX' in environment and _installed('kubernetes'))
     or any(',' in environment.get(name, '') for name in workers)
     or _on_tpu_vm(environment)
   )
@@ -79,11 +80,15 @@ def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
   """On Google Cloud, where only its metadata say how many hosts a slice has."""
   devices = Path('/dev/accel0'), Path('/dev/vfio/0')
   return (
-    importlib.util.find_spec('libtpu') is not None
+    _installed('libtpu')
     and 'TPU_SKIP_MDS_QUERY' not in environment
     and 'cpu' not in environment.get('JAX_PLATFORMS', '')
     and any(device.exists() for device in devices)
   )
+
+
+def _installed(package: str) -> bool:
+  return importlib.util.find_spec(package) is not None
 
 
 def writes() -> bool:

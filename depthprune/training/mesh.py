@@ -20,6 +20,7 @@ from depthprune.config import Config
 from depthprune.values import ConfigError, axes
 
 AXES = ('data', 'model')
+ROWS = P('data')
 Tree = Any
 
 
@@ -51,7 +52,7 @@ def of(config: Config) -> Mesh:
       f'devices, got {config.batch}: the nearest is {nearest(config.batch, data)}'
     )
   kinds = (AxisType.Auto, AxisType.Auto)
-  return jax.make_mesh((data, model), AXES, kinds, devices=devices[:asked])
+  return jax.make_mesh((data, model), AXES, axis_types=kinds, devices=devices[:asked])
 
 
 def nearest(number: int, of: int) -> int:
@@ -61,7 +62,7 @@ def nearest(number: int, of: int) -> int:
 
 def by_rows(mesh: Mesh, tree: Tree) -> Tree:
   """Arrays [batch, ...], that every process has whole, split over 'data'."""
-  return _laid(tree, lambda x: NamedSharding(mesh, P('data')))
+  return _laid(tree, lambda x: NamedSharding(mesh, ROWS))
 
 
 def by_weights(mesh: Mesh, tree: Tree) -> Tree:

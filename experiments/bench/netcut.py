@@ -27,7 +27,8 @@ import depthprune as dp
 from depthprune import methods
 from depthprune.inference import latency
 from depthprune.training import recipe, record, results
-from depthprune.training.stage import optimizer, prepare, stage
+from depthprune.training.optimizers import optimizer
+from depthprune.training.stage import prepare, stage
 from depthprune.training.train import init_state, make_step
 from experiments.netcut.mlp_fashion_mnist import FULL
 

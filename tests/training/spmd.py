@@ -21,6 +21,8 @@ from depthprune.config import Config
 from depthprune.options import Gates
 from depthprune.training import data, hosts, rounds, store
 from depthprune.training import mesh as meshes
+from depthprune.training.buckets import TextSampler
+from depthprune.training.features import FeatureSampler
 from depthprune.training.method import plain
 from depthprune.training.optimizers import optimizer
 from depthprune.training.stage import Job, prepare, stage
@@ -65,14 +67,15 @@ def train(folder: Path, mesh: str | None) -> None:
   arrays = store.paths(jax.device_get((state, small.variables)))
   sums = {path: zlib.crc32(np.ascontiguousarray(x)) for path, x in arrays.items()}
   (folder / f'sums{jax.process_index()}.json').write_text(json.dumps(sums))
-  fused = as_one_program(job, variables)
+  fused, same = as_one_program(job, variables), batches_of_the_host(job)
   if hosts.writes():
     np.savez(folder / 'state.npz', **store.paths(jax.device_get(state)))
     np.savez(folder / 'fused.npz', **store.paths(meshes.fetch(fused)))
     kernel = fused.params['conv1']['kernel']
     (image,) = {shard.data.shape for shard in image_of(job).addressable_shards}
     (part,) = {shard.data.shape for shard in kernel.addressable_shards}
-    (folder / 'parts.json').write_text(json.dumps({'image': image, 'kernel': part}))
+    parts = {'image': image, 'kernel': part, 'of_the_host': same}
+    (folder / 'parts.json').write_text(json.dumps(parts))
     np.savez(folder / 'keep.npz', **small.pruned.keep['channels'])
     np.savez(folder / 'found.npz', loss=test['loss'], **small.rounds[0].held_out)
 
@@ -89,6 +92,24 @@ def as_one_program(job: Job, variables: Any) -> Any:
   step = make_step(Net(), plain(), job.task, tx, lay=job.on_mesh)
   given = job.key('ten'), job.batch_at('ten'), job.train
   return fit(step, state, *given, steps=STEPS, every=5, show=False, fused=True)
+
+
+def batches_of_the_host(job: Job) -> dict[str, bool]:
+  """Whether texts, and features that lie on disk, are split and stay as they are."""
+  rng, label = np.random.RandomState(0), np.arange(64, dtype=np.int32)
+  mask = np.arange(24) < rng.randint(1, 24, (64, 1))
+  texts = {'tokens': rng.randint(9, size=mask.shape), 'mask': mask, 'label': label}
+  rows = {'features': {'tap': rng.normal(size=(64, 5))}, 'label': label}
+  key = jax.random.key(3)
+  samplers = {'texts': (TextSampler(key, 16), texts)}
+  samplers['features'] = FeatureSampler(key, 16, on_host=True), rows
+  found = {}
+  for name, (sampler, split) in samplers.items():
+    batch = meshes.Sharded(sampler, job.mesh).stepwise()(split, 2)
+    there, whole = meshes.fetch(batch), jax.device_get(sampler(split, 2))
+    equal = jax.tree.all(jax.tree.map(np.array_equal, there, whole))
+    found[name] = equal and batch['label'].sharding.spec == meshes.ROWS
+  return found
 
 
 def image_of(job: Job) -> jax.Array:
@@ -121,6 +142,8 @@ def strangers(folder: Path, mesh: str | None) -> None:
   job = prepare(config(folder, mesh), show=False)._replace(folder=apart)
   told('folder', lambda: ten(job, Net().init(job.key('init'), *job.inputs)))
   told('few', lambda: meshes.of(config(folder, 'data=1')))
+  odd = {'kept': np.arange(5) > me, 'x': np.array([-0.0, 1 / (3 + me)], np.float32)}
+  said['agreed'] = [x.tobytes().hex() for x in hosts.agreed(odd).values()]
   (folder / f'said{me}.json').write_text(json.dumps(said))
 
 

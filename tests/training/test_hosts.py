@@ -24,13 +24,27 @@ MINE = {
     ({'SLURM_NTASKS': '1', 'SLURM_STEP_NODELIST': 'node1'}, False),
     ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
     ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),
-    ({'JOB_COMPLETION_INDEX': '0'}, True),
+    ({'JOB_COMPLETION_INDEX': '0'}, False),
     ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
     ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
   ],
 )
 def test_one_process_alone_waits_for_nobody(environment, found):
   assert several(environment) == found
+
+
+def test_a_job_of_kubernetes_is_joined_where_jax_can(monkeypatch):
+  monkeypatch.setattr(hosts, '_installed', lambda package: package == 'kubernetes')
+  assert several({'JOB_COMPLETION_INDEX': '0'})
+  assert not several({'KUBERNETES_SERVICE_HOST': '10.0.0.1'})
+
+
+def test_a_tpu_asks_who_else_there_is_but_not_where_it_is_told_not_to(monkeypatch):
+  monkeypatch.setattr(hosts, '_installed', lambda package: package == 'libtpu')
+  monkeypatch.setattr(hosts.Path, 'exists', lambda path: True)
+  assert several({})
+  assert not several({'TPU_SKIP_MDS_QUERY': '1'})
+  assert not several({'JAX_PLATFORMS': 'cpu'})
 
 
 def test_what_is_said_by_hand_is_passed_on():

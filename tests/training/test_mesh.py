@@ -130,8 +130,9 @@ def test_what_is_cut_is_the_same_and_what_is_measured(one, several):
 
 def test_batches_and_weights_are_split_over_their_axes(eight, two):
   parts = lambda folder: json.loads((folder / 'parts.json').read_text())
-  assert parts(eight) == {'image': [4, 8, 8, 1], 'kernel': [3, 3, 8, 8]}
-  assert parts(two) == {'image': [8, 8, 8, 1], 'kernel': [3, 3, 8, 16]}
+  same = {'of_the_host': {'texts': True, 'features': True}}
+  assert parts(eight) == {'image': [4, 8, 8, 1], 'kernel': [3, 3, 8, 8], **same}
+  assert parts(two) == {'image': [8, 8, 8, 1], 'kernel': [3, 3, 8, 16], **same}
 
 
 def test_both_processes_end_with_the_same_bits(two):
@@ -159,6 +160,9 @@ def test_processes_that_do_not_belong_together_are_told_so(tmp_path):
   assert second['failed'].startswith('DataError')
   assert 'steps (process 0: [], process 1: [3])' in first['folder']
   assert 'all must take part' in first['few']
+  of_process_0 = np.arange(5) > 0, np.array([-0.0, 1 / 3], np.float32)
+  assert first['agreed'] == [x.tobytes().hex() for x in of_process_0]
+  assert second['agreed'] == first['agreed']
 
 
 def test_a_run_of_two_processes_writes_everything_once(tmp_path):
