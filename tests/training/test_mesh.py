@@ -61,16 +61,18 @@ def launch(
 
 def ended(started: list[subprocess.Popen], code: int = 0) -> list[str]:
   """What each process printed; all must end with that exit code."""
-  said = [process.communicate(timeout=400) for process in started]
+  try:
+    said = [process.communicate(timeout=400) for process in started]
+  finally:
+    for process in started:
+      process.kill()
   assert [p.returncode for p in started] == [code] * len(started), said
   return [out for out, _ in said]
 
 
-def trained(folder: Path, devices: int, processes: int, *tasks: str) -> None:
-  for mesh in tasks:
-    there = folder / (mesh or 'all')
-    there.mkdir()
-    ended(launch([*SPMD, 'train', str(there), mesh], devices, processes))
+def trained(folder: Path, devices: int, processes: int, mesh: str = '') -> Path:
+  ended(launch([*SPMD, 'train', str(folder), mesh], devices, processes))
+  return folder
 
 
 @pytest.fixture(scope='module')
@@ -83,16 +85,12 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def eight(tmp_path_factory) -> Path:
-  folder = tmp_path_factory.mktemp('eight')
-  trained(folder, 8, 1, 'data,model=2')
-  return folder / 'data,model=2'
+  return trained(tmp_path_factory.mktemp('eight'), 8, 1, 'data,model=2')
 
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory) -> Path:
-  folder = tmp_path_factory.mktemp('two')
-  trained(folder, 1, 2, '')
-  return folder / 'all'
+  return trained(tmp_path_factory.mktemp('two'), 1, 2)
 
 
 def arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
