@@ -121,10 +121,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config) -> None:
-  from depthprune.training import recipe
+  from depthprune.training import hosts, recipe
 
   recipe.run(config)
-  _report(config.path)
+  if hosts.writes():
+    _report(config.path)
 
 
 def _report(path: Path) -> None:

@@ -17,7 +17,7 @@ from depthprune.options import (
   Options,
   SideNet,
 )
-from depthprune.values import ConfigError, Epochs, at_least, finite, one_of
+from depthprune.values import ConfigError, Epochs, at_least, axes, finite, one_of
 
 BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
 ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
@@ -25,6 +25,9 @@ FRESH = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: random weigh
 BESIDE = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: beside weights)')
 NAMED = tyro.conf.arg(
   metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-OPTIONS-SEED)'
+)
+DEVICES = tyro.conf.arg(
+  metavar='AXES', help_behavior_hint='(default: one, or all of several processes)'
 )
 O = TypeVar('O', bound=Options)
 GATES: Any = Gates()
@@ -104,6 +107,10 @@ class Config(Generic[O]):
   bfloat16: bool = False
   """Compute in bfloat16; parameters stay float32."""
 
+  mesh: Annotated[str | None, DEVICES] = None
+  """Devices to train on: data=8 splits every batch over 8 of them, data=4,model=2 the
+  weights over 2 besides; data alone takes all."""
+
   checkpoint_every_s: float = 60.0
   """Seconds between checkpoints within a stage."""
 
@@ -122,6 +129,8 @@ class Config(Generic[O]):
     for name in ('weight_decay', 'checkpoint_every_s'):
       finite(self, name, positive=False)
     finite(self, 'learning_rate', positive=True)
+    if self.mesh is not None:
+      axes(self.mesh)
     if self.options.cascades and self.distill:
       raise ConfigError(
         f'distill: expected False for {self.method}, which cuts nothing'

@@ -46,6 +46,22 @@ FRACTION = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
+def axes(text: str) -> tuple[int | None, int]:
+  """(data, model) of a mesh, such as 'data=4,model=2'; None is all that are left.
+
+  Raises ConfigError for anything else, axes below 1 and axes that are named twice.
+  """
+  pattern = r'(data|model)=([1-9]\d*)|(data)'
+  found = [re.fullmatch(pattern, word.strip()) for word in text.split(',')]
+  sizes = {m[1] or m[3]: int(m[2]) if m[2] else None for m in found if m}
+  if len(sizes) < len(found):
+    raise ConfigError(
+      f'mesh: expected data=N, data=N,model=M, or data alone for all devices, got '
+      f'{text!r}'
+    )
+  return sizes.get('data'), sizes.get('model') or 1
+
+
 def one_of(values: Any, name: str, known: tuple[str, ...]) -> None:
   if getattr(values, name) not in known:
     expected = ' or '.join(map(repr, known))

@@ -10,7 +10,7 @@ import numpy as np
 
 from depthprune.inference.cascade import Cascade, cascade
 from depthprune.surgery.cut import Pruned
-from depthprune.training import checkpoint, record
+from depthprune.training import checkpoint, hosts, record
 
 RECORD, TOKENIZER = 'cascade.json', 'tokenizer.json'
 
@@ -41,10 +41,11 @@ def save_cascade(
   if not all(a is b or np.array_equal(a, b) for a, b in arrays):
     raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
   text = None if tokenizer is None else Path(tokenizer).read_text()
-  (path / RECORD).unlink(missing_ok=True)  # until all of it is there again
+  if hosts.writes():
+    (path / RECORD).unlink(missing_ok=True)  # until all of it is there again
+    (path / TOKENIZER).unlink(missing_ok=True)
   checkpoint.save(path / 'network', network, normalisation)
-  (path / TOKENIZER).unlink(missing_ok=True)
-  if text is not None:
+  if text is not None and hosts.writes():
     (path / TOKENIZER).write_text(text)
   early = saved.exits[:-1]
   plain = lambda values: {e: _finite(v) for e, v in zip(early, values.tolist())}

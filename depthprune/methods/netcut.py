@@ -36,7 +36,7 @@ from depthprune.config import Config
 from depthprune.inference import latency
 from depthprune.program import cost as costs
 from depthprune.program.couple import Coupling
-from depthprune.training import record
+from depthprune.training import hosts, record
 from depthprune.training.method import CutRefused, Method, Tree, apart
 from depthprune.training.tasks import Task, mean
 
@@ -168,6 +168,7 @@ def configured(
     c = np.array(json.loads(known.read_text())[o.cost])
   else:
     c = cost_of_exits(coupling, o.cost)
+  c = hosts.agreed(c)
   if o.cost == 'milliseconds':
     record.write(known, {o.cost: c.tolist()})
   return netcut(

@@ -56,8 +56,10 @@ class TextSampler(NamedTuple):
   def __call__(self, split: Split, step: int) -> dict[str, jax.Array]:
     return self.stepwise()(split, int(step))
 
-  def stepwise(self) -> Callable[[Split, int], dict[str, jax.Array]]:
-    """The same for many steps: an epoch is put in order once."""
+  def stepwise(
+    self, put: Callable[[Split], dict[str, jax.Array]] = jax.device_put
+  ) -> Callable[[Split, int], dict[str, jax.Array]]:
+    """The same for many steps: an epoch is put in order once. put: onto the device."""
     found: dict[int, np.ndarray] = {}
 
     def batch_at(split, step):
@@ -67,7 +69,7 @@ class TextSampler(NamedTuple):
         found[epoch] = self.order(lengths(split), epoch)
       rows = found[epoch][at]
       longest = int(split['mask'][rows].sum(1).max())
-      return jax.device_put(_rows(split, rows, bucket(split, longest)))
+      return put(_rows(split, rows, bucket(split, longest)))
 
     return batch_at
 

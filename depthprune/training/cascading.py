@@ -14,7 +14,7 @@ from depthprune.config import Config
 from depthprune.inference.cascade import Cascade, cascade
 from depthprune.inference.saved import save_cascade
 from depthprune.surgery.cut import Pruned, prune
-from depthprune.training import reached, record, results
+from depthprune.training import hosts, reached, record, results
 from depthprune.training.deciding import Decided, decide, splits
 from depthprune.training.networks import network
 from depthprune.training.prepared import DataError
@@ -39,6 +39,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   pruned, early = assembled(job, trained, decided)
   result = reached.measure(job, trained, decided, pruned, early)
   result['wall_seconds'] = time.monotonic() - started
+  result = hosts.gathered(result)[0]
   images = job.images
   tokenizer = getattr(images, 'tokenizer', None)  # of texts
   folder = job.folder / 'cascade'

@@ -66,9 +66,9 @@ class Dataset(NamedTuple):
     """All images of a split once, for evaluation."""
     return batches(split, size, self.normalisation)
 
-  def on_device(self) -> Batch:
+  def on_device(self, put: Callable[[Split], Batch] = jax.device_put) -> Batch:
     """The training images, where the sampler reads them."""
-    return jax.device_put(self.train)
+    return put(self.train)
 
 
 def load(
@@ -209,9 +209,14 @@ class Sampler(NamedTuple):
   def __call__(self, split: Split | Batch, step: jax.Array | int) -> Batch:
     return batch(split, step, *self)
 
-  def stepwise(self) -> Callable[[Split | Batch, int], Batch]:
-    """The same, compiled, for a loop on the host: one sort per epoch, not per step."""
-    one = jax.jit(lambda split, step, ordered: batch(split, step, *self, ordered))
+  def stepwise(
+    self, put: Callable[[Batch], Batch] = lambda batch: batch
+  ) -> Callable[[Split | Batch, int], Batch]:
+    """The same, compiled, for a loop on the host: one sort per epoch, not per step.
+
+    put: what the batch goes through, inside jit.
+    """
+    one = jax.jit(lambda split, step, ordered: put(batch(split, step, *self, ordered)))
     ordering, _ = jax.random.split(self.key)
     found: dict[int, jax.Array] = {}
 

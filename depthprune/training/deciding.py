@@ -13,6 +13,7 @@ from depthprune.inference.predictions import Predictions
 from depthprune.inference.race import exit_milliseconds
 from depthprune.inference.risk import halves
 from depthprune.program.stages import Stages, split
+from depthprune.training import hosts
 from depthprune.training.method import Tree, inputs_of, real_rows
 from depthprune.training.sides import Answers, Trained
 from depthprune.training.stage import Job
@@ -92,8 +93,8 @@ def decide(job: Job, trained: Trained) -> Decided:
       trained.model, trained.variables, *job.inputs,
       exits=trained.exits, confidence=o.confidence, weights=weights,
     )  # fmt: skip
-    cost, whole = exit_milliseconds(early, *usual(job))
-    priced = decides._replace(cost=cost, whole=whole)
+    cost, whole = hosts.agreed(exit_milliseconds(early, *usual(job)))
+    priced = decides._replace(cost=cost, whole=float(whole))
   chosen = choose(priced, kind, requested, o.delta)
   return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
 
@@ -106,7 +107,7 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def usual(job: Job) -> tuple:
   """The inputs of a test batch of the shape that most of them have."""
-  batches = [inputs_of(batch) for batch in job.batches(job.images.test)]
+  batches = [inputs_of(batch) for batch in job.own_batches(job.images.test)]
   shapes = [tuple(x.shape for x in inputs) for inputs in batches]
   return batches[shapes.index(max(shapes, key=shapes.count))]
 
@@ -117,7 +118,7 @@ def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
   Texts are as long as their batch, so that each length has its own costs.
   """
   total, count = np.zeros(len(stages) + 1), 0
-  for batch in job.batches(examples):
+  for batch in job.own_batches(examples):
     real = int(real_rows(batch).sum())
     here = stages.again(*inputs_of(batch))
     total += real * np.array([*here.flops, here.whole], np.float64)

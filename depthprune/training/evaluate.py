@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.training.mesh import fetch
 from depthprune.training.method import Tree, as_dict, inputs_of
 from depthprune.training.step import gated
 from depthprune.training.tasks import Task
@@ -72,4 +73,4 @@ def totals(run, task: Task, answer, variables, gates, batch) -> Tree:
 def added(sums: Sequence[Tree]) -> Tree:
   """The sums of several batches, added in float64, numpy."""
   exact = lambda *batches: sum(np.asarray(x, np.float64) for x in batches)
-  return jax.tree.map(exact, *jax.device_get(sums))
+  return jax.tree.map(exact, *fetch(sums))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training import data, record
+from depthprune.training import data, hosts, mesh, record
 from depthprune.training.checkpoint import same_config
 from depthprune.training.method import Tree, inputs_of, real_rows
 
@@ -38,9 +38,9 @@ class FeatureSet(NamedTuple):
   classes: int
   notes: tuple[str, ...] = ()
 
-  def on_device(self) -> Tree:
+  def on_device(self, put: Callable[[Tree], Tree] = jax.device_put) -> Tree:
     """The training split to read batches from; what is mapped from disk stays there."""
-    return self.train if self.mapped else jax.device_put(self.train)
+    return self.train if self.mapped else put(self.train)
 
   @property
   def mapped(self) -> bool:
@@ -85,7 +85,9 @@ class FeatureSampler(NamedTuple):
     rows = jax.lax.dynamic_slice_in_dim(order, start, self.size)
     return jax.tree.map(lambda x: x[rows], split)
 
-  def stepwise(self) -> Callable[[Tree, int], Tree]:
+  def stepwise(
+    self, put: Callable[[Tree], Tree] = jax.device_put
+  ) -> Callable[[Tree, int], Tree]:
     """The same for a loop on the host, for rows in memory or on disk."""
     found: dict[int, np.ndarray] = {}
 
@@ -95,7 +97,7 @@ class FeatureSampler(NamedTuple):
         found.clear()
         found[epoch] = np.asarray(data.order(self.key, epoch, len(split['label'])))
       rows = found[epoch][at * self.size : (at + 1) * self.size]
-      return jax.tree.map(lambda x: jnp.asarray(x[rows]), split)
+      return put(jax.tree.map(lambda x: x[rows], split))
 
     return batch_at
 
@@ -130,22 +132,24 @@ def collect(
   one = jax.jit(apply)
   files: dict[str, np.memmap] = {}
   for batch in itertools.islice(batches, done['batches'], None):
+    found = mesh.fetch(one(variables, *inputs_of(batch)))
+    batch = mesh.fetch({k: batch[k] for k in ('label', 'weight') if k in batch})
     real = real_rows(batch)
-    found = jax.device_get(one(variables, *inputs_of(batch)))
     found = {k: np.asarray(v, np.float32) for k, v in found.items()}
     rows = {**found, 'label': np.asarray(batch['label'], np.int32)}
-    if not files:
-      done['names'] = sorted(rows)
+    done['names'] = sorted(rows)
+    if hosts.writes() and not files:
       files = _files(folder, rows, most, anew=not done['batches'])
     end = done['rows'] + int(real.sum())
-    for name, values in rows.items():
-      files[name][done['rows'] : end] = values[real]
-      files[name].flush()
+    for name, file in files.items():
+      file[done['rows'] : end] = rows[name][real]
+      file.flush()
     done |= {'batches': done['batches'] + 1, 'rows': end}
     record.write(progress, done)
   if not done['rows']:
     raise ValueError(f'{folder}: expected examples to compute features of, got none')
   record.write(progress, {**done, 'finished': True})
+  hosts.wait()
   return _read(folder, done['names'], done['rows'])
 
 
@@ -164,7 +168,8 @@ def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:
   """What is there: in memory where it is small, else mapped."""
   paths = [_path(folder, i) for i in range(len(names))]
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  small = sum(path.stat().st_size for path in paths) * SHARE <= memory
+  size = sum(path.stat().st_size for path in paths)
+  small = hosts.agreed(np.bool_(size * SHARE <= memory))
   arrays = {
     name: np.load(path, mmap_mode=None if small else 'r')[:rows]
     for name, path in zip(names, paths, strict=True)

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from depthprune.training import store
+from depthprune.training import hosts, store
 from depthprune.training.store import CheckpointError
 
 RECORD = 'state.json'
+SHARED = 'Choose a directory (--workdir) that all hosts share'
 
 
 class Restored(NamedTuple):
@@ -39,14 +40,17 @@ class Keeper:
 
     States of later steps are removed: they are of a future that was given up.
     """
-    for left in Path(self.folder).glob('.*-*'):  # of a write that was killed
-      shutil.rmtree(left, ignore_errors=True)
+    if hosts.writes():
+      for left in Path(self.folder).glob('.*-*'):  # of a write that was killed
+        shutil.rmtree(left, ignore_errors=True)
     record = {'step': step, 'config': dict(self.config), 'meta': dict(meta or {})}
     store.write(self._at(step), RECORD, state, record)
     steps = self.steps()
     later, kept = [s for s in steps if s > step], [s for s in steps if s <= step]
-    for old in later + kept[: -self.keep]:
-      store.discard(self._at(old))
+    if hosts.writes():
+      for old in later + kept[: -self.keep]:
+        store.discard(self._at(old))
+    hosts.wait()
 
   def restore_latest(self, like: Any) -> Restored | None:
     """The newest state that is whole, or None where none was saved yet.
@@ -55,8 +59,10 @@ class Keeper:
     A damaged state is set aside, with a warning, and the one before it taken.
 
     Raises CheckpointError where all are damaged, where the config is another (naming
-    the fields), and where a leaf is missing or has another shape or dtype.
+    the fields), and where a leaf is missing or has another shape or dtype; HostError
+    where processes do not see the same folder.
     """
+    hosts.alike(str(self.folder), {'steps': self.steps()}, SHARED)
     broken: list[tuple[int, CheckpointError]] = []
     for step in reversed(self.steps()):
       try:
@@ -68,8 +74,9 @@ class Keeper:
       state = store.matched(like, leaves, str(self._at(step)))
       for bad, error in broken:
         aside = self._at(bad).with_suffix('.damaged')
-        shutil.rmtree(aside, ignore_errors=True)
-        self._at(bad).rename(aside)
+        if hosts.writes():
+          shutil.rmtree(aside, ignore_errors=True)
+          self._at(bad).rename(aside)
         warnings.warn(f'{error}; going on from step {step}', stacklevel=2)
       return Restored(step, state, record['meta'])
     if broken:

@@ -17,7 +17,7 @@ from depthprune.models.arch import within
 from depthprune.models.auxiliary import Auxiliary, beside
 from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.options import NetCut
-from depthprune.training import checkpoint, overlaid, store, tokens
+from depthprune.training import checkpoint, hosts, overlaid, store, tokens
 from depthprune.training.checkpoint import CheckpointError
 from depthprune.training.method import Tree
 from depthprune.training.prepared import DataError
@@ -81,9 +81,16 @@ def _check_several(config: Config, model: Any, tasks: Sequence[str]) -> None:
 def start(job: Job, model: Any) -> Tree:
   """The first variables of a run: random, or the trunk read from a file or a folder.
 
+  Of several processes all have those of the first.
+
   Raises: ValueError for a file, CheckpointError for a folder, that does not fit, and
     DataError for the tokenizer of another network.
   """
+  found = hosts.together(lambda: _start(job, model))
+  return jax.tree.map(jnp.asarray, hosts.agreed(found))
+
+
+def _start(job: Job, model: Any) -> Tree:
   path = job.config.pretrained
   tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
   if tokenizer is not None:

@@ -155,7 +155,7 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
   # Raced before anything else compiles it, so that the seconds of that are seen.
   timed = race(early, *usual(job))
   left, right, costs = [], [], []
-  for batch in job.batches(job.images.test):
+  for batch in job.own_batches(job.images.test):
     inputs, label = inputs_of(batch), np.asarray(batch['label'])
     real = real_rows(batch)
     answer = early(*inputs)

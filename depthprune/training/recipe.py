@@ -7,7 +7,7 @@ from typing import Any
 from depthprune import methods
 from depthprune.config import Config
 from depthprune.program.couple import couple
-from depthprune.training import cascading, checkpoint, record, results
+from depthprune.training import cascading, checkpoint, hosts, record, results
 from depthprune.training.method import plain
 from depthprune.training.networks import check_answer
 from depthprune.training.networks import network as network
@@ -52,6 +52,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   small = shrink(job, model, variables, build)
   result = results.measure(job, model, small)
   result['wall_seconds'] = time.monotonic() - started
+  result = hosts.gathered(result)[0]
   checkpoint.save(
     job.folder / 'pruned',
     small.pruned._replace(variables=small.variables),

@@ -1,4 +1,7 @@
-"""What a run leaves in its directory while it goes on: JSON files and JSON lines."""
+"""What a run leaves in its directory while it goes on: JSON files and JSON lines.
+
+Of several processes one writes.
+"""
 
 import importlib.metadata
 import json
@@ -11,11 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from depthprune.training import hosts
+
 PACKAGES = ('depthprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
   """Writes one JSON object; the file is whole or absent, whenever the run is killed."""
+  if not hosts.writes():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_suffix('.partial')
   scratch.write_text(json.dumps(values, indent=1) + '\n')
@@ -24,6 +31,8 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
 
 def append(path: Path, values: Mapping[str, Any]) -> None:
   """Adds one line; a reader takes the last line of a step that was repeated."""
+  if not hosts.writes():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('a') as lines:
     lines.write(json.dumps(values) + '\n')

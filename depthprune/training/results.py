@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from depthprune.inference import latency
 from depthprune.program.view import runnable
-from depthprune.training import record
-from depthprune.training.evaluate import evaluator
+from depthprune.training import hosts, record
 from depthprune.training.method import as_dict
 from depthprune.training.stage import Job
 
@@ -31,13 +32,12 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     model: the network before pruning.
   """
   reports = [found.report for found in small.rounds]
-  full = evaluator(model, job.task, answer=small.answer)
-  thin = evaluator(small.model, job.task)
+  full, thin = job.scores(model, small.answer), job.scores(small.model)
   scores = lambda split: {
-    'before': full(small.before, job.batches(split)),
-    'pruned': thin(small.pruned.variables, job.batches(split)),
-    'recalibrated': thin(small.recalibrated, job.batches(split)),
-    'after': thin(small.variables, job.batches(split)),
+    'before': full(small.before, split),
+    'pruned': thin(small.pruned.variables, split),
+    'recalibrated': thin(small.recalibrated, split),
+    'after': thin(small.variables, split),
   }
   test, held_out = scores(job.images.test), scores(job.images.held_out)
   accuracy = lambda found: {when: each['accuracy'] for when, each in found.items()}
@@ -53,7 +53,7 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     'flops': cost('flops'),
     'params': cost('params'),
     'peak_bytes': cost('peak_bytes'),
-    **_times(job, model, small),
+    **(_times(job, model, small) if hosts.writes() else {}),
     'verify': reports[-1]['verify'],
     'widths': _widths(reports),
     'rounds': [_told(found) for found in small.rounds],
@@ -74,6 +74,7 @@ def described(job: Job) -> dict[str, Any]:
     'config': config.to_json(),
     **surroundings(),
     'command': record.command(),
+    'mesh': {**job.mesh.shape, 'processes': jax.process_count()},
     'seed': config.seed,
     'model': config.model,
     'data': config.data,

@@ -16,11 +16,11 @@ from depthprune.program.couple import Coupling, couple
 from depthprune.program.units import units
 from depthprune.surgery.cut import Pruned, prune
 from depthprune.surgery.oneshot import rank
-from depthprune.training import data, record
+from depthprune.training import data, hosts, record
 from depthprune.training.branches import carried, opened, trained
 from depthprune.training.distill import distill
-from depthprune.training.evaluate import evaluator
 from depthprune.training.judge import Judge, judge
+from depthprune.training.mesh import local
 from depthprune.training.method import Method, Tree, as_dict, plain
 from depthprune.training.recalibrate import COLLECTION, recalibrate
 from depthprune.training.stage import Job, Teacher, stage
@@ -105,7 +105,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     done.append(last)
   epochs = job.config.epochs.finetune
   state = _fit(job, 'finetune', last.model, plain(), last.fresh, epochs, teacher)
-  accuracy = evaluator(last.model, job.task)(state.variables, job.held_out())
+  accuracy = job.scores(last.model)(state.variables, job.images.held_out)
   found = [each.found for each in done]
   # What a round was worth once retrained is seen before the next one cuts.
   afters = [*(each.held_out['before'] for each in found[1:]), accuracy['accuracy']]
@@ -126,15 +126,15 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Done:
   name = f'gates-{len(before) + 1}' if before or method.rounds > 1 else 'gates'
   state = _fit(job, name, model, method, variables, epochs, teacher, coupling)
   evaluate = _judge(job, model, method, state, coupling)
-  keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
+  keep = hosts.agreed(method.decide(jax.device_get(state.theta), state.stats, evaluate))
   pruned, cut = _cut(job, model, method, state, keep, coupling)
   model = pruned.model if pruned.arch else pruned.apply
   fresh = _recalibrated(job, model, cut) if _touched(pruned.keep) else cut
-  held_out = evaluator(model, job.task)
+  scores, held_out = job.scores(model), job.images.held_out
   accuracy = {
     'before': evaluate({})['accuracy'],
-    'pruned': held_out(cut, job.held_out())['accuracy'],
-    'recalibrated': held_out(fresh, job.held_out())['accuracy'],
+    'pruned': scores(cut, held_out)['accuracy'],
+    'recalibrated': scores(fresh, held_out)['accuracy'],
   }
   found = _told(method, state, coupling, pruned, accuracy)
   return _Done(coupling, method, state, pruned, model, fresh, found)
@@ -176,9 +176,9 @@ def _judge(job: Job, model, method: Method, state: State, coupling) -> Judge:
   batch_at = job.batch_at('judge').stepwise()
   count = min(JUDGING, data.epoch_steps(job.train, job.config.batch))
   calibration = [batch_at(job.train, i) for i in range(count)]
-  return judge(
-    model, method, job.task, state, list(job.held_out()), calibration, coupling
-  )
+  held_out = list(job.batches(job.images.held_out))
+  state = job.on_mesh(state)
+  return judge(model, method, job.task, state, held_out, calibration, coupling)
 
 
 def _cut(job: Job, model, method: Method, state: State, keep, coupling):
@@ -236,4 +236,5 @@ def _recalibrated(job: Job, model: Any, variables: Tree) -> Tree:
     return variables
   batch_at = job.batch_at('recalibrate').stepwise()
   count = min(RECALIBRATION, data.epoch_steps(job.train, job.config.batch))
-  return recalibrate(model, variables, (batch_at(job.train, i) for i in range(count)))
+  batches = (batch_at(job.train, i) for i in range(count))
+  return local(recalibrate(model, job.on_mesh(variables), batches))

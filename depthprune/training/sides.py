@@ -15,8 +15,7 @@ from depthprune.models.heads import Head, WithHeads
 from depthprune.models.layers import Pool
 from depthprune.program.couple import couple
 from depthprune.program.view import runnable
-from depthprune.training import tasks
-from depthprune.training.evaluate import evaluator
+from depthprune.training import mesh, tasks
 from depthprune.training.features import FeatureSet, collect
 from depthprune.training.method import Tree, inputs_of, plain, real_rows
 from depthprune.training.networks import network, start
@@ -80,11 +79,9 @@ def train(job: Job) -> Trained:
 
 def alone(job: Job, trunk: Any, variables: Tree) -> dict[str, float]:
   """Accuracy of a network without heads, on held-out and test data."""
-  measure = evaluator(trunk, job.task)
-  images = job.images
+  measure, images = job.scores(trunk), job.images
   splits = {'held_out': images.held_out, 'test': images.test}
-  over = lambda split: measure(variables, job.batches(split))['accuracy']
-  return {name: over(split) for name, split in splits.items()}
+  return {name: measure(variables, of)['accuracy'] for name, of in splits.items()}
 
 
 def with_sides(config: Config, trunk: Any, job: Job) -> WithHeads:
@@ -148,7 +145,7 @@ def fit_heads(
   own = job._replace(
     config=dataclasses.replace(config, optimizer='adamw'),
     images=features,
-    train=features.on_device(),
+    train=features.on_device(functools.partial(mesh.whole, job.mesh)),
     task=tasks.classification(job.images.classes, o.smoothing),
   )
   # There is no trunk here to keep in evaluation mode; heads have dropout.
@@ -194,10 +191,12 @@ def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Ans
   """What every exit of `model` says of a split, by a `run` that may be its heads."""
   apply, names = jax.jit(runnable(run)), in_order(model)
   logits, labels = [], []
-  for batch in job.batches(split):
-    found = apply(variables, *inputs_of(batch))
+  variables = job.on_mesh(variables)
+  for batch in job.own_batches(split):
+    inputs = mesh.by_rows(job.mesh, inputs_of(batch))
+    found = mesh.fetch(apply(variables, *inputs))
     real = real_rows(batch)
-    logits.append(np.stack([np.asarray(found[name])[real] for name in names]))
+    logits.append(np.stack([found[name][real] for name in names]))
     labels.append(np.asarray(batch['label'])[real])
   return Answers(np.concatenate(logits, 1), np.concatenate(labels))
 
@@ -213,6 +212,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   trunk = {name: tree['trunk'] for name, tree in variables.items()}
   arrays = functools.reduce(crc32, jax.tree.leaves(trunk), 0)
   about = {**job.relevant(), 'arrays': arrays}
+  variables = job.on_mesh(variables)
   augments = job.config.augment and hasattr(images, 'augment')  # texts do not
   views = job.config.options.views if augments else 1
   sources = {

@@ -5,18 +5,23 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
+from jax.sharding import Mesh
 
 from depthprune.config import Config
 from depthprune.options.sidenet import REQUESTS
-from depthprune.training import data, datasets, record, tasks
+from depthprune.training import data, datasets, hosts, record, store, tasks
+from depthprune.training import mesh as meshes
+from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
+from depthprune.training.optimizers import optimizer
 from depthprune.training.step import State, init_state, make_step
 from depthprune.training.text import Texts
 from depthprune.training.train import Row, first_batch, fit
@@ -24,7 +29,7 @@ from depthprune.training.train import Row, first_batch, fit
 LINES = 50  # of history that a stage writes
 # What training does not depend on, of a run's config and of any method's options.
 UNRELATED = (
-  *('workdir', 'resume', 'checkpoint_every_s', 'tolerance', 'force'),
+  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'tolerance', 'force'),
   *('drop', *REQUESTS, 'delta', 'confidence'),
 )
 
@@ -36,7 +41,7 @@ class Job(NamedTuple):
     config: of the run. folder: its directory.
     images: the data set, of images or of texts (or the features of either). train: its
       training examples, where they are batched: on the device, but texts on the host.
-    task: what is learnt. show: whether to draw progress bars.
+    task: what is learnt. mesh: the devices. show: whether to draw progress bars.
   """
 
   config: Config
@@ -44,6 +49,7 @@ class Job(NamedTuple):
   images: data.Dataset | Texts
   train: Tree
   task: tasks.Task
+  mesh: Mesh
   show: bool = True
 
   @property
@@ -74,15 +80,30 @@ class Job(NamedTuple):
     `batch_at(...).stepwise()` is the same, faster, for a loop on the host.
     """
     key, augment = self.key(f'{name}/data'), self.config.augment
-    return self.images.sampler(key, self.config.batch, augment)
-
-  def held_out(self) -> Iterator[Tree]:
-    """Batches of the examples that decisions may look at."""
-    return self.batches(self.images.held_out)
+    sampler = self.images.sampler(key, self.config.batch, augment)
+    return meshes.Sharded(sampler, self.mesh)
 
   def batches(self, split: Tree) -> Iterator[Tree]:
     """All examples of a split once, for evaluation; 'weight' is 0 on padding."""
+    return (meshes.by_rows(self.mesh, batch) for batch in self.own_batches(split))
+
+  def own_batches(self, split: Tree) -> Iterator[Tree]:
+    """The same, whole, on this process's own device."""
     return self.images.batches(split, self.config.batch)
+
+  def on_mesh(self, tree: Tree) -> Tree:
+    """Variables, or a state, where training and evaluation read them."""
+    return meshes.by_weights(self.mesh, tree)
+
+  def scores(self, model: Any, answer: Callable | None = None) -> Callable[..., dict]:
+    """measure(variables, split): scores of the network over all of a split.
+
+    model, answer: as for `evaluator`.
+    """
+    measure = evaluator(model, self.task, answer=answer)
+    return lambda variables, split: measure(
+      self.on_mesh(variables), self.batches(split)
+    )
 
   def relevant(self) -> dict[str, Any]:
     """The part of the config that training depends on."""
@@ -96,26 +117,42 @@ def relevant(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(config: Config, show: bool = True) -> Job:
-  """Reads the data and makes the run's directory ready.
+  """Joins the other processes, reads the data and makes the run's directory ready.
 
-  Raises: CheckpointError where the directory belongs to a run of another config, and
-    DataError as `datasets.read` does.
+  Raises: HostError where processes have other configs, versions or data, or one of them
+    failed; ConfigError as `mesh.of` does; CheckpointError where the directory belongs
+    to a run of another config, and DataError as `datasets.read` does.
   """
-  images = datasets.read(config)
+  hosts.join()
+  told = {**store.paths(config.to_json()), **record.versions()}
+  hosts.alike('config', told, 'Start all of them by the same command')
+  mesh = meshes.of(config)
+  images = hosts.together(lambda: datasets.read(config))
+  told = _digests(images) if jax.process_count() > 1 else {}
+  hosts.alike(f'data {config.data!r}', told, 'Copy the files from one to all')
   task, folder = tasks.of(images), config.path
-  job = Job(config, folder, images, images.on_device(), task, show)
+  train = images.on_device(partial(meshes.whole, mesh))
+  job = Job(config, folder, images, train, task, mesh, show and hosts.writes())
   before = folder / 'config.json'
   if not before.is_file():
     return job
   if config.resume:
     stored = json.loads(before.read_text())['config']
     same_config(relevant(stored), job.relevant(), str(folder))
-  else:
+  elif hosts.writes():
     for name in ('history.jsonl', 'gates.jsonl', 'costs.json', 'result.json'):
       (folder / name).unlink(missing_ok=True)
     for name in ('checkpoints', 'features', 'cascade'):
       shutil.rmtree(folder / name, ignore_errors=True)
+  hosts.wait()
   return job
+
+
+def _digests(images: Any) -> dict[str, str]:
+  """Shape and checksum of every array of a data set."""
+  splits = {name: getattr(images, name) for name in ('train', 'held_out', 'test')}
+  crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
+  return {k: f'{store.kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
 
 
 class Teacher(NamedTuple):
@@ -142,19 +179,21 @@ def stage(
     model, method, coupling: as for `make_step`. variables: where to start.
     epochs: passes over the training examples. peak: highest learning rate.
     teacher: a network to learn from, for methods wrapped by `distill`.
+
+  The state that comes back lies on this process's own device, the same on all.
   """
   steps = job.steps(epochs)
   tx = optimizer(job.config, peak, steps)
   batch_at = job.batch_at(name)
   batch = first_batch(batch_at, job.train)
-  state = init_state(model, method, tx, variables, coupling, batch)
+  state = job.on_mesh(init_state(model, method, tx, variables, coupling, batch))
+  state = jax.tree.map(jnp.array, state)  # no alias of the host's memory is donated
   keeper = Keeper(job.folder / 'checkpoints' / name, keep=2, config=job.relevant())
   restored = keeper.restore_latest(state)
   if restored is not None:
     state = jax.tree.map(jnp.asarray, restored.state)
-  step = make_step(
-    model, method, job.task, tx, coupling, teacher.apply if teacher else None
-  )
+  apply = teacher.apply if teacher else None
+  step = make_step(model, method, job.task, tx, coupling, apply, job.on_mesh)
   callbacks = [_historian(job, name), _saver(keeper, job.config)]
   if state.theta:
     callbacks.append(_watch(job, name, method))
@@ -166,53 +205,14 @@ def stage(
     job.train,
     steps=steps,
     every=max(1, min(100, steps // LINES)),
-    teacher=teacher.variables if teacher else None,
+    teacher=job.on_mesh(teacher.variables) if teacher else None,
     callbacks=callbacks,
     label=name,
     show=job.show,
   )
   if steps and steps not in keeper.steps():
     keeper.save(steps, state)
-  return state
-
-
-def optimizer(config: Config, peak: float, steps: int) -> optax.GradientTransformation:
-  """What the config asks for: `sgd` below, or Adam, at a constant rate or scheduled."""
-  if config.optimizer == 'sgd':
-    return sgd(peak, steps, config.weight_decay)
-  rate = peak if config.optimizer == 'adam' else scheduled(peak, steps)
-  return optax.adamw(rate, weight_decay=config.weight_decay, mask=_kernels)
-
-
-def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
-  """Nesterov momentum 0.9, cosine to zero after a warm-up, decay of kernels only.
-
-  Args:
-    peak: learning rate after the warm-up, which is a twentieth of all `steps`.
-    weight_decay: its gradient, weight_decay * kernel, goes through the momentum.
-  """
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=_kernels),
-    optax.sgd(scheduled(peak, steps), momentum=0.9, nesterov=True),
-  )
-
-
-def scheduled(peak: float, steps: int) -> optax.Schedule:
-  """(step) -> learning rate of `cosine`."""
-  return lambda step: cosine(jnp.asarray(step), peak, steps)
-
-
-def cosine(step: jax.Array, peak: float, steps: int) -> jax.Array:
-  """Learning rate of a step: linear warm-up to peak, then half a cosine to zero."""
-  t, warm = step.astype(jnp.float32), max(1, steps // 20)
-  up = (t + 1) / warm
-  down = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - warm) / max(1, steps - warm), 0, 1)))
-  return peak * jnp.minimum(up, down)
-
-
-def _kernels(params: Tree) -> Tree:
-  is_kernel = lambda path, _: getattr(path[-1], 'key', None) == 'kernel'
-  return jax.tree_util.tree_map_with_path(is_kernel, params)
+  return meshes.local(state)
 
 
 def _historian(job: Job, name: str) -> Callable[[State, Row], None]:
@@ -229,7 +229,8 @@ def _saver(keeper: Keeper, config: Config) -> Callable[[State, Row], None]:
 
   def save(state: State, row: Row) -> None:
     nonlocal last
-    if time.monotonic() - last >= config.checkpoint_every_s:
+    due = time.monotonic() - last >= config.checkpoint_every_s
+    if hosts.agreed(np.bool_(due)):
       keeper.save(int(row['step']), state)
       last = time.monotonic()
 

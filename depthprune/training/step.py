@@ -96,6 +96,7 @@ def make_step(
   tx: optax.GradientTransformation,
   coupling: Any = None,
   teacher: Callable[..., Any] | None = None,
+  lay: Callable[[State], State] = lambda state: state,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
   """step(state, batch, key, teacher_variables=None) -> (state, metrics), jitted.
 
@@ -108,6 +109,7 @@ def make_step(
     tx: optimizer of the weights; the method adds what it needs (`method.optimizer`).
     coupling: from `couple`; None for a method without channel gates.
     teacher: apply function of a network whose logits go into the batch as 'teacher'.
+    lay: constrains the new state to where it lies on several devices.
   """
   run, tx = gated(model, coupling), optimizer(method, tx)
 
@@ -128,7 +130,7 @@ def make_step(
       stats=_average(state.stats, seen, state.step),
       step=state.step + 1,
     )
-    return new, {'loss': found.loss, **found.metrics}
+    return lay(new), {'loss': found.loss, **found.metrics}
 
   return step
 

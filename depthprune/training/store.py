@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from depthprune.training import hosts
+
 FORMAT = 1
 
 
@@ -57,7 +59,7 @@ def write(folder: Path, name: str, tree: Any, record: Mapping[str, Any]) -> None
       'files: choose another path'
     )
   leaves = paths(tree)
-  arrays = {path: _array(leaf) for path, leaf in leaves.items()}
+  arrays = {path: _storable(leaf) for path, leaf in leaves.items()}
   content = {
     'format': FORMAT,
     'library': _library(),
@@ -65,19 +67,23 @@ def write(folder: Path, name: str, tree: Any, record: Mapping[str, Any]) -> None
     'leaves': {path: _about(leaves[path], array) for path, array in arrays.items()},
   }
   fresh = folder.with_name(f'.unfinished-{folder.name}')
-  shutil.rmtree(fresh, ignore_errors=True)
-  fresh.mkdir(parents=True)
+  if hosts.writes():
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+  hosts.wait()
   # Orbax refuses empty arrays; the record has all there is to know about them.
   filled = {path: array for path, array in arrays.items() if array.size}
   if filled:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
       orbax.save((fresh / 'arrays').absolute(), args=ocp.args.PyTreeSave(filled))
-  content['files'] = _checksums(fresh / 'arrays')
-  content['crc32'] = zlib.crc32(_json(content).encode())
-  (fresh / name).write_text(_json(content) + '\n')
-  if folder.exists():
-    discard(folder)
-  fresh.rename(folder)
+  if hosts.writes():
+    content['files'] = _checksums(fresh / 'arrays')
+    content['crc32'] = zlib.crc32(_json(content).encode())
+    (fresh / name).write_text(_json(content) + '\n')
+    if folder.exists():
+      discard(folder)
+    fresh.rename(folder)
+  hosts.wait()
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -185,10 +191,13 @@ def _load(folder: Path, filled: set[str]) -> dict[str, np.ndarray]:
     raise _damaged(folder, f'arrays/ cannot be read ({" ".join(first)})') from error
 
 
-def _array(leaf: Any) -> np.ndarray:
+def _storable(leaf: Any) -> Any:
+  """A numpy array; of a leaf that is split over processes, each writes its part."""
   if _is_key(leaf):
     leaf = jax.random.key_data(leaf)
-  return np.asarray(jax.device_get(leaf))
+  if getattr(leaf, 'is_fully_addressable', True) or leaf.is_fully_replicated:
+    return np.asarray(jax.device_get(leaf))
+  return leaf
 
 
 def _placed(leaf: Any, like: Any) -> Any:
@@ -201,7 +210,7 @@ def _placed(leaf: Any, like: Any) -> Any:
   return jax.device_put(leaf, where, may_alias=False)
 
 
-def _about(leaf: Any, array: np.ndarray) -> dict[str, Any]:
+def _about(leaf: Any, array: Any) -> dict[str, Any]:
   about = {'dtype': str(array.dtype), 'shape': list(array.shape)}
   return {**about, 'key': str(jax.random.key_impl(leaf))} if _is_key(leaf) else about
 

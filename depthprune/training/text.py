@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,9 @@ class Texts(NamedTuple):
     """All texts of a split once, for evaluation."""
     return buckets.batches(split, size)
 
-  def on_device(self) -> Split:
+  def on_device(self, put: Any = None) -> Split:
     """The training texts, where the sampler reads them: on the host."""
+    del put
     return self.train
 
   @property

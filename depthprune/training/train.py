@@ -115,7 +115,9 @@ def _fused(step, batch_at, every, state, key, data, teacher):
   images = _size(jax.eval_shape(batch_at, data, state.step))
   # Compiled here, so that the first line's images per second are of training alone.
   example = (state, key, data, teacher, jnp.zeros((), jnp.int32))
-  compiled = jax.jit(advance, donate_argnums=0).lower(*example).compile()
+  lies = jax.tree.map(lambda x: x.sharding, state), None, None  # where it lay before
+  program = jax.jit(advance, donate_argnums=0, out_shardings=lies)
+  compiled = program.lower(*example).compile()
 
   def run(state, key, data, teacher, stop):
     state, log, finite = compiled(state, key, data, teacher, jnp.int32(stop))
@@ -127,14 +129,13 @@ def _fused(step, batch_at, every, state, key, data, teacher):
 def _one_by_one(step, batch_at, every, state, key, data, teacher):
   """As `_fused`, but every step is dispatched by itself."""
   del every
-  # Batches of the host may differ in shape: compiled as they come.
-  if data is not None and hasattr(step, 'lower') and not _on_host(batch_at):
-    batch = jax.eval_shape(batch_at, data, state.step)
-    step.lower(state, batch, key, teacher).compile()
+  lengths_differ = _on_host(batch_at)  # then it is compiled as they come
   if hasattr(batch_at, 'stepwise'):
     batch_at = batch_at.stepwise()
   elif data is not None:
     batch_at = jax.jit(batch_at)
+  if data is not None and hasattr(step, 'lower') and not lengths_differ:
+    step.lower(state, batch_at(data, int(state.step)), key, teacher).compile()
   finite = jax.jit(_finite)
 
   def run(state, key, data, teacher, stop):

@@ -27,7 +27,8 @@ import depthprune as dp
 from depthprune import methods
 from depthprune.inference import latency
 from depthprune.training import recipe, record, results
-from depthprune.training.stage import optimizer, prepare, stage
+from depthprune.training.optimizers import optimizer
+from depthprune.training.stage import prepare, stage
 from depthprune.training.train import init_state, make_step
 from experiments.netcut.mlp_fashion_mnist import FULL
 
@@ -115,7 +116,7 @@ if __name__ == '__main__':
   state = stage(job, 'gates', model, method, variables, epochs=EPOCHS, peak=peak)
   trained = time.perf_counter()
   on = lambda batches: dp.judge(model, method, job.task, state, list(batches))
-  judged = on(job.held_out())
+  judged = on(job.batches(job.images.held_out))
   keep = method.decide(jax.device_get(state.theta), {}, judged)
   tested = on(job.batches(job.images.test))
   accuracy = {

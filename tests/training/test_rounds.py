@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.config import Config
-from depthprune.training import rounds
+from depthprune.training import hosts, mesh, rounds
 from depthprune.training.data import Augment, Dataset, Normalisation
 from depthprune.training.method import Method
 from depthprune.training.stage import Job
@@ -44,9 +44,10 @@ def images() -> Dataset:
   return Dataset('made up', split(32), split(8), split(8), *how)
 
 
-def test_rounds_are_repeated_and_held_out_data_decides(tmp_path):
+def test_rounds_are_repeated_and_held_out_data_decides(tmp_path, monkeypatch):
   """Closes half of the gated units in each of two rounds, the better half kept."""
-  set_, asked = images(), []
+  set_, asked, agreed = images(), [], []
+  monkeypatch.setattr(hosts, 'agreed', lambda tree: (agreed.append(tree), tree)[1])
 
   def build(coupling, steps, scores, whole):
     assert whole.groups.keys() == coupling.groups.keys()
@@ -62,9 +63,8 @@ def test_rounds_are_repeated_and_held_out_data_decides(tmp_path):
     return Method(decide=decide, rounds=2 if n == 8 else 1)
 
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path))
-  job = Job(
-    config, tmp_path, set_, jax.device_put(set_.train), classification(3), False
-  )
+  train, task = jax.device_put(set_.train), classification(3)
+  job = Job(config, tmp_path, set_, train, task, mesh.of(config), show=False)
   variables = Net().init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
   small = rounds.shrink(job, Net(), variables, build)
   assert [n for n, _, _ in asked] == [8, 4]
@@ -72,5 +72,7 @@ def test_rounds_are_repeated_and_held_out_data_decides(tmp_path):
   assert small.variables['params']['in0']['kernel'].shape == (6, 2)
   assert small.variables['batch_stats']['norm0']['mean'].shape == (2,)
   assert len(small.rounds) == 2
+  decisions = [tree for tree in agreed if isinstance(tree, dict)]
+  assert [len(keep['channels']) for keep in decisions] == [1, 1]
   stages = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
   assert stages == ['finetune', 'gates-1', 'gates-2']
