@@ -6,6 +6,7 @@ python -m experiments.tables
 import re
 
 from experiments.auxiliary.table import auxiliary
+from experiments.auxiliary.table import composed as auxiliary_composed
 from experiments.bench.table import bench, cascades, depth_methods
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
@@ -33,6 +34,7 @@ def text() -> str:
       composed,
       cascades,
       auxiliary,
+      auxiliary_composed,
     )
   )
 

@@ -80,10 +80,13 @@ def auxiliary(
     shape = {'constant': 1.0, 'linear': 1 - t, 'cosine': (1 + jnp.cos(jnp.pi * t)) / 2}
     return weight * shape[decay]
 
-  def objective(task, outputs, batch, theta, step):
+  def says(task, outputs, theta):
     del theta
+    return task.answer({k: v for k, v in outputs.items() if k not in names})
+
+  def objective(task, outputs, batch, theta, step):
     others = jnp.stack([task.loss(outputs[name], batch) for name in names]).sum()
-    own = task.answer({k: v for k, v in outputs.items() if k not in names})
+    own = says(task, outputs, theta)
     loss = task.loss(own, batch) + a_t(step) * others
     return loss, measured(task, own, outputs, batch, names)
 
@@ -94,7 +97,7 @@ def auxiliary(
     method = _search(prices(coupling, gates), price, gate_lr, steps)
   keep = {'exits': {name: name not in names for name in coupling.exits}}
   return method._replace(
-    objective=objective, decide=lambda theta, stats, evaluate: keep
+    objective=objective, answer=says, decide=lambda theta, stats, evaluate: keep
   )
 
 

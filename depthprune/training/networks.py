@@ -1,6 +1,6 @@
 """The network that a run is about, and the variables that it starts with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from depthprune import models
 from depthprune.config import Config
 from depthprune.methods.auxiliary import ASIDE
 from depthprune.models import pretrained
-from depthprune.models.arch import within
 from depthprune.models.auxiliary import Auxiliary, beside
 from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.options import NetCut
-from depthprune.training import checkpoint, hosts, overlaid, store, tokens
+from depthprune.training import hosts, overlaid, tokens
 from depthprune.training.checkpoint import CheckpointError
+from depthprune.training.folder import as_thin, heads_of, pruned
 from depthprune.training.method import Tree
 from depthprune.training.prepared import DataError
 from depthprune.training.stage import Job
@@ -28,7 +28,8 @@ def network(config: Config, classes: int) -> Any:
   """The model of a run, with the heads that its method needs.
 
   Where the data have several tasks, of `classes` each, it has a head for each. Where it
-  starts from a pruned network, a folder, the model has that one's `arch`.
+  starts from a pruned network, a folder, the model has that one's `arch`, and if NetCut
+  cut it that one's exit.
 
   Raises: ValueError for a name that there is not, DataError for a method that is not
     for several tasks; CheckpointError for a folder that holds another model.
@@ -42,6 +43,7 @@ def network(config: Config, classes: int) -> Any:
     model = multitask(model, dict.fromkeys(tasks, classes))
   if config.pretrained is not None and Path(config.pretrained).is_dir():
     model = as_thin(model, config.pretrained)
+  _check_exits(config, model)
   return with_heads(model, config) if config.options.heads else model
 
 
@@ -52,11 +54,15 @@ def with_heads(model: Any, config: Config) -> Any:
     return every_tap(model, pool=o.pool)
   if o.structure == 'none':
     return model
-  own = getattr(model, 'heads', {})  # of several tasks, one each
+  own = getattr(model, 'heads', {})  # of several tasks, or of a network that was cut
   trunk = model.trunk if own else model
-  classes = {task: head.classes for task, head in own.items()} or model.classes
+  classes = {name: head.classes for name, head in own.items()} or model.classes
+  if not overlaid.tasks(config.data) and own:
+    (classes,) = classes.values()
   fields = {'classes': classes, 'width': o.width, 'pool': trunk.pool}
-  path = beside(trunk.taps, o.structure == 'search', **fields)
+  read = [trunk.taps.index(head.tap) for head in own.values()]
+  taps = trunk.taps[: max(read) + 1] if read else trunk.taps
+  path = beside(taps, o.structure == 'search', **fields)
   if o.structure != 'deep-supervision':
     heads = {ASIDE: path}
   else:
@@ -75,6 +81,16 @@ def _check_several(config: Config, model: Any, tasks: Sequence[str]) -> None:
       f'data {config.data!r} has several tasks ({", ".join(tasks)}): expected the '
       'method gates, implosion or auxiliary and a network with taps that classifies, '
       f'such as resnet20, got {config.method} and {config.model}'
+    )
+
+
+def _check_exits(config: Config, model: Any) -> None:
+  exits = model.exits if hasattr(model, 'trunk') else ()
+  helped = any(name.startswith(ASIDE) for name in exits)
+  if exits and (config.method in ('netcut', 'sidenet') or helped):
+    raise CheckpointError(
+      f'{config.pretrained}: expected a network that {config.method} can put exits on, '
+      f'got one that has {", ".join(exits)}'
     )
 
 
@@ -111,15 +127,14 @@ def _start(job: Job, model: Any) -> Tree:
 
 
 def _known(job: Job, path: str, model: Any) -> Tree:
-  """The arrays of a network with heads that a file or folder has: of its trunk, or
-  where the folder holds a network of several tasks of their heads too."""
-  tasks = overlaid.tasks(job.config.data)
-  if not (tasks and Path(path).is_dir()):
+  """The arrays of a network with heads that a file or folder has: of its trunk, and
+  where the folder holds a network with heads of these too."""
+  held = heads_of(path) if Path(path).is_dir() else ()
+  if not held:
     found = _read(job, path, model.trunk)
     return {collection: {'trunk': tree} for collection, tree in found.items()}
-  own = {name: head for name, head in model.heads.items() if name in tasks}
-  arch = {k: v for k, v in model.arch.items() if f'/{ASIDE}' not in k}
-  return _read(job, path, model.clone(heads=own, arch=arch))
+  own = {name: model.heads[name] for name in held}
+  return _read(job, path, model.clone(heads=own))
 
 
 def check_answer(job: Job, model: Any) -> None:
@@ -142,83 +157,3 @@ def _read(job: Job, path: str, model: Any) -> Tree:
   if Path(path).is_dir():
     return pruned(path, model, *job.inputs)
   return pretrained.load(path, model, job.images.shape)
-
-
-# ---- networks that were pruned before ------------------------------------------------
-
-
-def as_thin(model: Any, path: str | Path) -> Any:
-  """The model with the `arch` of the pruned network in a folder.
-
-  Raises: CheckpointError where the folder holds none, or not of this model; how many
-    classes it has, and the type it computes in, may differ.
-  """
-  record = store.read_record(Path(path), checkpoint.RECORD)
-  stored, arch, _ = _compact(record)
-  theirs, ours = _described(stored), _described(models.describe(model))
-  fixed = sorted({*theirs, *ours} - {'arch', 'classes', 'dtype'})
-  if apart := [k for k in fixed if theirs.get(k) != ours.get(k)]:
-    says = lambda d: ', '.join(f'{k} {d.get(k)}' for k in apart)
-    raise CheckpointError(
-      f'{path}: expected a pruned network with {says(ours)}, got one with '
-      f'{says(theirs)}: pass the --model that was pruned'
-    )
-  return model.clone(arch=type(model.arch)(arch))
-
-
-def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
-  """The variables of the pruned network in a folder, for a model `as_thin` as it.
-
-  Branch gates are open, as those of the folder are folded into its arrays.
-
-  Raises: CheckpointError for another number of classes, and for arrays that do not fit.
-  """
-  leaves, record = store.read(Path(path), checkpoint.RECORD)
-  stored, _, inside = _compact(record)
-  leaves = {name.replace(inside, '/', 1): leaf for name, leaf in leaves.items()}
-  ours = _described(models.describe(model)).get('classes')
-  classes = _described(stored).get('classes')
-  if classes != ours:
-    raise CheckpointError(
-      f'{path}: expected a network of {ours} classes, as the data has, got '
-      f'one of {classes}'
-    )
-  shapes = dict(jax.eval_shape(model.init, jax.random.key(0), *inputs))
-  gates = {k: shapes.pop(k) for k in ('branches',) if k in shapes}
-  opened = jax.tree.map(lambda gate: jnp.ones(gate.shape, gate.dtype), gates)
-  return {**store.matched(shapes, leaves, str(path)), **opened}
-
-
-def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str]:
-  """(model, arch, what its arrays lie in) of a record, '/' if in nothing.
-
-  Heads that were dropped, such as an auxiliary path, are not among them; of a trunk
-  whose heads were all dropped they are those of the trunk.
-  """
-  model, arch = record['model'], record['arch']
-  if model.get('name') != 'heads.WithHeads':
-    return model, arch, '/'
-  fields, gone = model['fields'], lambda name: arch.get(f'exit/{name}', 1) == 0
-  heads = {name: head for name, head in fields['heads'].items() if not gone(name)}
-  if not heads and not gone('main'):
-    return fields['trunk'], within(arch, 'trunk'), '/trunk/'
-  dropped = {*fields['heads']} - {*heads}
-  mine = lambda key: key.split('/')[0].removeprefix('head_') not in dropped
-  arch = {k: v for k, v in arch.items() if mine(k.removeprefix('exit/'))}
-  return {**model, 'fields': {**fields, 'heads': heads}}, arch, '/'
-
-
-def _described(described: Mapping[str, Any]) -> dict[str, Any]:
-  """{'name': ..., field: value}, of what `models.describe` gave.
-
-  The fields of a trunk are among those of the network that has it, and say how many
-  classes there are; its heads have taps.
-  """
-  if 'foreign' in described:
-    return {'name': described['foreign']}
-  name, fields = described['name'], described['fields']
-  if 'trunk' not in fields:
-    return {'name': name, **fields}
-  tap = lambda head: head['fields'].get('tap', head['name'])
-  taps = {of: tap(head) for of, head in fields['heads'].items()}
-  return {'name': name, **fields['trunk']['fields'], 'heads': taps}

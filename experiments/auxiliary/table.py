@@ -15,6 +15,14 @@ NAMES = {
   'search': 'auxiliary path, searched',
 }
 
+COMPOSED = ('', 'between', 'test', 'FLOPs left', 'seeds')
+COMPOSITIONS = {
+  ('gates', 'none'): 'alone, then trainable gates to half of the FLOPs',
+  ('gates', 'all'): 'beside a path, then trainable gates to half of the FLOPs',
+  ('netcut', 'none'): 'NetCut, then trained again alone',
+  ('netcut', 'all'): 'NetCut, then trained again beside a path',
+}
+
 Rows = list[dict[str, Any]]
 
 
@@ -73,3 +81,31 @@ def _searched(rows: Rows) -> str:
     return ''
   open_ = spread(sum(each.values()) for each in found)
   return f'; the search left {open_} of {len(found[0])} connections open'
+
+
+def composed() -> str:
+  """Auxiliary training before and after other methods; a dash without a result."""
+  parts = (_composed(*file) for file in files('auxiliary', 'what').items())
+  return '\n\n'.join(parts) or 'Auxiliary training composed with other methods: –'
+
+
+def _composed(path: Path, found: dict[str, Any]) -> str:
+  lines = []
+  for (what, structure), name in COMPOSITIONS.items():
+    mine = [
+      row
+      for row in found['rows']
+      if (row['what'], row['structure']) == (what, structure)
+    ]
+    if mine:
+      shares = (
+        [row[key] for row in mine] for key in ('between', 'accuracy', 'flops_part')
+      )
+      lines.append((name, *map(percent, shares), str(len(mine))))
+  config = found['config']['gates0']
+  images = f', {config["subset"]:,} images' if config['subset'] else ''
+  return (
+    f'Auxiliary training composed with other methods, {config["data"]}{images}; '
+    f'accuracy after the first and after the second, in % ({link(path)}):\n\n'
+    + table(COMPOSED, lines)
+  )

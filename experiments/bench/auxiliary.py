@@ -44,7 +44,7 @@ def case(name: str) -> dict[str, Any]:
   shape = (size,) if trunk.pool else (size, side, side)
   batch = {'image': images, 'label': jnp.asarray(rng.integers(0, 10, shape))}
   task = (tasks.classification if trunk.pool else tasks.segmentation)(10)
-  found = {'side': side, 'batch': size, 'width': width}
+  found: dict[str, Any] = {'side': side, 'batch': size, 'width': width}
   for structure, search in STRUCTURES.items():
     fields = {'classes': 10, 'width': width, 'pool': trunk.pool}
     wide = WithHeads(trunk, {'aux': beside(trunk.taps, search, **fields)})

@@ -10,7 +10,7 @@ import depthprune as dp
 from depthprune import models
 from depthprune.config import RECIPES
 from depthprune.models.auxiliary import beside
-from depthprune.models.heads import WithHeads
+from depthprune.models.heads import WithHeads, every_tap
 from depthprune.options import Auxiliary, Gates, SideNet
 from depthprune.training import datasets, recipe
 from depthprune.training.data import Normalisation
@@ -132,7 +132,9 @@ def test_a_network_that_lost_its_path_is_the_compact_one(tmp_path):
   found = start(prepare(config, show=False), model)
   same = jax.tree.map(np.array_equal, found['params'], variables['params']['trunk'])
   assert jax.tree.all(same)
-  with pytest.raises(CheckpointError, match='heads.WithHeads'):
+  with pytest.raises(
+    CheckpointError, match='sidenet can put exits on, got one that has main, aux'
+  ):
     network(dataclasses.replace(config, pretrained=str(tmp_path / 'whole')), 10)
 
 
@@ -177,3 +179,52 @@ def test_a_model_of_another_kind_than_the_labels(tmp_path):
   )
   with pytest.raises(DataError, match='a class of every image.*segnet8 answers'):
     recipe.run(config, show=False)
+
+
+def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
+  """NetCut's network, with the one exit it has left, and then its channels."""
+  fields = {'model': 'resnet8', 'batch': 32, 'subset': 64, 'finetune_epochs': 0}
+  trunk = models.build('resnet8')
+  heads = every_tap(trunk)
+  variables = jax.jit(heads.init)(jax.random.key(0), EXAMPLE)
+  keep = {'exits': {name: name == 'exit2' for name in heads.exits}}
+  cut_at = dp.prune(heads, variables, keep, EXAMPLE)
+  dp.save(tmp_path / 'cut', cut_at, NORMALISATION)
+  wide = dataclasses.replace(
+    RECIPES['auxiliary'],
+    options=Auxiliary(width=4),
+    pretrained=str(tmp_path / 'cut'),
+    workdir=str(tmp_path / 'wide'),
+    gate_epochs=1,
+    **fields,
+  )
+  model = network(wide, 10)
+  assert model.exits == ('exit2', 'aux')
+  assert model.heads['aux'].reads == ('stage1/block0', 'stage2/block0')
+  variables = start(prepare(wide, show=False), model)
+  given = cut_at.variables['params']
+  same = jax.tree.map(np.array_equal, {k: variables['params'][k] for k in given}, given)
+  assert jax.tree.all(same)
+  result = recipe.run(wide, show=False)
+  assert result['params']['after'] == dp.cost.params(
+    dp.couple(cut_at.apply, cut_at.variables, EXAMPLE)
+  )
+  thin = dataclasses.replace(
+    RECIPES['trainable_gates'],
+    options=Gates(target=0.7),
+    pretrained=str(tmp_path / 'wide' / 'pruned'),
+    workdir=str(tmp_path / 'thin'),
+    train_epochs=0,
+    gate_epochs=1,
+    **fields,
+  )
+  found = recipe.run(thin, show=False)
+  assert found['flops']['after'] < 0.72 * found['flops']['before']
+  for method in ('netcut', 'sidenet'):
+    again = dataclasses.replace(
+      RECIPES[method], model='resnet8', pretrained=str(tmp_path / 'cut')
+    )
+    with pytest.raises(
+      CheckpointError, match='can put exits on, got one that has exit2'
+    ):
+      network(again, 10)
