@@ -27,6 +27,11 @@ def link(path: str | Path) -> str:
   return f'[{relative}](experiments/{relative})'
 
 
+def notes(found: dict[str, Any]) -> str:
+  """What was written beside the rows, as sentences after the table's head."""
+  return ''.join(f' Note: {note}.' for note in found.get('notes', ()))
+
+
 def spread(values: Iterable[float], digits: int = 2) -> str:
   """'97.10 ± 0.21': mean and standard deviation (of the sample)."""
   values = list(values)

@@ -1,7 +1,7 @@
 """Auxiliary training before trainable gates, and of a network that NetCut cut.
 
-  gates    ResNet-8 trained beside an auxiliary path, or alone; then half of its FLOPs go
-           by trainable gates, which start from that network
+  gates    ResNet-8 trained beside an auxiliary path, or alone; then half of its FLOPs
+           go by trainable gates, which start from that network
   netcut   ResNet-14 with a head on every block, cut by NetCut where the network wants;
            then trained for as many epochs again, beside a path that reads what is left
            of it, or alone
@@ -18,7 +18,7 @@ call; `--full`, for an accelerator: all images at 28×28.
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from depthprune.config import RECIPES, Config
 from depthprune.options import Auxiliary, Gates, NetCut
@@ -31,7 +31,8 @@ EPOCHS = 15
 SMALL = {'subset': 10_000, 'resize': 14}
 DATA = {'data': 'fashion_mnist', 'gate_epochs': EPOCHS}
 MODELS = {'gates': 'resnet8', 'netcut': 'resnet14'}
-STRUCTURES = ('none', 'all')
+Structure = Literal['none', 'all']
+STRUCTURES: tuple[Structure, ...] = ('none', 'all')
 
 
 def after(folder: Path, first: Config, then: Config) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def after(folder: Path, first: Config, then: Config) -> dict[str, Any]:
   }
 
 
-def runs(what: str, structure: str, **fields: Any) -> tuple[Config, Config]:
+def runs(what: str, structure: Structure, **fields: Any) -> tuple[Config, Config]:
   """The two runs of a composition, in their order."""
   fields = {**DATA, 'model': MODELS[what], **fields}
   made = lambda name, **more: dataclasses.replace(RECIPES[name], **{**fields, **more})

@@ -11,6 +11,10 @@ epochs.
 3 seeds, about 30 minutes on one core. TFDS_DATA_DIR says where fashion_mnist is;
 `--minutes 10` stops and goes on with the next call. Goal: the mean accuracy of both
 tasks with `search` above `alone` by more than a standard deviation.
+
+Found on all images (`--full`, 3 seeds, H100): it is, 91.00 ± 0.11 against 90.72 ± 0.12,
+and against the same training FLOPs (90.75) too. All seeds find the same structure as
+with one task: the path reads the ends of the second and third stage only.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.found import files, link, percent, spread, table
+from experiments.found import files, link, notes, percent, spread, table
 
 HEAD = ('', 'test', 'against alone', 'epochs', 'training FLOPs', 'seeds')
 NAMES = {
@@ -49,7 +49,7 @@ def _table(path: Path, found: dict[str, Any]) -> str:
     'what helped to train is cut away, and the same compact network is left; '
     f'{"mean IoU" if score == "miou" else "accuracy"} on test data in %, mean ± '
     'standard deviation; differences in points, seed by seed'
-    f'{_searched(rows)} ({link(path)}):\n\n' + table(HEAD, lines)
+    f'{_searched(rows)} ({link(path)}).{notes(found)}\n\n' + table(HEAD, lines)
   )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.found import files, link, percent, table
+from experiments.found import files, link, notes, percent, table
 
 COLUMNS = 8  # numbers of erased units that a table shows
 HEAD = (
@@ -78,7 +78,7 @@ def _retrained(path: Path, found: dict[str, Any]) -> str:
   return (
     f'Network Implosion, {_what(found)}: units erased and the rest retrained, in '
     f'rounds; accuracy in %, mean ± standard deviation; uncut {percent(uncut)} '
-    f'({link(path)}):\n\n' + table(HEAD, lines)
+    f'({link(path)}).{notes(found)}\n\n' + table(HEAD, lines)
   )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.found import files, link, percent, spread, table
+from experiments.found import files, link, notes, percent, spread, table
 
 HEAD = (
   *('regime', 'asked for', 'reached', 'points lost', 'FLOPs saved, %'),
@@ -48,7 +48,8 @@ def _section(path: Path, found: dict[str, Any]) -> str:
     f'widest over seeds) ({link(path)}):\n\n'
     + table(HEAD, lines)
     + '\n\n'
-    + ' '.join([*said, *(f'Note: {note}.' for note in found.get('notes', ()))])
+    + ' '.join(said)
+    + notes(found)
   )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 
 import depthprune as dp
 from depthprune import models
-from depthprune.models.auxiliary import Auxiliary, AuxiliaryPath, beside
+from depthprune.models.auxiliary import Adaptor, Auxiliary, AuxiliaryPath, beside
+from depthprune.models.convnet import ConvNet
 from depthprune.models.heads import WithHeads
+from depthprune.models.mobilenet import MobileNetV2
+from depthprune.models.segnet import SegNet
+from depthprune.models.vgg import VGG
 from tests import zoo
 from tests.test_conformance import canonical
 
@@ -20,12 +25,20 @@ TRUNKS = {
   'resnet': (models.build('resnet8', width=4), X),
   'preact': (models.build('resnet8', width=4, preact=True, shortcut='B'), X),
   'vit': (models.build('vit_tiny', depth=2, width=8, heads=2, patch=4), X),
+  'convnet': (ConvNet(layers=3, width=6, size=3), X),
+  'vgg': (VGG(blocks=(1, 3, 2), width=4), X),
+  'mobilenet': (MobileNetV2(blocks=(1, 3), width=0.5), X),
+  'segnet': (SegNet(blocks=(1, 2), width=4), X),
+  'bert': (
+    models.build('bert_tiny', vocab=50, positions=8, width=8, inner=8),
+    jnp.arange(8).reshape(2, 4),
+  ),
 }
 
 
 def made(trunk, x, search=True, **fields):
   """(trunk with a path, its variables: random, all gates open)."""
-  path = beside(trunk.taps, search, width=6, **fields)
+  path = beside(trunk.taps, search, width=6, pool=trunk.pool, **fields)
   model = WithHeads(trunk, {'aux': path})
   variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(1), x))
   gates = jax.tree.map(jnp.ones_like, variables.pop('branches', {}))
@@ -91,6 +104,66 @@ def test_features_of_any_size_are_brought_to_that_of_the_stage():
   said, v = run.init_with_output(jax.random.key(0), features, size=(30, 20))
   assert said.shape == (2, 30, 20, 3)
   assert v['params']['stage0']['a']['dense']['kernel'].shape == (3, 4)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_it_is_normalised_as_a_dense_layer_and_batch_normalisation(dtype):
+  """Values, statistics and derivatives, though nothing wide is ever normalised."""
+
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      y = nn.Dense(6, use_bias=False, name='dense')(x.astype(jnp.float32))
+      norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name='norm')
+      return norm(y)
+
+  ours, plain = Adaptor(6, False, dtype), Plain()
+  draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+  x = (3 + 2 * draw(0, 4, 5, 5, 3)).astype(dtype)  # a mean that must not cost digits
+  scale, bias = 1 + 0.1 * draw(1, 6), draw(2, 6)
+  kernel, stats = draw(3, 3, 6), {'mean': draw(4, 6), 'var': 1 + draw(5, 6) ** 2}
+  v = {
+    'params': {'dense': {'kernel': kernel, 'scale': scale, 'bias': bias}},
+    'batch_stats': {'dense': stats},
+  }
+  w = {
+    'params': {'dense': {'kernel': kernel}, 'norm': {'scale': scale, 'bias': bias}},
+    'batch_stats': {'norm': stats},
+  }
+  near = (2e-4, 2e-4) if dtype == jnp.float32 else (0.02, 0.1)  # relative, absolute
+  close = lambda a, b: np.testing.assert_allclose(a.astype(jnp.float32), b, *near)
+  size = x.shape[1:-1]
+  close(ours.apply(v, x, size, False), plain.apply(w, x, False))
+
+  def loss(model, variables, x, *args):
+    y, new = model.apply(variables, x, *args, mutable=['batch_stats'])
+    return (jnp.sin(y.astype(jnp.float32)) ** 2).sum(), (y, new['batch_stats'])
+
+  slope = jax.value_and_grad(loss, argnums=(1, 2), has_aux=True)
+  (_, (a, mine)), (by_v, by_x) = slope(ours, v, x, size, True)
+  (_, (b, theirs)), (by_w, there) = slope(plain, w, x, True)
+  close(a, b)
+  for name in ('mean', 'var'):
+    np.testing.assert_allclose(mine['dense'][name], theirs['norm'][name], rtol=1e-4)
+  if dtype == jnp.float32:
+    close(by_x, there)
+    close(by_v['params']['dense']['kernel'], by_w['params']['dense']['kernel'])
+    close(by_v['params']['dense']['scale'], by_w['params']['norm']['scale'])
+
+
+def test_a_stage_is_no_larger_than_what_is_read_of_it():
+  """Where the next stage has half the side, every second pixel is all that counts."""
+  path = Auxiliary((('a',), ('b',)), classes=3, width=4)
+  run = AuxiliaryPath(path, path.widths, jnp.float32)
+  draw = lambda i, side: jax.random.normal(jax.random.key(i), (2, side, side, 3))
+  features = {'a': draw(0, 8), 'b': draw(1, 4)}
+  v = run.init(jax.random.key(2), features)
+  slope = jax.grad(lambda f: run.apply(v, f).sum())(features)['a']
+  read = np.abs(slope).sum((0, 3)) > 0
+  assert read[::2, ::2].all() and read.sum() == 16
+  larger = {'a': draw(0, 4), 'b': draw(1, 8)}  # of a decoder: nothing is left out
+  slope = jax.grad(lambda f: run.apply(v, f).sum())(larger)['a']
+  assert (np.abs(slope).sum((0, 3)) > 0).all()
 
 
 def test_closed_connections_can_be_cut_while_the_path_stays():
