@@ -28,7 +28,7 @@ from depthprune.program.crossing import (
   crossing,
 )
 from depthprune.program.evaluate import bind, interpret
-from depthprune.program.facts import fresh
+from depthprune.program.facts import Facts, fresh
 from depthprune.program.view import View, abstract, look, paths_of, runnable
 
 Run = Callable[[Any, Sequence], tuple[Any, list]]
@@ -127,7 +127,7 @@ def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> St
 
   @functools.cache
   def runs(batch: int) -> tuple[Run, ...]:
-    return tuple(map(_run, _parts(_view(fn, variables, inputs, batch), names)))
+    return tuple(map(_run, _parts(_traced(fn, variables, inputs, batch), names)))
 
   kinds = lambda parts: [[(v.dtype, len(v.shape)) for v in p.outward] for p in parts]
   least = 1 if kinds(parts) == kinds(single) else SEVERAL
@@ -194,6 +194,13 @@ def _run(part: _Part) -> Run:
 def _view(fn: Callable, variables: Any, inputs: tuple, batch: int) -> View:
   dims = {p: fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
   return look(fn, variables, batched(inputs, batch), {}, dims)
+
+
+def _traced(fn: Callable, variables: Any, inputs: tuple, batch: Any) -> View:
+  """The program alone, its axes not solved: its batch may be symbolic."""
+  program, tree = jx.trace(fn, (variables, *batched(inputs, batch)))
+  leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
+  return View(program, Facts(), leaves, {}, tree, frozenset())
 
 
 def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
