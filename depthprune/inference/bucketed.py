@@ -61,6 +61,11 @@ def sizes(batch: Any, steps: int, least: int = 1) -> tuple[Any, ...]:
   return tuple(sorted({0, *(max(size, least) for size in found if size)}))
 
 
+def _few(batch: Any, least: int) -> bool:
+  """What is traced for a symbolic batch takes one example for several."""
+  return not is_symbolic_dim(batch) and 0 < batch < least
+
+
 def _alone(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
   """One example, where stages need more: it goes in several times."""
   more = [jnp.repeat(x, stages.least, 0) for x in inputs]
@@ -85,12 +90,13 @@ class _Front(NamedTuple):
 def run(
   stages: Stages, kind, steps: int, variables, settings: Settings, inputs, end: int
 ) -> Answer:
-  """The answers of the first `end` exits, for a batch as large as its inputs, symbolic or not."""
+  """The answers of the first `end` exits, for a batch as large as its inputs.
+
+  It may be symbolic, as `jax.export` has it, if the stages trace that too."""
   batch = inputs[0].shape[0]
   stages = stages.again(*inputs)
   several = sizes(batch, steps, stages.least)
-  # What is traced for a symbolic batch takes one example for several, too.
-  if not is_symbolic_dim(batch) and 0 < batch < stages.least:
+  if _few(batch, stages.least):
     return _alone(stages, kind, steps, variables, settings, inputs, end)
   programs = {size: stages.runs(size) for size in several if size}
   shape = logits(stages, stages.exits[-1])

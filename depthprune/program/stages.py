@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from depthprune.program import cost
+from depthprune.program import cost, evaluate
 from depthprune.program import jaxpr as jx
 from depthprune.program.crossing import (
   SEVERAL,
@@ -27,7 +27,6 @@ from depthprune.program.crossing import (
   counting,
   crossing,
 )
-from depthprune.program.evaluate import bind, interpret
 from depthprune.program.facts import Facts, fresh
 from depthprune.program.view import View, abstract, look, paths_of, runnable
 
@@ -179,12 +178,9 @@ def _parts(view: View, names: Sequence[str]) -> list[_Part]:
 
 
 def _run(part: _Part) -> Run:
-  def body(program: jx.Program, args: Sequence) -> list:
-    return interpret(program, args, lambda e, ins: bind(e, ins, e.params, body))
-
   def run(variables, crossed):
     leaves = jax.tree.leaves(variables)
-    outs = body(part.program, [*(leaves[i] for i in part.places), *crossed])
+    outs = evaluate.run(part.program, [*(leaves[i] for i in part.places), *crossed])
     n = part.tree.num_leaves
     return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
 
@@ -225,8 +221,7 @@ def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
 def _upto(view: View, name: str) -> jx.Program:
   """What one exit needs."""
   outputs = tuple(jax.tree.leaves(view.unpack(view.program.outputs)[name]))
-  program = dataclasses.replace(view.program, outputs=outputs)
-  return dataclasses.replace(program, equations=tuple(jx.live(program)[0]))
+  return jx.lean(dataclasses.replace(view.program, outputs=outputs))
 
 
 def _not_for_nothing(stages: Sequence[Stage]) -> None:
