@@ -8,8 +8,8 @@
   export.json        names, shapes and types
 
 StableHLO is that of `jax.export`: any batch size, cpu, cuda and tpu in one file. Its
-`arrays` are the dict in weights.safetensors, and of the cascade with that of
-cascade.safetensors in it: thresholds are among them, so others need no other program.
+`arrays` are a dict of those in the safetensors that export.json lists for it. Those of
+the cascade hold its thresholds, so others need no other program.
 """
 
 import shutil
@@ -118,7 +118,7 @@ def _stablehlo(
   file = f'{_file(name)}.stablehlo'
   (folder / file).write_bytes(exported.serialize())
   outputs = jax.tree.unflatten(exported.out_tree, [*map(_kind, exported.out_avals)])
-  return {'stablehlo': file, 'outputs': outputs}
+  return {'stablehlo': file, 'arrays': [*program.arrays], 'outputs': outputs}
 
 
 def _onnx(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from depthprune.inference import bucketed
@@ -25,7 +26,10 @@ CASCADE = 'cascade'
 
 
 class Program(NamedTuple):
-  """call(arrays, *inputs) -> logits [batch, ...], or a dict; arrays: by name."""
+  """call(arrays, *inputs) -> logits [batch, ...], or a dict.
+
+  `arrays`: by name, those that it reads.
+  """
 
   call: Callable[..., Any]
   arrays: dict[str, Any]
@@ -46,7 +50,7 @@ def programs(
 ) -> dict[str, Program]:
   """A program for every exit, and 'cascade', by name; of any `batch` if it is None.
 
-  Those of exits take the arrays of the network, by path; 'cascade' also `settings`.
+  Those of exits take arrays of the network, by path; 'cascade' also `settings`.
 
   Raises: ExportError for a network that is traced at given shapes alone, without a
     batch, and for an exit called 'cascade'.
@@ -60,35 +64,51 @@ def programs(
     )
   if fn is None:
     fn = functools.partial(network.apply, **kwargs)
-  structure = jax.tree.structure(network.variables)
-  arrays = store.paths(network.variables)
-  packed = lambda flat: jax.tree.unflatten(structure, [flat[name] for name in arrays])
-  exits = jax.eval_shape(fn, network.variables, *network.coupling.inputs)
-  names = [*exits] if isinstance(exits, Mapping) else ['main']
-
-  def at(name: str) -> Callable:
-    def call(flat, *inputs):
-      said = fn(packed(flat), *inputs)
-      return said[name] if isinstance(said, Mapping) else said
-
-    return _lean(call)
-
-  found = {name: Program(at(name), arrays) for name in names}
+  found = _exits(fn, network)
   if cascade is None:
     return found
   if CASCADE in found:
     raise ExportError(f'an exit is called {CASCADE!r}, as the cascade is: rename it')
-  stages = cascade.stages
+  stages, inputs = cascade.stages, network.coupling.inputs
   if batch is None:
-    stages = split(fn, network.variables, *network.coupling.inputs, exits=cascade.exits)
+    stages = split(fn, network.variables, *inputs, exits=cascade.exits)
+  arrays, pack = store.paths(network.variables), _packing(network.variables)
 
   def early(flat, *inputs):
     chosen = Settings(*(flat.get(f'{CASCADE}/{name}') for name in Settings._fields))
     kind, steps, end = cascade.confidence, cascade.steps, len(stages)
-    answer = bucketed.run(stages, kind, steps, packed(flat), chosen, inputs, end)
+    answer = bucketed.run(stages, kind, steps, pack(flat), chosen, inputs, end)
     return answer._asdict()
 
   return {**found, CASCADE: Program(early, arrays | settings(cascade))}
+
+
+def _exits(fn: Callable, network: Pruned) -> dict[str, Program]:
+  inputs, pack = network.coupling.inputs, _packing(network.variables)
+  said = jax.eval_shape(fn, network.variables, *inputs)
+  names = [*said] if isinstance(said, Mapping) else ['main']
+  arrays = dict(sorted(store.paths(network.variables).items()))
+
+  def program(name: str) -> Program:
+    def call(flat, *inputs):
+      said = fn(pack(flat), *inputs)
+      return said[name] if isinstance(said, Mapping) else said
+
+    traced, _ = jx.trace(call, (arrays, *inputs))
+    _, needed = jx.live(traced)
+    read = [name for name, v in zip(arrays, traced.inputs) if v in needed]
+    return Program(_lean(call), {name: arrays[name] for name in read})
+
+  return {name: program(name) for name in names}
+
+
+def _packing(variables: Any) -> Callable[[dict], Any]:
+  """(arrays by path) -> the tree of variables; zeros for those that are absent."""
+  leaves, structure = store.paths(variables), jax.tree.structure(variables)
+  absent = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+  return lambda flat: jax.tree.unflatten(
+    structure, [flat[p] if p in flat else absent(leaf) for p, leaf in leaves.items()]
+  )
 
 
 def _lean(call: Callable) -> Callable:

@@ -137,6 +137,8 @@ def _uncut(key: str, value: int, coupling: Coupling) -> int:
   """
   if key.startswith('exit/'):
     return int(value or key.removeprefix('exit/') in coupling.exits)
+  if key in coupling.groups:  # what is no last axis of a kernel, as heads are
+    return coupling.axis(key).size
   leaves = store.paths(coupling.variables)
   if key in coupling.branches:
     return int(np.prod(leaves[f'branches/{key}'].shape))

@@ -69,6 +69,17 @@ def test_what_was_pruned_twice_comes_back(resnet, tmp_path):
   assert twice.arch['stage2/block0/branch'] == 0
 
 
+def test_heads_that_were_cut_come_back_cut(tmp_path):
+  model = models.build('vit_tiny', width=8, depth=1, heads=4, inner=12)
+  variables = jax.jit(model.init)(jax.random.key(0), images(1))
+  group = 'block0/attention/query:1'  # no last axis of a kernel tells its size
+  keep = {'channels': {group: np.array([True, False, True, True])}}
+  small = prune(model, variables, keep, X)
+  assert small.arch == {group: 3}
+  save(tmp_path / 'vit', small)
+  assert_same(small, load(tmp_path / 'vit'), images())
+
+
 def test_dropped_exits_come_back_dropped(tmp_path):
   model = WithHeads(SMALL, {'early': Head(tap='stage1/block0', classes=4)})
   variables = jax.jit(model.init)(jax.random.key(0), images(1))
