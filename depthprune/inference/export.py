@@ -25,7 +25,7 @@ from jax import export as jax_export
 from depthprune.inference import onnx as converter
 from depthprune.inference.cascade import Cascade
 from depthprune.inference.onnx import ExportError
-from depthprune.inference.programs import CASCADE, Program, programs, settings
+from depthprune.inference.programs import CASCADE, Program, probe, programs, settings
 from depthprune.inference.saved import save_cascade
 from depthprune.surgery.cut import Pruned
 from depthprune.training import arrays as files
@@ -130,24 +130,11 @@ def _onnx(
     said = program.call(arrays, *inputs)
     return said if isinstance(said, Mapping) else {'logits': said}
 
-  content, far = converter.convert(call, inputs, names, _probe(inputs))
+  content, far = converter.convert(call, inputs, names, probe(inputs))
   file = f'{_file(name)}.onnx'
   (folder / file).write_bytes(content)
   shapes = [_kind(x)['shape'] for x in inputs]
   return {'onnx': file, 'onnx_inputs': shapes, 'onnx_distance': far}
-
-
-def _probe(inputs: Sequence) -> list[np.ndarray]:
-  """Numbers in the shapes of inputs, three of a symbolic batch."""
-  draw = np.random.default_rng(0)
-  made = []
-  for x in inputs:
-    size = x.shape[0] if isinstance(x.shape[0], int) else 3
-    values = draw.normal(size=(size, *x.shape[1:]))
-    # Tokens and types that there are in any text; the first of a mask is open.
-    values = values if jnp.issubdtype(x.dtype, jnp.floating) else values > -1
-    made.append(values.astype(x.dtype))
-  return made
 
 
 def _abstract(inputs: Sequence, batch: int) -> list[jax.ShapeDtypeStruct]:

@@ -4,7 +4,7 @@ A program takes its arrays by name, as a dict without folders: safetensors hold 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,3 +129,16 @@ def settings(cascade: Cascade) -> dict[str, np.ndarray]:
     for name, value in values.items()
     if value is not None
   }
+
+
+def probe(inputs: Sequence[Any], batch: int = 3) -> list[np.ndarray]:
+  """Numbers in the shapes of abstract inputs; `batch` of a symbolic number of them."""
+  draw = np.random.default_rng(0)
+  made = []
+  for x in inputs:
+    size = x.shape[0] if isinstance(x.shape[0], int) else batch
+    values = draw.normal(size=(size, *x.shape[1:]))
+    # Tokens and types that any text can have; most of a mask is open.
+    values = values if jnp.issubdtype(x.dtype, jnp.floating) else values > -1
+    made.append(values.astype(x.dtype))
+  return made
