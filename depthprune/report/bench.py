@@ -39,7 +39,7 @@ def screen(result: Mapping[str, Any]) -> Group:
 
 
 def peaks(result: Mapping[str, Any]) -> list[str]:
-  """`float32: 98.1 GFLOP/s (product of 2048 x 2048); copies: 64 GB/s of 1 MiB, ...`."""
+  """`float32: 98.1 GFLOP/s (product of 2048 x 2048); copies: 64 GB/s of 1 MiB`."""
 
   def copies(speeds: Mapping[Any, float]) -> str:
     of = ((int(size) / 2**20, count(speed)) for size, speed in speeds.items())
