@@ -12,7 +12,7 @@ StableHLO is that of `jax.export`: any batch size, cpu, cuda and tpu in one file
 the cascade hold its thresholds, so others need no other program.
 """
 
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,26 +60,39 @@ def export(
     what ONNX cannot say; CheckpointError and ValueError as `save` and `save_cascade`.
   """
   path = Path(path)
-  if path.exists() and not (path / RECORD).is_file() and any(path.iterdir()):
+  ours = (path / RECORD).is_file() or (path.is_dir() and not any(path.iterdir()))
+  if path.exists() and not ours:
     raise ExportError(
       f'{path}: expected an earlier export (with {RECORD}) or nothing, got other '
       'files: choose another folder'
     )
-  found = programs(network, cascade, batch)
+  if batch is not None and batch < 1:
+    raise ExportError(f'batch: expected a whole number >= 1, got {batch}')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.unfinished-') as scratch:
+    fresh = Path(scratch) / path.name
+    _save(fresh, network, cascade, tokenizer)
+    told = _write(fresh, network, cascade, onnx, batch, platforms)
+    if path.exists():
+      store.discard(path)
+    fresh.rename(path)
+  return told
+
+
+def _write(
+  folder: Path, network: Pruned, cascade: Cascade | None, onnx: bool, batch, platforms
+) -> dict[str, Any]:
+  """All programs and export.json."""
   inputs = network.coupling.inputs
   several = jax_export.symbolic_shape('batch')[0] if batch is None else batch
-  shapes = [jax.ShapeDtypeStruct((several, *x.shape[1:]), x.dtype) for x in inputs]
-  fresh = path.with_name(f'.unfinished-{path.name}')
-  shutil.rmtree(fresh, ignore_errors=True)
-  fresh.mkdir(parents=True)
-  _save(fresh, network, cascade, tokenizer)
+  shapes = _shapes(inputs, several)
   names = ['input'] if len(inputs) == 1 else [f'input{i}' for i in range(len(inputs))]
   told = {}
-  for name, program in found.items():
-    told[name] = _stablehlo(fresh, name, program, shapes, platforms)
+  for name, program in programs(network, cascade, batch).items():
+    told[name] = _stablehlo(folder, name, program, shapes, platforms)
     if onnx:
-      fixed = shapes if name != CASCADE else _abstract(inputs, batch or 1)
-      told[name] |= _onnx(fresh, name, program, names, fixed)
+      fixed = shapes if name != CASCADE else _shapes(inputs, batch or 1)
+      told[name] |= _onnx(folder, name, program, names, fixed)
   described = zip(names, map(_kind, shapes), strict=True)
   content = {
     'inputs': [{'name': name, **kind} for name, kind in described],
@@ -89,10 +102,7 @@ def export(
     'normalisation': network.report.get('normalisation'),
     'versions': record.versions(),
   }
-  record.write(fresh / RECORD, content)
-  if path.exists():
-    store.discard(path)
-  fresh.rename(path)
+  record.write(folder / RECORD, content)
   return content
 
 
@@ -114,7 +124,15 @@ def _stablehlo(
 ) -> dict[str, Any]:
   kinds = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, program.arrays))
   traced = jax_export.export(jax.jit(program.call), platforms=platforms)
-  exported = traced(kinds, *inputs)
+  try:
+    exported = traced(kinds, *inputs)
+  except Exception as error:  # whatever meets a size that is no number
+    if isinstance(inputs[0].shape[0], int):
+      raise
+    first = str(error).splitlines()[0]
+    raise ExportError(
+      f'{name}: cannot be traced for any batch size ({first}): choose one with batch'
+    ) from error
   file = f'{_file(name)}.stablehlo'
   (folder / file).write_bytes(exported.serialize())
   outputs = jax.tree.unflatten(exported.out_tree, [*map(_kind, exported.out_avals)])
@@ -137,7 +155,7 @@ def _onnx(
   return {'onnx': file, 'onnx_inputs': shapes, 'onnx_distance': far}
 
 
-def _abstract(inputs: Sequence, batch: int) -> list[jax.ShapeDtypeStruct]:
+def _shapes(inputs: Sequence, batch: Any) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
 
 

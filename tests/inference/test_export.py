@@ -261,6 +261,25 @@ def test_somebody_elses_network_has_to_have_a_batch_once_it_is_cut(tmp_path):
   close(run(tmp_path / 'cut', 'main', VECTORS), cut.apply(cut.variables, VECTORS))
 
 
+class Halves(nn.Module):
+  """Which examples it reads depends on how many there are."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(x[: len(x) // 2] if len(x) > 5 else x)
+
+
+def test_what_is_another_network_at_another_batch_has_to_have_one(tmp_path):
+  network = pruned(Halves(), VECTORS, target=None)
+  with pytest.raises(ExportError, match='cannot be traced for any batch size'):
+    export(tmp_path / 'it', network)
+  assert not [*tmp_path.iterdir()]
+  export(tmp_path / 'it', network, batch=12)
+  assert run(tmp_path / 'it', 'main', VECTORS).shape == (6, 3)
+  with pytest.raises(ExportError, match='>= 1, got 0'):
+    export(tmp_path / 'it', network, batch=0)
+
+
 def test_a_path_beside_the_network_is_not_exported(tmp_path):
   model = WithHeads(TRUNK, {'aux': beside(TRUNK.taps, classes=4, width=5)})
   network = pruned(model, VECTORS, target=None, exits={'aux': False})
@@ -272,6 +291,8 @@ def test_other_files_are_left_alone(tmp_path):
   with pytest.raises(ExportError, match='got other files'):
     export(tmp_path, pruned(TRUNK, VECTORS))
   assert [*tmp_path.iterdir()] == [tmp_path / 'thesis.txt']
+  with pytest.raises(ExportError, match='got other files'):
+    export(tmp_path / 'thesis.txt', pruned(TRUNK, VECTORS))
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path):
