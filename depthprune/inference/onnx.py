@@ -107,11 +107,14 @@ def _distance(mine: np.ndarray, theirs: np.ndarray) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without what the converter says of its plug-ins and of shapes that it guesses."""
+  """Without what the converter says of its plug-ins and of shapes that it guesses.
+
+  It mixes types, which a reader's strict promotion would refuse; ours are traced.
+  """
   before = logging.root.manager.disable
   logging.disable(logging.ERROR)
   try:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion('standard'):
       warnings.simplefilter('ignore')
       yield
   finally:

@@ -178,8 +178,14 @@ def test_every_exit_is_a_program_of_its_own(exported):
   for name, logits in expected.items():
     close(run(folder, name, VECTORS), logits)
     close(run_onnx(folder, name, VECTORS)['logits'], logits)
+  # Weights are arguments: without them nothing is said.
+  arrays = load_file(folder / 'network' / 'weights.safetensors')
+  nothing = jax.tree.map(np.zeros_like, read(folder, 'main', arrays))
+  assert not program(folder, 'main').call(nothing, VECTORS).any()
   # What lies behind an exit is not in its file.
   assert sizes['a'] < sizes['main']
+  layers = lambda name: program(folder, name).mlir_module().count('stablehlo.dot_g')
+  assert layers('a') / layers('main') == 3 / 4
   first = {'trunk/layer0/dense', 'head_a/hidden', 'head_a/out'}
   leaves = {f'params/{layer}/{leaf}' for layer in first for leaf in ('kernel', 'bias')}
   assert {*told['programs']['a']['arrays']} == leaves
@@ -206,6 +212,27 @@ def test_a_cascade_of_one_size_in_both_formats(tmp_path):
   np.testing.assert_array_equal(theirs['exit'], mine['exit'])
   with pytest.raises(ValueError, match='12'):
     run(tmp_path / 'it', 'main', VECTORS[:5])
+
+
+def test_what_is_broadcast_to_the_batch_is_one_program_too(tmp_path):
+  def network_of(v, x):
+    q = jnp.broadcast_to(v['q'], x.shape)  # nothing to do for one example
+    x = jnp.tanh(x @ v['w']) + q
+    return {'a': x, 'main': (jnp.tanh(x) + q) @ v['w']}
+
+  shapes = {'w': (6, 6), 'q': (1, 6)}
+  v = {k: DRAW.normal(size=size).astype(np.float32) for k, size in shapes.items()}
+  network = prune(network_of, v, {}, VECTORS[:1])
+  found = cascade(network_of, v, VECTORS[:1], thresholds={'a': 0.4})
+  assert found.stages.least == 2
+  export(tmp_path / 'it', network, found)
+  for size in (1, 12):
+    mine, theirs = (
+      found(VECTORS[:size]),
+      run(tmp_path / 'it', 'cascade', VECTORS[:size]),
+    )
+    np.testing.assert_array_equal(theirs['exit'], mine.exit)
+    close(theirs['logits'], mine.logits)
 
 
 def test_a_cascade_of_texts_masks_and_all(tmp_path):
@@ -322,6 +349,28 @@ def test_onnx_says_what_it_cannot_say(monkeypatch):
   monkeypatch.setitem(sys.modules, 'jax2onnx', None)
   with pytest.raises(ExportError, match=r"pip install 'depthprune\[onnx\]'"):
     said(jnp.tanh)
+
+
+def chosen(x):
+  branches = [jnp.tanh, jnp.sin, lambda x: x + 1, lambda x: -x]
+  return jax.lax.switch(jnp.int32(x[0, 0, 0, 0] > 9) + 2, branches, x)
+
+
+WORDS_OF_OURS = {
+  'max': lambda x: nn.max_pool(x, (3, 3), (2, 2), 'SAME'),
+  'mean': lambda x: nn.pool(x, 0.0, jax.lax.add, (3, 2), (2, 1), 'SAME') / 6,
+  'pad': lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 2), (1, 1)), constant_values=-3),
+  'switch': chosen,
+}
+
+
+@pytest.mark.parametrize('word', WORDS_OF_OURS)
+def test_what_stands_for_an_equation_is_equal_to_it(word):
+  fn, (batch,) = WORDS_OF_OURS[word], jax_export.symbolic_shape('batch')
+  shape = jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32)
+  x = -1 - np.abs(IMAGES)  # a pool that is padded with zeros would show
+  _, far = onnx.convert(lambda x: {'y': fn(x)}, [shape], ['x'], [x])
+  assert far < 1e-6
 
 
 @pytest.mark.parametrize(
