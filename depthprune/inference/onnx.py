@@ -7,6 +7,7 @@ of one what onnxruntime does not run, an equal one stands in its place:
   pad                    constants joined to the array (a symbolic batch is refused)
   max and sum of windows pooling as linen has it (of [b, h, w, c] it is taken for 4-D)
   cond of n branches     n - 1 of two
+  own derivatives        what they compute, as nobody asks for them
 """
 
 import contextlib
@@ -138,6 +139,8 @@ def _equation(e: jx.Equation, ins: list) -> list:
   if e.name == 'cond':
     branches = [lambda *a, body=body: _run(body, a) for body in e.bodies]
     return _chosen(ins[0], branches, ins[1:])
+  if e.name in jx.OWN_DERIVATIVE:
+    return _run(e.bodies[0], ins)
   return bind(e, ins, e.params, _run)
 
 
