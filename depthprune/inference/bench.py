@@ -20,6 +20,7 @@ from depthprune.inference import latency, race, roofline
 from depthprune.inference.latency import Network, Timing
 from depthprune.inference.programs import module, probe
 from depthprune.inference.saved import Saved, find
+from depthprune.options import NetCut
 from depthprune.program import cost
 from depthprune.program.couple import couple
 from depthprune.program.view import runnable
@@ -76,7 +77,7 @@ def bench(
 
 
 def original(run: Path, after: Pruned) -> Original:
-  """The network that a run began with, as its config says, up to its own answer.
+  """The network that a run began with, as its config says, up to its own answers.
 
   Raises: ValueError where this version cannot build it.
   """
@@ -85,13 +86,18 @@ def original(run: Path, after: Pruned) -> Original:
     config = dataclasses.replace(config, pretrained=None)  # arrays, which are made up
   classes = getattr(after.model, 'trunk', after.model).classes
   model, inputs = network_of(config, classes), after.coupling.inputs
-  answer = 'main' if 'main' in model.exits else model.exits[-1]
+  told = after.model.exits if not isinstance(config.options, NetCut) else ()
+  answers = [name for name in told if name in model.exits] or model.exits[-1:]
   draw = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   array = lambda s: jnp.asarray(draw.uniform(0.01, 0.1, s.shape), s.dtype)
   variables = jax.tree.map(array, shapes)
   fn = runnable(model)
-  only = lambda variables, *inputs: {answer: fn(variables, *inputs)[answer]}
+
+  def only(variables, *inputs):
+    said = fn(variables, *inputs)
+    return {name: said[name] for name in answers}
+
   coupling = couple(only, variables, *inputs)
   flops = cost.flops(coupling) // inputs[0].shape[0]
   return Original(Network(only, variables), flops, cost.params(coupling))

@@ -14,7 +14,7 @@ from depthprune.inference.cascade import cascade
 from depthprune.inference.roofline import Peak
 from depthprune.inference.saved import save_cascade
 from depthprune.models import build
-from depthprune.models.heads import Head, WithHeads, every_tap
+from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.options import Gates, NetCut, SideNet
 from depthprune.program.couple import couple
 from depthprune.surgery.cut import prune
@@ -136,3 +136,12 @@ def test_without_data_a_cascade_is_timed_at_each_exit(tmp_path, early):
 def test_nothing_to_measure_is_refused(words, said):
   with pytest.raises(ValueError, match=said):
     b.bench(**{'paths': ['x'], **words})
+
+
+def test_several_tasks_are_several_answers_before_too(tmp_path):
+  model = multitask(TRUNK, {'left': 10, 'right': 10})
+  small = cut(model)
+  before = b.original(run_of(tmp_path / 'run', data='multi_fashion'), small)
+  said = before.network.apply(before.network.variables, DIGITS)
+  assert {*said} == {'left', 'right'}
+  assert before.flops == small.report['flops']['before']
