@@ -110,9 +110,11 @@ def _distance(mine: np.ndarray, theirs: np.ndarray) -> float:
 def _quiet() -> Iterator[None]:
   """Without what the converter says of its plug-ins and of shapes that it guesses.
 
-  It mixes types, which a reader's strict promotion would refuse; ours are traced.
+  It mixes types, which a reader's strict promotion would refuse; ours are traced. What
+  it puts in the place of functions of jax, and leaves there (jnp.cumsum), is undone.
   """
   before = logging.root.manager.disable
+  functions = [(module, dict(vars(module))) for module in (jnp, lax, jax.nn, nn)]
   logging.disable(logging.ERROR)
   try:
     with warnings.catch_warnings(), jax.numpy_dtype_promotion('standard'):
@@ -120,6 +122,8 @@ def _quiet() -> Iterator[None]:
       yield
   finally:
     logging.disable(before)
+    for module, names in functions:
+      vars(module).update(names)
 
 
 # ---- equations in other words --------------------------------------------------------

@@ -351,6 +351,14 @@ def test_onnx_says_what_it_cannot_say(monkeypatch):
     said(jnp.tanh)
 
 
+def test_the_converter_leaves_jax_as_it_was():
+  pytest.importorskip('onnxruntime')
+  onnx.convert(lambda x: {'y': jnp.tanh(x)}, X, ['x'], PROBE)
+  for module in (jnp, jax.lax, jax.nn, nn):
+    homes = {name: getattr(f, '__module__', '') for name, f in vars(module).items()}
+    assert [name for name, home in homes.items() if 'jax2onnx' in str(home)] == []
+
+
 def chosen(x):
   branches = [jnp.tanh, jnp.sin, lambda x: x + 1, lambda x: -x]
   return jax.lax.switch(jnp.int32(x[0, 0, 0, 0] > 9) + 2, branches, x)

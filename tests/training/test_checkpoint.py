@@ -9,6 +9,7 @@ from flax import nnx
 
 from depthprune import models
 from depthprune.models.heads import Head, WithHeads
+from depthprune.models.vit import ViT
 from depthprune.program.couple import couple
 from depthprune.surgery.cut import Pruned, prune
 from depthprune.surgery.oneshot import oneshot
@@ -70,7 +71,7 @@ def test_what_was_pruned_twice_comes_back(resnet, tmp_path):
 
 
 def test_heads_that_were_cut_come_back_cut(tmp_path):
-  model = models.build('vit_tiny', width=8, depth=1, heads=4, inner=12)
+  model = ViT(classes=4, width=8, depth=1, heads=4, inner=12)
   variables = jax.jit(model.init)(jax.random.key(0), images(1))
   group = 'block0/attention/query:1'  # no last axis of a kernel tells its size
   keep = {'channels': {group: np.array([True, False, True, True])}}
