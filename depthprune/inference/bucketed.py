@@ -13,10 +13,11 @@ Source: design.md, "Cascades".
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from depthprune.inference import confidence as sure
 from depthprune.program.crossing import Crossing
@@ -49,10 +50,20 @@ class Settings(NamedTuple):
   weights: jax.Array | None
 
 
-def sizes(batch: int, steps: int, least: int = 1) -> tuple[int, ...]:
-  """0, ... batch in `steps` steps, each size once; none between 0 and `least`."""
+def sizes(batch: Any, steps: int, least: int = 1) -> tuple[Any, ...]:
+  """0, ... batch in `steps` steps, each size once; none between 0 and `least`.
+
+  Of a symbolic batch they are symbolic, and those that may be equal all stay.
+  """
+  if is_symbolic_dim(batch):
+    return (0, *(-(-batch * i // steps) for i in range(1, steps)), batch)
   found = {-(-batch * i // steps) for i in range(1, steps + 1)}
   return tuple(sorted({0, *(max(size, least) for size in found if size)}))
+
+
+def _few(batch: Any, least: int) -> bool:
+  """What is traced for a symbolic batch takes one example for several."""
+  return not is_symbolic_dim(batch) and 0 < batch < least
 
 
 def _alone(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
@@ -79,11 +90,13 @@ class _Front(NamedTuple):
 def run(
   stages: Stages, kind, steps: int, variables, settings: Settings, inputs, end: int
 ) -> Answer:
-  """The answers of the first `end` exits, for a batch as large as its inputs."""
+  """The answers of the first `end` exits, for a batch as large as its inputs.
+
+  It may be symbolic, as `jax.export` has it, if the stages trace that too."""
   batch = inputs[0].shape[0]
   stages = stages.again(*inputs)
   several = sizes(batch, steps, stages.least)
-  if 0 < batch < stages.least:
+  if _few(batch, stages.least):
     return _alone(stages, kind, steps, variables, settings, inputs, end)
   programs = {size: stages.runs(size) for size in several if size}
   shape = logits(stages, stages.exits[-1])
@@ -130,7 +143,7 @@ def _tail(stages, programs, variables, k: int, batch: int, several, front: _Fron
     shapes = jax.eval_shape(on(batch), order, crossed)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-  chosen = jnp.searchsorted(jnp.asarray(several, jnp.int32), front.alive)
+  chosen = jnp.sum(jnp.asarray(several, jnp.int32) < front.alive, dtype=jnp.int32)
   branches = [on(size) if size else nobody for size in several]
   said, crossed = jax.lax.switch(chosen, branches, front.order, front.crossed)
   return jnp.asarray(several, jnp.int32)[chosen], said, crossed

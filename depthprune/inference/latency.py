@@ -9,7 +9,7 @@ clock that drifts or a neighbour that wakes up hits both; medians with quartiles
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,15 +108,29 @@ def compare(
   computed (a tap that is returned would be computed and written for nobody).
   Raises ValueError for inputs without a batch axis.
   """
-  programs = [_program(network, exits) for network in (before, after)]
-  measured = []
+  both = sweep((before, after), *example, batches=batches, exits=exits, seconds=seconds)
+  return tuple(compared(batch, *taken) for batch, taken in both)
+
+
+def compared(batch: int, before: np.ndarray, after: np.ndarray) -> Comparison:
+  """Two networks from what their turns took, milliseconds [turns]."""
+  faster = int(np.sum(after < before))
+  return Comparison(batch, timing(before), timing(after), faster)
+
+
+def sweep(
+  networks: Sequence[Network],
+  *example: Any,
+  batches: Iterable[int],
+  exits: Sequence[str] = (),
+  seconds: float = 2.0,
+) -> Iterator[tuple[int, np.ndarray]]:
+  """(batch, milliseconds [networks, turns]) for every batch size; see `compare`."""
+  programs = [_program(network, exits) for network in networks]
   for batch in sorted(set(batches)):
     inputs = jax.block_until_ready([_sized(x, batch) for x in example])
     calls = [functools.partial(program, *inputs) for program in programs]
-    taken = interleave(calls, seconds)
-    faster = int(np.sum(taken[1] < taken[0]))
-    measured.append(Comparison(batch, timing(taken[0]), timing(taken[1]), faster))
-  return tuple(measured)
+    yield batch, interleave(calls, seconds)
 
 
 def compile_seconds(network: Network, *inputs: Any) -> float:

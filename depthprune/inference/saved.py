@@ -1,9 +1,12 @@
-"""A cascade on disk: the network in `network/`, what was decided in `cascade.json`."""
+"""A cascade on disk: the network in `network/`, what was decided in `cascade.json`.
+
+And `find`, which reads what any run has left.
+"""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,17 +18,31 @@ from depthprune.training import checkpoint, hosts, record
 RECORD, TOKENIZER = 'cascade.json', 'tokenizer.json'
 
 
+class Saved(NamedTuple):
+  """What was saved: a network, and the cascade that was made of it, if there is one.
+
+  `folder` holds it; `run` is the directory of the run that it is of, else None.
+  """
+
+  folder: Path
+  run: Path | None
+  network: Pruned
+  cascade: Cascade | None
+
+
 def save_cascade(
   path: str | Path,
   saved: Cascade,
   network: Pruned,
   normalisation: Any = None,
   tokenizer: str | Path | None = None,
+  tensors: bool = False,
 ) -> None:
   """Writes a cascade as the folder `path`.
 
   saved: a cascade of `network`, what `prune` left. normalisation: what its images went
   through. tokenizer: tokenizer.json, copied beside a network that reads texts.
+  tensors: arrays as `checkpoint.save` writes them with it.
 
   Raises: CheckpointError as `checkpoint.save` does, and ValueError for a cascade that
     is not of this network.
@@ -44,7 +61,7 @@ def save_cascade(
   if hosts.writes():
     (path / RECORD).unlink(missing_ok=True)  # until all of it is there again
     (path / TOKENIZER).unlink(missing_ok=True)
-  checkpoint.save(path / 'network', network, normalisation)
+  checkpoint.save(path / 'network', network, normalisation, tensors)
   if text is not None and hosts.writes():
     (path / TOKENIZER).write_text(text)
   early = saved.exits[:-1]
@@ -71,14 +88,48 @@ def load_cascade(path: str | Path, model: Any = None) -> Cascade:
 
   Raises: CheckpointError for a folder without a cascade, or damaged.
   """
+  decided = _decided(Path(path))
+  return _cascade(Path(path), decided, checkpoint.load(Path(path) / 'network', model))
+
+
+def find(path: str | Path, model: Any = None) -> Saved:
+  """The network in the directory of a run, or in a folder that a network was saved to.
+
+  path: what `depthprune run` or `export` wrote, or `save` or `save_cascade`.
+  model: as for `load` and `load_cascade`.
+
+  Raises: CheckpointError where there is none, or as `load` and `load_cascade` do.
+  """
   path = Path(path)
+  for folder in (path, path / 'cascade', path / 'network', path / 'pruned'):
+    if (folder / RECORD).is_file():
+      decided = _decided(folder)
+      network = checkpoint.load(folder / 'network', model)
+      cascade = _cascade(folder, decided, network)
+    elif (folder / checkpoint.RECORD).is_file():
+      network, cascade = checkpoint.load(folder, model), None
+    else:
+      continue
+    runs = (path / 'config.json', path.parent / 'config.json')
+    run = next((config.parent for config in runs if config.is_file()), None)
+    return Saved(folder, run, network, cascade)
+  raise checkpoint.CheckpointError(
+    f'{path}: expected the directory of a finished run, or a folder with a network '
+    f'({checkpoint.RECORD}) or a cascade ({RECORD}), got none of them; a run that was '
+    'stopped goes on when it is started again'
+  )
+
+
+def _decided(path: Path) -> dict[str, Any]:
   try:
-    decided = json.loads((path / RECORD).read_text())
+    return json.loads((path / RECORD).read_text())
   except (OSError, ValueError) as error:
     raise checkpoint.CheckpointError(
       f'{path}: expected a cascade (with {RECORD} and network/): {error}'
     ) from error
-  network = checkpoint.load(path / 'network', model)
+
+
+def _cascade(path: Path, decided: dict[str, Any], network: Pruned) -> Cascade:
   try:
     weights = decided['weights']
     settings: dict[str, Any] = {

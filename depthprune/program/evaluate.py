@@ -25,6 +25,11 @@ def interpret(program: jx.Program, args: Sequence, execute: Callable) -> list:
   return [read(v) for v in program.outputs]
 
 
+def run(program: jx.Program, args: Sequence) -> list:
+  """Runs a program as it was traced."""
+  return interpret(program, args, lambda e, ins: bind(e, ins, e.params, run))
+
+
 def bind(e: jx.Equation, ins: Sequence, params: dict, run: Run, derive=None) -> list:
   """The outputs of one equation.
 

@@ -209,6 +209,11 @@ def live(program: Program) -> tuple[list[Equation], set[Value]]:
   return kept[::-1], needed
 
 
+def lean(program: Program) -> Program:
+  """The program without what its outputs do not depend on."""
+  return dataclasses.replace(program, equations=tuple(live(program)[0]))
+
+
 # ---- functions with a derivative rule of their own -----------------------------------
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from depthprune.program import cost
+from depthprune.program import cost, evaluate
 from depthprune.program import jaxpr as jx
 from depthprune.program.crossing import (
   SEVERAL,
@@ -27,8 +27,7 @@ from depthprune.program.crossing import (
   counting,
   crossing,
 )
-from depthprune.program.evaluate import bind, interpret
-from depthprune.program.facts import fresh
+from depthprune.program.facts import Facts, fresh
 from depthprune.program.view import View, abstract, look, paths_of, runnable
 
 Run = Callable[[Any, Sequence], tuple[Any, list]]
@@ -127,7 +126,7 @@ def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> St
 
   @functools.cache
   def runs(batch: int) -> tuple[Run, ...]:
-    return tuple(map(_run, _parts(_view(fn, variables, inputs, batch), names)))
+    return tuple(map(_run, _parts(_traced(fn, variables, inputs, batch), names)))
 
   kinds = lambda parts: [[(v.dtype, len(v.shape)) for v in p.outward] for p in parts]
   least = 1 if kinds(parts) == kinds(single) else SEVERAL
@@ -179,12 +178,9 @@ def _parts(view: View, names: Sequence[str]) -> list[_Part]:
 
 
 def _run(part: _Part) -> Run:
-  def body(program: jx.Program, args: Sequence) -> list:
-    return interpret(program, args, lambda e, ins: bind(e, ins, e.params, body))
-
   def run(variables, crossed):
     leaves = jax.tree.leaves(variables)
-    outs = body(part.program, [*(leaves[i] for i in part.places), *crossed])
+    outs = evaluate.run(part.program, [*(leaves[i] for i in part.places), *crossed])
     n = part.tree.num_leaves
     return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
 
@@ -194,6 +190,13 @@ def _run(part: _Part) -> Run:
 def _view(fn: Callable, variables: Any, inputs: tuple, batch: int) -> View:
   dims = {p: fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
   return look(fn, variables, batched(inputs, batch), {}, dims)
+
+
+def _traced(fn: Callable, variables: Any, inputs: tuple, batch: Any) -> View:
+  """The program alone, its axes not solved: its batch may be symbolic."""
+  program, tree = jx.trace(fn, (variables, *batched(inputs, batch)))
+  leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
+  return View(program, Facts(), leaves, {}, tree, frozenset())
 
 
 def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
@@ -218,8 +221,7 @@ def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
 def _upto(view: View, name: str) -> jx.Program:
   """What one exit needs."""
   outputs = tuple(jax.tree.leaves(view.unpack(view.program.outputs)[name]))
-  program = dataclasses.replace(view.program, outputs=outputs)
-  return dataclasses.replace(program, equations=tuple(jx.live(program)[0]))
+  return jx.lean(dataclasses.replace(view.program, outputs=outputs))
 
 
 def _not_for_nothing(stages: Sequence[Stage]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 def count(number: float) -> str:
   """`40550000` as `40.6 M`: three significant digits."""
-  for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+  for unit, scale in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
     if number >= 0.9995 * scale:
       return f'{_three(number / scale)} {unit}'
   return f'{number:g}'

@@ -31,12 +31,16 @@ _OTHER = '?'  # a node or leaf of a tree that JSON has no words for
 
 
 def save(
-  path: Path | str, pruned: Pruned, normalisation: Normalisation | None = None
+  path: Path | str,
+  pruned: Pruned,
+  normalisation: Normalisation | None = None,
+  tensors: bool = False,
 ) -> None:
   """Writes a pruned network as the folder `path`, at once; replaces one that was there.
 
   `normalisation` is what its inputs went through; `load` returns it in the report. The
   optimizer state is not written: `Keeper` is for training that is to be continued.
+  `tensors`: the arrays as a file of safetensors, to be read by other programs too.
 
   Raises CheckpointError naming the leaf where `pruned.variables` are not what the cut
   left (a missing leaf, another shape or dtype), and where `path` holds something else.
@@ -60,7 +64,7 @@ def save(
     'variables': _abstract(coupling.variables),
     'report': report,
   }
-  store.write(path, RECORD, pruned.variables, record)
+  store.write(path, RECORD, pruned.variables, record, tensors)
 
 
 def load(
@@ -133,6 +137,8 @@ def _uncut(key: str, value: int, coupling: Coupling) -> int:
   """
   if key.startswith('exit/'):
     return int(value or key.removeprefix('exit/') in coupling.exits)
+  if key in coupling.groups:  # what is no last axis of a kernel, as heads are
+    return coupling.axis(key).size
   leaves = store.paths(coupling.variables)
   if key in coupling.branches:
     return int(np.prod(leaves[f'branches/{key}'].shape))

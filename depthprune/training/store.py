@@ -1,9 +1,10 @@
 """A tree of arrays and a JSON record in one folder, written at once or not at all.
 
-The arrays are an orbax checkpoint in `arrays/`, one entry per leaf, named by its path
-in the tree. The record has dtype and shape of every leaf, because orbax casts silently,
-and the checksum of every file, because orbax does not notice every flipped bit, and
-what it notices leaves its event loop in pieces. Nothing is pickled.
+The arrays are an orbax checkpoint or a file of safetensors (`arrays`), one entry per
+leaf, named by its path in the tree. The record has dtype and shape of every leaf,
+because orbax casts silently, and the checksum of every file, because orbax does not
+notice every flipped bit, and what it notices leaves its event loop in pieces. Nothing
+is pickled.
 """
 
 import json
@@ -17,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from depthprune.training import arrays as files
 from depthprune.training import hosts
 
 FORMAT = 1
@@ -45,8 +46,12 @@ def kind(leaf: Any) -> str:
   return f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
 
 
-def write(folder: Path, name: str, tree: Any, record: Mapping[str, Any]) -> None:
+def write(
+  folder: Path, name: str, tree: Any, record: Mapping[str, Any], tensors: bool = False
+) -> None:
   """Writes a tree and its record (the file called `name`) as `folder`.
+
+  tensors: as a file of safetensors in place of an orbax checkpoint.
 
   A checkpoint that was there is replaced. Killed at any moment, the folder is what it
   was, or the new one, whole; or, in the instant of replacing, both are beside it.
@@ -71,13 +76,9 @@ def write(folder: Path, name: str, tree: Any, record: Mapping[str, Any]) -> None
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
   hosts.wait()
-  # Orbax refuses empty arrays; the record has all there is to know about them.
-  filled = {path: array for path, array in arrays.items() if array.size}
-  if filled:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-      orbax.save((fresh / 'arrays').absolute(), args=ocp.args.PyTreeSave(filled))
+  where = files.save(fresh, arrays, tensors)
   if hosts.writes():
-    content['files'] = _checksums(fresh / 'arrays')
+    content['files'] = files.checksums(where)
     content['crc32'] = zlib.crc32(_json(content).encode())
     (fresh / name).write_text(_json(content) + '\n')
     if folder.exists():
@@ -94,12 +95,18 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """
   record = read_record(folder, name)
   about = record['leaves']
-  found = _checksums(folder / 'arrays')
+  where = files.inside(folder, record['files'])
+  found = files.checksums(where)
   for file, crc32 in record['files'].items():
     if found.get(file) != crc32:
       what = 'is not what was written' if file in found else 'is missing'
-      raise _damaged(folder, f'arrays/{file} {what}')
-  stored = _load(folder, {path for path, leaf in about.items() if all(leaf['shape'])})
+      raise _damaged(folder, f'{"" if file == where.name else "arrays/"}{file} {what}')
+  filled = {path for path, leaf in about.items() if all(leaf['shape'])}
+  try:
+    stored = files.load(where, filled)
+  except Exception as error:  # orbax and tensorstore raise whatever they meet
+    first = ' '.join(str(error).splitlines()[:1])
+    raise _damaged(folder, f'{where.name} cannot be read ({first})') from error
   leaves = {}
   for path, leaf in about.items():
     array = stored.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
@@ -168,27 +175,6 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
   return CheckpointError(
     f'{folder}: damaged: {what}. Copy it again from where it came, or write it again'
   )
-
-
-def _checksums(folder: Path) -> dict[str, int]:
-  files = (path for path in sorted(folder.rglob('*')) if path.is_file())
-  return {
-    str(p.relative_to(folder).as_posix()): zlib.crc32(p.read_bytes()) for p in files
-  }
-
-
-def _load(folder: Path, filled: set[str]) -> dict[str, np.ndarray]:
-  if not filled:
-    return {}
-  wanted = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in filled}
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-      return orbax.restore(
-        (folder / 'arrays').absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
-      )
-  except Exception as error:  # orbax and tensorstore raise whatever they meet
-    first = str(error).splitlines()[:1]
-    raise _damaged(folder, f'arrays/ cannot be read ({" ".join(first)})') from error
 
 
 def _storable(leaf: Any) -> Any:

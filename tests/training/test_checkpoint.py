@@ -9,6 +9,7 @@ from flax import nnx
 
 from depthprune import models
 from depthprune.models.heads import Head, WithHeads
+from depthprune.models.vit import ViT
 from depthprune.program.couple import couple
 from depthprune.surgery.cut import Pruned, prune
 from depthprune.surgery.oneshot import oneshot
@@ -67,6 +68,17 @@ def test_what_was_pruned_twice_comes_back(resnet, tmp_path):
   assert back.coupling.groups == twice.coupling.groups
   assert_same(twice, back, images())
   assert twice.arch['stage2/block0/branch'] == 0
+
+
+def test_heads_that_were_cut_come_back_cut(tmp_path):
+  model = ViT(classes=4, width=8, depth=1, heads=4, inner=12)
+  variables = jax.jit(model.init)(jax.random.key(0), images(1))
+  group = 'block0/attention/query:1'  # no last axis of a kernel tells its size
+  keep = {'channels': {group: np.array([True, False, True, True])}}
+  small = prune(model, variables, keep, X)
+  assert small.arch == {group: 3}
+  save(tmp_path / 'vit', small)
+  assert_same(small, load(tmp_path / 'vit'), images())
 
 
 def test_dropped_exits_come_back_dropped(tmp_path):

@@ -1,0 +1,168 @@
+"""Out of the door: networks and cascades as files that run without this library.
+
+  network/           arch.json and weights.safetensors, which `load` reads again
+  EXIT.stablehlo     (arrays, *inputs) -> logits, one for every exit
+  cascade.stablehlo  (arrays, *inputs) -> {logits, exit, score, rows, broken}
+  cascade.json, cascade.safetensors   what was decided, and as arrays
+  *.onnx             the same programs, their arrays in them, where that is asked for
+  export.json        names, shapes and types
+
+StableHLO is that of `jax.export`: any batch size, cpu, cuda and tpu in one file. Its
+`arrays` are a dict of those in the safetensors that export.json lists for it. Those of
+the cascade hold its thresholds, so others need no other program.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from depthprune.inference import onnx as converter
+from depthprune.inference.cascade import Cascade
+from depthprune.inference.onnx import ExportError
+from depthprune.inference.programs import CASCADE, Program, probe, programs, settings
+from depthprune.inference.saved import save_cascade
+from depthprune.surgery.cut import Pruned
+from depthprune.training import arrays as files
+from depthprune.training import checkpoint, record, store
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+RECORD, SETTINGS = 'export.json', 'cascade.safetensors'
+
+
+def export(
+  path: str | Path,
+  network: Pruned,
+  cascade: Cascade | None = None,
+  *,
+  onnx: bool = False,
+  batch: int | None = None,
+  platforms: Sequence[str] = PLATFORMS,
+  tokenizer: str | Path | None = None,
+) -> dict[str, Any]:
+  """Writes the folder `path`, at once, in place of an earlier export.
+
+  Args:
+    network: what `prune` left, or `load` read. cascade: of that network.
+    onnx: the programs as ONNX too; of the cascade for `batch` inputs, 1 by default.
+    batch: the only number of inputs that all programs take. Default: any; a network
+      that is run by `slim` alone, a cut function that has no `arch`, has to have one.
+    platforms: of StableHLO. tokenizer: copied beside a cascade that reads texts.
+
+  Returns: what export.json says.
+
+  Raises: ExportError for a folder of other files, a network that needs a `batch`, and
+    what ONNX cannot say; CheckpointError and ValueError as `save` and `save_cascade`.
+  """
+  path = Path(path)
+  ours = (path / RECORD).is_file() or (path.is_dir() and not any(path.iterdir()))
+  if path.exists() and not ours:
+    raise ExportError(
+      f'{path}: expected an earlier export (with {RECORD}) or nothing, got other '
+      'files: choose another folder'
+    )
+  if batch is not None and batch < 1:
+    raise ExportError(f'batch: expected a whole number >= 1, got {batch}')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.unfinished-') as scratch:
+    fresh = Path(scratch) / path.name
+    _save(fresh, network, cascade, tokenizer)
+    told = _write(fresh, network, cascade, onnx, batch, platforms)
+    if path.exists():
+      store.discard(path)
+    fresh.rename(path)
+  return told
+
+
+def _write(
+  folder: Path, network: Pruned, cascade: Cascade | None, onnx: bool, batch, platforms
+) -> dict[str, Any]:
+  """All programs and export.json."""
+  inputs = network.coupling.inputs
+  several = jax_export.symbolic_shape('batch')[0] if batch is None else batch
+  shapes = _shapes(inputs, several)
+  names = ['input'] if len(inputs) == 1 else [f'input{i}' for i in range(len(inputs))]
+  told = {}
+  for name, program in programs(network, cascade, batch).items():
+    told[name] = _stablehlo(folder, name, program, shapes, platforms)
+    if onnx:
+      fixed = shapes if name != CASCADE else _shapes(inputs, batch or 1)
+      told[name] |= _onnx(folder, name, program, names, fixed)
+  described = zip(names, map(_kind, shapes), strict=True)
+  content = {
+    'inputs': [{'name': name, **kind} for name, kind in described],
+    'weights': f'network/{files.TENSORS}',
+    'programs': told,
+    'platforms': list(platforms),
+    'normalisation': network.report.get('normalisation'),
+    'versions': record.versions(),
+  }
+  record.write(folder / RECORD, content)
+  return content
+
+
+# ---- the files -----------------------------------------------------------------------
+
+
+def _save(
+  folder: Path, network: Pruned, cascade: Cascade | None, tokenizer: Any
+) -> None:
+  if cascade is None:
+    checkpoint.save(folder / 'network', network, tensors=True)
+    return
+  save_cascade(folder, cascade, network, tokenizer=tokenizer, tensors=True)
+  files.save_tensors(folder / SETTINGS, settings(cascade))
+
+
+def _stablehlo(
+  folder: Path, name: str, program: Program, inputs: Sequence, platforms: Sequence[str]
+) -> dict[str, Any]:
+  kinds = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, program.arrays))
+  traced = jax_export.export(jax.jit(program.call), platforms=platforms)
+  try:
+    exported = traced(kinds, *inputs)
+  except Exception as error:  # whatever meets a size that is no number
+    if isinstance(inputs[0].shape[0], int):
+      raise
+    first = str(error).splitlines()[0]
+    raise ExportError(
+      f'{name}: cannot be traced for any batch size ({first}): choose one with batch'
+    ) from error
+  file = f'{_file(name)}.stablehlo'
+  (folder / file).write_bytes(exported.serialize())
+  outputs = jax.tree.unflatten(exported.out_tree, [*map(_kind, exported.out_avals)])
+  return {'stablehlo': file, 'arrays': [*program.arrays], 'outputs': outputs}
+
+
+def _onnx(
+  folder: Path, name: str, program: Program, names: Sequence[str], inputs: Sequence
+) -> dict[str, Any]:
+  arrays = jax.tree.map(np.asarray, program.arrays)
+
+  def call(*inputs):
+    said = program.call(arrays, *inputs)
+    return said if isinstance(said, Mapping) else {'logits': said}
+
+  content, far = converter.convert(call, inputs, names, probe(inputs))
+  file = f'{_file(name)}.onnx'
+  (folder / file).write_bytes(content)
+  shapes = [_kind(x)['shape'] for x in inputs]
+  return {'onnx': file, 'onnx_inputs': shapes, 'onnx_distance': far}
+
+
+def _shapes(inputs: Sequence, batch: Any) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
+
+
+def _kind(x: Any) -> dict[str, Any]:
+  shape = [n if isinstance(n, int) else str(n) for n in x.shape]
+  return {'shape': shape, 'dtype': str(x.dtype)}
+
+
+def _file(name: str) -> str:
+  return name.replace('/', '.')

@@ -1,0 +1,66 @@
+"""Arrays on disk by name: an orbax checkpoint, or a file of safetensors."""
+
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+
+from depthprune.training import hosts
+
+ORBAX, TENSORS = 'arrays', 'weights.safetensors'
+
+
+def inside(folder: Path, files: Collection[str]) -> Path:
+  """Where the arrays of a folder lie, of which `checksums` told the names of files."""
+  return folder / (TENSORS if TENSORS in files else ORBAX)
+
+
+def checksums(where: Path) -> dict[str, int]:
+  """{name: CRC-32} of a file, or of all files in a folder."""
+  files = [where] if where.is_file() else sorted(where.rglob('*'))
+  top = where.parent if where.is_file() else where
+  return {
+    p.relative_to(top).as_posix(): zlib.crc32(p.read_bytes())
+    for p in files
+    if p.is_file()
+  }
+
+
+def save(folder: Path, arrays: Mapping[str, np.ndarray], tensors: bool) -> Path:
+  """Writes arrays into a folder; returns the file or folder in it that holds them.
+
+  Of an array that is split over processes each writes its part; not of `tensors`.
+  """
+  if tensors:
+    whole = folder / TENSORS
+    return save_tensors(whole, arrays) if hosts.writes() else whole
+  # Orbax refuses empty arrays; who reads them knows their shapes.
+  filled = {name: array for name, array in arrays.items() if array.size}
+  if filled:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      orbax.save((folder / ORBAX).absolute(), args=ocp.args.PyTreeSave(filled))
+  return folder / ORBAX
+
+
+def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+  """Writes arrays as one file of safetensors; returns its path."""
+  # Memory is written as it lies, whatever the strides of an array say.
+  rows = {name: np.array(array, order='C') for name, array in arrays.items()}
+  path.write_bytes(safetensors.numpy.save(rows))  # save_file lets only us read it
+  return path
+
+
+def load(where: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+  """The arrays that `save` wrote there, none of them empty; raises what readers do."""
+  if not names:
+    return {}
+  if where.name == TENSORS:
+    return safetensors.numpy.load_file(where)
+  wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    return orbax.restore(
+      where.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
+    )
