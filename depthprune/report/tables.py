@@ -52,9 +52,11 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
   for name, key in (('test', 'accuracy'), ('held-out', 'held_out')):
     if accuracy := result.get(key):
       rows.append(_accuracy(f'accuracy, {name}', accuracy))
-  scores = result.get('scores', {})  # of pixels
-  if all('miou' in scores.get(when, {}) for when in ('before', 'after')):
-    rows.append(_accuracy('mean IoU, test', {k: v['miou'] for k, v in scores.items()}))
+  scores = result.get('scores', {})
+  for key in scores.get('after', {}):
+    name = _scored(key)
+    if name and key in scores.get('before', {}):
+      rows.append(_accuracy(f'{name}, test', {k: v[key] for k, v in scores.items()}))
   for name, key in ((FLOPS, 'flops'), ('parameters', 'params')):
     rows.append(_cost(name, result[key]))
   peak = result.get('peak_bytes') or result.get('report', {}).get('peak_bytes')
@@ -70,6 +72,12 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     speedup = f'speed-up {compiled["before"] / compiled["after"]:.2f} x'
     rows.append(Row('compile time', before, '', after, speedup))
   return rows
+
+
+def _scored(key: str) -> str:
+  """What a row of that score is called: of pixels, or of one of several tasks."""
+  task = key.removeprefix('accuracy_')
+  return 'mean IoU' if key == 'miou' else f'accuracy of {task}' if task != key else ''
 
 
 def recalibrated(result: Mapping[str, Any]) -> str:

@@ -18,6 +18,18 @@ def test_summary_has_accuracy_cost_and_measured_latency(result):
   assert rows['median latency, batch 128'][:3] == ('18.4 ms', '', '11.9 ms')
 
 
+def test_tasks_and_pixels_have_rows_of_their_own(result):
+  result['scores'] = {
+    'before': {'accuracy': 0.5, 'accuracy_left': 0.5, 'loss_left': 1.0, 'miou': 0.25},
+    'after': {'accuracy': 0.5, 'accuracy_left': 0.625, 'loss_left': 2.0, 'miou': 0.3},
+  }
+  rows = {row.name: row for row in tables.summary(result)}
+  left = rows['accuracy of left, test']
+  assert (left.before, left.after) == ('50.00 %', '62.50 %')
+  assert rows['mean IoU, test'][-1] == '+5.00 points'
+  assert not any('loss' in name for name in rows)
+
+
 def test_what_a_run_did_not_measure_is_left_out(result):
   for key in ('held_out', 'latency_ms', 'report'):
     del result[key]
