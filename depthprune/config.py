@@ -107,6 +107,10 @@ class Config(Generic[O]):
   bfloat16: bool = False
   """Compute in bfloat16; parameters stay float32."""
 
+  remat: bool = False
+  """Compute activations and normalisations again in the backward pass, instead of
+  storing them: less memory, more time."""
+
   mesh: Annotated[str | None, DEVICES] = None
   """Devices to train on: data=8 splits every batch over 8 of them, data=4,model=2 the
   weights over 2 besides; data alone takes all."""

@@ -12,13 +12,20 @@ several tasks are added, those of pixels averaged (of unlabelled ones too).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from depthprune.training.method import Method, Tree, as_dict, inputs_of, main
 from depthprune.training.tasks import Task, mean
+
+
+class Teacher(NamedTuple):
+  """A network to learn from: apply(variables, *inputs) -> its answer."""
+
+  apply: Callable[..., Any]
+  variables: Tree
 
 
 def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Method:

@@ -18,12 +18,12 @@ from depthprune.surgery.cut import Pruned, prune
 from depthprune.surgery.oneshot import rank
 from depthprune.training import data, hosts, record
 from depthprune.training.branches import carried, opened, trained
-from depthprune.training.distill import distill
+from depthprune.training.distill import Teacher, distill
 from depthprune.training.judge import Judge, judge
 from depthprune.training.mesh import local
 from depthprune.training.method import Method, Tree, as_dict, plain
 from depthprune.training.recalibrate import COLLECTION, recalibrate
-from depthprune.training.stage import Job, Teacher, stage
+from depthprune.training.stage import Job, stage
 from depthprune.training.step import State, apply_of, branches_of, gated
 
 RECALIBRATION = 50  # batches, at most

@@ -18,6 +18,7 @@ from depthprune.config import Config
 from depthprune.options.sidenet import REQUESTS
 from depthprune.training import data, datasets, hosts, record, store, tasks
 from depthprune.training import mesh as meshes
+from depthprune.training.distill import Teacher
 from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
@@ -29,7 +30,7 @@ from depthprune.training.train import Row, first_batch, fit
 LINES = 50  # of history that a stage writes
 # What training does not depend on, of a run's config and of any method's options.
 UNRELATED = (
-  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'tolerance', 'force'),
+  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'tolerance', 'force'),
   *('drop', *REQUESTS, 'delta', 'confidence'),
 )
 
@@ -155,11 +156,6 @@ def _digests(images: Any) -> dict[str, str]:
   return {k: f'{store.kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
 
 
-class Teacher(NamedTuple):
-  apply: Callable[..., Any]
-  variables: Tree
-
-
 def stage(
   job: Job,
   name: str,
@@ -193,7 +189,9 @@ def stage(
   if restored is not None:
     state = jax.tree.map(jnp.asarray, restored.state)
   apply = teacher.apply if teacher else None
-  step = make_step(model, method, job.task, tx, coupling, apply, job.on_mesh)
+  step = make_step(
+    model, method, job.task, tx, coupling, apply, job.on_mesh, job.config.remat
+  )
   callbacks = [_historian(job, name), _saver(keeper, job.config)]
   if state.theta:
     callbacks.append(_watch(job, name, method))

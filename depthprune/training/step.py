@@ -97,6 +97,7 @@ def make_step(
   coupling: Any = None,
   teacher: Callable[..., Any] | None = None,
   lay: Callable[[State], State] = lambda state: state,
+  remat: bool = False,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
   """step(state, batch, key, teacher_variables=None) -> (state, metrics), jitted.
 
@@ -110,14 +111,18 @@ def make_step(
     coupling: from `couple`; None for a method without channel gates.
     teacher: apply function of a network whose logits go into the batch as 'teacher'.
     lay: constrains the new state to where it lies on several devices.
+    remat: whether the backward pass computes again what is no convolution or matrix
+      product (normalisations, activations, pooling): less memory, more time.
   """
   run, tx = gated(model, coupling), optimizer(method, tx)
+  forward = partial(_forward, run, method)
+  forward = economical(forward) if remat else forward
 
   @partial(jax.jit, donate_argnums=0)
   def step(state: State, batch, key, teacher_variables=None):
     if teacher is not None:
       batch = with_teacher(teacher, teacher_variables, batch, task.answer)
-    found = _both_ways(run, method, task, state, batch, key)
+    found = _both_ways(forward, method, task, state, batch, key)
     trained = {'params': state.params, 'theta': state.theta}
     updates, opt_state = tx.update(found.grads, state.opt_state, trained)
     learnt: Any = optax.apply_updates(trained, updates)
@@ -147,22 +152,27 @@ class _Found(NamedTuple):
   grads: Tree
 
 
-def _both_ways(run, method: Method, task: Task, state: State, batch, key) -> _Found:
+def _both_ways(forward, method: Method, task: Task, state: State, batch, key) -> _Found:
   gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
 
   def loss(params, theta, gates):
     variables = {'params': params, **state.model_state}
-    outputs, model_state = _forward(run, method, variables, gates, batch, dropout_key)
+    outputs, model_state = forward(variables, gates, batch, dropout_key)
     value, metrics = method.objective(task, outputs, batch, theta, state.step)
     return value, (metrics, outputs, model_state)
 
-  forward = lambda theta: method.forward(theta, gate_key, state.step)
-  gates, pull = jax.vjp(forward, state.theta)
+  gating = lambda theta: method.forward(theta, gate_key, state.step)
+  gates, pull = jax.vjp(gating, state.theta)
   slopes = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
   (value, aux), (params, theta, gate_grads) = slopes(state.params, state.theta, gates)
   metrics, outputs, model_state = aux
   grads = {'params': params, 'theta': jax.tree.map(jnp.add, theta, *pull(gate_grads))}
   return _Found(value, metrics, outputs, model_state, gates, gate_grads, grads)
+
+
+def economical(forward: Callable) -> Callable:
+  """The function, storing convolutions and matrix products only to go backward."""
+  return jax.checkpoint(forward, policy=jax.checkpoint_policies.dots_saveable)
 
 
 def branches_of(variables: Tree) -> dict[str, jax.Array]:

@@ -26,11 +26,11 @@ from depthprune import methods
 from depthprune.config import Config
 from depthprune.options import Auxiliary
 from depthprune.training import recipe, results
-from depthprune.training.distill import distill
+from depthprune.training.distill import Teacher, distill
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
 from depthprune.training.networks import network
-from depthprune.training.stage import Job, Teacher, prepare, stage
+from depthprune.training.stage import Job, prepare, stage
 from depthprune.training.step import State
 from experiments.pieces import Rows, arguments, within
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from depthprune.training.method import Method, plain, supervised
+from depthprune.training.step import economical
 from depthprune.training.tasks import classification
 from depthprune.training.train import NonFiniteLoss, fit, init_state, make_step
 
@@ -65,6 +66,28 @@ def test_a_step_learns_and_keeps_what_it_should():
   assert not equal(state.model_state['batch_stats'], variables['batch_stats'])
   assert equal(state.model_state['branches'], variables['branches'])
   chex.assert_trees_all_equal_shapes_and_dtypes(dict(state.variables), dict(variables))
+
+
+def test_what_is_computed_again_is_not_stored_and_is_the_same():
+  states = []
+  for remat in (False, True):
+    step, state, variables = setting(remat=remat)
+    assert ('remat' in str(step.trace(state, batch_at(data(), 0), KEY).jaxpr)) == remat
+    for i in range(3):
+      state, _ = step(state, batch_at(data(), i), KEY)
+    states.append(state)
+  chex.assert_trees_all_close(states[0].params, states[1].params, rtol=1e-6)
+
+  def forward(params):
+    x = data()['image']
+    v, rngs = {**variables, 'params': params}, {'dropout': KEY}
+    return Net().apply(v, x, train=True, mutable=['batch_stats'], rngs=rngs)[0]
+
+  stored = lambda f: sum(
+    x.size for x in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p)[1], params))
+  )
+  params = variables['params']
+  assert stored(economical(forward)) < 0.7 * stored(forward)
 
 
 def test_one_compilation_and_a_donated_state():
