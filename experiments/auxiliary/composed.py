@@ -47,7 +47,6 @@ def after(folder: Path, first: Config, then: Config) -> dict[str, Any]:
     'accuracy': found['accuracy']['after'],
     'held_out': found['held_out']['after'],
     **{k: found[k]['after'] for k in ('flops', 'params')},
-    'flops_part': found['flops']['after'] / given['flops']['before'],
     'exits': given['rounds'][-1]['exits'],
     'wall_seconds': round(given['wall_seconds'] + found['wall_seconds'], 1),
   }

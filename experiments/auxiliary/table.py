@@ -15,7 +15,7 @@ NAMES = {
   'search': 'auxiliary path, searched',
 }
 
-COMPOSED = ('', 'between', 'test', 'FLOPs left', 'seeds')
+COMPOSED = ('', 'between', 'test', 'MFLOPs', 'seeds')
 COMPOSITIONS = {
   ('gates', 'none'): 'alone, then trainable gates to half of the FLOPs',
   ('gates', 'all'): 'beside a path, then trainable gates to half of the FLOPs',
@@ -98,10 +98,9 @@ def _composed(path: Path, found: dict[str, Any]) -> str:
       if (row['what'], row['structure']) == (what, structure)
     ]
     if mine:
-      shares = (
-        [row[key] for row in mine] for key in ('between', 'accuracy', 'flops_part')
-      )
-      lines.append((name, *map(percent, shares), str(len(mine))))
+      scores = ([row[key] for row in mine] for key in ('between', 'accuracy'))
+      cost = spread(row['flops'] / 1e6 for row in mine)
+      lines.append((name, *map(percent, scores), cost, str(len(mine))))
   config = found['config']['gates0']
   images = f', {config["subset"]:,} images' if config['subset'] else ''
   return (
