@@ -15,7 +15,7 @@ Overparameterization", arXiv 1909.02214. The path is that of the authors' later 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,10 @@ def _word(tap: str) -> str:
 
 
 class Adaptor(nn.Module):
-  """[batch, ..., c] → [batch, *size, width]: phi or D, times its gate if it has one."""
+  """[batch, ..., c] → [batch, *size, width]: phi or D, times its gate if it has one.
+
+  What is smaller than `size`, or no multiple of it, comes in its own size.
+  """
 
   width: int
   gated: bool
@@ -116,11 +119,12 @@ class Adaptor(nn.Module):
       step = -(-there // wanted)
       if step > 1 and -(-there // step) == wanted:  # as a convolution of that stride
         x = x[(slice(None),) * axis + (slice(None, None, step),)]
-    kernel, bias = DenseNorm(self.width, name='dense')(x, train)
-    x = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-    if x.shape[1:-1] != size:
-      x = jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), 'bilinear')
-    return branch(self, x) if self.gated else x
+    layer = DenseNorm(self.width, name='dense')(x, train)
+    if self.gated:  # the layer is far smaller than what it gives
+      gate = branch(self, jnp.ones(()))
+      layer = tuple(gate * each for each in layer)
+    kernel, bias = (each.astype(self.dtype) for each in layer)
+    return x.astype(self.dtype) @ kernel + bias
 
 
 class DenseNorm(nn.Module):
@@ -229,4 +233,14 @@ class Stage(nn.Module):
         width = self.arch[f'{name}/dense']
         adaptor = Adaptor(width, self.gated, self.dtype, name=name)
         parts.append(adaptor(x, size, train))
-    return nn.relu(functools.reduce(jnp.add, parts)) if parts else None
+    return nn.relu(_summed(parts, size)) if parts else None
+
+
+def _summed(parts: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:
+  """The sum, [batch, *size, width], of parts of any size: of each at once, in bulk."""
+  sums: dict[tuple[int, ...], jax.Array] = {}
+  for x in parts:
+    sums[x.shape] = sums[x.shape] + x if x.shape in sums else x
+  full = lambda x: jax.image.resize(x, (len(x), *size, x.shape[-1]), 'bilinear')
+  sized = [x if x.shape[1:-1] == size else full(x) for x in sums.values()]
+  return functools.reduce(jnp.add, sized)
