@@ -1,4 +1,4 @@
-"""The command line: `depthprune run METHOD ...`, `report`, `export` and `bench`.
+"""The command line: `depthprune run METHOD ...`, `sweep`, `report`, `export`, `bench`.
 
 What an option means is written once, at its field in `config.py`. The library itself is
 imported when there is work to do, so that `--help` answers at once.
@@ -7,15 +7,15 @@ imported when there is work to do, so that `--help` answers at once.
 import dataclasses
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from depthprune.config import RECIPES, Config
-from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
+from depthprune.config import Config
+from depthprune.errors import speaks
+from depthprune.words import Method, several
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
@@ -23,54 +23,8 @@ INTERRUPTED = 130
 EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
 ANY = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: any)')
 SEVERAL = tyro.conf.arg(metavar='RUN [RUN ...]', help_behavior_hint='')
-CONTINUES = 'Interrupted at any moment, the same command continues.'
-
-
-def _method(word: str, file: str, description: str):
-  return tyro.conf.subcommand(
-    word,
-    default=RECIPES[file],
-    prefix_name=False,
-    description=f'{description} {CONTINUES}',
-  )
-
-
-GATES = _method(
-  'gates',
-  'trainable_gates',
-  'Train a network, learn with trainable gates which channels may go, cut them out, '
-  'fine-tune the small network that remains, and report.',
-)
-NETCUT = _method(
-  'netcut',
-  'netcut',
-  'Train a network with a head on every layer, let it find the layer to stop at, cut '
-  'it there, and report.',
-)
-IMPLOSION = _method(
-  'implosion',
-  'implosion',
-  'Train a residual network with a priority on every unit, erase the least important, '
-  'retrain, and so on down to the depth that was asked for, and report.',
-)
-SIDENET = _method(
-  'sidenet',
-  'sidenet',
-  'Put small heads on a pretrained network, find out how sure each must be, and save '
-  'the cascade in which sure answers leave early, and report.',
-)
-AUXILIARY = _method(
-  'auxiliary',
-  'auxiliary',
-  'Train a compact network beside a wider path that reads it everywhere, drop the '
-  'path, and report.',
-)
-Method = (
-  Annotated[Config[Gates], GATES]
-  | Annotated[Config[NetCut], NETCUT]
-  | Annotated[Config[Implosion], IMPLOSION]
-  | Annotated[Config[SideNet], SIDENET]
-  | Annotated[Config[Auxiliary], AUXILIARY]
+PER_GPU = tyro.conf.arg(
+  metavar='INT', help_behavior_hint='(default: one per GPU; 1 without, or with --mesh)'
 )
 
 
@@ -82,11 +36,23 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Run one method at several settings, and show which are worth having. Options are
+  those of run, and any of them may have several values: --target 0.3 0.5 --seed 0 1."""
+
+  config: Method
+
+  at_once: Annotated[int | None, tyro.conf.CascadeSubcommandArgs, PER_GPU] = None
+  """Runs at the same time, each in a process of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
-  """Show what a finished run reached, and write its report.html again."""
+  """Show what a finished run reached, and write its report.html again; or the front of
+  a sweep, and write its front.svg again."""
 
   run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar='RUN')]
-  """Directory that `depthprune run` wrote."""
+  """Directory that `depthprune run` or `depthprune sweep` wrote."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +93,7 @@ class Bench:
 
 Command = (
   Annotated[Run, tyro.conf.subcommand('run')]
+  | Annotated[Sweep, tyro.conf.subcommand('sweep')]
   | Annotated[Report, tyro.conf.subcommand('report')]
   | Annotated[Export, tyro.conf.subcommand('export')]
   | Annotated[Bench, tyro.conf.subcommand('bench')]
@@ -136,19 +103,17 @@ Command = (
 def main(words: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code: 0, 2 for input nobody can use."""
   try:
-    command = tyro.cli(
-      Command,  # pyright: ignore[reportArgumentType]
-      prog='depthprune',
-      description='A trained network goes in, a smaller and faster one comes out.',
-      args=words,
-      config=(tyro.conf.OmitArgPrefixes,),
-    )
+    words = sys.argv[1:] if words is None else words
+    each = several(words) if words[:1] == ['sweep'] else [words]
+    command, *more = map(_parsed, each)
     if isinstance(command, Report):
       _report(command.run)
     elif isinstance(command, Export):
       _export(command)
     elif isinstance(command, Bench):
       _bench(command)
+    elif isinstance(command, Sweep):
+      _sweep([command, *more])
     elif isinstance(command, Run):
       _run(command.config)
   except KeyboardInterrupt:
@@ -158,11 +123,21 @@ def main(words: Sequence[str] | None = None) -> int:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
-    if not _meant_for_the_reader(error):
+    if not speaks(error):
       raise
     print(f'error: {error}', file=sys.stderr)
     return WRONG_INPUT
   return 0
+
+
+def _parsed(words: Sequence[str]) -> Any:
+  return tyro.cli(
+    Command,  # pyright: ignore[reportArgumentType]
+    prog='depthprune',
+    description='A trained network goes in, a smaller and faster one comes out.',
+    args=words,
+    config=(tyro.conf.OmitArgPrefixes,),
+  )
 
 
 def _run(config: Config) -> None:
@@ -173,11 +148,24 @@ def _run(config: Config) -> None:
     _report(config.path)
 
 
+def _sweep(commands: Sequence[Sweep]) -> None:
+  from depthprune.training import sweep
+
+  planned = sweep.plan([command.config for command in commands])
+  sweep.run(planned, commands[0].at_once)
+  _report(planned.folder)
+
+
 def _report(path: Path) -> None:
   import rich
 
-  from depthprune.report import artifacts, page, tables
+  from depthprune.report import artifacts, front, page, tables
 
+  if (path / front.SWEEP).is_file():
+    found = front.read(path)
+    rich.print(front.screen(found))
+    print(f'\n  {front.draw(found, path)}')
+    return
   run = artifacts.read(path)
   written = page.write(path)
   rich.print(tables.screen(run.result))
@@ -218,19 +206,6 @@ def _bench(command: Bench) -> None:
   record.write(command.to, result)
   rich.print(shown.screen(result))
   print(f'\n  {command.to}')
-
-
-def _meant_for_the_reader(error: Exception) -> bool:
-  """Whether the message says it all, or the traceback is needed to find a mistake.
-
-  Errors of our own classes, and a ValueError that our own code raises, name what was
-  given, what was expected and what to do. What comes from below is a mistake of ours.
-  """
-  if type(error).__module__.split('.')[0] == 'depthprune':
-    return True
-  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-  raised_in = frames[-1].f_globals.get('__name__', '') if frames else ''
-  return isinstance(error, ValueError) and raised_in.split('.')[0] == 'depthprune'
 
 
 if __name__ == '__main__':

@@ -1,10 +1,11 @@
 """Committed result files, and the Markdown that tables are made of."""
 
 import json
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from depthprune.report.numbers import spread
 
 HERE = Path(__file__).parent
 
@@ -30,13 +31,6 @@ def link(path: str | Path) -> str:
 def notes(found: dict[str, Any]) -> str:
   """What was written beside the rows, as sentences after the table's head."""
   return ''.join(f' Note: {note}.' for note in found.get('notes', ()))
-
-
-def spread(values: Iterable[float], digits: int = 2) -> str:
-  """'97.10 ± 0.21': mean and standard deviation (of the sample)."""
-  values = list(values)
-  mean = f'{statistics.mean(values):z.{digits}f}'
-  return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
 def percent(values: Iterable[float]) -> str:

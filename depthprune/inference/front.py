@@ -10,13 +10,15 @@ which puts a point wherever there is one (the NISE method: Cohon, "Multiobjectiv
 Programming and Planning", 1978).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from depthprune.inference import predictions as pr
 from depthprune.inference.predictions import Measured, Predictions
+
+T = TypeVar('T')
 
 
 class Point(NamedTuple):
@@ -87,7 +89,8 @@ def front(
       if c is not a and c is not b:
         found.append(c)
         gaps += [(a, c), (c, b)]
-  return [never, *(q for q in _efficient(found) if q is not never)]
+  best = efficient(found, lambda q: (q.measured.cost, q.risk))
+  return [never, *(q for q in best if q is not never)]
 
 
 def solve(s: Search, price: float, start: np.ndarray) -> np.ndarray:
@@ -176,10 +179,10 @@ def _saving(a: Point, b: Point) -> float:
   return a.measured.cost - b.measured.cost
 
 
-def _efficient(points: list[Point]) -> list[Point]:
-  """Those that no other point beats, by falling cost."""
-  kept: list[Point] = []
-  for q in sorted(points, key=lambda q: (q.measured.cost, q.risk)):
-    if not kept or q.risk < kept[-1].risk:
+def efficient(points: Iterable[T], at: Callable[[T], tuple[float, float]]) -> list[T]:
+  """Those that no other point beats, by falling cost. at(point): (cost, loss)"""
+  kept: list[T] = []
+  for q in sorted(points, key=at):
+    if not kept or at(q)[1] < at(kept[-1])[1]:
       kept.append(q)
   return kept[::-1]

@@ -90,7 +90,7 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
     if len(curves) == 1:
       (curve,) = curves.values()
       figure.draw_without_rendering()  # lays out: names need to know where points are
-      _name_points(grid[0], {name: _mean(at) for name, at in curve.exits.items()})
+      name_points(grid[0], {name: _mean(at) for name, at in curve.exits.items()})
   return figure
 
 
@@ -156,7 +156,7 @@ def _look_closer(axes: Axes, curves: Sequence[Series], floor: float) -> None:
   axes.set_title('near the MainNet', size=9, color=INK)
 
 
-def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
   """Names to the lower right of points, those left out that would cover another."""
   to_inches = axes.get_figure().dpi_scale_trans.inverted()  # pyright: ignore[reportOptionalMemberAccess]
   free: list[np.ndarray] = []

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Iterable
 
 
@@ -42,3 +43,10 @@ def in_order(names: Iterable[str]) -> list[str]:
   """Names in the network's order: `block2` before `block10`."""
   number = lambda word: (int(word), '') if word.isdigit() else (-1, word)
   return sorted(names, key=lambda name: [number(w) for w in re.split(r'(\d+)', name)])
+
+
+def spread(values: Iterable[float], digits: int = 2) -> str:
+  """'97.10 ± 0.21': mean and standard deviation (of the sample)."""
+  values = list(values)
+  mean = f'{statistics.mean(values):z.{digits}f}'
+  return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean

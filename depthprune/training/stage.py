@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from depthprune.config import Config
-from depthprune.options.sidenet import REQUESTS
 from depthprune.training import data, datasets, hosts, record, store, tasks
 from depthprune.training import mesh as meshes
 from depthprune.training.distill import Teacher
@@ -23,16 +22,12 @@ from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
 from depthprune.training.optimizers import optimizer
+from depthprune.training.relevant import relevant
 from depthprune.training.step import State, init_state, make_step
 from depthprune.training.text import Texts
 from depthprune.training.train import Row, first_batch, fit
 
 LINES = 50  # of history that a stage writes
-# What training does not depend on, of a run's config and of any method's options.
-UNRELATED = (
-  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'tolerance', 'force'),
-  *('drop', *REQUESTS, 'delta', 'confidence'),
-)
 
 
 class Job(NamedTuple):
@@ -106,15 +101,9 @@ class Job(NamedTuple):
       self.on_mesh(variables), self.batches(split)
     )
 
-  def relevant(self) -> dict[str, Any]:
-    """The part of the config that training depends on."""
-    return relevant(self.config.to_json())
-
-
-def relevant(values: Mapping[str, Any]) -> dict[str, Any]:
-  """`Config.to_json()` without what training does not depend on."""
-  rest = {k: v for k, v in values.items() if k not in UNRELATED}
-  return {k: relevant(v) if isinstance(v, Mapping) else v for k, v in rest.items()}
+  def relevant(self, stage: str = '') -> dict[str, Any]:
+    """The part of the config that training, or the stage of that name, depends on."""
+    return relevant(self.config.to_json(), stage)
 
 
 def prepare(config: Config, show: bool = True) -> Job:
@@ -184,7 +173,7 @@ def stage(
   batch = first_batch(batch_at, job.train)
   state = job.on_mesh(init_state(model, method, tx, variables, coupling, batch))
   state = jax.tree.map(jnp.array, state)  # no alias of the host's memory is donated
-  keeper = Keeper(job.folder / 'checkpoints' / name, keep=2, config=job.relevant())
+  keeper = Keeper(job.folder / 'checkpoints' / name, 2, job.relevant(name))
   restored = keeper.restore_latest(state)
   if restored is not None:
     state = jax.tree.map(jnp.asarray, restored.state)

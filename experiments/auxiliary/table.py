@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.found import files, link, notes, percent, spread, table
+from depthprune.report.numbers import spread
+from experiments.found import files, link, notes, percent, table
 
 HEAD = ('', 'test', 'against alone', 'epochs', 'training FLOPs', 'seeds')
 NAMES = {

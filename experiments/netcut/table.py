@@ -4,7 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments.found import files, link, percent, spread, table
+from depthprune.report.numbers import spread
+from experiments.found import files, link, percent, table
 
 HEAD = (
   *('β', 'aggregate', 'exit kept', 'max w', 'accuracy, whole', 'cut', 'points'),

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.found import files, link, notes, percent, spread, table
+from depthprune.report.numbers import spread
+from experiments.found import files, link, notes, percent, table
 
 HEAD = (
   *('regime', 'asked for', 'reached', 'points lost', 'FLOPs saved, %'),

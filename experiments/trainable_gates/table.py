@@ -1,6 +1,7 @@
 """Trainable gates: the demo over seeds, and accuracy by FLOPs beside the controls."""
 
-from experiments.found import link, load, percent, spread, table
+from depthprune.report.numbers import spread
+from experiments.found import link, load, percent, table
 
 NAMES = {
   'gates': 'trainable gates',

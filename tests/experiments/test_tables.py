@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from experiments import found, tables
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
@@ -61,14 +59,6 @@ def test_retrained_stands_beside_its_controls(implosion_files):
   assert found_['same shape from scratch'] == ['–', '30', '–', '–', '90.00', '1']
   assert 'uncut 94.00 ± 0.00 (' in retrained()
   assert 'random erasure' in found_
-
-
-@pytest.mark.parametrize(
-  ('values', 'text'),
-  [([0.5], '0.50'), ([1, 2], '1.50 ± 0.71'), ([0, 0], '0.00 ± 0.00')],
-)
-def test_one_value_has_no_deviation(values, text):
-  assert found.spread(values) == text
 
 
 def test_all_parts_are_made_from_the_committed_files():

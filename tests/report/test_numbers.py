@@ -31,3 +31,11 @@ def test_milliseconds_have_three_digits(value, text):
 def test_a_change_is_in_percentage_points_with_its_sign():
   assert numbers.points(0.981, 0.9) == '-8.10 points'
   assert numbers.points(0.9, 0.9) == '+0.00 points'
+
+
+@pytest.mark.parametrize(
+  ('values', 'text'),
+  [([0.5], '0.50'), ([1, 2], '1.50 ± 0.71'), ([0, 0], '0.00 ± 0.00')],
+)
+def test_one_value_has_no_deviation(values, text):
+  assert numbers.spread(values) == text
