@@ -6,16 +6,24 @@ checkpoints of its run. Calls for different seeds may run side by side.
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from depthprune.config import Config
 from depthprune.training import record, results
 from depthprune.training.keeper import same_config
+
+HERE = Path(__file__).parent
+SEEDS = 3
+Case = dict[str, Any]
+"""The entries of a row that say which one it is."""
 
 
 class TimeIsUp(BaseException):
@@ -24,15 +32,16 @@ class TimeIsUp(BaseException):
 
 class Arguments(NamedTuple):
   """full: the accelerator's size instead of the CPU's. minutes: 0 is no limit. seeds:
-  of the rows to add; none are all of the experiment."""
+  of the rows to add; none are all of the experiment. left: only say what is left."""
 
-  full: bool
-  minutes: float
-  seeds: tuple[int, ...]
+  full: bool = False
+  minutes: float = 0
+  seeds: tuple[int, ...] = ()
+  left: bool = False
 
 
 def arguments(description: str | None) -> Arguments:
-  """`--full`, `--minutes` and `--seeds`, which every experiment understands."""
+  """What every experiment understands, from the command line."""
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -41,8 +50,15 @@ def arguments(description: str | None) -> Arguments:
   parser.add_argument(
     '--seeds', type=int, nargs='+', default=(), help='of the rows to add; default all'
   )
+  parser.add_argument('--left', action='store_true', help='only say what is left')
   given = parser.parse_args()
-  return Arguments(given.full, given.minutes, tuple(given.seeds))
+  return Arguments(given.full, given.minutes, tuple(given.seeds), given.left)
+
+
+def main(doc: str | None, run: Callable[[Arguments], list[Case]]) -> None:
+  """The command of one experiment: run(arguments) -> the cases that are left."""
+  left = run(arguments(doc))
+  print(f'{len(left)} rows are left{":" if left else ""}', *left[:5], sep='\n  ')
 
 
 @contextlib.contextmanager
@@ -99,6 +115,70 @@ class Rows:
     if found:
       same_config(found['config'], self.config, str(self.path))
     return found
+
+
+def fill(
+  rows: Rows,
+  cases: Callable[[], Iterable[Case]],
+  make: Callable[[Case], Mapping[str, Any]],
+  given: Arguments,
+  scratch: Callable[[Case], Path],
+) -> list[Case]:
+  """Adds the rows that are missing, case by case, within the minutes given.
+
+  Args:
+    cases: all there are to be, in order; they may depend on rows that are there.
+    make: the rest of the row of a case. scratch: a folder that goes when it is added.
+
+  Returns: the cases that are left.
+  """
+  if not given.left:
+    with within(given.minutes):
+      for case in cases():
+        if rows.missing(**case):
+          rows.add({**case, **make(case)})
+          shutil.rmtree(scratch(case), ignore_errors=True)
+  return [case for case in cases() if rows.missing(**case)]
+
+
+def sized(
+  paper: str, name: str, full: Config, small: Mapping[str, Any], given: Arguments
+) -> tuple[Path, Config]:
+  """(file for the rows, config) of an experiment, at one of its two sizes.
+
+  small: what differs from `full` in the size for a CPU.
+  """
+  name = f'{name}_full' if given.full else name
+  config = full if given.full else dataclasses.replace(full, **small)
+  config = dataclasses.replace(config, workdir=f'runs/{paper}/{name}')
+  return HERE / paper / 'results' / f'{name}.json', config
+
+
+def compare(
+  to: Path,
+  config: Config,
+  cases: Sequence[Case],
+  row: Callable[[Config, Case, list[dict[str, Any]]], Mapping[str, Any]],
+  given: Arguments,
+) -> list[Case]:
+  """Fills the file `to`, a run for each case, those of a seed one after the other.
+
+  Args:
+    config: of all. cases: what differs, but for the seed.
+    row: (config of the run, case, rows of its seed) -> the rest of its row.
+
+  Returns: the cases that are left.
+  """
+  rows = Rows(to, config.to_json(), ('seed', *cases[0]))
+  every = [{'seed': s, **case} for s in given.seeds or range(SEEDS) for case in cases]
+  folder = lambda case: config.path / '-'.join(f'{k}{v}' for k, v in case.items())
+
+  def make(case: Case) -> Mapping[str, Any]:
+    seed, found = case['seed'], [r for r in rows.rows if r['seed'] == case['seed']]
+    run = dataclasses.replace(config, seed=seed, workdir=str(folder(case)))
+    return row(run, case, found)
+
+  return fill(rows, lambda: every, make, given, folder)
 
 
 @contextlib.contextmanager

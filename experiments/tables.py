@@ -11,6 +11,7 @@ from experiments.bench.table import bench, cascades, depth_methods
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
+from experiments.run_all import progress
 from experiments.sidenet.table import composed, sidenet
 from experiments.trainable_gates.table import compared, digits
 
@@ -35,6 +36,7 @@ def text() -> str:
       cascades,
       auxiliary,
       auxiliary_composed,
+      progress,
     )
   )
 

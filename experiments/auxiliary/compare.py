@@ -13,10 +13,8 @@ per row, and nothing is decided on them.
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,45 +30,33 @@ from depthprune.training.method import plain
 from depthprune.training.networks import network
 from depthprune.training.stage import Job, prepare, stage
 from depthprune.training.step import State
-from experiments.pieces import Rows, arguments, within
+from experiments.pieces import Arguments, Case, compare, sized
 
-RESULTS = Path(__file__).parent / 'results'
-SEEDS = 3
 METHODS = ('all', 'search', 'deep', 'alone', 'longer', 'distilled')
 STRUCTURES = {'alone': 'none', 'longer': 'none', 'deep': 'deep-supervision'}
 
 
 def main(
-  doc: str | None, name: str, full: Config[Auxiliary], small: Mapping[str, Any]
-) -> None:
-  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+  name: str, full: Config[Auxiliary], small: Mapping[str, Any], given: Arguments
+) -> list[Case]:
+  """Fills results/NAME.json, or NAME_full.json with --full; what is left.
 
   small: what differs from `full` in the size for a CPU.
   """
-  given = arguments(doc)
-  name = f'{name}_full' if given.full else name
-  config = full if given.full else dataclasses.replace(full, **small)
-  config = dataclasses.replace(config, workdir=f'runs/auxiliary/{name}')
-  rows = Rows(RESULTS / f'{name}.json', config.to_json(), ('seed', 'method'))
-  with within(given.minutes):
-    for seed in given.seeds or range(SEEDS):
-      for method in METHODS:
-        if rows.missing(seed=seed, method=method):
-          folder = config.path / f'{method}-seed{seed}'
-          run = dataclasses.replace(config, seed=seed, workdir=str(folder))
-          cost = {row['method']: row for row in rows.rows if row['seed'] == seed}
-          rows.add({'seed': seed, 'method': method, **_row(run, method, cost)})
-          shutil.rmtree(folder)
+  cases = [{'method': method} for method in METHODS]
+  return compare(*sized('auxiliary', name, full, small, given), cases, _row, given)
 
 
-def _row(config: Config[Auxiliary], method: str, cost: Mapping) -> dict[str, Any]:
+def _row(config: Config[Auxiliary], case: Case, found: list[Case]) -> dict[str, Any]:
+  method = case['method']
   if method == 'distilled':
     return _distilled(config)
   structure = STRUCTURES.get(method, method)
   options = dataclasses.replace(config.options, structure=structure)
   config = dataclasses.replace(config, options=options)
   if method == 'longer':
-    part = cost['all']['flops_training'] / cost['all']['flops']
+    (wide,) = (row for row in found if row['method'] == 'all')
+    part = wide['flops_training'] / wide['flops']
     config = dataclasses.replace(config, gate_epochs=round(config.epochs.gates * part))
   result = recipe.run(config)
   learned = result['rounds'][0]['learned']

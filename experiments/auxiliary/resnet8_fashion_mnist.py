@@ -23,12 +23,18 @@ on one trunk (`resnet8_multi_fashion`) it is larger.
 import dataclasses
 
 from depthprune.config import RECIPES
-from experiments.auxiliary.compare import main
+from experiments.auxiliary import compare
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['auxiliary'], data='fashion_mnist', model='resnet8', gate_epochs=20
 )
 SMALL = {'subset': 10_000, 'resize': 14, 'gate_epochs': 15}
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet8_fashion_mnist', FULL, SMALL, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet8_fashion_mnist', FULL, SMALL)
+  main(__doc__, run)

@@ -20,12 +20,18 @@ with one task: the path reads the ends of the second and third stage only.
 import dataclasses
 
 from depthprune.config import RECIPES
-from experiments.auxiliary.compare import main
+from experiments.auxiliary import compare
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['auxiliary'], data='multi_fashion', model='resnet8', gate_epochs=20
 )
 SMALL = {'subset': 10_000, 'resize': 18, 'gate_epochs': 15}
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet8_multi_fashion', FULL, SMALL, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet8_multi_fashion', FULL, SMALL)
+  main(__doc__, run)

@@ -16,7 +16,8 @@ import dataclasses
 
 from depthprune.config import RECIPES
 from depthprune.options import Auxiliary
-from experiments.auxiliary.compare import main
+from experiments.auxiliary import compare
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['auxiliary'],
@@ -29,5 +30,10 @@ FULL = dataclasses.replace(
 )
 SMALL = {'resize': 64, 'gate_epochs': 40}
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('segnet_camvid', FULL, SMALL, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'segnet_camvid', FULL, SMALL)
+  main(__doc__, run)

@@ -12,10 +12,8 @@ are read once per row.
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,46 +25,31 @@ from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
 from depthprune.training.networks import network
 from depthprune.training.stage import prepare, stage
-from experiments.pieces import Rows, arguments, within
+from experiments.pieces import Arguments, Case, compare, sized
 
-RESULTS = Path(__file__).parent / 'results'
-SEEDS = 3
 METHODS = ('priority', 'random', 'scratch')
 
 
 def main(
-  doc: str | None,
   name: str,
   full: Config[Implosion],
   small: Mapping[str, Any],
-  methods: Sequence[str] = METHODS,
-) -> None:
-  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+  methods: Sequence[str],
+  given: Arguments,
+) -> list[Case]:
+  """Fills results/NAME.json, or NAME_full.json with --full; what is left.
 
   small: what differs from `full` in the size for a CPU.
   """
-  given = arguments(doc)
-  name = f'{name}_full' if given.full else name
-  config = full if given.full else dataclasses.replace(full, **small)
-  config = dataclasses.replace(config, workdir=f'runs/implosion/{name}')
-  rows = Rows(RESULTS / f'{name}.json', config.to_json(), ('seed', 'method'))
-  with within(given.minutes):
-    for seed in given.seeds or range(SEEDS):
-      for method in methods:
-        if rows.missing(seed=seed, method=method):
-          folder = config.path / f'{method}-seed{seed}'
-          run = dataclasses.replace(config, seed=seed, workdir=str(folder))
-          found = {row['method']: row for row in rows.rows if row['seed'] == seed}
-          rows.add({'seed': seed, 'method': method, **_row(run, method, found)})
-          shutil.rmtree(folder)  # checkpoints of many networks
+  cases = [{'method': method} for method in methods]
+  return compare(*sized('implosion', name, full, small, given), cases, _row, given)
 
 
-def _row(
-  config: Config[Implosion], method: str, found: Mapping[str, Any]
-) -> dict[str, Any]:
-  if method == 'scratch':
-    return _scratch(config, found['priority'])
-  options: Any = dataclasses.replace(config.options, importance=method)
+def _row(config: Config[Implosion], case: Case, found: list[Case]) -> dict[str, Any]:
+  if case['method'] == 'scratch':
+    (shape,) = (row for row in found if row['method'] == 'priority')
+    return _scratch(config, shape)
+  options: Any = dataclasses.replace(config.options, importance=case['method'])
   return _erased(dataclasses.replace(config, options=options))
 
 

@@ -14,7 +14,7 @@ them, where each cut network would compile two of its own.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from depthprune.training.judge import Judge, judge
 from depthprune.training.method import Tree
 from depthprune.training.recalibrate import recalibrate
 from depthprune.training.stage import Job, prepare, stage
-from experiments.pieces import Rows, within
+from experiments.pieces import Arguments, Case, Rows, within
 
 KEYS = ('importance', 'seed', 'erased', 'cut')
 
@@ -66,21 +66,33 @@ def run(
   erased: int,
   series: Sequence[tuple[str, int]],
   to: Path,
-  minutes: float = 0,
-) -> None:
-  """Adds the rows that are missing in the file `to`; config.path holds what is between.
+  given: Arguments,
+) -> list[Case]:
+  """Fills the file `to`, config.path holds what is between; the rows that are left.
 
   series: (importance, seed) of every curve, which ends at `erased` units.
   """
   rows = Rows(to, {**config.to_json(), **sizes._asdict(), 'erased': erased}, KEYS)
-  with within(minutes):
-    network = trained(config, sizes)
-    uncut(rows, network)
-    for importance, seed in series:
-      gone = order(network, erased, importance, seed)
-      curve(rows, network, gone, importance, seed)
-      if importance == 'greedy':
-        cut(rows, network, gone, importance, seed)
+  left = lambda: [case for case in _cases(erased, series) if rows.missing(**case)]
+  if left() and not given.left:
+    with within(given.minutes):
+      network = trained(config, sizes)
+      uncut(rows, network)
+      for importance, seed in series:
+        gone = order(network, erased, importance, seed)
+        curve(rows, network, gone, importance, seed)
+        if importance == 'greedy':
+          cut(rows, network, gone, importance, seed)
+  return left()
+
+
+def _cases(erased: int, series: Sequence[tuple[str, int]]) -> Iterator[Case]:
+  yield {'importance': 'none', 'seed': 0, 'erased': 0}
+  for importance, seed in series:
+    which = {'importance': importance, 'seed': seed}
+    yield from ({**which, 'erased': n} for n in range(1, erased + 1))
+    if importance == 'greedy':
+      yield {**which, 'erased': erased, 'cut': True}
 
 
 def trained(config: Config[Implosion], sizes: Sizes) -> Network:

@@ -16,7 +16,8 @@ import dataclasses
 
 from depthprune.config import RECIPES
 from depthprune.options import Implosion
-from experiments.implosion.compare import main
+from experiments.implosion import compare
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['implosion'],
@@ -28,5 +29,10 @@ FULL = dataclasses.replace(
 )
 SMALL = {'gate_epochs': 10, 'finetune_epochs': 4, 'subset': 5000, 'resize': 14}
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet20_fashion_mnist', FULL, SMALL, compare.METHODS, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet20_fashion_mnist', FULL, SMALL)
+  main(__doc__, run)

@@ -15,7 +15,9 @@ import dataclasses
 
 from depthprune.config import RECIPES
 from depthprune.options import Implosion
-from experiments.implosion.compare import METHODS, main
+from experiments.implosion import compare
+from experiments.implosion.compare import METHODS
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['implosion'],
@@ -27,5 +29,10 @@ FULL = dataclasses.replace(
 )
 SMALL = {'gate_epochs': 2, 'finetune_epochs': 1, 'subset': 512}
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet56_cifar10', FULL, SMALL, (*METHODS, 'greedy'), given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet56_cifar10', FULL, SMALL, (*METHODS, 'greedy'))
+  main(__doc__, run)

@@ -18,8 +18,9 @@ import dataclasses
 from pathlib import Path
 
 from depthprune.config import RECIPES
-from experiments.implosion.curve import Sizes, run
-from experiments.pieces import arguments
+from experiments.implosion import curve
+from experiments.implosion.curve import Sizes
+from experiments.pieces import Arguments, Case, main
 
 CONFIG = dataclasses.replace(
   RECIPES['implosion'],
@@ -44,12 +45,16 @@ SERIES = (
 )
 RESULTS = Path(__file__).parent / 'results'
 
-if __name__ == '__main__':
-  given = arguments(__doc__)
+
+def run(given: Arguments) -> list[Case]:
   config, sizes, name = CONFIG, SIZES, 'resnet56_oneshot.json'
   if given.full:
     config = dataclasses.replace(
       CONFIG, subset=None, gate_epochs=10, workdir=f'{CONFIG.path}_full'
     )
     sizes, name = Sizes(5000, 5000, 50), 'resnet56_oneshot_full.json'
-  run(config, sizes, ERASED, SERIES, RESULTS / name, given.minutes)
+  return curve.run(config, sizes, ERASED, SERIES, RESULTS / name, given)
+
+
+if __name__ == '__main__':
+  main(__doc__, run)

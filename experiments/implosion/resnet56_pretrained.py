@@ -16,8 +16,9 @@ decide nothing. The size for a CPU (512 images, 1 + 3 × 1 epochs) shows that it
 
 import dataclasses
 
-from experiments.implosion.compare import main
+from experiments.implosion import compare
 from experiments.implosion.resnet56_cifar10 import FULL
+from experiments.pieces import Arguments, Case, main
 
 PRETRAINED = dataclasses.replace(
   FULL,
@@ -29,5 +30,10 @@ SMALL = {'gate_epochs': 1, 'finetune_epochs': 1, 'subset': 512}
 
 METHODS = ('priority', 'scratch', 'random')
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet56_pretrained', PRETRAINED, SMALL, METHODS, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet56_pretrained', PRETRAINED, SMALL, METHODS)
+  main(__doc__, run)

@@ -15,7 +15,8 @@ import dataclasses
 
 from depthprune.config import RECIPES
 from depthprune.options import NetCut
-from experiments.netcut.sweep import main
+from experiments.netcut import sweep
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['netcut'], data='fashion_mnist', model='convnet15', gate_epochs=50
@@ -28,5 +29,10 @@ SMALL = {
   'resize': 14,
 }
 
+
+def run(given: Arguments) -> list[Case]:
+  return sweep.main('conv_fashion_mnist', FULL, SMALL, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'conv_fashion_mnist', FULL, SMALL)
+  main(__doc__, run)

@@ -16,15 +16,21 @@ moves it by 0.06 point at most.
 import dataclasses
 
 from depthprune.config import RECIPES
-from experiments.netcut.sweep import PAPER, main
+from experiments.netcut import sweep
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['netcut'], data='fashion_mnist', model='mlp20x200', gate_epochs=50
 )
 ABLATION = [{'beta': 0.01, 'aggregate': name} for name in ('linear', 'geometric')]
 
+
+def run(given: Arguments) -> list[Case]:
+  about = 'mlp_fashion_mnist', FULL, {'gate_epochs': 20}
+  left = sweep.main(*about, given, ABLATION, depths=(1, 2, 3, 4, 5, 6))
+  given = given._replace(left=given.left or bool(left))
+  return left + sweep.main(*about, given, sweep.PAPER, seeds=5)
+
+
 if __name__ == '__main__':
-  small = {'gate_epochs': 20}
-  name = 'mlp_fashion_mnist'
-  main(__doc__, name, FULL, small, ABLATION, depths=(1, 2, 3, 4, 5, 6))
-  main(__doc__, name, FULL, small, PAPER, seeds=5)
+  main(__doc__, run)

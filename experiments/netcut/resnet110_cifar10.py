@@ -13,12 +13,19 @@ call.
 import dataclasses
 
 from depthprune.config import RECIPES
-from experiments.netcut.sweep import main
+from experiments.netcut import sweep
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['netcut'], data='cifar10', model='resnet110', augment=True
 )
 OPTIONS = [{'beta': beta} for beta in (0.0, 0.002, 0.004, 0.008, 0.01)]
+SMALL = {'gate_epochs': 1, 'subset': 256}
+
+
+def run(given: Arguments) -> list[Case]:
+  return sweep.main('resnet110_cifar10', FULL, SMALL, given, OPTIONS)
+
 
 if __name__ == '__main__':
-  main(__doc__, 'resnet110_cifar10', FULL, {'gate_epochs': 1, 'subset': 256}, OPTIONS)
+  main(__doc__, run)

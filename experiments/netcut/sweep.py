@@ -9,9 +9,8 @@ Decisions see held-out images only; the test images are read once per row, at th
 
 import dataclasses
 import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +24,54 @@ from depthprune.training import recipe
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
 from depthprune.training.stage import prepare, stage
-from experiments.pieces import Rows, arguments, within
+from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, sized
 
 PAPER = tuple({'beta': beta} for beta in (0.0, 0.001, 0.01, 0.1))  # plain networks
-RESULTS = Path(__file__).parent / 'results'
 KEYS = ('method', 'seed', 'depth', 'beta', 'aggregate', 'gamma')
 
 
 def main(
-  doc: str | None,
   name: str,
   full: Config[NetCut],
   small: Mapping[str, Any],
+  given: Arguments,
   options: Sequence[Mapping[str, Any]] = PAPER,
   depths: Sequence[int] = (),
-  seeds: int = 3,
-) -> None:
-  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+  seeds: int = SEEDS,
+) -> list[Case]:
+  """Fills results/NAME.json, or NAME_full.json with --full; what is left.
 
   small: what differs from `full` in the size for a CPU. options: what differs from the
   options of the config, run by run. depths: of the single-head networks; by default
   those that `log` chose, seed by seed. seeds: how many, at a CPU's size.
   """
-  given = arguments(doc)
-  name, seeds = (f'{name}_full', 5) if given.full else (name, seeds)
-  config = full if given.full else dataclasses.replace(full, **small)
-  config = dataclasses.replace(config, workdir=f'runs/netcut/{name}')
-  to = RESULTS / f'{name}.json'
-  with within(given.minutes):
-    sweep(config, options, depths, given.seeds or range(seeds), to)
-
-
-def sweep(
-  config: Config[NetCut],
-  options: Sequence[Mapping[str, Any]],
-  depths: Sequence[int],
-  seeds: Sequence[int],
-  to: Path,
-) -> None:
-  """Adds the rows that are missing in the file `to`; config.path holds the runs."""
+  to, config = sized('netcut', name, full, small, given)
   rows = Rows(to, config.to_json(), KEYS)
-  for seed in seeds:
-    for changes in options:
-      chosen = dataclasses.replace(config.options, **changes)
-      which = {k: getattr(chosen, k) for k in ('beta', 'aggregate', 'gamma')}
-      which |= {'method': 'netcut', 'seed': seed}
-      if rows.missing(**which):
-        run = _run(config, seed, chosen.label)
-        rows.add({**which, **_cut(dataclasses.replace(run, options=chosen))})
-        shutil.rmtree(run.path)  # checkpoints of many networks
-    found = [r for r in rows.rows if r['seed'] == seed and r.get('aggregate') == 'log']
-    for depth in depths or sorted({r['kept'] for r in found}):
-      which = {'method': 'single', 'seed': seed, 'depth': depth}
-      if rows.missing(**which):
-        run = _run(config, seed, f'single{depth}')
-        rows.add({**which, **_single(run, depth)})
-        shutil.rmtree(run.path)
+  chosen = [dataclasses.replace(config.options, **changes) for changes in options]
 
+  def cases() -> Iterator[Case]:
+    for seed in given.seeds or range(5 if given.full else seeds):
+      for o in chosen:
+        which = {k: getattr(o, k) for k in ('beta', 'aggregate', 'gamma')}
+        yield {'method': 'netcut', 'seed': seed, **which}
+      mine = [r for r in rows.rows if r['seed'] == seed and r.get('aggregate') == 'log']
+      for depth in depths or sorted({r['kept'] for r in mine}):
+        yield {'method': 'single', 'seed': seed, 'depth': depth}
 
-def _run(config: Config[NetCut], seed: int, name: str) -> Config[NetCut]:
-  folder = config.path / f'{name}-seed{seed}'
-  return dataclasses.replace(config, seed=seed, workdir=str(folder))
+  def folder(case: Case) -> Path:
+    return config.path / '-'.join(f'{k}{v}' for k, v in case.items())
+
+  def make(case: Case) -> dict[str, Any]:
+    which = {k: case[k] for k in ('beta', 'aggregate', 'gamma') if k in case}
+    run = dataclasses.replace(
+      config,
+      options=dataclasses.replace(config.options, **which),
+      seed=case['seed'],
+      workdir=str(folder(case)),
+    )
+    return _single(run, case['depth']) if 'depth' in case else _cut(run)
+
+  return fill(rows, cases, make, given, folder)
 
 
 def _cut(config: Config[NetCut]) -> dict[str, Any]:

@@ -13,11 +13,18 @@ call.
 import dataclasses
 
 from depthprune.config import RECIPES
-from experiments.netcut.sweep import main
+from experiments.netcut import sweep
+from experiments.pieces import Arguments, Case, main
 
 FULL = dataclasses.replace(
   RECIPES['netcut'], data='cifar10', model='vit_cifar', augment=True
 )
+SMALL = {'gate_epochs': 1, 'subset': 256}
+
+
+def run(given: Arguments) -> list[Case]:
+  return sweep.main('vit_cifar10', FULL, SMALL, given)
+
 
 if __name__ == '__main__':
-  main(__doc__, 'vit_cifar10', FULL, {'gate_epochs': 1, 'subset': 256})
+  main(__doc__, run)

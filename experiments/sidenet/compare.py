@@ -9,55 +9,49 @@ test data is read once per row.
 """
 
 import dataclasses
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from depthprune.config import Config
 from depthprune.options import SideNet
 from depthprune.training import recipe
-from experiments.pieces import Rows, arguments, within
-
-RESULTS = Path(__file__).parent / 'results'
-SEEDS = 3
+from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, sized
 
 
 def main(
-  doc: str | None,
   name: str,
   full: Config[SideNet],
   small: Mapping[str, Mapping[str, Any]],
-  pretrained: str | None = None,
-) -> None:
-  """The command of one network: results/NAME.json, or NAME_full.json with --full.
+  given: Arguments,
+  weights: Callable[[], str] | None = None,
+) -> list[Case]:
+  """Fills results/NAME.json, or NAME_full.json with --full; what is left.
 
-  small: regimes, each with what differs from `full` in the size for a CPU. pretrained:
-  weights that lie elsewhere on every machine, so that a result cannot depend on where.
+  small: regimes, each with what differs from `full` in the size for a CPU. weights:
+  finds those that lie elsewhere on every machine, so that no result depends on where.
   """
-  given = arguments(doc)
-  name = f'{name}_full' if given.full else name
-  described = full.to_json()
-  if not given.full:
-    first = next(iter(small.values()))
-    described = dataclasses.replace(full, **first).to_json() | small_of(small)
-  rows = Rows(RESULTS / f'{name}.json', described, ('regime', 'seed'))
-  with within(given.minutes):
-    for regime, less in small.items():
-      for seed in given.seeds or range(SEEDS):
-        if rows.missing(regime=regime, seed=seed):
-          config = dataclasses.replace(full, **({} if given.full else less))
-          options = dataclasses.replace(config.options, regime=regime)
-          folder = Path('runs/sidenet') / name / f'{regime}-seed{seed}'
-          config = dataclasses.replace(
-            config,
-            options=options,
-            seed=seed,
-            workdir=str(folder),
-            pretrained=pretrained or config.pretrained,
-          )
-          rows.add({'regime': regime, 'seed': seed, **row(config)})
-          shutil.rmtree(folder / 'features', ignore_errors=True)
+  first, *_ = small.values()
+  to, config = sized('sidenet', name, full, first, given)
+  described = dataclasses.replace(config, workdir=None).to_json()
+  described |= {} if given.full else small_of(small)
+  seeds = given.seeds or range(SEEDS)
+  cases = [{'regime': regime, 'seed': seed} for regime in small for seed in seeds]
+  folder = lambda case: config.path / f'{case["regime"]}-seed{case["seed"]}'
+
+  def make(case: Case) -> dict[str, Any]:
+    regime = case['regime']
+    mine = dataclasses.replace(full, **({} if given.full else small[regime]))
+    run = dataclasses.replace(
+      mine,
+      options=dataclasses.replace(mine.options, regime=regime),
+      seed=case['seed'],
+      workdir=str(folder(case)),
+      pretrained=weights() if weights else mine.pretrained,
+    )
+    return row(run)
+
+  rows = Rows(to, described, ('regime', 'seed'))
+  return fill(rows, lambda: cases, make, given, lambda case: folder(case) / 'features')
 
 
 def small_of(small: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

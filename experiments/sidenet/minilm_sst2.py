@@ -20,7 +20,8 @@ import importlib.metadata
 
 from depthprune.config import RECIPES
 from depthprune.options import SideNet
-from experiments.sidenet.compare import main
+from experiments.pieces import Arguments, Case, main
+from experiments.sidenet import compare
 
 CONFIG = dataclasses.replace(
   RECIPES['sidenet'],
@@ -52,5 +53,9 @@ def weights() -> str:
   )
 
 
+def run(given: Arguments) -> list[Case]:
+  return compare.main('minilm_sst2', CONFIG, {'frozen': LESS}, given, weights)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'minilm_sst2', CONFIG, {'frozen': LESS}, pretrained=weights())
+  main(__doc__, run)

@@ -9,7 +9,8 @@ images, mixed on 10,000 for five epochs.
 
 import dataclasses
 
-from experiments.sidenet.compare import main
+from experiments.pieces import Arguments, Case, main
+from experiments.sidenet import compare
 from experiments.sidenet.resnet56_cifar10 import CONFIG, LESS
 
 FULL = dataclasses.replace(
@@ -23,5 +24,10 @@ SMALL = {
   'mixed': {**LESS, 'subset': 10_000, 'finetune_epochs': 5},
 }
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet20_cifar10', FULL, SMALL, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet20_cifar10', FULL, SMALL)
+  main(__doc__, run)

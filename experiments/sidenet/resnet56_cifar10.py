@@ -18,7 +18,8 @@ import dataclasses
 
 from depthprune.config import RECIPES
 from depthprune.options import SideNet
-from experiments.sidenet.compare import main
+from experiments.pieces import Arguments, Case, main
+from experiments.sidenet import compare
 
 CONFIG = dataclasses.replace(
   RECIPES['sidenet'],
@@ -38,5 +39,10 @@ LESS = {
 }
 SMALL = {'frozen': LESS, 'mixed': {**LESS, 'subset': 5_000}}
 
+
+def run(given: Arguments) -> list[Case]:
+  return compare.main('resnet56_cifar10', CONFIG, SMALL, given)
+
+
 if __name__ == '__main__':
-  main(__doc__, 'resnet56_cifar10', CONFIG, SMALL)
+  main(__doc__, run)

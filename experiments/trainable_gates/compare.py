@@ -1,78 +1,92 @@
 """Trainable gates beside their controls: the same network, cost, epochs and seeds.
 
   gates     trained jointly with the weights, then fine-tuned
-  l1        uniform L1 norm of the trained network, fine-tuned as long in total
+  l1        uniform L1 norm of the trained network, fine-tuned as long in total, at the
+            same rates
   random    uniform random channels, fine-tuned as long in total
   scratch   the shape that the gates found, trained from scratch for all epochs together
 
-Every (seed, target, method) is one row; rows are written as they are done and a second
-call goes on where the first one ended. Decisions see held-out images only, the test
-images are read once per row.
+Every (seed, target, method) is one row; a second call goes on where the first one
+ended. The network that is cut is trained once for each seed, or pretrained. Decisions
+see held-out images only, the test images are read once per row.
 """
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 import depthprune as dp
-from depthprune import methods, models
+from depthprune import methods
 from depthprune.config import Config
 from depthprune.options import Gates
-from depthprune.training import record, results, rounds
-from depthprune.training.evaluate import evaluator
-from depthprune.training.method import Method, plain
+from depthprune.training import rounds
+from depthprune.training.method import Method, Tree, plain
+from depthprune.training.networks import network, start
+from depthprune.training.relevant import TRAIN
 from depthprune.training.stage import Job, prepare, stage
+from experiments.pieces import Arguments, Case, compare, sized
 
 METHODS = ('gates', 'l1', 'random', 'scratch')
 
 
-def compare(config: Config, targets: Sequence[float], seeds: Sequence[int], to: Path):
-  """Runs what is missing in the file `to`, seed by seed; config.path holds the runs."""
-  found = json.loads(to.read_text()) if to.is_file() else {'rows': []}
-  rows = found['rows']
-  done = {(r['seed'], r['target'], r['method']) for r in rows}
-  for seed in seeds:
-    if all((seed, t, m) in done for t in targets for m in METHODS):
-      continue
-    base = dataclasses.replace(
-      config, options=Gates(1.0), seed=seed, workdir=str(config.path / f'seed{seed}')
-    )
-    job = prepare(base)
-    model = models.build(config.model, classes=job.images.classes)
-    variables = _trained(job, model, 'train', base.epochs.train)
-    for target in targets:
-      arch: Mapping[str, int] = {}
-      for method in METHODS:
-        name = f'{method}{100 * target:g}'
-        inner = job._replace(
-          folder=job.folder / name,
-          config=dataclasses.replace(_epochs(base, method), options=Gates(target)),
-        )
-        if (seed, target, method) in done and method != 'gates':
-          continue
-        started = time.monotonic()
-        row, arch = _row(inner, model, variables, method, arch)
-        if (seed, target, method) in done:
-          continue
-        row |= {'seed': seed, 'target': target, 'method': method}
-        rows.append(row | {'wall_seconds': round(time.monotonic() - started, 1)})
-        header = {
-          'config': config.to_json(),
-          'command': record.command(),
-          **results.surroundings(),
-        }
-        record.write(to, {**header, 'rows': rows})
-        print(row)
+class Base(NamedTuple):
+  """The network that is cut, trained, and the test accuracy that it has."""
+
+  job: Job
+  model: Any
+  variables: Tree
+  accuracy: float
 
 
-def _epochs(config: Config, method: str) -> Config:
+def main(
+  name: str,
+  full: Config[Gates],
+  small: Mapping[str, Any],
+  targets: Sequence[float],
+  methods: Sequence[str],
+  given: Arguments,
+) -> list[Case]:
+  """Fills results/NAME.json, or NAME_full.json with --full; what is left.
+
+  small: what differs from `full` in the size for a CPU. targets: parts of the FLOPs.
+  """
+  to, config = sized('trainable_gates', name, full, small, given)
+  cases = [{'target': t, 'method': method} for t in targets for method in methods]
+  row = functools.partial(_row, config)
+  return compare(to, config, cases, row, given)
+
+
+def _row(whole: Config[Gates], config: Config[Gates], case: Case, found: list[Case]):
+  started = time.monotonic()
+  folder = whole.path / f'base-seed{config.seed}'
+  base = _base(dataclasses.replace(whole, seed=config.seed, workdir=str(folder)))
+  config = _epochs(config, case['method'])
+  config = dataclasses.replace(config, options=Gates(case['target']))
+  job = base.job._replace(config=config, folder=config.path)
+  if case['method'] == 'scratch':
+    mine = {'target': case['target'], 'method': 'gates'}.items()
+    (shape,) = (row for row in found if mine <= row.items())
+    row = _scratch(job, base, shape)
+  else:
+    row = _cut(job, base, case['method'])
+  return {**row, 'wall_seconds': round(time.monotonic() - started, 1)}
+
+
+@functools.lru_cache(1)
+def _base(config: Config[Gates]) -> Base:
+  job = prepare(config)
+  model = network(config, job.images.classes)
+  variables = start(job, model)
+  if epochs := config.epochs.train:
+    variables = _trained(job, TRAIN, model, variables, epochs)
+  return Base(job, model, variables, _test(job, model, variables))
+
+
+def _epochs(config: Config[Gates], method: str) -> Config[Gates]:
   """All methods see the images equally often after the base training."""
   train, gates, finetune = config.epochs
   if method == 'gates':
@@ -81,43 +95,42 @@ def _epochs(config: Config, method: str) -> Config:
   return dataclasses.replace(config, gate_epochs=0, finetune_epochs=total)
 
 
-def _trained(job: Job, model: Any, name: str, epochs: int) -> dict[str, Any]:
-  example = jnp.zeros((1, *job.images.shape), jnp.float32)
-  variables = jax.jit(model.init)(job.key('init'), example)
-  state = stage(
-    job, name, model, plain(), variables, epochs=epochs, peak=job.config.learning_rate
-  )
-  return state.variables
+def _trained(job: Job, name: str, model: Any, variables: Tree, epochs: int) -> Tree:
+  peak = job.config.learning_rate
+  return stage(job, name, model, plain(), variables, epochs=epochs, peak=peak).variables
 
 
-def _row(job: Job, model, variables, method: str, arch: Mapping[str, int]):
-  """(what one variant reached, the architecture that the gates found)."""
-  test = lambda model, variables: evaluator(model, job.task)(
-    variables, job.batches(job.images.test)
-  )['accuracy']
-  if method == 'scratch':
-    small = model.clone(arch=type(model.arch)(arch))
-    reached = _trained(job, small, 'scratch', job.config.epochs.finetune)
-    coupling = dp.couple(small, reached, jnp.zeros((1, *job.images.shape)))
-    cost = {'flops': dp.cost.flops(coupling), 'params': dp.cost.params(coupling)}
-    return {'accuracy': test(small, reached), **cost}, arch
+def _test(job: Job, model: Any, variables: Tree) -> float:
+  return job.scores(model)(variables, job.images.test)['accuracy']
+
+
+def _scratch(job: Job, base: Base, shape: Mapping[str, Any]) -> dict[str, Any]:
+  model = base.model.clone(arch=type(base.model.arch)(shape['arch']))
+  fresh = jax.jit(model.init)(job.key('init'), *job.inputs)
+  reached = _trained(job, 'scratch', model, fresh, job.config.epochs.finetune)
+  cost = {k: shape[k] for k in ('flops', 'params')}
+  return {'accuracy': _test(job, model, reached), **cost}
+
+
+def _cut(job: Job, base: Base, method: str) -> dict[str, Any]:
   if method == 'gates':
     build = functools.partial(methods.build, job.config)
   else:
-    build = _oneshot(job, variables, method)
-  shrunk = rounds.shrink(job, model, variables, build)
+    build = _oneshot(job, base.variables, method)
+  shrunk = rounds.shrink(job, base.model, base.variables, build)
   report = shrunk.pruned.report
   return {
-    'accuracy': test(shrunk.model, shrunk.variables),
-    'accuracy_unpruned': test(model, variables),
+    'accuracy': _test(job, shrunk.model, shrunk.variables),
+    'accuracy_unpruned': base.accuracy,
     'flops': report['flops']['after'],
     'flops_unpruned': report['flops']['before'],
     'params': report['params']['after'],
     'difference': report['verify']['difference'],
-  }, shrunk.pruned.arch
+    'arch': dict(shrunk.pruned.arch),
+  }
 
 
-def _oneshot(job: Job, variables, score: str) -> Callable[..., Method]:
+def _oneshot(job: Job, variables: Tree, score: str) -> Callable[..., Method]:
   """A method that decides without training: uniform over layers, by a score."""
 
   def build(coupling, steps, scores, whole) -> Method:

@@ -14,10 +14,9 @@ few images and epochs leave the network that is pruned far from converged. A siz
 which gates could show an advantage needs an accelerator.
 """
 
-from pathlib import Path
-
 from depthprune.config import Config
-from experiments.trainable_gates.compare import compare
+from experiments.pieces import Arguments, Case, main
+from experiments.trainable_gates import compare
 
 CONFIG = Config(
   model='resnet8',
@@ -26,9 +25,16 @@ CONFIG = Config(
   train_epochs=10,
   gate_epochs=3,
   finetune_epochs=3,
-  workdir='runs/fashion_mnist',
 )
-RESULT = Path(__file__).parent / 'results' / 'fashion_mnist.json'
+TARGETS = 0.75, 0.5, 0.25
+
+
+def run(given: Arguments) -> list[Case]:
+  """The only size there is, also with --full."""
+  given = given._replace(full=False)
+  about = 'fashion_mnist', CONFIG, {}, TARGETS, compare.METHODS
+  return compare.main(*about, given)
+
 
 if __name__ == '__main__':
-  compare(CONFIG, targets=(0.75, 0.5, 0.25), seeds=(0, 1, 2), to=RESULT)
+  main(__doc__, run)

@@ -1,7 +1,10 @@
 """Trainable gates: the demo over seeds, and accuracy by FLOPs beside the controls."""
 
+from pathlib import Path
+from typing import Any
+
 from depthprune.report.numbers import spread
-from experiments.found import link, load, percent, table
+from experiments.found import files, link, load, percent, table
 
 NAMES = {
   'gates': 'trainable gates',
@@ -36,29 +39,39 @@ def digits() -> str:
 
 
 def compared() -> str:
-  """Accuracy against FLOPs, beside the controls."""
-  path = 'trainable_gates/results/fashion_mnist.json'
-  found = load(path)
+  """Accuracy against FLOPs, beside the controls: one table per result file."""
+  found = files('trainable_gates', 'target', 'method', 'accuracy')
+  return '\n\n'.join(_compared(*file) for file in found.items()) or (
+    'Trainable gates beside their controls: –'
+  )
+
+
+def _compared(path: Path, found: dict[str, Any]) -> str:
   config, rows = found['config'], found['rows']
   targets = sorted({r['target'] for r in rows}, reverse=True)
-  lines = []
-  for method, name in NAMES.items():
-    line = [name]
-    for target in targets:
-      at = [r for r in rows if (r['method'], r['target']) == (method, target)]
-      line.append(percent(r['accuracy'] for r in at) if at else '–')
-    lines.append(line)
-  gates = [r for r in rows if r['method'] == 'gates']
-  first = [r for r in gates if r['target'] == targets[0]]
-  reached = ', '.join(
-    f'{percent(r["flops"] / r["flops_unpruned"] for r in gates if r["target"] == t)}'
-    for t in targets
-  )
+  at = lambda method, t: [r for r in rows if (r['method'], r['target']) == (method, t)]
+  accuracy = lambda rows: percent(r['accuracy'] for r in rows) if rows else '–'
+  share = lambda rows: percent(r['flops'] / r['flops_unpruned'] for r in rows)
+  lines = [
+    [name, *(accuracy(at(method, target)) for target in targets)]
+    for method, name in NAMES.items()
+    if any(r['method'] == method for r in rows)
+  ]
+  reached = ', '.join(share(of) for t in targets if (of := at('gates', t)))
+  cut = [r for r in rows if 'accuracy_unpruned' in r]
+  unpruned = {r['seed']: r['accuracy_unpruned'] for r in cut}
   return (
-    f'{config["model"]} on {config["data"]}, {config["subset"]:,} training images, '
-    f'{config["train_epochs"]} + {config["gate_epochs"]} + '
-    f'{config["finetune_epochs"]} epochs (CPU-sized), {len(first)} seeds, test '
-    f'accuracy in %; unpruned {percent(r["accuracy_unpruned"] for r in first)}; '
-    f'FLOPs reached by gates: {reached} % ({link(path)}):\n\n'
+    f'{config["model"]} on {config["data"]}{_trained(config)}, {len(unpruned)} seeds, '
+    f'test accuracy in %; unpruned {percent(unpruned.values())}; FLOPs reached by '
+    f'gates: {reached or "–"} % ({link(path)}):\n\n'
     + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
   )
+
+
+def _trained(config: dict[str, Any]) -> str:
+  """On how many images, for how many epochs."""
+  images = f', {config["subset"]:,} training images' if config['subset'] else ''
+  before = 'pretrained' if config.get('pretrained') else config['train_epochs']
+  sized = ' (CPU-sized)' if images else ''
+  epochs = f'{config["gate_epochs"]} + {config["finetune_epochs"]} epochs'
+  return f'{images}, {before} + {epochs}{sized}'
