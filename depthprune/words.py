@@ -59,12 +59,15 @@ Method = (
   | Annotated[Config[Auxiliary], AUXILIARY]
 )
 
-# Options that one run has several values of.
-LISTS = {
-  f'--{name}'
-  for kind in KINDS
-  for name, default in vars(kind()).items()
-  if isinstance(default, tuple)
+# Options that one run has several values of, and the one that METHOD may follow.
+AS_THEY_ARE = {
+  '--at-once',
+  *(
+    f'--{name}'
+    for kind in KINDS
+    for name, default in vars(kind()).items()
+    if isinstance(default, tuple)
+  ),
 }
 
 
@@ -77,7 +80,7 @@ def several(words: Sequence[str]) -> list[list[str]]:
   options = list(_options(words))
   choices = [
     [[name, value] for value in values]
-    if len(values) > 1 and name.startswith('--') and name not in LISTS
+    if len(values) > 1 and name.startswith('--') and name not in AS_THEY_ARE
     else [[name, *values]]
     for name, *values in options
   ]

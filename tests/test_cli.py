@@ -54,7 +54,27 @@ def test_no_options_are_the_defaults(runs):
     assert runs.pop() == RECIPES[method]
 
 
-COMMANDS = [[], ['run'], ['run', 'gates'], ['report'], ['export'], ['bench']]
+def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):
+  from depthprune.report import front
+  from depthprune.training import sweep
+
+  taken = []
+  monkeypatch.setattr(sweep, 'run', lambda *given: taken.append(given))
+  monkeypatch.setattr(front, 'read', lambda path: path)
+  monkeypatch.setattr(front, 'screen', lambda found: f'screen of {found}')
+  monkeypatch.setattr(front, 'draw', lambda found, path: path / 'front.svg')
+  (tmp_path / 'sweep.json').touch()
+  words = f'sweep gates --target 0.3 50% --at-once 3 --seed 0 1 --workdir {tmp_path}'
+  assert cli.main(words.split()) == 0
+  ((planned, at_once),) = taken
+  found = [(config.options.target, config.seed) for config in planned.runs]
+  assert found == [(0.3, 0), (0.3, 1), (0.5, 0), (0.5, 1)]
+  assert at_once == 3
+  assert 'front.svg' in capsys.readouterr().out
+
+
+ONE_WORD = 'run', 'sweep', 'report', 'export', 'bench'
+COMMANDS = [[], *([word] for word in ONE_WORD), ['run', 'gates'], ['sweep', 'gates']]
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -82,13 +102,18 @@ def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys
 @pytest.mark.parametrize(
   ('words', 'said'),
   [
-    ([], 'Expected one of {run, report, export, bench}'),
-    (['prune'], 'Available subcommands: run, report, export, bench'),
+    ([], 'Expected one of {run, sweep, report, export, bench}'),
+    (['prune'], 'Available subcommands: run, sweep, report, export, bench'),
     (['run', 'gate'], 'Available subcommands: gates, netcut, implosion'),
     (['run', 'gates', '--target', '1.5'], 'in (0, 1], got 1.5'),
     (['run', 'gates', '--target', 'half'], "got 'half'"),
     (['run', 'gates', '--batch', '0'], 'whole number >= 1, got 0'),
     (['run', 'gates', '--sede', '1'], '--seed'),
+    (['sweep', 'gates', '--seed', '3'], 'an option with several values'),
+    (['sweep', 'gates', '--target', '0.5', '50%'], 'each of them once'),
+    (['sweep', 'gates', '--target', '0.5', '1.5'], 'in (0, 1], got 1.5'),
+    (['sweep', 'gates', '--sede', '1', '2'], '--seed'),
+    (['run', 'gates', '--seed', '1', '2'], '2'),
     (['run', 'netcut', '--beta', '-1'], 'beta: expected a finite number >= 0'),
     (['run', 'netcut', '--beta', 'nan'], 'beta: expected a finite number >= 0'),
     (['run', 'implosion', '--depth', '0'], 'whole number >= 1, got 0'),

@@ -167,9 +167,7 @@ def _row(s: Setting, mark: str) -> Sequence[str]:
     share('flops'),
     share('params'),
     spread(times) if times else NONE,
-    f'{len(s.results)}'
-    if len(s.results) == s.runs
-    else f'{len(s.results)} of {s.runs}',
+    f'{len(s.results)}' if len(s.results) == s.runs else f'{len(s.results)}/{s.runs}',
     mark,
   )
 
@@ -179,12 +177,12 @@ def _before(sweep: Mapping[str, Any]) -> str:
   results = [run['result'] for run in sweep['runs'] if run['result']]
   if not results:
     return ''
-  first = results[0]
-  accuracy = spread(100 * r['accuracy']['before'] for r in results)
+  first, device = results[0], results[0]['device']
+  accuracy = 100 * statistics.mean(r['accuracy']['before'] for r in results)
+  flops, params = (count(first[key]['before']) for key in ('flops', 'params'))
   return (
-    f'before: test accuracy {accuracy} %, {count(first["flops"]["before"])} FLOPs '
-    f'(1 MAC = 2), {count(first["params"]["before"])} parameters. All in %, but for '
-    f'speed-up: × at batch 128, {first["device"]}'
+    f'before: test accuracy {accuracy:.2f} %, {flops} FLOPs (1 MAC = 2), {params} '
+    f'parameters. All in %, but for speed-up: × at batch 128, {device}'
   )
 
 

@@ -77,6 +77,7 @@ def _begun(config: Config, work: Work, slot: int, devices: int, many: int) -> Bu
   process = context.Process(target=_alone, args=given, daemon=True)
   process.start()
   tell.close()
+  print(f'{config.path.name} begins: {config.path / OUTPUT}', flush=True)
   return Busy(config, slot, process, told)
 
 

@@ -3,6 +3,9 @@
 Runs that differ only in what comes after a stage train it once: the checkpoints of the
 one that did are copied to the others, which go on from them to the bits that they would
 reach alone. Whatever is stopped goes on: a finished run is read, another one resumed.
+
+On one device runs follow one another: trained together by `vmap` they were slower on a
+CPU (experiments/bench/vmapped.py), and after a cut their shapes differ.
 """
 
 import dataclasses
@@ -86,7 +89,7 @@ def run(planned: Plan, at_once: int | None = None, show: bool = True) -> dict[st
   for config, error in _attempts(planned, missing, at_once, show):
     if error is not None:
       refused[config.path.name] = error
-      print(f'{config.path.name}: {error}')
+    print(f'{config.path.name}: {error or "done"}', flush=True)
     _write(planned, refused)
   if len(refused) == len(runs):
     raise ConfigError(f'no run of the sweep was possible: {refused[runs[0].path.name]}')
