@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.found import HERE, table
 from experiments.pieces import Arguments, arguments
@@ -49,11 +49,12 @@ class Done(NamedTuple):
 
 
 def run(
-  experiments: Mapping[str, ModuleType], minutes: float = 0, left: bool = False
+  experiments: Mapping[str, Any], minutes: float = 0, left: bool = False
 ) -> dict[str, Done]:
   """What each experiment did, in order, until the minutes are over (0: never).
 
-  left: do nothing, but say what is left.
+  experiments: {name: module, or what has a `run` as theirs}. left: do nothing, but say
+    what is left.
   """
   end = time.monotonic() + 60 * minutes
   done = {}

@@ -6,6 +6,7 @@ from experiments import found, tables
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
 from experiments.sidenet.table import composed, sidenet
+from experiments.trainable_gates.table import compared
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -20,6 +21,7 @@ def test_without_result_files_there_is_a_dash(results):
   assert one_shot().endswith(': –')
   assert retrained().endswith(': –')
   assert sidenet() == 'SideNet: –' and composed().endswith(': –')
+  assert compared().endswith(': –')
 
 
 def test_netcut_has_a_line_per_beta_and_aggregate(netcut_file):
@@ -94,3 +96,28 @@ def test_what_is_lost_counts_from_the_network_that_was_given(sidenet_file):
     'alone 93.00 ± 0.00 % (94.00 ± 0.00 % before it was trained with heads)' in text
   )
   assert text.endswith('Note: the device was shared.')
+
+
+def test_gates_stand_beside_the_controls_that_there_are(results):
+  gates = {'flops': 48, 'flops_unpruned': 100, 'accuracy_unpruned': 0.93}
+  rows_ = [
+    {'method': method, 'seed': seed, 'target': target, 'accuracy': accuracy, **gates}
+    for method, accuracy in (('gates', 0.92), ('l1', 0.91))
+    for seed in (0, 1)
+    for target in (0.48, 0.39)
+    if (method, target) != ('l1', 0.39)
+  ]
+  config = {'model': 'resnet56', 'data': 'cifar10', 'subset': None, 'pretrained': 'a'}
+  config |= {'train_epochs': None, 'gate_epochs': 15, 'finetune_epochs': 30}
+  path = results / 'trainable_gates/results/resnet56_cifar10_full.json'
+  path.parent.mkdir(parents=True)
+  path.write_text(json.dumps({'config': config, 'rows': rows_}))
+  text = compared()
+  assert 'on cifar10, pretrained + 15 + 30 epochs, 2 seeds' in text
+  assert 'unpruned 93.00 ± 0.00' in text
+  assert rows(text) == {
+    'FLOPs kept': ['48 %', '39 %'],
+    '---': ['---', '---'],
+    'trainable gates': ['92.00 ± 0.00', '92.00 ± 0.00'],
+    'uniform L1': ['91.00 ± 0.00', '–'],
+  }
