@@ -26,6 +26,7 @@ EXPERIMENTS = (
   'auxiliary.resnet8_fashion_mnist',
   'auxiliary.segnet_camvid',
   'auxiliary.resnet8_multi_fashion',
+  'auxiliary.composed',
   'sidenet.minilm_sst2',
   'sidenet.resnet20_cifar10',
   'netcut.mlp_fashion_mnist',

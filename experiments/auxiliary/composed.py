@@ -16,17 +16,15 @@ call; `--full`, for an accelerator: all images at 28×28.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from depthprune.config import RECIPES, Config
 from depthprune.options import Auxiliary, Gates, NetCut
 from depthprune.training import recipe
-from experiments.pieces import Rows, arguments, within
+from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, main
 
 RESULTS = Path(__file__).parent / 'results'
-SEEDS = 3
 EPOCHS = 15
 SMALL = {'subset': 10_000, 'resize': 14}
 DATA = {'data': 'fashion_mnist', 'gate_epochs': EPOCHS}
@@ -69,8 +67,7 @@ def runs(what: str, structure: Structure, **fields: Any) -> tuple[Config, Config
   return beside, gates
 
 
-if __name__ == '__main__':
-  given = arguments(__doc__)
+def run(given: Arguments) -> list[Case]:
   name = 'composed_full' if given.full else 'composed'
   size = {} if given.full else SMALL
   described = {
@@ -79,13 +76,20 @@ if __name__ == '__main__':
     for i, run in enumerate(runs(what, 'all', **size))
   }
   rows = Rows(RESULTS / f'{name}.json', described, ('seed', 'what', 'structure'))
-  with within(given.minutes):
-    for seed in given.seeds or range(SEEDS):
-      for what in MODELS:
-        for structure in STRUCTURES:
-          key = {'seed': seed, 'what': what, 'structure': structure}
-          if rows.missing(**key):
-            folder = Path('runs/auxiliary') / name / f'{what}-{structure}-seed{seed}'
-            found = after(folder, *runs(what, structure, seed=seed, **size))
-            rows.add({**key, **found})
-            shutil.rmtree(folder)
+  cases = [
+    {'seed': seed, 'what': what, 'structure': structure}
+    for seed in given.seeds or range(SEEDS)
+    for what in MODELS
+    for structure in STRUCTURES
+  ]
+  folder = lambda case: Path('runs/auxiliary', name, '-'.join(map(str, case.values())))
+
+  def make(case: Case) -> dict[str, Any]:
+    chosen = runs(case['what'], case['structure'], seed=case['seed'], **size)
+    return after(folder(case), *chosen)
+
+  return fill(rows, lambda: cases, make, given, folder)
+
+
+if __name__ == '__main__':
+  main(__doc__, run)

@@ -38,12 +38,11 @@ from depthprune.training.features import FeatureSet
 from depthprune.training.method import Tree, plain
 from depthprune.training.networks import network, start
 from depthprune.training.stage import Job, prepare, stage
-from experiments.pieces import Rows, arguments, within
+from experiments.pieces import SEEDS, Arguments, Case, Rows, main, within
 from experiments.sidenet.table import composed
 
 RESULT = Path(__file__).parent / 'results' / 'composed.json'
 FOLDER = Path('runs/sidenet/composed')
-SEEDS = 3
 CONFIG = dataclasses.replace(
   RECIPES['sidenet'],
   options=SideNet(drop=0.5, views=1, dropout=0.0),
@@ -111,18 +110,19 @@ MAINNETS: dict[str, Callable[[Job], MainNet]] = {
 }
 
 
-def main() -> None:
-  given = arguments(__doc__)
-  described = {**CONFIG.to_json(), 'target': TARGET}
-  rows = Rows(RESULT, described, ('mainnet', 'seed'))
-  with within(given.minutes):
-    for name in MAINNETS:
-      seeds = given.seeds or range(SEEDS)
-      missing = [s for s in seeds if rows.missing(mainnet=name, seed=s)]
-      if missing:
-        fill(rows, name, missing)
-  if RESULT.is_file():
-    print(composed())
+def run(given: Arguments) -> list[Case]:
+  """The only size there is, also with --full."""
+  rows = Rows(RESULT, {**CONFIG.to_json(), 'target': TARGET}, ('mainnet', 'seed'))
+  seeds = given.seeds or range(SEEDS)
+  every = [{'mainnet': name, 'seed': seed} for name in MAINNETS for seed in seeds]
+  left = lambda: [case for case in every if rows.missing(**case)]
+  if not given.left:
+    with within(given.minutes):
+      for name in MAINNETS:
+        missing = [case['seed'] for case in left() if case['mainnet'] == name]
+        if missing:
+          fill(rows, name, missing)
+  return left()
 
 
 def fill(rows: Rows, name: str, seeds: list[int]) -> None:
@@ -171,4 +171,6 @@ def executed(job: Job, trained: sides.Trained, decided: Decided) -> dict[str, An
 
 
 if __name__ == '__main__':
-  main()
+  main(__doc__, run)
+  if RESULT.is_file():
+    print(composed())
