@@ -3,8 +3,9 @@
   python -m experiments.run_all --minutes 10
 
 Each call goes on where the last one ended, and says what it did and what is left.
-`--left` only says what is left. TFDS_DATA_DIR says where the data are; an experiment
-that fails (its data or weights are not there) is left out, with the reason.
+`--left` only says what is left; calls with `--seeds 0` and others may share a device.
+TFDS_DATA_DIR says where the data are; an experiment that fails (its data or weights are
+not there) is left out, with the reason.
 """
 
 import importlib
@@ -49,26 +50,23 @@ class Done(NamedTuple):
   left: int | None
 
 
-def run(
-  experiments: Mapping[str, Any], minutes: float = 0, left: bool = False
-) -> dict[str, Done]:
-  """What each experiment did, in order, until the minutes are over (0: never).
+def run(experiments: Mapping[str, Any], given: Arguments) -> dict[str, Done]:
+  """What each experiment did, in order, until the minutes given are over (0: never).
 
-  experiments: {name: module, or what has a `run` as theirs}. left: do nothing, but say
-    what is left.
+  experiments: {name: module, or what has a `run` as theirs}.
   """
-  end = time.monotonic() + 60 * minutes
+  end = time.monotonic() + 60 * given.minutes
   done = {}
   for name, module in experiments.items():
     rest = (end - time.monotonic()) / 60
-    over = left or (minutes > 0 and rest <= 0)
-    given = Arguments(full=True, minutes=rest if minutes else 0, left=over)
+    over = given.left or (given.minutes > 0 and rest <= 0)
+    mine = given._replace(full=True, minutes=rest if given.minutes else 0)
     before = rows(name)
     try:
-      missing = len(module.run(given._replace(left=True)))
+      missing = len(module.run(mine._replace(left=True)))
       if missing and not over:
         print(f'{name}: {missing} rows are left', flush=True)
-        missing = len(module.run(given))
+        missing = len(module.run(mine))
     except Exception:
       traceback.print_exc()
       missing = None
@@ -94,7 +92,7 @@ def progress() -> str:
 
   Rows that depend on others count once these are there.
   """
-  done = run(modules(EXPERIMENTS), left=True)
+  done = run(modules(EXPERIMENTS), Arguments(left=True))
   line = lambda name, d: (
     name,
     str(rows(name) or '–'),
@@ -118,5 +116,4 @@ def _found(name: str) -> dict:
 
 
 if __name__ == '__main__':
-  given = arguments(__doc__)
-  print(said(run(modules(EXPERIMENTS), given.minutes, given.left)))
+  print(said(run(modules(EXPERIMENTS), arguments(__doc__))))

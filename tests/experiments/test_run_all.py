@@ -56,20 +56,21 @@ def experiments(results, monkeypatch):
 
 def test_each_call_goes_on_with_the_first_that_is_not_done(experiments):
   every = experiments(one=2, two=2, three=2)
-  done = run_all.run(every, minutes=3.5 * SECOND)
+  done = run_all.run(every, Arguments(minutes=3.5 * SECOND, seeds=(0, 3)))
   assert [d.rows for d in done.values()] == [2, 1, 0]
   assert [d.left for d in done.values()] == [0, 1, 2]
-  done = run_all.run(every)
+  done = run_all.run(every, Arguments())
   assert [d.rows for d in done.values()] == [0, 1, 2]
   assert [d.left for d in done.values()] == [0, 0, 0]
   asked = every['paper.one'].given
   assert [given.left for given in asked] == [True, False, True]
   assert all(given.full for given in asked)
+  assert [given.seeds for given in asked] == [(0, 3), (0, 3), ()]
 
 
 def test_what_fails_is_left_out_and_said(experiments, capsys):
   every = experiments(two=1)
-  done = run_all.run({'paper.one': SimpleNamespace(), **every})
+  done = run_all.run({'paper.one': SimpleNamespace(), **every}, Arguments())
   assert done == {'paper.one': run_all.Done(0, None), 'paper.two': run_all.Done(1, 0)}
   assert "no attribute 'run'" in capsys.readouterr().err
   assert run_all.said(done).splitlines() == [
@@ -79,7 +80,7 @@ def test_what_fails_is_left_out_and_said(experiments, capsys):
 
 
 def test_left_only_asks(experiments):
-  done = run_all.run(experiments(one=3), left=True)
+  done = run_all.run(experiments(one=3), Arguments(left=True))
   assert done == {'paper.one': run_all.Done(0, 3)}
 
 

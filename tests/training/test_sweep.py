@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -204,3 +205,20 @@ def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
   output = dies.path / spread.OUTPUT
   assert told['target0.5'] == f'ended with exit code 1, see {output}'
   assert 'JSONDecodeError' in output.read_text()
+
+
+@pytest.mark.slow
+def test_cascades_at_several_budgets_share_all_that_is_trained(tmp_path):
+  config = Config(
+    SideNet(hidden=8), 'resnet8', subset=256, train_epochs=1, gate_epochs=1,
+    workdir=str(tmp_path),
+  )  # fmt: skip
+  budgets = [dataclasses.replace(config.options, budget=b) for b in (0.7, 0.9)]
+  each = [dataclasses.replace(config, options=options) for options in budgets]
+  with jax.numpy_dtype_promotion('standard'):  # optax.adam needs it
+    found = sweep.run(sweep.plan(each), at_once=1, show=False)
+  assert all(row['result'] for row in found['runs'])
+  one, other = (
+    (tmp_path / row['folder'] / 'history.jsonl').read_text() for row in found['runs']
+  )
+  assert one == other and '"heads"' in one
