@@ -26,7 +26,7 @@ from depthprune.training.relevant import TRAIN, relevant
 from depthprune.values import ConfigError
 
 FILE = 'sweep.json'
-ABOUT = 'workdir', 'resume', 'checkpoint_every_s', 'mesh'  # how to run, not what
+ABOUT = 'workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat'  # how, not what
 TOLD = 'accuracy', 'held_out', 'flops', 'params', 'latency_ms', 'device', 'wall_seconds'
 WHOLE = 'checkpoints', 'features'
 LINES = 'history.jsonl', 'gates.jsonl'
