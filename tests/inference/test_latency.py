@@ -1,7 +1,5 @@
 """Timing: in turns, waited for, weights as arguments, and honest about overhead."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,32 +10,8 @@ from depthprune.inference import latency
 from depthprune.inference.latency import Comparison, Network, Timing
 
 
-def test_sleeps_take_as_long_as_they_say():
-  short, long = latency.interleave(
-    [lambda: time.sleep(0.002), lambda: time.sleep(0.006)], seconds=0, least=5
-  )
-  assert len(short) == len(long) == 5
-  assert short.min() >= 2.0
-  assert long.min() >= 6.0
-  assert short.min() < 6.0
-
-
 def test_medians_and_quartiles():
   assert latency.timing(np.array([5.0, 1, 2, 4, 3])) == Timing(3, 2, 4, 5)
-
-
-def test_turns_alternate_and_the_warm_up_does_not_count():
-  order = []
-  calls = [lambda name=name: order.append(name) for name in 'ab']
-  taken = latency.interleave(calls, seconds=0, least=3, warmup=2)
-  assert ''.join(order) == 'abab' + 'ab' + 'ba' + 'ab'
-  assert taken.shape == (2, 3)
-
-
-def test_turns_are_bounded_by_time_and_by_number():
-  nap = lambda: time.sleep(0.001)
-  assert latency.interleave([nap], seconds=0.01, least=1, most=1000).shape[1] <= 10
-  assert latency.interleave([nap], seconds=60, most=4).shape[1] == 4
 
 
 def matmuls(variables, x):
