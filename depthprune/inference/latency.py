@@ -19,6 +19,8 @@ import numpy as np
 
 from depthprune.program import clock
 
+# Parts of the time: what is called near, and how wide quartiles are called noise.
+NEAR, NOISE = 0.02, 0.2
 # Below this many times the latency of one image, a whole batch is mostly overhead.
 SATURATED = 4.0
 
@@ -135,6 +137,28 @@ def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
     }
     for m in measured
   }
+
+
+def missed(m: Comparison, target: float) -> list[str]:
+  """Whether the part of the time that was to remain was missed, or drowned in noise.
+
+  target: in (0, 1]. Sentences; none where it was met.
+  """
+  share = m.after.median / m.before.median
+  low, high = m.after.lower / m.before.upper, m.after.upper / m.before.lower
+  said = f'batch {m.batch}: {100 * target:g} % of the time was asked for'
+  ends = f'{100 * low:.1f} to {100 * high:.1f} %'
+  quartiles = f'{100 * share:.1f} % measured (quartiles {ends})'
+  notes = []
+  if abs(share - target) > NEAR and not low <= target <= high:
+    notes.append(
+      f'{said}, and missed: {quartiles}; the target counts layers timed alone, in '
+      'steps of a quarter of their widths; widths that suit the device (round_to 8 or '
+      '16) are foreseen best'
+    )
+  elif high - low > NOISE:
+    notes.append(f'{said}, {quartiles}: too noisy to say whether it was reached')
+  return notes
 
 
 def device() -> str:

@@ -89,6 +89,27 @@ def test_a_speed_up_that_may_be_chance_is_said_to_be_none(faster, distinct):
   assert all(f'faster in {faster} of 9 turns' in note for note in said)
 
 
+@pytest.mark.parametrize(
+  ('after', 'spread', 'said'),
+  [
+    (6.0, 0.01, None),
+    (6.15, 0.001, None),
+    (8.0, 0.01, 'asked for, and missed: 80.0 % measured (quartiles 78.4 to 81.6 %)'),
+    (4.0, 0.01, 'asked for, and missed: 40.0 % measured'),
+    (6.0, 0.2, 'too noisy to say whether it was reached'),
+    (8.0, 0.2, 'too noisy to say whether it was reached'),
+  ],
+)
+def test_a_part_of_the_time_is_met_missed_or_drowned_in_noise(after, spread, said):
+  around = lambda ms: Timing(ms, ms * (1 - spread), ms * (1 + spread), 9)
+  measured = Comparison(8, around(10.0), around(after), 9)
+  found = latency.missed(measured, 0.6)
+  assert len(found) == (said is not None)
+  if said:
+    assert found[0].startswith('batch 8: 60 % of the time was asked for')
+    assert said in found[0]
+
+
 def test_json_has_the_medians_by_batch():
   entry = latency.to_json([comparison(1, 3.0, 1.5)])['1']
   assert (entry['before'], entry['after']) == (3.0, 1.5)
