@@ -1,10 +1,19 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from depthprune.methods.trainable_gates import START, gate, trainable_gates
+from depthprune.config import Config
+from depthprune.methods.trainable_gates import (
+  START,
+  configured,
+  gate,
+  trainable_gates,
+)
+from depthprune.options import Gates
 from depthprune.program import timing
 from depthprune.program.counted import counted
 from depthprune.program.couple import couple
@@ -231,6 +240,22 @@ def test_a_target_that_time_does_not_allow_is_refused_with_what_remains():
   launches = timed(lambda n: 90.0, lambda n, m: 1.0 * n, lambda m: 1.0)
   with pytest.raises(ValueError, match=r'0.5 of the milliseconds cannot .* 0\.86'):
     trainable_gates(COUPLING, 0.5, launches)
+
+
+def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch):
+  mine = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
+  monkeypatch.setattr(timing.Session, 'measure', mine)
+  monkeypatch.setattr('depthprune.training.hosts.agreed', lambda measured: 2 * measured)
+  options = Gates(0.5, 'milliseconds', latency_batch=4)
+  configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
+  session = timing.session(COUPLING, batch=4)
+  told = json.loads((tmp_path / 'costs.json').read_text())
+  found = [row['milliseconds'] for row in told['table']]
+  np.testing.assert_array_equal(found, 2 * mine(session))
+  # Of another batch it is another table.
+  options = Gates(0.5, 'milliseconds', latency_batch=8)
+  configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
+  assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 8
 
 
 def test_nothing_to_gate_is_an_error():
