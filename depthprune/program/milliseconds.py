@@ -68,7 +68,7 @@ def between(x: Any, points: np.ndarray, table: np.ndarray, xp: Any = np) -> Any:
   """table[..., rest] at x, linear between points [n] and beyond them."""
   table = xp.asarray(table, np.float32)
   points = np.asarray(points, np.float32)
-  low, high = np.tile(np.float32([[0], [1]]), len(points) - 1)
+  low, high = np.tile(np.array([[0], [1]], np.float32), len(points) - 1)
   low[:1], high[-1:] = -np.inf, np.inf
   passed = xp.clip((x - points[:-1]) / np.diff(points), low, high)
   return table[0] + xp.tensordot(passed, xp.diff(table, axis=0), 1)

@@ -132,7 +132,7 @@ def _take(x, masks):
   return x
 
 
-def _derivative(e: jx.Equation, facts: Facts, kept: dict) -> Callable:
+def _derivative(e: jx.Equation, facts: Facts, kept: Mapping) -> Callable:
   """The derivative rule of a custom call at its new sizes."""
   program = derivative(e)
   smooth_in = [v for v in e.inputs if jx.differentiable(v)]
