@@ -24,12 +24,12 @@ move, is ours:
 
 The penalty is two-sided, so channels can reopen. Divided by the price it moves all
 gates alike, and what the task says counts per unit of cost; otherwise the first layers,
-whose channels are dear, would go first. Milliseconds are measured, and noise may
-make a channel seem free: no price is below LEAST of the mean. All gates start open,
-evenly spaced in their group: equal ones would close in one step. The largest gate of a
-group stays open whatever its weight: a network with an empty layer has no gradient to
-lead it back.
-Where widths are rounded, the gates are so in training too, with the same gradient.
+whose channels are dear, would go first. Milliseconds are measured, and noise may make a
+channel seem free: no price is below LEAST of the mean. All gates start open, evenly
+spaced in their group: equal ones would close in one step. The largest gate of a group
+stays open whatever its weight: a network with an empty layer has no gradient to lead it
+back. Where widths are rounded, the gates are so in training too, with the same
+gradient.
 """
 
 import json

@@ -1,5 +1,7 @@
 """Milliseconds: exact where they were timed, linear in between, and never falling."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,31 @@ def test_axes_that_are_concatenated_are_one_axis_of_a_layer():
   assert timed.layers[-1] == ((('a:1', 'b:1'),), 2)
   np.testing.assert_array_equal(timed.grids[-1][0], [2, 3, 6, 9, 12])
   assert timed.call(len(timed.rows) - 7)()[0].shape == (2, 3)
+
+
+def looped(v, x):
+  """Layers inside a loop over the second axis of x [batch, steps, 5]."""
+
+  def step(carry, x):
+    for w in v.values():
+      x = jax.nn.relu(x @ w)
+    return carry, x
+
+  return jax.lax.scan(step, jnp.float32(0), jnp.moveaxis(x, 1, 0))[1]
+
+
+def loop_of(*sizes):
+  v = {f'w{i}': jnp.ones(n) for i, n in enumerate(itertools.pairwise(sizes))}
+  return couple(looped, v, jnp.ones((1, 2, sizes[0])))
+
+
+def test_a_loop_is_one_layer_with_few_axes_and_refused_with_many():
+  timed = timing.session(loop_of(5, 4, 6, 3), batch=8)
+  assert timed.layers == (((('w0:1',), ('w1:1',)), 0),)
+  narrow = next(i for i, (_, n) in enumerate(timed.rows) if [*n.values()] == [1, 3])
+  assert timed.call(narrow)()[-1].shape == (2, 8, 3)
+  with pytest.raises(ValueError, match='scan .* has 6 axes that can be cut, at most 5'):
+    timing.session(loop_of(5, *(4,) * 6, 3), batch=8)
 
 
 def test_a_layer_alone_has_its_own_shapes_and_the_batch(monkeypatch):
