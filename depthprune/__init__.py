@@ -18,6 +18,7 @@ from depthprune.program.couple import couple as couple
 from depthprune.program.plug import plug as plug
 from depthprune.program.rebind import slim as slim
 from depthprune.program.stages import split as split
+from depthprune.program.timing import milliseconds as milliseconds
 from depthprune.surgery.cut import InexactCut as InexactCut
 from depthprune.surgery.cut import Pruned as Pruned
 from depthprune.surgery.cut import prune as prune

@@ -8,8 +8,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from depthprune.options import METHODS
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
+# One for each method, and the charts that it draws; gates are in the quickstart.
+DRAWN = {'quickstart': 3, 'netcut': 2, 'implosion': 3, 'sidenet': 2, 'auxiliary': 2}
 
 
 def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -39,7 +43,14 @@ def test_it_is_valid_and_committed_without_output(path):
 
 # The kernel's own machinery warns about what is not ours to change.
 @pytest.mark.filterwarnings('default')
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem != 'quickstart'))
+    for path in NOTEBOOKS
+  ],
+  ids=lambda path: path.stem,
+)
 def test_it_runs_from_top_to_bottom(path, tmp_path):
   notebook = nbformat.read(path, as_version=4)
   client = NotebookClient(
@@ -53,9 +64,11 @@ def test_it_runs_from_top_to_bottom(path, tmp_path):
     for output in cell.outputs
     if 'image/png' in output.get('data', {})
   ]
-  assert len(drawn) == 3
-  assert (tmp_path / 'quickstart' / 'report.html').is_file()
+  assert len(drawn) == DRAWN[path.stem]
+  assert (tmp_path / path.stem / 'report.html').is_file()
 
 
-def test_there_is_one_to_start_with():
-  assert 'quickstart' in [path.stem for path in NOTEBOOKS]
+def test_there_is_one_for_every_method():
+  assert {path.stem for path in NOTEBOOKS} == {*DRAWN}
+  methods = {'quickstart' if m == 'trainable_gates' else m for m in METHODS}
+  assert methods == {*DRAWN}

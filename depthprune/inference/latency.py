@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program import clock
+
+# Parts of the time: what is called near, and how wide quartiles are called noise.
+NEAR, NOISE = 0.02, 0.2
 # Below this many times the latency of one image, a whole batch is mostly overhead.
 SATURATED = 4.0
 
@@ -55,36 +59,6 @@ class Comparison(NamedTuple):
     """Whether chance is ruled out: a sign test over the turns, two sigma."""
     runs = self.after.runs
     return abs(self.faster - runs / 2) > runs**0.5
-
-
-def interleave(
-  calls: Sequence[Callable[[], Any]],
-  seconds: float = 2.0,
-  least: int = 9,
-  most: int = 200,
-  warmup: int = 3,
-) -> np.ndarray:
-  """Times functions without arguments by turns: milliseconds [calls, turns].
-
-  Turns go on until `seconds` are spent on all of them together, but at least `least`
-  and at most `most`. The first `warmup` rounds, which compile, do not count. What a
-  call returns is waited for on the device.
-  """
-  for _ in range(warmup):
-    for call in calls:
-      jax.block_until_ready(call())
-  turns: list[list[float]] = []
-  spent = 0.0
-  while len(turns) < most and (len(turns) < least or spent < seconds):
-    order = list(range(len(calls)))[:: 1 if len(turns) % 2 == 0 else -1]
-    taken = [0.0] * len(calls)
-    for index in order:
-      start = time.perf_counter()
-      jax.block_until_ready(calls[index]())
-      taken[index] = time.perf_counter() - start
-    turns.append(taken)
-    spent += sum(taken)
-  return 1e3 * np.array(turns).T
 
 
 def timing(milliseconds: np.ndarray) -> Timing:
@@ -130,7 +104,7 @@ def sweep(
   for batch in sorted(set(batches)):
     inputs = jax.block_until_ready([_sized(x, batch) for x in example])
     calls = [functools.partial(program, *inputs) for program in programs]
-    yield batch, interleave(calls, seconds)
+    yield batch, clock.interleave(calls, seconds)
 
 
 def compile_seconds(network: Network, *inputs: Any) -> float:
@@ -163,6 +137,28 @@ def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
     }
     for m in measured
   }
+
+
+def missed(m: Comparison, target: float) -> list[str]:
+  """Whether the part of the time that was to remain was missed, or drowned in noise.
+
+  target: in (0, 1]. Sentences; none where it was met.
+  """
+  share = m.after.median / m.before.median
+  low, high = m.after.lower / m.before.upper, m.after.upper / m.before.lower
+  said = f'batch {m.batch}: {100 * target:g} % of the time was asked for'
+  ends = f'{100 * low:.1f} to {100 * high:.1f} %'
+  quartiles = f'{100 * share:.1f} % measured (quartiles {ends})'
+  notes = []
+  if abs(share - target) > NEAR and not low <= target <= high:
+    notes.append(
+      f'{said}, and missed: {quartiles}; the target counts layers timed alone, in '
+      'steps of a quarter of their widths; widths that suit the device (round_to 8 or '
+      '16) are foreseen best'
+    )
+  elif high - low > NOISE:
+    notes.append(f'{said}, {quartiles}: too noisy to say whether it was reached')
+  return notes
 
 
 def device() -> str:

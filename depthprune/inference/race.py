@@ -11,6 +11,7 @@ import numpy as np
 from depthprune.inference import latency
 from depthprune.inference.cascade import Cascade, Cost
 from depthprune.inference.latency import Timing
+from depthprune.program import clock
 
 
 class Race(NamedTuple):
@@ -59,7 +60,7 @@ def race(cascade: Cascade, *inputs: Any, seconds: float = 4.0) -> Race:
   compiled = time.perf_counter() - started
   answer = cascade(*inputs)
   calls = [lambda: cascade(*inputs), lambda: whole(cascade.variables, *inputs)]
-  mine, other = map(latency.timing, latency.interleave(calls, seconds))
+  mine, other = map(latency.timing, clock.interleave(calls, seconds))
   batch = int(np.shape(inputs[0])[0])
   return Race(batch, cascade.cost(answer, *inputs), mine, other, compiled)
 
@@ -79,7 +80,7 @@ def exit_milliseconds(
   upto = lambda name: lambda: nobody(*inputs, last=name)
   alone = _alone(cascade)
   calls = [*map(upto, cascade.exits), lambda: alone(cascade.variables, *inputs)]
-  taken = np.median(latency.interleave(calls, seconds), axis=1)
+  taken = np.median(clock.interleave(calls, seconds), axis=1)
   *exits, whole = taken / np.shape(inputs[0])[0]
   # An exit is later than the one before, also where the clock cannot tell.
   rising = np.maximum.accumulate(exits) * (1 + 1e-6 * np.arange(len(exits)))

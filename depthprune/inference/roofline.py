@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from depthprune.inference import latency
+from depthprune.program import clock
 
 ENOUGH = 20.0  # milliseconds of a call whose start is not what is measured
 MATMUL = tuple(2**i for i in range(9, 15))  # sides of square matrices
@@ -80,6 +80,6 @@ def _long_enough(
   """(size, milliseconds of the fastest call) of the first that takes long enough."""
   for size in sizes:
     call = make(size)
-    if latency.interleave([call], 0, least=1, warmup=1).min() >= ENOUGH:
+    if clock.interleave([call], 0, least=1, warmup=1).min() >= ENOUGH:
       break
-  return size, float(latency.interleave([call], seconds, least=3, warmup=0).min())
+  return size, float(clock.interleave([call], seconds, least=3, warmup=0).min())

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from depthprune.config import Config
-from depthprune.inference import latency
+from depthprune.program import clock
 from depthprune.program import cost as costs
 from depthprune.program.couple import Coupling
 from depthprune.training import hosts, record
@@ -216,7 +216,7 @@ def _milliseconds(coupling: Coupling) -> np.ndarray:
   )
   networks = [upto(name) for name in coupling.exits]
   calls = [lambda f=f: f(variables, *inputs) for f in networks]
-  return np.median(latency.interleave(calls), axis=1)
+  return np.median(clock.interleave(calls), axis=1)
 
 
 def _not_negative(name: str, value) -> None:

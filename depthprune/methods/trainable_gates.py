@@ -15,7 +15,8 @@ move, is ours:
   w        one gate weight per channel of every coupled group
   b(w)     the gate: multiplies the channel wherever it is read
   g        surrogate derivative: constant 1, or that of sigmoid or tanh
-  C, C_0   FLOPs (or parameters) of the network as it would be cut, and of the full one
+  C, C_0   FLOPs (or parameters, or milliseconds) of the network as it would be cut, and
+           of the full one
   c        d(C / C_0) / db in the full network, the price of a channel of the group
   rho      the fraction of C_0 that is to remain; rho_t: on the way there, in step t
   lambda   strength
@@ -23,13 +24,17 @@ move, is ours:
 
 The penalty is two-sided, so channels can reopen. Divided by the price it moves all
 gates alike, and what the task says counts per unit of cost; otherwise the first layers,
-whose channels are dear, would go first. All gates start open, evenly spaced in their
-group: equal ones would close in one step. The largest gate of a group stays open
-whatever its weight: a network with an empty layer has no gradient to lead it back.
-Where widths are rounded, the gates are so in training too, with the same gradient.
+whose channels are dear, would go first. Milliseconds are measured, and noise may make a
+channel seem free: no price is below LEAST of the mean. All gates start open, evenly
+spaced in their group: equal ones would close in one step. The largest gate of a group
+stays open whatever its weight: a network with an empty layer has no gradient to lead it
+back. Where widths are rounded, the gates are so in training too, with the same
+gradient.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,19 +43,25 @@ import optax
 
 from depthprune.config import Config
 from depthprune.gates import Surrogate, straight_through
+from depthprune.inference import latency
 from depthprune.program import cost
+from depthprune.program.counted import TIME, Cost, counted
 from depthprune.program.couple import Coupling
+from depthprune.program.milliseconds import Milliseconds
+from depthprune.program.timing import Session, session
+from depthprune.training import hosts, record
 from depthprune.training.method import Method, Tree, apart, supervised
 from depthprune.training.penalties import openness, spare_closed
-from depthprune.training.target import COSTS, on_target, reachable
+from depthprune.training.target import on_target, reachable
 
 START = 0.1  # mean gate weight of a group at the start
+LEAST = 0.1  # of the mean price of a channel, where prices are measured
 
 
 def trainable_gates(
   coupling: Coupling,
   target: float = 0.5,
-  of: str = 'flops',
+  of: str | Cost = 'flops',
   strength: float = 200.0,
   gate_lr: float = 2e-4,
   surrogate: Surrogate = 'constant',
@@ -63,7 +74,8 @@ def trainable_gates(
   Args:
     coupling: of the network, from `couple`.
     target: rho in (0, 1], the fraction of the cost that is to remain.
-    of: 'flops' or 'params'. 1 MAC = 2 FLOPs.
+    of: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now on this
+      device for a batch of 128; for another, `milliseconds(coupling, batch)`.
     strength: lambda. gate_lr: eta. surrogate: g.
     round_to: widths are multiples of this.
     steps: T, the length of the training; 0 asks for rho at once and lets no gate rest.
@@ -73,11 +85,14 @@ def trainable_gates(
   Raises: ValueError when no channel can be gated, or when the target is not in (0, 1]
     or below the cost with one channel (one multiple of round_to) left per group.
   """
-  reachable(coupling, target, of, round_to)
-  C, rho = COSTS[of], target
+  name, C = counted(coupling, of)
+  reachable(coupling, target, C, round_to)
+  rho = target
   start = coupling.gates()['channels']
-  C_0 = C(coupling)
+  C_0 = C(coupling, None)
   c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
+  if name == TIME:
+    c = _not_free(c)
 
   def forward(theta, key=None, step=None):
     del key, step
@@ -90,7 +105,7 @@ def trainable_gates(
 
   def objective(task, outputs, batch, theta, step):
     loss, metrics = supervised(task, outputs, batch, theta, step)
-    return loss, {**metrics, of: share(theta), 'target': rho_t(step)}
+    return loss, {**metrics, name: share(theta), 'target': rho_t(step)}
 
   def open_part(trained):
     params = openness(coupling, forward(trained['theta']), trained['params'])
@@ -99,7 +114,7 @@ def trainable_gates(
   return Method(
     objective=objective,
     decide=lambda theta, stats, evaluate: on_target(
-      coupling, theta['channels'], rho, of, round_to
+      coupling, theta['channels'], rho, C, round_to
     ),
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta)) ** 2,
     init=lambda gates, outputs: {'channels': _spread(start, scores or {})},
@@ -133,13 +148,52 @@ def configured(
   return trainable_gates(
     coupling,
     options.target,
-    options.of,
+    _cost(config, coupling),
     options.strength,
     options.gate_learning_rate,
     round_to=options.round_to,
     steps=steps,
     scores=scores,
   )
+
+
+def _cost(config: Config, coupling: Coupling) -> str | Milliseconds:
+  """What the target counts.
+
+  Milliseconds are measured once, by process 0, and kept in the run's folder: a run that
+  is resumed goes on with the table that it began with.
+  """
+  options, known = config.options, config.path / 'costs.json'
+  if options.of != TIME:
+    return options.of
+  timed = session(coupling, options.latency_batch)
+  found = _kept(known, timed)
+  measured = hosts.agreed(timed.measure() if found is None else found)
+  if found is None:
+    table = [
+      {'layer': layer or 'network', 'widths': widths, TIME: float(taken)}
+      for (layer, widths), taken in zip(timed.rows, measured, strict=True)
+    ]
+    told = {'device': latency.device(), 'batch': timed.batch, 'table': table}
+    record.write(known, told)
+  return timed.cost(measured)
+
+
+def _kept(known: Path, timed: Session) -> np.ndarray | None:
+  """The table of a run that was stopped [rows]; None if it is of something else."""
+  told = json.loads(known.read_text()) if known.is_file() else {}
+  table = told.get('table', [])
+  same = [row['widths'] for row in table] == [widths for _, widths in timed.rows]
+  if not same or told['batch'] != timed.batch:
+    return None
+  return np.array([row[TIME] for row in table])
+
+
+def _not_free(c: Tree) -> Tree:
+  """Prices of channels, none below LEAST of the mean one."""
+  prices = [price.mean() for price in jax.tree.leaves(c)]
+  least = max(LEAST * float(np.mean(prices)), 1e-12)
+  return jax.tree.map(lambda price: jnp.maximum(price.mean(), least), c)
 
 
 def _spread(start: Mapping, scores: Mapping) -> dict[str, jax.Array]:

@@ -21,8 +21,12 @@ class Gates:
   target: Annotated[float, FRACTION] = 0.5
   """Part of the network's cost that is to remain: 0.5, or 50%."""
 
-  of: Literal['flops', 'params'] = 'flops'
-  """The cost that the target counts. 1 MAC = 2 FLOPs."""
+  of: Literal['flops', 'params', 'milliseconds'] = 'flops'
+  """The cost that the target counts. 1 MAC = 2 FLOPs; milliseconds are measured on this
+  device, layer by layer."""
+
+  latency_batch: int = 128
+  """Examples in a call, where the target counts milliseconds."""
 
   round_to: int = 1
   """Widths become multiples of this, counted in the target (8 suits GPU and TPU)."""
@@ -54,11 +58,13 @@ class Gates:
         f'target: expected a fraction in (0, 1], got {self.target:g}; '
         'it is the part that remains, so 0.5 (or 50%) halves the network'
       )
-    one_of(self, 'of', ('flops', 'params'))
+    one_of(self, 'of', ('flops', 'params', 'milliseconds'))
+    at_least(self, 'latency_batch', 1)
     at_least(self, 'round_to', 1)
     finite(self, 'strength', positive=False)
     finite(self, 'gate_learning_rate', positive=True)
 
   @property
   def label(self) -> str:
-    return f'{self.of}{100 * self.target:g}'
+    batch = f'-batch{self.latency_batch}' if self.of == 'milliseconds' else ''
+    return f'{self.of}{100 * self.target:g}{batch}'

@@ -50,7 +50,7 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     kept = decided(view, keep)
     arrays, _ = split_arrays((inputs, kwargs))
     flat = [*_arguments(view, kept, variables), *arrays]
-    outs = _rebound(view.facts, kept)(view.program, flat)
+    outs = rebound(view.facts, kept)(view.program, flat)
     return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
   return small
@@ -93,7 +93,7 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
   return args
 
 
-def _rebound(facts: Facts, kept: dict[ax.Var, np.ndarray]) -> Callable:
+def rebound(facts: Facts, kept: Mapping[ax.Var, np.ndarray]) -> Callable:
   """run(program, args) at the sizes that `kept` leaves."""
   derived: dict[jx.Equation, Callable] = {}
 
@@ -132,7 +132,7 @@ def _take(x, masks):
   return x
 
 
-def _derivative(e: jx.Equation, facts: Facts, kept: dict) -> Callable:
+def _derivative(e: jx.Equation, facts: Facts, kept: Mapping) -> Callable:
   """The derivative rule of a custom call at its new sizes."""
   program = derivative(e)
   smooth_in = [v for v in e.inputs if jx.differentiable(v)]
@@ -146,7 +146,7 @@ def _derivative(e: jx.Equation, facts: Facts, kept: dict) -> Callable:
   for outer, copied in memo.items():
     if outer in kept:
       sl.assign(copied, kept[outer], inside)
-  run = _rebound(inner, inside)
+  run = rebound(inner, inside)
   return lambda args: run(program, args)
 
 

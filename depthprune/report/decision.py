@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from depthprune.report import asked, structure
 from depthprune.report.numbers import in_order, percent
 
-UNITS = {'flops': 'FLOPs', 'params': 'parameters'}
+UNITS = {'flops': 'FLOPs', 'params': 'parameters', 'milliseconds': 'milliseconds'}
 STACKED = re.compile(r'(.*)\[(\d+)\]')  # a layer of a scanned stack
 
 
@@ -63,7 +63,8 @@ def requested(result: Mapping[str, Any]) -> str:
   """`requested 50.0 % of the FLOPs, reached 49.8 %`."""
   target, of = result['options']['target'], result['options']['of']
   reached = percent(result[of]['after'] / result[of]['before'], 2)
-  return f'requested {percent(target)} of the {UNITS[of]}, reached {reached}'
+  batch = f' at batch {result[of]["batch"]}' if of == 'milliseconds' else ''
+  return f'requested {percent(target)} of the {UNITS[of]}{batch}, reached {reached}'
 
 
 def exit_(result: Mapping[str, Any]) -> Exit | None:

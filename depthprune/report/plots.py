@@ -25,7 +25,11 @@ from depthprune.report.style import (
   styled,
 )
 
-COSTS = {'flops': 'FLOPs kept', 'params': 'params kept'}
+COSTS = {
+  'flops': 'FLOPs kept',
+  'params': 'params kept',
+  'milliseconds': 'time kept',
+}
 PANELS = {'loss': 'loss', 'accuracy': 'accuracy', **COSTS}
 
 
@@ -65,7 +69,7 @@ def training_curves(
 ) -> Figure:
   """Loss, accuracy and cost over all stages, from the lines of history.jsonl.
 
-  `target`: the requested fraction of the cost `of` ('flops' or 'params'), drawn as a
+  `target`: the requested fraction of the cost `of` (a key of COSTS), drawn as a
   dashed line.
   """
   panels = {

@@ -15,12 +15,12 @@ import numpy as np
 
 from depthprune.program import cost
 from depthprune.program import slices as sl
+from depthprune.program.counted import Cost, counted
 from depthprune.program.couple import Coupling
 from depthprune.program.view import paths_of
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
 SCOPES = ('global', 'uniform')
-COSTS = {'flops': cost.flops, 'params': cost.params}
 
 
 def oneshot(
@@ -29,7 +29,7 @@ def oneshot(
   target: float | str,
   score: str = 'l1',
   scope: str = 'global',
-  of: str = 'flops',
+  of: str | Cost = 'flops',
   round_to: int = 1,
   grads: Mapping | None = None,
   key: jax.Array | None = None,
@@ -40,18 +40,21 @@ def oneshot(
   score: 'l1' | 'l2' | 'random' (needs key) | 'taylor' (needs grads: the gradient of a
     loss by the gates, a tree like coupling.gates(), through `plug`).
   scope: 'global' ranks all slices together, each group's scores divided by their mean;
-    'uniform' keeps the same fraction of every group. of: 'flops' | 'params'.
+    'uniform' keeps the same fraction of every group. of: 'flops' |
+    'params' | 'milliseconds', measured now on this device for a batch of 128; for
+    another, `milliseconds(coupling, batch)`.
   round_to: widths become multiples of it, and the target counts them so.
   Groups that cannot be gated keep all slices; every other group keeps at least one.
 
   Raises: ValueError for wrong arguments, or a target below what can be reached."""
-  _check(score, scope, of, grads, key)
+  _check(score, scope, grads, key)
+  name, C = counted(coupling, of)
   scores = rank(coupling, variables, score, grads, key)
-  total = COSTS[of](coupling)
+  total = C(coupling, None)
   goal = absolute(target, total)
 
   def price(keep):
-    return COSTS[of](coupling, {'channels': keep})
+    return C(coupling, {'channels': keep})
 
   choose = _uniform if scope == 'uniform' else _global
   if not scores:
@@ -60,7 +63,7 @@ def oneshot(
   floor = price(keep_at(steps))
   if goal < floor:
     raise ValueError(
-      f'target {target} is {goal:.4g} {of}; with at least one slice per group the '
+      f'target {target} is {goal:.4g} {name}; with at least one slice per group the '
       f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): ask for more'
     )
   return {'channels': _nearest(keep_at, steps, price, goal)}
@@ -119,10 +122,8 @@ def norms(
   return total ** (1 / power)
 
 
-def _check(score, scope, of, grads, key):
-  for value, allowed, name in (
-    (score, SCORES, 'score'), (scope, SCOPES, 'scope'), (of, tuple(COSTS), 'of'),
-  ):  # fmt: skip
+def _check(score, scope, grads, key):
+  for value, allowed, name in ((score, SCORES, 'score'), (scope, SCOPES, 'scope')):
     if value not in allowed:
       raise ValueError(f'{name}={value!r}: expected one of {", ".join(allowed)}')
   if score == 'taylor' and grads is None:

@@ -32,11 +32,12 @@ def describe(row: Mapping[str, float]) -> str:
   parts = [f'loss {row["loss"]:.3f}']
   if 'accuracy' in row:
     parts.append(f'accuracy {100 * row["accuracy"]:.1f} %')
-  for cost in ('flops', 'params'):
+  costs = ('flops', 'params', 'milliseconds')
+  for cost in costs:
     if cost in row:
       goal = f' -> {100 * row["target"]:.0f}' if 'target' in row else ''
       parts.append(f'{cost} {100 * row[cost]:.0f}{goal} %')
-  shown = {'step', 'loss', 'accuracy', 'flops', 'params', 'target', 'time'}
+  shown = {'step', 'loss', 'accuracy', *costs, 'target', 'time'}
   rest = set(row) - shown - {'images_per_second'}
   parts += [f'{name} {row[name]:.3g}' for name in sorted(rest)]
   if 'images_per_second' in row:

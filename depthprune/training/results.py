@@ -108,9 +108,19 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     latency.Network(_answering(small.model, job.task.answer), small.variables),
   )
   seconds = [latency.compile_seconds(network, *job.inputs) for network in networks]
-  measured = latency.compare(*networks, *job.inputs, batches=LATENCY_BATCHES)
+  options, asked = job.config.options, {}
+  of_time = getattr(options, 'of', '') == 'milliseconds'
+  batches = (*LATENCY_BATCHES, *((options.latency_batch,) if of_time else ()))
+  measured = latency.compare(*networks, *job.inputs, batches=batches)
+  told = latency.to_json(measured)
+  if of_time:
+    here = next(m for m in measured if m.batch == options.latency_batch)
+    told[str(here.batch)]['notes'] += latency.missed(here, options.target)
+    medians = {'before': here.before.median, 'after': here.after.median}
+    asked = {'milliseconds': {'batch': here.batch, **medians}}
   return {
-    'latency_ms': latency.to_json(measured),
+    'latency_ms': told,
+    **asked,
     'compile_s': dict(zip(('before', 'after'), seconds)),
   }
 

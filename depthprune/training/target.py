@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from depthprune.program import cost
+from depthprune.program.counted import Cost, counted
 from depthprune.program.couple import Coupling
 from depthprune.training.method import Tree
 
-COSTS = {'flops': cost.flops, 'params': cost.params}
 TOLERANCE = 0.005  # of the full cost: how near to the target a decision has to be
 
 Weights = Mapping[str, np.ndarray]
@@ -16,7 +16,11 @@ Weights = Mapping[str, np.ndarray]
 
 
 def on_target(
-  coupling: Coupling, w: Weights, target: float, of: str = 'flops', round_to: int = 1
+  coupling: Coupling,
+  w: Weights,
+  target: float,
+  of: str | Cost = 'flops',
+  round_to: int = 1,
 ) -> Tree:
   """keep = w > 0, corrected where that is off the target.
 
@@ -26,8 +30,9 @@ def on_target(
 
   Returns: {'channels': {group: bool [n]}}.
   """
-  C, w = COSTS[of], {group: np.asarray(value) for group, value in w.items()}
-  C_0 = C(coupling)
+  _, C = counted(coupling, of)
+  w = {group: np.asarray(value) for group, value in w.items()}
+  C_0 = C(coupling, None)
   widths = {
     group: int(cost.multiple(max(1, (value > 0).sum()), value.size, round_to))
     for group, value in w.items()
@@ -45,15 +50,14 @@ def on_target(
 
 
 def reachable(
-  coupling: Coupling, target: float, of: str = 'flops', round_to: int = 1
+  coupling: Coupling, target: float, of: str | Cost = 'flops', round_to: int = 1
 ) -> None:
   """Raises ValueError for a target outside (0, 1] or below the narrowest network."""
-  if of not in COSTS:
-    raise ValueError(f'of: expected one of {", ".join(COSTS)}, got {of!r}')
+  name, C = counted(coupling, of)
   if not 0 < target <= 1:
     raise ValueError(
       f'target: expected a fraction in (0, 1], got {target}; it is the part of the '
-      f'{of} that is to remain'
+      f'{name} that is to remain'
     )
   gates = coupling.gates()['channels']
   if not gates:
@@ -61,10 +65,10 @@ def reachable(
       'target: no group of channels can be gated; print(coupling.explain()) says why'
     )
   least = {group: possible(g.size, round_to)[0] for group, g in gates.items()}
-  floor = COSTS[of](coupling, _widest(gates, least)) / COSTS[of](coupling)
+  floor = C(coupling, _widest(gates, least)) / C(coupling, None)
   if target < floor:
     raise ValueError(
-      f'target: {target:g} of the {of} cannot be reached: with {round_to} channel(s) '
+      f'target: {target:g} of the {name} cannot be reached: with {round_to} channel(s) '
       f'left in every group {floor:.4f} remain; ask for that or more, or lower round_to'
     )
 

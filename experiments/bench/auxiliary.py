@@ -24,6 +24,7 @@ import depthprune as dp
 from depthprune.inference import latency
 from depthprune.models.auxiliary import beside
 from depthprune.models.heads import WithHeads
+from depthprune.program import clock
 from depthprune.program.view import runnable
 from depthprune.training import record, results, tasks
 from depthprune.training.method import plain
@@ -61,7 +62,7 @@ def compared(trunk: Any, wide: Any, task: Any, images: Any, batch: Any) -> dict:
     stepper(trunk, alone, plain(), None, batch, task),
     stepper(wide, variables, method, coupling, batch, task),
   ]
-  times = latency.interleave(calls, seconds=SECONDS, least=11, most=101)
+  times = clock.interleave(calls, seconds=SECONDS, least=11, most=101)
   keep = method.decide({}, {}, lambda keep: None)
   pruned = dp.prune(wide, variables, keep, images[:1], coupling=coupling)
   bare = {k: v for k, v in alone.items() if k != 'branches'}  # folded in when cut

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.inference import latency
 from depthprune.inference.cascade import Cascade, cascade
 from depthprune.inference.race import race
 from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads
+from depthprune.program import clock
 from depthprune.program.stages import split
 from depthprune.program.view import runnable
 from depthprune.training import record, results
@@ -106,7 +106,7 @@ def trapped(model: Any, inputs: tuple) -> dict[str, Any]:
     lambda: whole(found.variables, *inputs),
     lambda: trap(found.variables, *inputs),
   ]
-  taken = np.median(latency.interleave(calls, SECONDS, least=5, warmup=2), axis=1)
+  taken = np.median(clock.interleave(calls, SECONDS, least=5, warmup=2), axis=1)
   gap = np.abs(np.asarray(found(*inputs).logits - trap(found.variables, *inputs))).max()
   names = ('cascade_ms', 'whole_ms', 'vmap_cond_ms')
   return {**dict(zip(names, taken.tolist())), 'difference': float(gap)}

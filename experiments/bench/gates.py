@@ -21,6 +21,7 @@ import optax
 
 import depthprune as dp
 from depthprune.inference import latency
+from depthprune.program import clock
 from depthprune.training import record, results, tasks
 from depthprune.training.method import Method, plain
 from depthprune.training.step import init_state
@@ -51,7 +52,7 @@ def gating(model, variables, coupling, batch) -> dict:
     stepper(model, variables, plain(), None, batch),
     stepper(model, variables, dp.trainable_gates(coupling, 0.5), coupling, batch),
   ]
-  without, gated = latency.interleave(calls, seconds=60, least=21, most=61)
+  without, gated = clock.interleave(calls, seconds=60, least=21, most=61)
   lower, ratio, upper = np.percentile(gated / without, (25, 50, 75))
   return {
     'plain_ms': float(np.median(without)),

@@ -25,6 +25,7 @@ import optax
 import depthprune as dp
 from depthprune.inference import latency
 from depthprune.methods.implosion import implosion
+from depthprune.program import clock
 from depthprune.program.units import closing, units
 from depthprune.training import record, results, tasks
 from depthprune.training.judge import Judge, judge
@@ -76,7 +77,7 @@ if __name__ == '__main__':
     found[how] = losses(evaluate, keeps, how)
     first[how] = time.perf_counter() - start
   calls = [lambda how=how: losses(judges[how], keeps, how) for how in judges]
-  turns = latency.interleave(calls, seconds=40, least=3, most=21, warmup=0)
+  turns = clock.interleave(calls, seconds=40, least=3, most=21, warmup=0)
   row = {
     how: {'first_s': first[how], **latency.timing(ms)._asdict()}
     for how, ms in zip(judges, turns)

@@ -25,7 +25,7 @@ import numpy as np
 
 import depthprune as dp
 from depthprune import methods
-from depthprune.inference import latency
+from depthprune.program import clock
 from depthprune.training import recipe, record, results
 from depthprune.training.optimizers import optimizer
 from depthprune.training.stage import prepare, stage
@@ -93,7 +93,7 @@ def against_torch(model, method, variables, job) -> dict[str, float]:
     ours(model, method, variables, job),
     theirs(torch, int(np.prod(shape)), classes, job.config.options.beta),
   )
-  mine, other = np.median(latency.interleave(calls, 20), axis=1) / STEPS
+  mine, other = np.median(clock.interleave(calls, 20), axis=1) / STEPS
   return {
     'step_ms': float(mine),
     'torch_step_ms': float(other),

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
-from depthprune.inference import latency, roofline
+from depthprune.inference import roofline
+from depthprune.program import clock
 from depthprune.training import data, keeper, record, results, tasks
 from depthprune.training.augment import Augment
 from depthprune.training.evaluate import evaluator
@@ -108,7 +109,7 @@ def parts(each: Made, split: Any, sampler: Any) -> dict[str, float]:
       'evaluation': lambda: measure(each.state().variables, batches),
       'checkpoint': lambda: keeps.save(next(saved), each.state()),
     }
-    times = latency.interleave([*calls.values()], SECONDS, least=5, most=50)
+    times = clock.interleave([*calls.values()], SECONDS, least=5, most=50)
   return {name: float(np.median(row)) for name, row in zip(calls, times)}
 
 
@@ -126,7 +127,7 @@ if __name__ == '__main__':
   calls = {variant: each.advance for variant, each in networks.items()}
   other = torch_resnet.stepper(depth, BATCH, SHAPE, CLASSES, accelerated)
   calls |= {'torch': other} if other else {}
-  times = latency.interleave([*calls.values()], SECONDS, least=9, most=200)
+  times = clock.interleave([*calls.values()], SECONDS, least=9, most=200)
   peak = roofline.measure()
   rows = {
     variant: told(networks[variant], row, peak)

@@ -1,7 +1,5 @@
 """Timing: in turns, waited for, weights as arguments, and honest about overhead."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,32 +10,8 @@ from depthprune.inference import latency
 from depthprune.inference.latency import Comparison, Network, Timing
 
 
-def test_sleeps_take_as_long_as_they_say():
-  short, long = latency.interleave(
-    [lambda: time.sleep(0.002), lambda: time.sleep(0.006)], seconds=0, least=5
-  )
-  assert len(short) == len(long) == 5
-  assert short.min() >= 2.0
-  assert long.min() >= 6.0
-  assert short.min() < 6.0
-
-
 def test_medians_and_quartiles():
   assert latency.timing(np.array([5.0, 1, 2, 4, 3])) == Timing(3, 2, 4, 5)
-
-
-def test_turns_alternate_and_the_warm_up_does_not_count():
-  order = []
-  calls = [lambda name=name: order.append(name) for name in 'ab']
-  taken = latency.interleave(calls, seconds=0, least=3, warmup=2)
-  assert ''.join(order) == 'abab' + 'ab' + 'ba' + 'ab'
-  assert taken.shape == (2, 3)
-
-
-def test_turns_are_bounded_by_time_and_by_number():
-  nap = lambda: time.sleep(0.001)
-  assert latency.interleave([nap], seconds=0.01, least=1, most=1000).shape[1] <= 10
-  assert latency.interleave([nap], seconds=60, most=4).shape[1] == 4
 
 
 def matmuls(variables, x):
@@ -113,6 +87,27 @@ def test_a_speed_up_that_may_be_chance_is_said_to_be_none(faster, distinct):
   assert measured.distinct == distinct
   assert (said == []) == distinct
   assert all(f'faster in {faster} of 9 turns' in note for note in said)
+
+
+@pytest.mark.parametrize(
+  ('after', 'spread', 'said'),
+  [
+    (6.0, 0.01, None),
+    (6.15, 0.001, None),
+    (8.0, 0.01, 'asked for, and missed: 80.0 % measured (quartiles 78.4 to 81.6 %)'),
+    (4.0, 0.01, 'asked for, and missed: 40.0 % measured'),
+    (6.0, 0.2, 'too noisy to say whether it was reached'),
+    (8.0, 0.2, 'too noisy to say whether it was reached'),
+  ],
+)
+def test_a_part_of_the_time_is_met_missed_or_drowned_in_noise(after, spread, said):
+  around = lambda ms: Timing(ms, ms * (1 - spread), ms * (1 + spread), 9)
+  measured = Comparison(8, around(10.0), around(after), 9)
+  found = latency.missed(measured, 0.6)
+  assert len(found) == (said is not None)
+  if said:
+    assert found[0].startswith('batch 8: 60 % of the time was asked for')
+    assert said in found[0]
 
 
 def test_json_has_the_medians_by_batch():

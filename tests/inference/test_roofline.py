@@ -31,7 +31,7 @@ def test_a_copy_is_made_as_often_as_it_says(times):
 def test_the_first_call_that_is_long_enough_is_taken(monkeypatch):
   taken = {1: 5.0, 2: 30.0, 3: 60.0}
   monkeypatch.setattr(
-    roofline.latency,
+    roofline.clock,
     'interleave',
     lambda calls, seconds, least, warmup: np.array([[calls[0](), 2 * calls[0]()]]),
   )

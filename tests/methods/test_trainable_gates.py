@@ -1,11 +1,21 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from depthprune.methods.trainable_gates import START, gate, trainable_gates
-from depthprune.program import cost
+from depthprune.config import Config
+from depthprune.methods.trainable_gates import (
+  START,
+  configured,
+  gate,
+  trainable_gates,
+)
+from depthprune.options import Gates
+from depthprune.program import timing
+from depthprune.program.counted import counted
 from depthprune.program.couple import couple
 from depthprune.program.plug import plug
 from depthprune.training.method import optimizer
@@ -42,6 +52,22 @@ def flops(n, m):
 
 def share(n, m):
   return flops(n, m) / flops(16, 12)
+
+
+def timed(first, both, last):
+  """A cost in milliseconds, of layers that are made to take so long."""
+  session = timing.session(COUPLING, batch=2)
+
+  def took(layer, widths):
+    n, m = widths.get('first:1'), widths.get('second:1')
+    if not layer:
+      return 1 + first(n) + both(n, m) + last(m)
+    return both(n, m) if n and m else first(n) if n else last(m)
+
+  return session.cost(np.array([took(*row) for row in session.rows], float))
+
+
+MILLISECONDS = timed(lambda n: 5.0 * n, lambda n, m: 1.0 * n * m, lambda m: 3.0 * m)
 
 
 def theta_of(n, m):
@@ -166,7 +192,9 @@ def test_a_slice_closed_for_100_steps_of_adamw_keeps_its_weights():
   assert float(jnp.abs(after['first'][:, :9] - before['first'][:, :9]).min()) > 0
 
 
-@pytest.mark.parametrize('of', ['flops', 'params'])
+@pytest.mark.parametrize(
+  'of', ['flops', 'params', MILLISECONDS], ids=['flops', 'params', 'milliseconds']
+)
 @pytest.mark.parametrize('target', [0.3, 0.5, 0.75])
 def test_training_reaches_the_target(of, target):
   """In a loop written by hand, and the gates end where the decision wants them."""
@@ -190,13 +218,44 @@ def test_training_reaches_the_target(of, target):
   for _ in range(120):
     trained, state = step(trained, state)
   keep = method.decide(trained['theta'], {}, None)
-  C = {'flops': cost.flops, 'params': cost.params}[of]
-  assert abs(C(COUPLING, keep) / C(COUPLING) - target) <= 0.02
+  _, C = counted(COUPLING, of)
+  assert abs(C(COUPLING, keep) / C(COUPLING, None) - target) <= 0.02
   gates = method.forward(trained['theta'], jax.random.key(0), STEP)['channels']
   moved = sum(
     int((np.asarray(gates[g] > 0) != k).sum()) for g, k in keep['channels'].items()
   )
   assert moved <= 2
+
+
+def test_a_channel_that_seems_free_does_not_run_away():
+  """Where the time of a group does not depend on its width, by measurement."""
+  flat = timed(lambda n: 5.0 * n, lambda n, m: 1.0 * n, lambda m: 1.0)
+  method = trainable_gates(COUPLING, 0.5, flat, strength=3.0, gate_lr=0.1)
+  moved = update(method, theta_of(16, 12))
+  assert (moved['first:1'] < 0).all() and (moved['second:1'] == 0).all()
+  assert np.isfinite(moved['first:1']).all()
+
+
+def test_a_target_that_time_does_not_allow_is_refused_with_what_remains():
+  launches = timed(lambda n: 90.0, lambda n, m: 1.0 * n, lambda m: 1.0)
+  with pytest.raises(ValueError, match=r'0.5 of the milliseconds cannot .* 0\.86'):
+    trainable_gates(COUPLING, 0.5, launches)
+
+
+def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch):
+  mine = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
+  monkeypatch.setattr(timing.Session, 'measure', mine)
+  monkeypatch.setattr('depthprune.training.hosts.agreed', lambda measured: 2 * measured)
+  options = Gates(0.5, 'milliseconds', latency_batch=4)
+  configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
+  session = timing.session(COUPLING, batch=4)
+  told = json.loads((tmp_path / 'costs.json').read_text())
+  found = [row['milliseconds'] for row in told['table']]
+  np.testing.assert_array_equal(found, 2 * mine(session))
+  # Of another batch it is another table.
+  options = Gates(0.5, 'milliseconds', latency_batch=8)
+  configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
+  assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 8
 
 
 def test_nothing_to_gate_is_an_error():

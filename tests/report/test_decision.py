@@ -13,6 +13,10 @@ def test_requested_and_reached_count_what_the_target_counts(result):
   result['options']['of'] = 'params'
   said = 'requested 50.0 % of the parameters, reached 48.15 %'
   assert decision.requested(result) == said
+  result['options']['of'] = 'milliseconds'
+  result['milliseconds'] = {'batch': 128, 'before': 18.4, 'after': 11.9}
+  said = 'requested 50.0 % of the milliseconds at batch 128, reached 64.67 %'
+  assert decision.requested(result) == said
   assert not decision.erasing(result)
   assert decision.exit_(result) is None
   assert decision.certainty(result) == ''

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from depthprune import models
-from depthprune.program import cost
+from depthprune.program import cost, timing
 from depthprune.program.couple import couple
 from depthprune.program.plug import plug
 from depthprune.surgery.oneshot import oneshot, rank
@@ -186,7 +186,7 @@ def test_rounded_widths_are_what_the_target_counts(resnet20, scope):
     ({'target': '10%', 'of': 'params'}, r'is 3 params.* the floor is 6 \(0.200 of 30'),
     ({'score': 'l3'}, "score='l3': expected one of l1, l2, random, taylor"),
     ({'scope': 'local'}, "scope='local': expected one of global, uniform"),
-    ({'of': 'latency'}, "of='latency': expected one of flops, params"),
+    ({'of': 'latency'}, "of='latency': expected one of flops, params, milliseconds"),
     ({'score': 'random'}, "score='random' needs key"),
     ({'score': 'taylor'}, "score='taylor' needs grads"),
   ],
@@ -194,6 +194,17 @@ def test_rounded_widths_are_what_the_target_counts(resnet20, scope):
 def test_wrong_arguments_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     oneshot(COUPLING, ARRAYS, **{'target': 0.5, **arguments})
+
+
+def test_a_target_in_milliseconds_counts_what_was_measured(monkeypatch):
+  """Where only the units of A take time, half of it is half of them."""
+  took = lambda session: np.array([1.0 + n.get('a:1', 0) for _, n in session.rows])
+  monkeypatch.setattr(timing.Session, 'measure', lambda session, seconds: took(session))
+  for of in ('milliseconds', timing.milliseconds(COUPLING, batch=4)):
+    keep = oneshot(COUPLING, ARRAYS, 0.6, of=of)
+    assert widths(keep)['a:1'] == 2
+  with pytest.raises(ValueError, match=r'is 1.5 milliseconds.* the floor is 2 '):
+    oneshot(COUPLING, ARRAYS, 0.3, of='milliseconds')
 
 
 def test_a_network_without_hidden_channels_has_nothing_to_close():

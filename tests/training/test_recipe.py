@@ -14,6 +14,7 @@ import pytest
 
 from depthprune.config import Config
 from depthprune.options import Gates
+from depthprune.program import timing
 from depthprune.training import checkpoint, recipe, record, store
 from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import CheckpointError
@@ -119,6 +120,31 @@ def test_wrong_input_is_found_before_any_training(change, said, tmp_path, monkey
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path / 'run'), **change)
   with pytest.raises(ValueError, match=said):
     recipe.run(config, show=False)
+
+
+def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkeypatch):
+  """A slice of any layer is made to take a millisecond."""
+  measured = lambda session: np.array([sum(n.values()) for _, n in session.rows], float)
+  monkeypatch.setattr(timing.Session, 'measure', measured)
+  config = dataclasses.replace(
+    CONFIG, options=Gates(0.7, 'milliseconds', 16), workdir=str(tmp_path)
+  )
+  result = recipe.run(config, show=False)
+  kept = sum(after for _, after in result['widths'].values())
+  assert abs(kept / 400 - 0.7) <= 0.01
+  here = result['latency_ms']['16']
+  medians = {'before': here['before'], 'after': here['after']}
+  assert result['milliseconds'] == {'batch': 16, **medians}
+  gates = [r for r in lines(tmp_path / 'history.jsonl') if r['stage'] == 'gates']
+  assert all(0.6 <= row['milliseconds'] <= 1 for row in gates)
+  told = json.loads((tmp_path / 'costs.json').read_text())
+  assert (told['batch'], told['table'][-1]['layer']) == (16, 'network')
+
+  def again(session):
+    raise AssertionError('what is known was measured again')
+
+  monkeypatch.setattr(timing.Session, 'measure', again)
+  assert recipe.run(config, show=False)['widths'] == result['widths']
 
 
 def start(config: Config) -> subprocess.Popen:

@@ -1,0 +1,38 @@
+"""A clock for functions: by turns, warmed up, and waited for on the device."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleave(
+  calls: Sequence[Callable[[], Any]],
+  seconds: float = 2.0,
+  least: int = 9,
+  most: int = 200,
+  warmup: int = 3,
+) -> np.ndarray:
+  """Times functions without arguments by turns: milliseconds [calls, turns].
+
+  Turns go on until `seconds` are spent on all of them together, but at least `least`
+  and at most `most`. The first `warmup` rounds, which compile, do not count. What a
+  call returns is waited for on the device.
+  """
+  for _ in range(warmup):
+    for call in calls:
+      jax.block_until_ready(call())
+  turns: list[list[float]] = []
+  spent = 0.0
+  while len(turns) < most and (len(turns) < least or spent < seconds):
+    order = list(range(len(calls)))[:: 1 if len(turns) % 2 == 0 else -1]
+    taken = [0.0] * len(calls)
+    for index in order:
+      start = time.perf_counter()
+      jax.block_until_ready(calls[index]())
+      taken[index] = time.perf_counter() - start
+    turns.append(taken)
+    spent += sum(taken)
+  return 1e3 * np.array(turns).T

@@ -1,0 +1,95 @@
+"""Milliseconds on the device at hand as a cost: a table per layer, over its widths.
+
+Every equation that contracts (a convolution, a product, a loop around some) is a layer.
+It is timed alone at some widths of each axis that can be cut, and so is the network,
+narrowed evenly; all of them take turns.
+
+  C(n)     = f(sum_l t_l(n))
+  t_l(n)   table of layer l, linear between the widths that were timed
+  n        slices that are kept of every group
+  f        from the layers' sum to the network's time, which has what lies between
+           layers (element-wise work, launches) and what XLA fuses: through the evenly
+           narrowed networks, linear in between
+
+Tables per layer are those of NetAdapt (Yang et al., arXiv 1804.03230); f is ours. No
+layer is counted slower for being narrower: where noise says so, a table is taken half
+way between the rising ones around it. For gates, f has the value above and one slope,
+the mean one: where launches hide what narrower layers save, gates would otherwise have
+nothing to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program.couple import Coupling
+
+
+class Milliseconds(NamedTuple):
+  """The cost C of one network: C(coupling, gates), as `cost.flops` is.
+
+  gates: None for the whole network, bool for a float, float for a float32 scalar with
+  a derivative. Of a keep tree the channels count; branches and exits count as kept.
+
+  Attributes:
+    batch: examples in a call.
+    layers: (axes, table) of every layer, table among `tables`; an axis is the groups
+      that are concatenated in it, counted by their sum.
+    tables: (widths [n] of each axis, milliseconds [n, ...]), rising along every axis.
+    network: (sums of the layers [k], milliseconds [k]) of the narrowed networks.
+  """
+
+  batch: int
+  layers: tuple[tuple[tuple[tuple[str, ...], ...], int], ...]
+  tables: tuple[tuple[tuple[np.ndarray, ...], np.ndarray], ...]
+  network: tuple[np.ndarray, np.ndarray]
+
+  def __call__(self, coupling: Coupling, gates: Mapping | None = None) -> Any:
+    channels = (gates or {}).get('channels', {})
+    hard = all(isinstance(g, np.ndarray) and g.dtype == bool for g in channels.values())
+    xp = np if hard else jnp
+    n = {group: group_.size for group, group_ in coupling.groups.items()}
+    n |= {group: xp.sum(gate) for group, gate in channels.items()}
+    total = sum_of(self.layers, self.tables, n, xp)
+    sums, taken = self.network
+    value = between(total, sums, taken, xp)
+    if hard:
+      return float(value)
+    slope = np.float32((taken[-1] - taken[0]) / max(sums[-1] - sums[0], 1e-30))
+    return slope * total + jax.lax.stop_gradient(value - slope * total)
+
+
+def between(x: Any, points: np.ndarray, table: np.ndarray, xp: Any = np) -> Any:
+  """table[..., rest] at x, linear between points [n] and beyond them."""
+  table = xp.asarray(table, np.float32)
+  points = np.asarray(points, np.float32)
+  low, high = np.tile(np.array([[0], [1]], np.float32), len(points) - 1)
+  low[:1], high[-1:] = -np.inf, np.inf
+  passed = xp.clip((x - points[:-1]) / np.diff(points), low, high)
+  return table[0] + xp.tensordot(passed, xp.diff(table, axis=0), 1)
+
+
+def rising(table: np.ndarray) -> np.ndarray:
+  """Half way between the lowest table above and the highest below that rise along every
+  axis; a table that does so is left as it is. float32."""
+  for axis in range(table.ndim):
+    above = np.maximum.accumulate(table, axis)
+    below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
+    table = (above + below) / 2
+  return table.astype(np.float32)
+
+
+def sum_of(layers, tables, n: Mapping[str, Any], xp: Any) -> Any:
+  """sum_l t_l at n slices of every group; layers, tables: as in Milliseconds."""
+  total = np.float32(0)
+  for axes, index in layers:
+    widths, value = tables[index]
+    for groups, points in zip(axes, widths, strict=True):
+      value = between(sum(n[g] for g in groups), points, value, xp)
+    total = total + value
+  return total
