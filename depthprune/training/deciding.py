@@ -15,6 +15,7 @@ from depthprune.inference.risk import halves
 from depthprune.program.stages import Stages, split
 from depthprune.training import hosts
 from depthprune.training.method import Tree, inputs_of, real_rows
+from depthprune.training.prepared import count
 from depthprune.training.sides import Answers, Trained
 from depthprune.training.stage import Job
 
@@ -54,7 +55,7 @@ def splits(job: Job) -> Job:
   seen = config.pretrained is not None and not config.epochs.train
   if asked == 'train' or (asked == 'auto' and not seen):
     return job
-  half = len(test['label']) // 2
+  half = count(test) // 2
   part = lambda rows: {name: values[rows] for name, values in test.items()}
   first, second = part(slice(half)), part(slice(half, None))
   return job._replace(images=job.images._replace(held_out=first, test=second))

@@ -8,10 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from depthprune.options.sidenet import REQUESTS
 from depthprune.training import hosts, store
 from depthprune.training.store import CheckpointError
 
 RECORD = 'state.json'
+# What training does not depend on, of a run's config and of any method's options.
+UNRELATED = (
+  *(
+    'workdir',
+    'resume',
+    'checkpoint_every_s',
+    'mesh',
+    'remat',
+    'workers',
+    'tolerance',
+    'force',
+  ),
+  *('drop', *REQUESTS, 'delta', 'confidence'),
+)
 SHARED = 'Choose a directory (--workdir) that all hosts share'
 
 
@@ -93,6 +108,12 @@ class Keeper:
 
   def _at(self, step: int) -> Path:
     return Path(self.folder) / f'{step:08d}'
+
+
+def relevant(values: Mapping[str, Any]) -> dict[str, Any]:
+  """`Config.to_json()` without what training does not depend on."""
+  rest = {k: v for k, v in values.items() if k not in UNRELATED}
+  return {k: relevant(v) if isinstance(v, Mapping) else v for k, v in rest.items()}
 
 
 def same_config(stored: Mapping, config: Mapping, where: str) -> None:
