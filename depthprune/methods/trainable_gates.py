@@ -76,7 +76,7 @@ def trainable_gates(
   reachable(coupling, target, of, round_to)
   C, rho = COSTS[of], target
   start = coupling.gates()['channels']
-  C_0 = C(coupling)
+  C_0 = float(C(coupling))  # of a ResNet-50 it is no int32
   c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
 
   def forward(theta, key=None, step=None):

@@ -64,7 +64,10 @@ def stream(share: Share, crops: Crops, first: int = 0, workers: int = 0) -> Any:
   workers: processes that read; 0 are threads of this one.
   """
   import grain
+  from absl import flags
 
+  if workers and not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain tells its workers what its flags are
   count = threads(workers)
   reading = grain.ReadOptions(count, prefetch_buffer_size=count)
   batches = _batches(share, crops)[first:].to_iter_dataset(reading)

@@ -94,7 +94,7 @@ def streamed(
 ) -> Streamed:
   """The rows of a source, to be read when they are needed.
 
-  normalisation: by default that of the centres of 512 training images.
+  normalisation: by default that of the centres of 512 training images, at most.
 
   Raises DataError where grain is not installed, and for images with other than one or
   three channels.
@@ -117,10 +117,11 @@ def streamed(
   }
   note = 'images were read from disk as they were needed'
   if normalisation is None:
-    share = Share(records, splits['train'], SAMPLE, np.arange(SAMPLE), seed=0)
+    many = min(SAMPLE, len(rows.train))
+    share = Share(records, splits['train'], many, np.arange(many), seed=0)
     sample = reading.batch(share, Crops(source.shape), 0)['image']
     normalisation = measured(sample, source.scale)
-    note += f', and normalised by {SAMPLE} of them'
+    note += f', and normalised as {many} of them are'
   return Streamed(
     name,
     records,

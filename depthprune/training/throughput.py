@@ -25,7 +25,8 @@ class Throughput(NamedTuple):
     return self.read < self.needed
 
   def __str__(self) -> str:
-    said = f'{self.read:,.0f} images/s are read, the step takes {self.needed:,.0f}'
+    rate = lambda x: f'{x:,.0f}' if x >= 10 else f'{x:.2g}'
+    said = f'{rate(self.read)} images/s are read, the step takes {rate(self.needed)}'
     if not self.input_bound:
       return f'{said}: not input-bound'
     return (
