@@ -62,7 +62,8 @@ class Config(Generic[O]):
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
   names, or the folder of a pruned network (RUN/pruned). Images get the normalisation
-  in FILE.json beside them, or of the folder, if there is one."""
+  in FILE.json beside them, or of the folder, if there is one (ImageNet ResNets: else
+  torchvision's)."""
 
   tokenizer: Annotated[str | None, BESIDE] = None
   """tokenizer.json, for a data set of texts."""

@@ -15,17 +15,8 @@ from depthprune.training.store import CheckpointError
 RECORD = 'state.json'
 # What training does not depend on, of a run's config and of any method's options.
 UNRELATED = (
-  *(
-    'workdir',
-    'resume',
-    'checkpoint_every_s',
-    'mesh',
-    'remat',
-    'workers',
-    'tolerance',
-    'force',
-  ),
-  *('drop', *REQUESTS, 'delta', 'confidence'),
+  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers'),
+  *('tolerance', 'force', 'drop', *REQUESTS, 'delta', 'confidence'),
 )
 SHARED = 'Choose a directory (--workdir) that all hosts share'
 

@@ -83,7 +83,7 @@ def batches(mesh: Mesh, images: Any, split: Tree, size: int) -> Iterator[Tree]:
   if not hasattr(images, 'own'):
     return (by_rows(mesh, batch) for batch in images.batches(split, size))
   images = images._replace(own=rows_here(mesh, size))
-  return (by_own_rows(mesh, size, batch) for batch in images.batches(split, size))
+  return images.batches(split, size, partial(by_own_rows, mesh, size))
 
 
 def by_weights(mesh: Mesh, tree: Tree) -> Tree:

@@ -7,6 +7,7 @@ and the place alone.
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from depthprune.training.crops import Crops
 from depthprune.training.prepared import Records
 
 ROUNDS = 4  # of the cipher that shuffles: grain's own choice
+AHEAD = 2  # batches that wait on the devices
 MOST = 16  # threads of a process: Python lets one at a time run what is not decoding
+
+
+Put = Callable[[dict[str, np.ndarray]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +63,13 @@ def batch(share: Share, crops: Crops, step: int) -> Any:
   return _batches(share, crops)[step]
 
 
-def stream(share: Share, crops: Crops, first: int = 0, workers: int = 0) -> Any:
-  """grain's data set of the batches of a step and all that follow it, read ahead.
+def stream(
+  share: Share, crops: Crops, put: Put, first: int = 0, workers: int = 0
+) -> Any:
+  """grain's iterator over the batches of a step and all that follow it, read ahead.
 
-  workers: processes that read; 0 are threads of this one.
+  put: onto the devices, where two of them wait. workers: processes that read; 0 are
+  threads of this one.
   """
   import grain
   from absl import flags
@@ -69,9 +77,16 @@ def stream(share: Share, crops: Crops, first: int = 0, workers: int = 0) -> Any:
   if workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain tells its workers what its flags are
   count = threads(workers)
-  reading = grain.ReadOptions(count, prefetch_buffer_size=count)
-  batches = _batches(share, crops)[first:].to_iter_dataset(reading)
-  return batches.mp_prefetch(grain.MultiprocessingOptions(workers))
+  options = grain.ReadOptions(count, prefetch_buffer_size=count)
+  read = _batches(share, crops)[first:].to_iter_dataset(options)
+  read = read.mp_prefetch(grain.MultiprocessingOptions(workers)).map(put)
+  prefetch = grain.experimental.ThreadPrefetchIterDataset
+  return iter(prefetch(read, prefetch_buffer_size=AHEAD))
+
+
+def depth(workers: int) -> int:
+  """Batches of a stream that are on their way at once, when nobody takes any."""
+  return (workers or 1) * (threads(workers) + bool(workers)) + AHEAD
 
 
 def threads(workers: int) -> int:

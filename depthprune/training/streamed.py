@@ -20,12 +20,11 @@ from depthprune.training import reading
 from depthprune.training.augment import Augment, Normalisation, measured, normalise
 from depthprune.training.crops import MODES, Crops
 from depthprune.training.prepared import DataError, Records, Source, Split, count
-from depthprune.training.reading import Share
+from depthprune.training.reading import Put, Share
 from depthprune.training.splits import Rows
 
 Batch = dict[str, jax.Array]
 SAMPLE = 512  # images that a normalisation is computed from
-AHEAD = 2  # batches that wait on the device
 
 
 class Streamed(NamedTuple):
@@ -65,22 +64,25 @@ class Streamed(NamedTuple):
     given = self.records, crops, self.normalisation, by.mixup, self.workers, self.own
     return StreamSampler(key, size, *given)
 
-  def batches(self, split: Split, size: int) -> Iterator[Batch]:
+  def batches(
+    self, split: Split, size: int, put: Put = jax.device_put
+  ) -> Iterator[Batch]:
     """Centre crops of all images of a split once, in order, for evaluation.
 
-    The last batch repeats an image, with 'weight' 0.
+    The last batch repeats an image, with 'weight' 0. put: onto the devices.
     """
     share = Share(self.records, split['record'], size, _rows(self.own, size))
-    stream = iter(reading.stream(share, Crops(self.shape)))
+    stream = reading.stream(share, Crops(self.shape), put)
     for start in range(0, count(split), size):
-      batch = jax.device_put(next(stream))
-      weight = start + share.own < count(split)
-      yield {**_ready(batch, by=self.normalisation), 'weight': jnp.float32(weight)}
+      weight = np.asarray(start + share.own < count(split), np.float32)
+      batch = _ready(next(stream), by=self.normalisation)
+      yield {**batch, **put({'weight': weight})}
     stream.close()
 
   def probe(self) -> np.ndarray:
     """The bytes of 64 images spread over all splits: whether two sets are one."""
-    numbers = np.concatenate([split['record'] for split in self[2:5]])
+    splits = self.train, self.held_out, self.test
+    numbers = np.concatenate([split['record'] for split in splits])
     few = numbers[np.linspace(0, len(numbers) - 1, 64).astype(int)]
     return np.frombuffer(b''.join(self.records[int(i)][0] for i in few), np.uint8)
 
@@ -158,9 +160,7 @@ class StreamSampler(NamedTuple):
     batch = reading.batch(self._share(split), self.crops, int(step))
     return self._finish(jax.device_put(batch), step)
 
-  def stepwise(
-    self, put: Callable[[Any], Batch] = jax.device_put
-  ) -> Callable[[Split, int], Batch]:
+  def stepwise(self, put: Put = jax.device_put) -> Callable[[Split, int], Batch]:
     """The same, read ahead while steps follow each other. put: onto the devices."""
     stream: Any = None
     following = -1
@@ -170,7 +170,8 @@ class StreamSampler(NamedTuple):
       if step != following:
         if stream is not None:
           stream.close()
-        stream = self._ahead(split, step, put)
+        given = self._share(split), self.crops, put
+        stream = reading.stream(*given, first=step, workers=self.workers)
       following = step + 1
       return self._finish(next(stream), step)
 
@@ -179,15 +180,7 @@ class StreamSampler(NamedTuple):
   @property
   def depth(self) -> int:
     """Batches that are on their way at once, when nobody takes any."""
-    each = reading.threads(self.workers) + bool(self.workers)
-    return (self.workers or 1) * each + AHEAD
-
-  def _ahead(self, split: Split, step: int, put: Callable[[Any], Batch]) -> Any:
-    import grain
-
-    stream = reading.stream(self._share(split), self.crops, step, self.workers)
-    prefetch = grain.experimental.ThreadPrefetchIterDataset
-    return iter(prefetch(stream.map(put), prefetch_buffer_size=AHEAD))
+    return reading.depth(self.workers)
 
   def _share(self, split: Split) -> Share:
     own, seed = _rows(self.own, self.size), int(jax.random.bits(self.key))

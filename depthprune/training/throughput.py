@@ -43,6 +43,7 @@ def measure(
   batch_at: a sampler of streamed images, split over a mesh. The others as for `fit`.
   """
   stream, size, many = batch_at.stepwise(), batch_at.batch_at.size, batch_at.depth
+  batch: Any = None
   for i in range(many):  # those that are made while nobody waits prove nothing
     jax.block_until_ready(stream(split, i))
   start = time.perf_counter()
