@@ -108,9 +108,12 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def usual(job: Job) -> tuple:
   """The inputs of a test batch of the shape that most of them have."""
-  batches = [inputs_of(batch) for batch in job.own_batches(job.images.test)]
-  shapes = [tuple(x.shape for x in inputs) for inputs in batches]
-  return batches[shapes.index(max(shapes, key=shapes.count))]
+  found: dict[tuple, list[tuple]] = {}
+  for batch in job.own_batches(job.images.test):
+    inputs = inputs_of(batch)
+    same = found.setdefault(tuple(x.shape for x in inputs), [])
+    same.append(() if same else inputs)  # one of a kind is held, of any number
+  return max(found.values(), key=len)[0]
 
 
 def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
