@@ -181,7 +181,8 @@ class Config(Generic[O]):
       )
     if (self.mixup or self.randaugment) and not self.augment:
       raise ConfigError('mixup, randaugment: leave them out with --no-augment')
-    if self.mixup and self.options.cascades and self.options.regime != 'joint':
+    heads_alone = isinstance(self.options, SideNet) and self.options.regime != 'joint'
+    if self.mixup and heads_alone:
       raise ConfigError(
         f'mixup: leave it out for {self.method}, where heads learn from features of '
         'whole images (joint trains everything together, and may mix)'

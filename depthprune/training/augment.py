@@ -92,7 +92,9 @@ def augmented(
   return image
 
 
-def mixed(batch: dict[str, jax.Array], key: jax.Array, alpha: float):
+def mixed(
+  batch: dict[str, jax.Array], key: jax.Array, alpha: float
+) -> dict[str, jax.Array]:
   """The batch, every image blended with another one: mixup.
 
   Zhang et al., arXiv 1710.09412. One share a ~ Beta(alpha, alpha) per batch, and the
