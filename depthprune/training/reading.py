@@ -40,9 +40,9 @@ class Share:
   def __len__(self) -> int:
     return sys.maxsize // self.size * len(self.own)
 
-  def __getitem__(self, i: int) -> tuple[bytes, int, Any]:
+  def __getitem__(self, index: int) -> tuple[bytes, int, Any]:
     """(encoded image, its class, random numbers for it)"""
-    step, row = divmod(i, len(self.own))
+    step, row = divmod(index, len(self.own))
     at = step * self.size + int(self.own[row])
     image, label = self.records[int(self.numbers[self._place(at)])]
     return image, label, np.random.default_rng((self.seed or 0, at))

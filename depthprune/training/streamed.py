@@ -112,22 +112,22 @@ def streamed(
     )
   records = source.records()
   behind = {'train': 0, 'test': source.train}
-  splits = {
-    'train': rows.train + behind['train'],
-    'held_out': rows.held_out + behind[rows.held_of],
-    'test': rows.test + behind[rows.of],
-  }
+  train = {'record': rows.train}
+  held_out = {'record': rows.held_out + behind[rows.held_of]}
+  test = {'record': rows.test + behind[rows.of]}
   note = 'images were read from disk as they were needed'
   if normalisation is None:
     many = min(SAMPLE, len(rows.train))
-    share = Share(records, splits['train'], many, np.arange(many), seed=0)
+    share = Share(records, rows.train, many, np.arange(many), seed=0)
     sample = reading.batch(share, Crops(source.shape), 0)['image']
     normalisation = measured(sample, source.scale)
     note += f', and normalised as {many} of them are'
   return Streamed(
     name,
     records,
-    **{k: {'record': v} for k, v in splits.items()},
+    train,
+    held_out,
+    test,
     classes=source.classes,
     shape=source.shape,
     normalisation=normalisation,
