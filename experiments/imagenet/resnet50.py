@@ -64,9 +64,10 @@ BRIEF: dict[str, Any] = {
   'gate_epochs': 1,
   'finetune_epochs': 1,
 }
-# Two steps train no network, so the answer is known and refused; here all of it runs.
-FORCED = {
-  'netcut': {'options': NetCut(0.01, cost='flops', force=True), 'finetune_epochs': 0}
+OTHERWISE: dict[str, dict[str, Any]] = {
+  # Two steps train no network, so the answer is known and refused; here all of it runs.
+  'netcut': {'options': NetCut(0.01, cost='flops', force=True), 'finetune_epochs': 0},
+  'sidenet': {'train_epochs': 1},  # its heads learn from features, not from a stream
 }
 
 
@@ -74,7 +75,7 @@ def config(method: str, full: bool, pretrained: str | None = None, **fields: Any
   """The Config of a method, with these fields set besides."""
   file = {'gates': 'trainable_gates'}.get(method, method)
   epochs = 0 if pretrained else TRAINED.get(method, 0)
-  size = {'train_epochs': epochs} if full else {**BRIEF, **FORCED.get(method, {})}
+  size = {'train_epochs': epochs} if full else {**BRIEF, **OTHERWISE.get(method, {})}
   values = {**COMMON, **FULL[method], **size, 'pretrained': pretrained, **fields}
   return dataclasses.replace(RECIPES[file], **values)
 
