@@ -29,6 +29,12 @@ NAMED = tyro.conf.arg(
 DEVICES = tyro.conf.arg(
   metavar='AXES', help_behavior_hint='(default: one, or all of several processes)'
 )
+NONE = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: without)')
+THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of one)')
+BY_SIZE = tyro.conf.arg(
+  metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
+)
+STRONGEST = 30  # magnitude of RandAugment
 O = TypeVar('O', bound=Options)
 GATES: Any = Gates()
 
@@ -56,7 +62,8 @@ class Config(Generic[O]):
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
   names, or the folder of a pruned network (RUN/pruned). Images get the normalisation
-  in FILE.json beside them, or of the folder, if there is one."""
+  in FILE.json beside them, or of the folder, if there is one (ImageNet ResNets: else
+  torchvision's)."""
 
   tokenizer: Annotated[str | None, BESIDE] = None
   """tokenizer.json, for a data set of texts."""
@@ -92,6 +99,12 @@ class Config(Generic[O]):
   augment: bool = True
   """Random crops, and mirror images where those mean the same."""
 
+  mixup: Annotated[float | None, NONE] = None
+  """Blend images, and their labels, in pairs, by shares from Beta(this, this)."""
+
+  randaugment: Annotated[int | None, NONE] = None
+  """Magnitude of RandAugment, 1 to 30, on images that are streamed."""
+
   distill: bool = False
   """Fine-tune towards the unpruned network's answers as well as the labels."""
 
@@ -100,6 +113,13 @@ class Config(Generic[O]):
 
   resize: Annotated[int | None, ALL] = None
   """Make the images square, with this side."""
+
+  stream: Annotated[Literal['always', 'never'] | None, BY_SIZE] = None
+  """Read images from disk as they are needed, random crops to train on and centres for
+  evaluation. It takes grain, and a TFDS set with a class for every image."""
+
+  workers: Annotated[int | None, THREADS] = None
+  """Processes that read what is streamed."""
 
   scan: bool = False
   """Compile equal blocks once (scan): faster to compile, the same numbers."""
@@ -126,15 +146,18 @@ class Config(Generic[O]):
 
   def __post_init__(self):
     one_of(self, 'optimizer', ('sgd', 'adam', 'adamw'))
+    if self.stream is not None:
+      one_of(self, 'stream', ('always', 'never'))
     for name in ('train_epochs', 'gate_epochs', 'finetune_epochs', 'seed'):
       at_least(self, name, 0)
-    for name in ('batch', 'subset', 'resize', 'length'):
+    for name in ('batch', 'subset', 'resize', 'length', 'workers', 'randaugment'):
       at_least(self, name, 1)
     for name in ('weight_decay', 'checkpoint_every_s'):
       finite(self, name, positive=False)
     finite(self, 'learning_rate', positive=True)
     if self.mesh is not None:
       axes(self.mesh)
+    self._check_augmentation()
     if self.options.cascades and self.distill:
       raise ConfigError(
         f'distill: expected False for {self.method}, which cuts nothing'
@@ -147,6 +170,22 @@ class Config(Generic[O]):
       raise ConfigError(
         f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; the '
         'network and its heads are trained together, for gate_epochs'
+      )
+
+  def _check_augmentation(self):
+    if self.mixup is not None:
+      finite(self, 'mixup', positive=True)
+    if (self.randaugment or 0) > STRONGEST:
+      raise ConfigError(
+        f'randaugment: expected a magnitude of 1 to {STRONGEST}, got {self.randaugment}'
+      )
+    if (self.mixup or self.randaugment) and not self.augment:
+      raise ConfigError('mixup, randaugment: leave them out with --no-augment')
+    heads_alone = isinstance(self.options, SideNet) and self.options.regime != 'joint'
+    if self.mixup and heads_alone:
+      raise ConfigError(
+        f'mixup: leave it out for {self.method}, where heads learn from features of '
+        'whole images (joint trains everything together, and may mix)'
       )
 
   @property

@@ -6,8 +6,12 @@ import json
 import pytest
 
 from depthprune.config import RECIPES, Config, from_json
-from depthprune.options import Gates, Implosion, NetCut
+from depthprune.options import Gates, Implosion, NetCut, SideNet
+from depthprune.training.keeper import CheckpointError, same_config
+from depthprune.training.relevant import relevant
 from depthprune.values import ConfigError, Epochs, fraction
+
+STREAMING = 'stream', 'workers', 'mixup', 'randaugment'
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,12 @@ def test_target_outside_its_range(target):
     ('learning_rate', float('nan')),
     ('weight_decay', -1e-4),
     ('optimizer', 'lion'),
+    ('stream', 'sometimes'),
+    ('workers', 0),
+    ('mixup', 0.0),
+    ('mixup', float('nan')),
+    ('randaugment', 0),
+    ('randaugment', 31),
   ],
 )
 def test_every_error_names_its_field_and_what_it_got(name, value):
@@ -77,6 +87,27 @@ def test_every_error_names_its_field_and_what_it_got(name, value):
 def test_so_does_every_error_of_a_methods_options(kind, name, value):
   with pytest.raises(ConfigError, match=rf'^{name}: expected .*got {value!r}'):
     kind(**{name: value})
+
+
+def test_augmentation_is_asked_for_where_there_is_some():
+  for given in ({'mixup': 0.2}, {'randaugment': 9}):
+    with pytest.raises(ConfigError, match='leave them out with --no-augment'):
+      dataclasses.replace(Config(), augment=False, **given)
+  with pytest.raises(ConfigError, match='mixup: leave it out for sidenet, where heads'):
+    dataclasses.replace(RECIPES['sidenet'], mixup=0.2)
+  joint = SideNet(regime='joint')
+  assert dataclasses.replace(RECIPES['sidenet'], options=joint, mixup=0.2).mixup == 0.2
+
+
+def test_a_run_of_before_there_was_streaming_is_the_same_run():
+  """What is added to a config is None, so that directories of older runs go on."""
+  old = {k: v for k, v in Config().to_json().items() if k not in STREAMING}
+  same_config(relevant(old), relevant(Config().to_json()), 'here')
+  more = dataclasses.replace(Config(), workers=4)
+  same_config(relevant(old), relevant(more.to_json()), 'here')
+  with pytest.raises(CheckpointError, match=r"stream \(asked for 'always', there None"):
+    other = dataclasses.replace(Config(), stream='always')
+    same_config(relevant(old), relevant(other.to_json()), 'here')
 
 
 def test_heads_and_network_are_trained_together():

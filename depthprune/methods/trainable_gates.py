@@ -89,7 +89,7 @@ def trainable_gates(
   reachable(coupling, target, C, round_to)
   rho = target
   start = coupling.gates()['channels']
-  C_0 = C(coupling, None)
+  C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
   c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
   if name == TIME:
     c = _not_free(c)

@@ -19,6 +19,8 @@ import safetensors.numpy
 from depthprune.models.bert import BERT
 from depthprune.models.naming import Family, Slot, family
 
+# What torchvision's ImageNet networks were trained on.
+TORCHVISION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0
 SHOWN = 8  # names of each kind in an error
 
 
@@ -127,15 +129,19 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 def normalisation(path: str | Path) -> tuple[tuple, tuple, float] | None:
   """(mean, std, scale): the network of a file was trained on (x / scale - mean) / std.
 
-  From 'normalisation' in the .json beside the file; None where there is none.
+  From 'normalisation' in the .json beside the file. Where there is none, torchvision's
+  for a ResNet with the 7×7 stem that is for ImageNet, and None for others.
 
   Raises:
-    ValueError: it is not {'mean': [...], 'std': [...], 'scale': 'x/255'}.
+    ValueError: it is not {'mean': [...], 'std': [...], 'scale': 'x/255'}; the file
+      cannot be read.
   """
   beside = Path(path).with_suffix('.json')
   entry = json.loads(beside.read_text()) if beside.is_file() else {}
   if (entry := entry.get('normalisation')) is None:
-    return None
+    stem = read(path).get('conv1.weight')
+    imagenet = stem is not None and stem.shape[2:] == (7, 7)
+    return TORCHVISION if imagenet else None
   try:
     scale = float(entry['scale'].removeprefix('x/'))
     return tuple(map(float, entry['mean'])), tuple(map(float, entry['std'])), scale

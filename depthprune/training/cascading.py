@@ -49,7 +49,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
 
 
 def _one_class(job: Job) -> Job:
-  shape = np.shape(job.images.train['label'])
+  shape = job.labels
   if len(shape) != 1:
     raise DataError(
       f'data {job.images.name!r}: a cascade tells one class per example, got labels '

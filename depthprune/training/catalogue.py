@@ -12,6 +12,7 @@ from depthprune.training import masks, overlaid
 from depthprune.training.prepared import (
   BLOCK,
   DataError,
+  Records,
   Source,
   find,
   one_shape,
@@ -61,7 +62,8 @@ def _tfds(name: str, builder: Any, resize: int | None) -> Source:
   if 'train' not in opened:
     raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
   splits = {'train': opened['train']}
-  if test := tested(opened, label_key):
+  test = tested(opened, label_key)
+  if test:
     splits['test'] = opened[test]
 
   def read(split, rows):
@@ -74,10 +76,13 @@ def _tfds(name: str, builder: Any, resize: int | None) -> Source:
         label[i] = record[label_key]
     return {'image': image, 'label': label}
 
+  def records():
+    raw = lambda split: open_split(name, builder, split, (image_key,)) if split else ()
+    return Records(raw('train'), raw(test), image_key, label_key)
+
   classes = builder.info.features[label_key].num_classes
-  return Source(
-    len(splits['train']), len(splits.get('test', ())), shape, classes, 255.0, read
-  )
+  sizes = len(splits['train']), len(splits.get('test', ()))
+  return Source(*sizes, shape, classes, 255.0, read, records=records)
 
 
 def _keys(name: str, builder: Any) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """Images and their classes: read once into memory, batched and augmented inside jit.
 
+What does not fit there is `streamed`.
+
 `load` gives numpy arrays with deterministic splits; `batch` is a pure function of
 (key, step), so a run that is stopped and resumed sees the same images; `batches` goes
 through a split once, in order, for evaluation.
@@ -13,19 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training import catalogue, masks, splits
-from depthprune.training.augment import Augment, Normalisation, augmented, normalise
-from depthprune.training.prepared import DataError, Source, Split
+from depthprune.training import catalogue, masks, splits, streamed
+from depthprune.training.augment import (
+  Augment,
+  Normalisation,
+  augmented,
+  measured,
+  mixed,
+  normalise,
+  usual,
+)
+from depthprune.training.prepared import DataError, Source, Split, count
 
 Batch = dict[str, jax.Array]
 """{'image': float32 [batch, height, width, channels], 'label': int32 [batch],
 or [batch, height, width], or [batch, tasks]}, and in evaluation 'weight': float32
 [batch], 0 where the batch was padded."""
-
-# A mirrored character is another one, or none.
-_CHARACTERS = frozenset(
-  ('digits', 'emnist', 'kmnist', 'mnist', 'mnist_corrupted', 'omniglot', 'svhn_cropped')
-)
 
 
 class Dataset(NamedTuple):
@@ -78,10 +83,11 @@ def load(
   subset: int | None = None,
   resize: int | None = None,
   download: bool = False,
-) -> Dataset:
-  """Reads a data set: 'digits', 'multi_fashion', or any TFDS set of images by its name.
-
-  Images have a class each, or a mask with one for every pixel.
+  stream: bool | None = None,
+  normalisation: Normalisation | None = None,
+) -> 'Dataset | streamed.Streamed':
+  """Reads a data set: 'digits', 'multi_fashion', or any TFDS set of images by its name,
+  which have a class each, or a mask with one for every pixel.
 
   The test images are always the same: the set's own, or a fixed quarter where it has
   none. `seed` chooses the `held_out` images out of the training images (a tenth, 5000
@@ -90,15 +96,20 @@ def load(
   out. Only chosen images are decoded. `resize` makes them square, with that side;
   `download` lets TFDS fetch a set that is not in TFDS_DATA_DIR.
 
+  What would take more than half of the memory of this machine is streamed, which is
+  read as it is needed; `stream` says so, or that it must not be. `normalisation`: what
+  weights were trained on, instead of that of the training images.
+
   Raises DataError where the set is unknown, absent, without classes to tell from its
-  images, or too large for the memory of this machine; and as `masks.source`.
+  images, or too large for the memory and not to be streamed; and as `masks.source`.
   """
   source = catalogue.source(name, resize, download)
   sizes = source.train, source.test
   own = source.validation
   rows = splits.divide(name, sizes, seed, held_out, subset, validation=own)
-  count = sum(map(len, rows[:3]))
-  _fits(name, count * int(np.prod(source.shape)))
+  size = sum(map(len, rows[:3])) * int(np.prod(source.shape))
+  if _streams(name, source, size, stream):
+    return streamed.streamed(name, source, rows, usual(name, source), normalisation)
   parts = {
     'train': source.read('train', rows.train),
     'held_out': source.read(rows.held_of, rows.held_out),
@@ -113,8 +124,8 @@ def load(
     **parts,
     classes=classes,
     shape=source.shape,
-    normalisation=_normalisation(parts['train']['image'], source.scale),
-    augment=_usual(name, source),
+    normalisation=normalisation or measured(parts['train']['image'], source.scale),
+    augment=usual(name, source),
     ignore=source.ignore,
     names=source.names,
     tasks=source.tasks,
@@ -122,32 +133,22 @@ def load(
   )
 
 
-def _usual(name: str, source: Source) -> Augment:
-  if source.tasks:  # they are told by where things lie: shifted by less than that
-    return Augment(source.shape[0] // 12)
-  # An eighth of the side: 4 pixels of 32, 1 of 8.
-  flip = name.split(':')[0] not in _CHARACTERS
-  return Augment(-(-source.shape[0] // 8), flip, source.ignore)
-
-
-def _fits(name: str, size: int) -> None:
+def _streams(name: str, source: Source, size: int, asked: bool | None) -> bool:
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if size > memory // 2:
+  large = size > memory // 2
+  if (asked or (large and asked is None)) and source.records is not None:
+    return True
+  if asked:
+    raise DataError(
+      f'data {name!r}: expected a TFDS set of images with a class each to be streamed: '
+      'leave stream out'
+    )
+  if large:
     raise DataError(
       f'data {name!r}: {size / 2**30:.0f} GiB of images, expected at most half of the '
       f'{memory / 2**30:.0f} GiB of this machine: pass subset=N or resize=SIDE'
     )
-
-
-def _normalisation(image: np.ndarray, scale: float) -> Normalisation:
-  """Mean and standard deviation per channel, exact: from counts of pixel values."""
-  value = np.arange(256) / scale
-  mean, std = [], []
-  for channel in range(image.shape[-1]):
-    share = np.bincount(image[..., channel].ravel(), minlength=256) / image[..., 0].size
-    mean.append(float(share @ value))
-    std.append(float(share @ (value - mean[-1]) ** 2) ** 0.5 or 1.0)
-  return Normalisation(tuple(mean), tuple(std), scale)
+  return False
 
 
 def order(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
@@ -159,7 +160,7 @@ def order(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
 
 def epoch_steps(split: Split | Batch, size: int) -> int:
   """Batches of `size` in one epoch; what is left over takes its turn in another."""
-  n = len(split['label'])
+  n = count(split)
   if not 0 < size <= n:
     raise DataError(
       f'data: a batch has 1 to {n} examples, as many as there are: got {size}'
@@ -195,7 +196,8 @@ def batch(
   image = augmented(image, way, augment)
   if augment.ignore is not None:
     label = augmented(label[..., None], way, augment, augment.ignore)[..., 0]
-  return {'image': normalise(image, normalisation), 'label': label.astype(jnp.int32)}
+  found = {'image': normalise(image, normalisation), 'label': label.astype(jnp.int32)}
+  return mixed(found, jax.random.fold_in(way, 0), augment.mixup)
 
 
 class Sampler(NamedTuple):

@@ -1,31 +1,61 @@
 """The data set that a run is about: images or texts, whichever its name stands for."""
 
+import zlib
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from depthprune.config import Config
 from depthprune.models import pretrained
 from depthprune.training import checkpoint, data, sentences, store, text
 from depthprune.training.data import Dataset
 from depthprune.training.prepared import DataError
+from depthprune.training.streamed import Streamed
 from depthprune.training.text import Texts
 
 
-def read(config: Config) -> Dataset | Texts:
+def read(config: Config) -> Dataset | Streamed | Texts:
   """The data set of a config, split by its seed.
 
-  Raises DataError as `data.load` and `text.load` do, for texts without a tokenizer, and
-  for texts that are to be resized; and as `normalisation` does.
+  Raises DataError as `data.load` and `text.load` do, for texts without a tokenizer, for
+  texts that are to be resized, and for augmentation that is not for such images; and as
+  `normalisation` does.
   """
   # Not all that is not text is images: what it is instead is said where it is read.
   if sentences.kind_of(config.data) == 'text':
     return _texts(config)
   images = data.load(
-    config.data, seed=config.seed, subset=config.subset, resize=config.resize
+    config.data,
+    seed=config.seed,
+    subset=config.subset,
+    resize=config.resize,
+    stream=None if config.stream is None else config.stream == 'always',
+    normalisation=normalisation(config.pretrained) if config.pretrained else None,
   )
-  theirs = None if config.pretrained is None else normalisation(config.pretrained)
-  if theirs is None:
-    return images
-  return images._replace(normalisation=theirs)
+  by = {'mixup': config.mixup or 0.0, 'randaugment': config.randaugment or 0}
+  images = images._replace(augment=images.augment._replace(**by))
+  if isinstance(images, Streamed):
+    return images._replace(workers=config.workers or 0)
+  if config.randaugment:
+    raise DataError(
+      f'data {config.data!r}: randaugment is for images that are streamed, these are '
+      'in memory: leave it out, or pass --stream always'
+    )
+  if config.mixup and (images.tasks or images.ignore is not None):
+    raise DataError(
+      f'data {config.data!r}: mixup is for images with one class each: leave it out'
+    )
+  return images
+
+
+def digests(images: Any) -> dict[str, str]:
+  """Shape and checksum of every array of a data set, and of some records on disk."""
+  splits = {name: getattr(images, name) for name in ('train', 'held_out', 'test')}
+  if isinstance(images, Streamed):
+    splits |= {'records': images.probe()}
+  crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
+  return {k: f'{store.kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
 
 
 def normalisation(path: str) -> data.Normalisation | None:

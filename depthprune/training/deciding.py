@@ -15,6 +15,7 @@ from depthprune.inference.risk import halves
 from depthprune.program.stages import Stages, split
 from depthprune.training import hosts
 from depthprune.training.method import Tree, inputs_of, real_rows
+from depthprune.training.prepared import count
 from depthprune.training.sides import Answers, Trained
 from depthprune.training.stage import Job
 
@@ -54,7 +55,7 @@ def splits(job: Job) -> Job:
   seen = config.pretrained is not None and not config.epochs.train
   if asked == 'train' or (asked == 'auto' and not seen):
     return job
-  half = len(test['label']) // 2
+  half = count(test) // 2
   part = lambda rows: {name: values[rows] for name, values in test.items()}
   first, second = part(slice(half)), part(slice(half, None))
   return job._replace(images=job.images._replace(held_out=first, test=second))
@@ -107,9 +108,12 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def usual(job: Job) -> tuple:
   """The inputs of a test batch of the shape that most of them have."""
-  batches = [inputs_of(batch) for batch in job.own_batches(job.images.test)]
-  shapes = [tuple(x.shape for x in inputs) for inputs in batches]
-  return batches[shapes.index(max(shapes, key=shapes.count))]
+  found: dict[tuple, list[tuple]] = {}
+  for batch in job.own_batches(job.images.test):
+    inputs = inputs_of(batch)
+    same = found.setdefault(tuple(x.shape for x in inputs), [])
+    same.append(() if same else inputs)  # one of a kind is held, of any number
+  return max(found.values(), key=len)[0]
 
 
 def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:

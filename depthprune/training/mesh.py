@@ -5,7 +5,7 @@ weights, with what the optimizer keeps of them. The program is that of one devic
 partitions it, so means, and batch statistics, are those of the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,6 +63,27 @@ def nearest(number: int, of: int) -> int:
 def by_rows(mesh: Mesh, tree: Tree) -> Tree:
   """Arrays [batch, ...], that every process has whole, split over 'data'."""
   return _laid(tree, lambda x: NamedSharding(mesh, ROWS))
+
+
+def rows_here(mesh: Mesh, size: int) -> np.ndarray:
+  """Which rows of a batch of `size` lie on this process's devices, sorted."""
+  where = NamedSharding(mesh, ROWS).addressable_devices_indices_map((size,))
+  return np.unique(np.concatenate([np.arange(size)[part] for part in where.values()]))
+
+
+def by_own_rows(mesh: Mesh, size: int, tree: Tree) -> Tree:
+  """Arrays [size, ...] split over 'data', each process having its `rows_here` alone."""
+  where = NamedSharding(mesh, ROWS)
+  joined = jax.make_array_from_process_local_data
+  return jax.tree.map(lambda x: joined(where, x, (size, *x.shape[1:])), tree)
+
+
+def batches(mesh: Mesh, images: Any, split: Tree, size: int) -> Iterator[Tree]:
+  """`images.batches`, split over 'data'; what is streamed is read in parts."""
+  if not hasattr(images, 'own'):
+    return (by_rows(mesh, batch) for batch in images.batches(split, size))
+  images = images._replace(own=rows_here(mesh, size))
+  return images.batches(split, size, partial(by_own_rows, mesh, size))
 
 
 def by_weights(mesh: Mesh, tree: Tree) -> Tree:
@@ -128,8 +149,17 @@ class Sharded(NamedTuple):
   def on_host(self) -> bool:
     return getattr(self.batch_at, 'on_host', False)
 
+  @property
+  def depth(self) -> int:
+    """As of a sampler of streamed images."""
+    return self.batch_at.depth
+
   def __call__(self, split: Tree, step: jax.Array | int) -> Tree:
     return by_rows(self.mesh, self.batch_at(split, step))
 
   def stepwise(self) -> Callable[[Tree, int], Tree]:
-    return self.batch_at.stepwise(partial(by_rows, self.mesh))
+    sampler = self.batch_at
+    if not hasattr(sampler, 'own'):
+      return sampler.stepwise(partial(by_rows, self.mesh))
+    sampler = sampler._replace(own=rows_here(self.mesh, sampler.size))
+    return sampler.stepwise(partial(by_own_rows, self.mesh, sampler.size))

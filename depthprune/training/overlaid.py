@@ -32,7 +32,7 @@ def overlaid(pieces: Source, resize: int | None = None) -> Source:
     return {'image': image, 'label': label}
 
   side = resize or SIDE
-  return pieces._replace(shape=(side, side, 1), read=read, tasks=TASKS)
+  return pieces._replace(shape=(side, side, 1), read=read, tasks=TASKS, records=None)
 
 
 def tasks(name: str) -> tuple[str, ...]:

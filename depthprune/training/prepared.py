@@ -1,18 +1,21 @@
 """TFDS sets that are prepared on this machine, and what a set is before it is read."""
 
+import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 Split = dict[str, np.ndarray]
 """{'image': uint8 [n, height, width, channels], 'label': int32 [n]}
 
 Where every pixel has a class, labels are uint8 [n, height, width]; where several tasks
-have one each, int32 [n, tasks]."""
+have one each, int32 [n, tasks]. A set that is streamed has {'record': int64 [n]}, which
+of its records are in the split."""
 
 BLOCK = 1024  # records that are decoded at once
 
@@ -33,6 +36,8 @@ class Source(NamedTuple):
   where it has none, or is tested on), pixels labelled `ignore` have none, and `names`
   are those of the classes, where they are known; `classes` is 0 where it is not known
   before all masks are read. `tasks` are the names of several tasks, each of `classes`.
+  `records()` opens the images where they lie, for those that are read when they are
+  needed; None where they cannot be.
   """
 
   train: int
@@ -45,6 +50,30 @@ class Source(NamedTuple):
   ignore: int | None = None
   names: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ()
+  records: Callable[[], 'Records'] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Encoded images and their classes on disk, by number: train's, and then test's.
+
+  train, test: TFDS data sources that do not decode. image, label: names of features.
+  """
+
+  train: Sequence[Any]
+  test: Sequence[Any]
+  image: str
+  label: str
+
+  def __getitem__(self, number: int) -> tuple[bytes, int]:
+    beyond = number - len(self.train)
+    record = self.train[number] if beyond < 0 else self.test[beyond]
+    return record[self.image], int(record[self.label])
+
+
+def count(split: Any) -> int:
+  """How many examples a split has (or a batch), of whatever kind."""
+  return len(jax.tree.leaves(split)[0])
 
 
 def find(name: str, download: bool = False) -> Any:
@@ -97,10 +126,16 @@ def _absent(name: str, builder: Any, folder: Path, how: str) -> str:
   )
 
 
-def open_split(name: str, builder: Any, split: str) -> Any:
-  """The records of a split; raises DataError where they are in another format."""
+def open_split(name: str, builder: Any, split: str, raw: tuple[str, ...] = ()) -> Any:
+  """The records of a split; raises DataError where they are in another format.
+
+  raw: features that are not decoded.
+  """
+  import tensorflow_datasets as tfds
+
+  decoders: Any = {feature: tfds.decode.SkipDecoding() for feature in raw}
   try:
-    return builder.as_data_source(split=split)
+    return builder.as_data_source(split=split, decoders=decoders or None)
   except NotImplementedError as error:
     raise DataError(
       f'data {name!r}: {builder.data_path} is prepared as '

@@ -16,7 +16,17 @@ import numpy as np
 
 from depthprune.training import hosts
 
-PACKAGES = ('depthprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+PACKAGES = (
+  'depthprune',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'grain',
+  'pillow',
+)
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:

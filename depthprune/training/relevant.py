@@ -7,8 +7,8 @@ from depthprune.options.sidenet import REQUESTS
 
 # Of a run's config and of any method's options.
 UNRELATED = (
-  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'tolerance', 'force'),
-  *('drop', *REQUESTS, 'delta', 'confidence'),
+  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers'),
+  *('tolerance', 'force', 'drop', *REQUESTS, 'delta', 'confidence'),
 )
 TRAIN = 'train'  # the stage before anything of a method
 LATER = 'options', 'gate_epochs', 'finetune_epochs', 'distill'

@@ -11,6 +11,7 @@ from depthprune.inference import latency
 from depthprune.program.view import runnable
 from depthprune.training import hosts, record
 from depthprune.training.method import as_dict
+from depthprune.training.prepared import count
 from depthprune.training.stage import Job
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def described(job: Job) -> dict[str, Any]:
     'method': config.method,
     'options': dataclasses.asdict(config.options),
     'data_notes': list(job.images.notes),
-    'images': {name: len(getattr(job.images, name)['label']) for name in SPLITS},
+    'images': {name: count(getattr(job.images, name)) for name in SPLITS},
   }
 
 

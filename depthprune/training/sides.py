@@ -19,6 +19,7 @@ from depthprune.training import mesh, tasks
 from depthprune.training.features import FeatureSet, collect
 from depthprune.training.method import Tree, inputs_of, plain, real_rows
 from depthprune.training.networks import network, start
+from depthprune.training.prepared import count
 from depthprune.training.stage import Job, stage
 
 SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth: where heads are put
@@ -216,9 +217,9 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   augments = job.config.augment and hasattr(images, 'augment')  # texts do not
   views = job.config.options.views if augments else 1
   sources = {
-    'train': (_views(job, views), views * len(images.train['label'])),
-    'held_out': (job.batches(images.held_out), len(images.held_out['label'])),
-    'test': (job.batches(images.test), len(images.test['label'])),
+    'train': (_views(job, views), views * count(images.train)),
+    'held_out': (job.batches(images.held_out), count(images.held_out)),
+    'test': (job.batches(images.test), count(images.test)),
   }
   splits = {
     name: collect(read, variables, batches, most, folder / name, about)

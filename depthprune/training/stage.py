@@ -15,15 +15,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from depthprune.config import Config
-from depthprune.training import data, datasets, hosts, record, store, tasks
+from depthprune.training import data, datasets, hosts, record, store, tasks, throughput
 from depthprune.training import mesh as meshes
 from depthprune.training.distill import Teacher
 from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import Keeper, same_config
 from depthprune.training.method import Method, Tree
 from depthprune.training.optimizers import optimizer
+from depthprune.training.prepared import count
 from depthprune.training.relevant import relevant
 from depthprune.training.step import State, init_state, make_step
+from depthprune.training.streamed import Streamed
 from depthprune.training.text import Texts
 from depthprune.training.train import Row, first_batch, fit
 
@@ -42,7 +44,7 @@ class Job(NamedTuple):
 
   config: Config
   folder: Path
-  images: data.Dataset | Texts
+  images: data.Dataset | Streamed | Texts
   train: Tree
   task: tasks.Task
   mesh: Mesh
@@ -55,6 +57,12 @@ class Job(NamedTuple):
     An image of zeros, [1, height, width, channels]; or tokens and mask [1, length].
     """
     return self.images.example()
+
+  @property
+  def labels(self) -> tuple[int, ...]:
+    """Shape of the training labels: [n], [n, height, width] or [n, tasks]."""
+    train = self.images.train
+    return np.shape(train['label']) if 'label' in train else (count(train),)
 
   @property
   def example(self) -> jax.Array:
@@ -81,7 +89,7 @@ class Job(NamedTuple):
 
   def batches(self, split: Tree) -> Iterator[Tree]:
     """All examples of a split once, for evaluation; 'weight' is 0 on padding."""
-    return (meshes.by_rows(self.mesh, batch) for batch in self.own_batches(split))
+    return meshes.batches(self.mesh, self.images, split, self.config.batch)
 
   def own_batches(self, split: Tree) -> Iterator[Tree]:
     """The same, whole, on this process's own device."""
@@ -118,7 +126,7 @@ def prepare(config: Config, show: bool = True) -> Job:
   hosts.alike('config', told, 'Start all of them by the same command')
   mesh = meshes.of(config)
   images = hosts.together(lambda: datasets.read(config))
-  told = _digests(images) if jax.process_count() > 1 else {}
+  told = datasets.digests(images) if jax.process_count() > 1 else {}
   hosts.alike(f'data {config.data!r}', told, 'Copy the files from one to all')
   task, folder = tasks.of(images), config.path
   train = images.on_device(partial(meshes.whole, mesh))
@@ -136,13 +144,6 @@ def prepare(config: Config, show: bool = True) -> Job:
       shutil.rmtree(folder / name, ignore_errors=True)
   hosts.wait()
   return job
-
-
-def _digests(images: Any) -> dict[str, str]:
-  """Shape and checksum of every array of a data set."""
-  splits = {name: getattr(images, name) for name in ('train', 'held_out', 'test')}
-  crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
-  return {k: f'{store.kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
 
 
 def stage(
@@ -181,6 +182,11 @@ def stage(
   step = make_step(
     model, method, job.task, tx, coupling, apply, job.on_mesh, job.config.remat
   )
+  taught = job.on_mesh(teacher.variables) if teacher else None
+  if isinstance(job.images, Streamed) and int(state.step) < steps:
+    given = batch_at, job.train, step, state, job.key(name), taught
+    line = throughput.tell(throughput.measure(*given), name, job.show)
+    record.append(job.folder / 'input.jsonl', line)
   callbacks = [_historian(job, name), _saver(keeper, job.config)]
   if state.theta:
     callbacks.append(_watch(job, name, method))
@@ -192,7 +198,7 @@ def stage(
     job.train,
     steps=steps,
     every=max(1, min(100, steps // LINES)),
-    teacher=job.on_mesh(teacher.variables) if teacher else None,
+    teacher=taught,
     callbacks=callbacks,
     label=name,
     show=job.show,

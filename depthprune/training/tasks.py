@@ -21,13 +21,18 @@ def classification(classes: int, label_smoothing: float = 0.0) -> Task:
 
   Logits are [batch, classes]; a batch is {'image': [batch, height, width, channels],
   'label': int [batch]}. The loss is cross-entropy in nats, with the given share of
-  every label spread evenly over all classes.
+  every label spread evenly over all classes. Of a batch that was `augment.mixed` it is
+  that of both labels, each by its share; the accuracy is that of the first.
   """
 
   def loss(logits, batch):
     chex.assert_shape(logits, (None, classes))
     chex.assert_rank(batch['label'], 1)
-    targets = jax.nn.one_hot(batch['label'], classes, dtype=logits.dtype)
+    one_hot = lambda label: jax.nn.one_hot(label, classes, dtype=logits.dtype)
+    targets = one_hot(batch['label'])
+    if 'partner' in batch:
+      share = batch['share'].astype(logits.dtype)[:, None]
+      targets = share * targets + (1 - share) * one_hot(batch['partner'])
     targets = optax.smooth_labels(targets, label_smoothing)
     return mean(optax.softmax_cross_entropy(logits, targets), batch)
 

@@ -426,6 +426,7 @@ def test_files_that_cannot_be_read(saved, tmp_path):
 def test_normalisation_is_read_from_beside_the_file(tmp_path):
   path = tmp_path / 'weights.npz'
   beside = tmp_path / 'weights.json'
+  np.savez(path, **akamaster())
   assert pretrained.normalisation(path) is None
   beside.write_text('{}')
   assert pretrained.normalisation(path) is None

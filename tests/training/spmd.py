@@ -4,6 +4,7 @@ Everything goes through the library as a user calls it; what was found is writte
 DIR, by process 0 where all must have found the same.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -34,12 +35,14 @@ STEPS = 10
 class Net(nn.Module):
   """Batch statistics, and no kink: a rounding error stays one."""
 
+  classes: int = 10
+
   @nn.compact
   def __call__(self, x, train=False):
     for i, width in enumerate((8, 16)):
       x = nn.Conv(width, (3, 3), (i + 1, i + 1), use_bias=False, name=f'conv{i}')(x)
       x = jnp.tanh(nn.BatchNorm(not train, name=f'norm{i}')(x))
-    return {'main': nn.Dense(10, name='head')(x.mean((1, 2)))}
+    return {'main': nn.Dense(self.classes, name='head')(x.mean((1, 2)))}
 
 
 def config(folder: Path, mesh: str | None) -> Config:
@@ -116,6 +119,27 @@ def image_of(job: Job) -> jax.Array:
   return job.batch_at('ten').stepwise()(job.train, 0)['image']
 
 
+def streams(folder: Path, mesh: str | None) -> None:
+  """Steps on images that each process reads its part of, and evaluation on them."""
+  asked = {'data': 'imagenet2012', 'stream': 'always', 'resize': 8, 'subset': 24}
+  changed = dataclasses.replace(config(folder, mesh), batch=8, mixup=0.3, **asked)
+  job = prepare(changed, show=False)
+  batch = job.batch_at('steps').stepwise()(job.train, 1)
+  given = Net(job.images.classes), plain()
+  variables = given[0].init(job.key('init'), *job.inputs)
+  state = stage(job, 'steps', *given, variables, epochs=3, peak=0.05)
+  test = job.scores(given[0])(state.variables, job.images.test)
+  own = meshes.rows_here(job.mesh, changed.batch).tolist()
+  (folder / f'own{jax.process_index()}.json').write_text(json.dumps(own))
+  split = {batch[name].sharding.spec for name in ('image', 'label')}
+  assert split == {meshes.ROWS} or job.mesh.size == 1, split
+  batch = meshes.fetch(batch)
+  if hosts.writes():
+    np.savez(folder / 'batch.npz', **batch)
+    np.savez(folder / 'state.npz', **store.paths(jax.device_get(state)))
+    np.savez(folder / 'test.npz', **test)
+
+
 def strangers(folder: Path, mesh: str | None) -> None:
   """What processes that do not belong together are told, each by itself."""
   hosts.join()
@@ -155,4 +179,5 @@ def darker(images: data.Dataset, by: int) -> data.Dataset:
 
 if __name__ == '__main__':
   task, where, axes = sys.argv[1:]
-  {'train': train, 'strangers': strangers}[task](Path(where), axes or None)
+  tasks = {'train': train, 'streams': streams, 'strangers': strangers}
+  tasks[task](Path(where), axes or None)

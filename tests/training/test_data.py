@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from depthprune.training import catalogue, data, prepared
+from depthprune.training.augment import measured
 from depthprune.training.data import Augment, DataError, Normalisation
 
 SPLITS = ('train', 'held_out', 'test')
@@ -72,7 +73,7 @@ def test_normalisation_is_that_of_the_training_images_alone():
 
 def test_a_channel_without_variance_is_left_alone():
   image = np.stack([np.full((2, 2), 51), np.eye(2) * 255], -1)[None].astype(np.uint8)
-  by = data._normalisation(image, 255.0)
+  by = measured(image, 255.0)
   np.testing.assert_allclose((by.mean, by.std), ((0.2, 0.5), (1.0, 0.5)), rtol=1e-12)
   assert np.isfinite(data.normalise(jnp.asarray(image), by)).all()
 
