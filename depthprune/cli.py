@@ -16,9 +16,12 @@ import tyro
 
 from depthprune.config import RECIPES, Config
 from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
+from depthprune.training import preemption
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
+TRY_AGAIN = 75  # EX_TEMPFAIL: the same command continues
 
 EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
 ANY = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: any)')
@@ -134,7 +137,20 @@ Command = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-  """Runs one command; returns the exit code: 0, 2 for input nobody can use."""
+  """Runs one command; returns the exit code.
+
+  0, 2 for input nobody can use, and where the same command continues: 130 after Ctrl-C,
+  143 after SIGTERM, 75 for a disk without room or another process that is gone.
+  """
+  try:
+    with preemption.ends():
+      return _main(words)
+  except preemption.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    return TERMINATED
+
+
+def _main(words: Sequence[str] | None) -> int:
   try:
     command = tyro.cli(
       Command,  # pyright: ignore[reportArgumentType]
@@ -150,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> int:
     elif isinstance(command, Bench):
       _bench(command)
     elif isinstance(command, Run):
-      _run(command.config)
+      return _run(command.config)
   except KeyboardInterrupt:
     print('stopped; the same command continues from here', file=sys.stderr)
     return INTERRUPTED
@@ -165,12 +181,20 @@ def main(words: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _run(config: Config) -> None:
-  from depthprune.training import hosts, recipe
+def _run(config: Config) -> int:
+  from depthprune.training import disk, hosts, lost, recipe
 
-  recipe.run(config)
-  if hosts.writes():
-    _report(config.path)
+  try:
+    recipe.run(config)
+    if hosts.writes():
+      with disk.writing(config.path):
+        _report(config.path)
+  except disk.WriteError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return TRY_AGAIN
+  except lost.HostLost:  # it is said when this process has ended, by its witness
+    lost.leave(TRY_AGAIN)
+  return 0
 
 
 def _report(path: Path) -> None:

@@ -1,8 +1,6 @@
 """One stage of a run: a network trained for some epochs, recorded and resumable."""
 
-import json
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,16 +14,26 @@ from jax.sharding import Mesh
 
 from depthprune.config import Config
 from depthprune.options.sidenet import REQUESTS
-from depthprune.training import data, datasets, hosts, record, store, tasks
+from depthprune.training import (
+  callbacks,
+  data,
+  datasets,
+  hosts,
+  preemption,
+  record,
+  store,
+  tasks,
+)
 from depthprune.training import mesh as meshes
 from depthprune.training.distill import Teacher
 from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import Keeper, same_config
+from depthprune.training.leaf import kind
 from depthprune.training.method import Method, Tree
 from depthprune.training.optimizers import optimizer
 from depthprune.training.step import State, init_state, make_step
 from depthprune.training.text import Texts
-from depthprune.training.train import Row, first_batch, fit
+from depthprune.training.train import first_batch, fit
 
 LINES = 50  # of history that a stage writes
 # What training does not depend on, of a run's config and of any method's options.
@@ -138,8 +146,9 @@ def prepare(config: Config, show: bool = True) -> Job:
   if not before.is_file():
     return job
   if config.resume:
-    stored = json.loads(before.read_text())['config']
-    same_config(relevant(stored), job.relevant(), str(folder))
+    stored = record.read(before)  # damaged, it is written anew; every state has its own
+    if stored is not None:
+      same_config(relevant(stored['config']), job.relevant(), str(folder))
   elif hosts.writes():
     for name in ('history.jsonl', 'gates.jsonl', 'costs.json', 'result.json'):
       (folder / name).unlink(missing_ok=True)
@@ -153,7 +162,7 @@ def _digests(images: Any) -> dict[str, str]:
   """Shape and checksum of every array of a data set."""
   splits = {name: getattr(images, name) for name in ('train', 'held_out', 'test')}
   crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
-  return {k: f'{store.kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
+  return {k: f'{kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
 
 
 def stage(
@@ -192,56 +201,26 @@ def stage(
   step = make_step(
     model, method, job.task, tx, coupling, apply, job.on_mesh, job.config.remat
   )
-  callbacks = [_historian(job, name), _saver(keeper, job.config)]
-  if state.theta:
-    callbacks.append(_watch(job, name, method))
-  state = fit(
-    step,
-    state,
-    job.key(name),
-    batch_at,
-    job.train,
-    steps=steps,
-    every=max(1, min(100, steps // LINES)),
-    teacher=job.on_mesh(teacher.variables) if teacher else None,
-    callbacks=callbacks,
-    label=name,
-    show=job.show,
-  )
-  if steps and steps not in keeper.steps():
-    keeper.save(steps, state)
+  try:
+    with preemption.noticed() as told:
+      state = fit(
+        step,
+        state,
+        job.key(name),
+        batch_at,
+        job.train,
+        steps=steps,
+        every=max(1, min(100, steps // LINES)),
+        teacher=job.on_mesh(teacher.variables) if teacher else None,
+        callbacks=[
+          callbacks.historian(job.folder, name),
+          *([callbacks.learnt(job.folder, name, method)] if state.theta else []),
+          callbacks.saver(keeper, name, steps, job.config.checkpoint_every_s, told),
+        ],
+        label=name,
+        show=job.show,
+      )
+      keeper.wait()
+  finally:
+    keeper.rest()
   return meshes.local(state)
-
-
-def _historian(job: Job, name: str) -> Callable[[State, Row], None]:
-  def write(state: State, row: Row) -> None:
-    del state
-    line = {'stage': name, 'flops': None, **row, 'step': int(row['step'])}
-    record.append(job.folder / 'history.jsonl', line)
-
-  return write
-
-
-def _saver(keeper: Keeper, config: Config) -> Callable[[State, Row], None]:
-  last = time.monotonic()
-
-  def save(state: State, row: Row) -> None:
-    nonlocal last
-    due = time.monotonic() - last >= config.checkpoint_every_s
-    if hosts.agreed(np.bool_(due)):
-      keeper.save(int(row['step']), state)
-      last = time.monotonic()
-
-  return save
-
-
-def _watch(job: Job, name: str, method: Method) -> Callable[[State, Row], None]:
-  """Writes what the method has learnt so far."""
-  report = jax.jit(method.report)
-
-  def write(state: State, row: Row) -> None:
-    learnt = record.plain(report(state.theta))
-    line = {'stage': name, 'step': int(row['step']), **learnt}
-    record.append(job.folder / 'gates.jsonl', line)
-
-  return write
