@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import TextIO
 from depthprune.training import hosts
 
 LOCK = '.lock'
+OF_SYSTEM = re.compile(r"os_error_code='(\d+)'")
 
 
 class WriteError(OSError):
@@ -34,11 +37,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def failed(path: Path, error: BaseException) -> WriteError:
-  first = (str(error).splitlines() or [type(error).__name__])[0]
+  """What to say of an error of the system, or one in which tensorstore tells of it."""
+  text = str(error) or type(error).__name__
+  number = getattr(error, 'errno', None) or (OF_SYSTEM.findall(text) or [None])[-1]
+  reason = os.strerror(int(number)) if number else text.splitlines()[0]
   return WriteError(
-    f'{path}: cannot be written: {first}. What was saved before is whole: make room, '
+    f'{path}: cannot be written: {reason}. What was saved before is whole: make room, '
     'and the same command continues from there'
   )
+
+
+def discard(folder: Path) -> None:
+  """Removes a folder so that it is never seen half empty."""
+  away = folder.with_name(f'.discarded-{folder.name}')
+  shutil.rmtree(away, ignore_errors=True)
+  folder.rename(away)
+  shutil.rmtree(away)
 
 
 @contextmanager

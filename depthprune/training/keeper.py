@@ -156,7 +156,7 @@ class Keeper:
     best = min(scores, key=lambda s: scores[s], default=None)
     for s in steps:
       if s not in (*kept[-self.keep :], best):
-        store.discard(self._at(s))
+        disk.discard(self._at(s))
 
   def _at(self, step: int) -> Path:
     return Path(self.folder) / f'{step:08d}'

@@ -79,10 +79,10 @@ def leave(code: int) -> None:
 def _message() -> str:
   index, count = jax.process_index(), jax.process_count()
   return (
-    f'stopped: process {index} of {count} (0 ... {count - 1}) cannot go on. Another '
-    f'process of the run is gone, or gave no sign of life for {hosts.SILENCE_S} s, or '
-    'this one was killed: see what the others said. What was saved is whole: the same '
-    'command, on all hosts, continues from there.'
+    f'stopped: process {index} of 0 to {count - 1} cannot go on. Another process of '
+    f'the run is gone, or gave no sign of life for {hosts.SILENCE_S} s, or this one '
+    'was killed: see what the others said. What was saved is whole: the same command, '
+    'on all hosts, continues from there.'
   )
 
 
