@@ -2,7 +2,8 @@
 
 import logging
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -48,24 +49,27 @@ def begin(
   # Orbax refuses empty arrays; who reads them knows their shapes.
   filled = {name: array for name, array in arrays.items() if array.size}
   orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-  log = logging.getLogger('absl')
-  log.addFilter(_not_of_orbax)
   if filled:
-    orbax.save((folder / ORBAX).absolute(), args=ocp.args.PyTreeSave(filled))
+    with _quiet():
+      orbax.save((folder / ORBAX).absolute(), args=ocp.args.PyTreeSave(filled))
 
   def end():
-    try:
+    with _quiet():
       orbax.close()
-    finally:
-      log.removeFilter(_not_of_orbax)
     return folder / ORBAX
 
   return end
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
+@contextmanager
+def _quiet() -> Iterator[None]:
   """What orbax logs of an error, many times, is raised as well."""
-  return 'orbax' not in record.pathname
+  log, others = logging.getLogger('absl'), lambda record: 'orbax' not in record.pathname
+  log.addFilter(others)
+  try:
+    yield
+  finally:
+    log.removeFilter(others)
 
 
 def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:

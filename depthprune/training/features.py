@@ -164,7 +164,7 @@ def _files(folder: Path, rows: Mapping[str, np.ndarray], most: int, anew: bool):
       name: opened(_path(folder, i), mode, rows[name].dtype, shape(rows[name]))
       for i, name in enumerate(sorted(rows))
     }
-    for i in range(len(files)):
+    for i in range(len(files) if hasattr(os, 'posix_fallocate') else 0):
       with _path(folder, i).open('r+b') as file:
         size = os.fstat(file.fileno()).st_size
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is no SIGBUS later

@@ -39,6 +39,7 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
     alive, NonFiniteLoss, WriteError where there is no room, HostLost where another
     process is gone.
   """
+  network(config, classes=1)  # an unknown name is found before the data
   hosts.join()
   with lost.watched(), disk.held(config.path):
     return (cascading.run if config.options.cascades else _run)(config, show)
@@ -46,7 +47,6 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
 
 def _run(config: Config, show: bool) -> dict[str, Any]:
   started = time.monotonic()
-  network(config, classes=1)  # an unknown name is found before the data
   job = prepare(config, show)
   model = network(config, job.images.classes)
   check_answer(job, model)
