@@ -255,6 +255,15 @@ def test_when_one_of_two_processes_is_gone_the_other_says_so(tmp_path, gone, how
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_is_told_to_end_and_both_do(tmp_path):
+  both = launch(command(tmp_path, every_s=1000), processes=2)
+  until_gates(tmp_path, both[0])
+  both[1].send_signal(signal.SIGTERM)
+  ended(both, cli.TERMINATED)
+  assert saved(tmp_path) == logged(tmp_path)[-1:]
+
+
+@pytest.mark.slow
 def test_a_run_that_lost_a_process_ends_with_the_bits_of_one_that_did_not(tmp_path):
   lost, kept = tmp_path / 'lost', tmp_path / 'kept'
   ended(launch(command(kept), processes=2))
