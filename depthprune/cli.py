@@ -139,37 +139,32 @@ Command = (
 def main(words: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
-  0, 2 for input nobody can use, and where the same command continues: 130 after Ctrl-C,
+  0; 2 for input nobody can use; and where the same command continues: 130 after Ctrl-C,
   143 after SIGTERM, 75 for a disk without room or another process that is gone.
   """
   try:
     with preemption.ends():
-      return _main(words)
-  except preemption.Preempted as stopped:
-    print(stopped, file=sys.stderr)
-    return TERMINATED
-
-
-def _main(words: Sequence[str] | None) -> int:
-  try:
-    command = tyro.cli(
-      Command,  # pyright: ignore[reportArgumentType]
-      prog='depthprune',
-      description='A trained network goes in, a smaller and faster one comes out.',
-      args=words,
-      config=(tyro.conf.OmitArgPrefixes,),
-    )
-    if isinstance(command, Report):
-      _report(command.run)
-    elif isinstance(command, Export):
-      _export(command)
-    elif isinstance(command, Bench):
-      _bench(command)
-    elif isinstance(command, Run):
-      return _run(command.config)
+      command = tyro.cli(
+        Command,  # pyright: ignore[reportArgumentType]
+        prog='depthprune',
+        description='A trained network goes in, a smaller and faster one comes out.',
+        args=words,
+        config=(tyro.conf.OmitArgPrefixes,),
+      )
+      if isinstance(command, Report):
+        _report(command.run)
+      elif isinstance(command, Export):
+        _export(command)
+      elif isinstance(command, Bench):
+        _bench(command)
+      elif isinstance(command, Run):
+        _run(command.config)
   except KeyboardInterrupt:
     print('stopped; the same command continues from here', file=sys.stderr)
     return INTERRUPTED
+  except preemption.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    return TERMINATED
   except BrokenPipeError:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -177,24 +172,19 @@ def _main(words: Sequence[str] | None) -> int:
     if not _meant_for_the_reader(error):
       raise
     print(f'error: {error}', file=sys.stderr)
-    return WRONG_INPUT
+    return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT
   return 0
 
 
-def _run(config: Config) -> int:
-  from depthprune.training import disk, hosts, lost, recipe
+def _run(config: Config) -> None:
+  from depthprune.training import hosts, lost, recipe
 
   try:
     recipe.run(config)
-    if hosts.writes():
-      with disk.writing(config.path):
-        _report(config.path)
-  except disk.WriteError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return TRY_AGAIN
   except lost.HostLost:  # it is said when this process has ended, by its witness
     lost.leave(TRY_AGAIN)
-  return 0
+  if hosts.writes():
+    _report(config.path)
 
 
 def _report(path: Path) -> None:
