@@ -19,8 +19,7 @@ from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
 from depthprune.training import preemption
 
 WRONG_INPUT = 2
-INTERRUPTED = 130
-TERMINATED = 143
+INTERRUPTED, TERMINATED = 130, 143
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command continues
 
 EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
