@@ -15,10 +15,12 @@ import tyro
 
 from depthprune.config import Config
 from depthprune.errors import speaks
+from depthprune.training import preemption
 from depthprune.words import Method, several
 
 WRONG_INPUT = 2
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+TRY_AGAIN = 75  # EX_TEMPFAIL: the same command continues
 
 EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
 ANY = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: any)')
@@ -101,24 +103,20 @@ Command = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-  """Runs one command; returns the exit code: 0, 2 for input nobody can use."""
+  """Runs one command; returns the exit code.
+
+  0; 2 for input nobody can use; and where the same command continues: 130 after Ctrl-C,
+  143 after SIGTERM, 75 for a disk without room or another process that is gone.
+  """
   try:
-    words = sys.argv[1:] if words is None else words
-    each = several(words) if words[:1] == ['sweep'] else [words]
-    command, *more = map(_parsed, each)
-    if isinstance(command, Report):
-      _report(command.run)
-    elif isinstance(command, Export):
-      _export(command)
-    elif isinstance(command, Bench):
-      _bench(command)
-    elif isinstance(command, Sweep):
-      _sweep([command, *more])
-    elif isinstance(command, Run):
-      _run(command.config)
+    with preemption.ends():
+      _obey(sys.argv[1:] if words is None else words)
   except KeyboardInterrupt:
     print('stopped; the same command continues from here', file=sys.stderr)
     return INTERRUPTED
+  except preemption.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    return TERMINATED
   except BrokenPipeError:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,8 +124,23 @@ def main(words: Sequence[str] | None = None) -> int:
     if not speaks(error):
       raise
     print(f'error: {error}', file=sys.stderr)
-    return WRONG_INPUT
+    return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT
   return 0
+
+
+def _obey(words: Sequence[str]) -> None:
+  each = several(words) if words[:1] == ['sweep'] else [words]
+  command, *more = map(_parsed, each)
+  if isinstance(command, Report):
+    _report(command.run)
+  elif isinstance(command, Export):
+    _export(command)
+  elif isinstance(command, Bench):
+    _bench(command)
+  elif isinstance(command, Sweep):
+    _sweep([command, *more])
+  elif isinstance(command, Run):
+    _run(command.config)
 
 
 def _parsed(words: Sequence[str]) -> Any:
@@ -141,9 +154,12 @@ def _parsed(words: Sequence[str]) -> Any:
 
 
 def _run(config: Config) -> None:
-  from depthprune.training import hosts, recipe
+  from depthprune.training import hosts, lost, recipe
 
-  recipe.run(config)
+  try:
+    recipe.run(config)
+  except lost.HostLost:  # it is said when this process has ended, by its witness
+    lost.leave(TRY_AGAIN)
   if hosts.writes():
     _report(config.path)
 
@@ -159,7 +175,7 @@ def _sweep(commands: Sequence[Sweep]) -> None:
 def _report(path: Path) -> None:
   import rich
 
-  from depthprune.report import artifacts, front, page, tables
+  from depthprune.report import artifacts, front, page, screen
 
   if (path / front.SWEEP).is_file():
     found = front.read(path)
@@ -168,7 +184,7 @@ def _report(path: Path) -> None:
     return
   run = artifacts.read(path)
   written = page.write(path)
-  rich.print(tables.screen(run.result))
+  rich.print(screen.screen(run.result))
   for note in run.notes:
     print(note)
   print(f'\n  {written}')

@@ -29,7 +29,7 @@ from depthprune.inference.programs import CASCADE, Program, probe, programs, set
 from depthprune.inference.saved import save_cascade
 from depthprune.surgery.cut import Pruned
 from depthprune.training import arrays as files
-from depthprune.training import checkpoint, record, store
+from depthprune.training import checkpoint, disk, record
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 RECORD, SETTINGS = 'export.json', 'cascade.safetensors'
@@ -74,7 +74,7 @@ def export(
     _save(fresh, network, cascade, tokenizer)
     told = _write(fresh, network, cascade, onnx, batch, platforms)
     if path.exists():
-      store.discard(path)
+      disk.discard(path)
     fresh.rename(path)
   return told
 

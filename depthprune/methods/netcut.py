@@ -22,7 +22,6 @@ single head. That is not so of the two other aggregates, given for comparison: `
 is s = log sum_k w_k p_k, and `geometric` normalises s, which is gamma = 1.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, get_args
@@ -164,12 +163,11 @@ def configured(
   """
   del steps, scores, whole
   o, known = config.options, config.path / 'costs.json'
-  if o.cost == 'milliseconds' and known.is_file():
-    c = np.array(json.loads(known.read_text())[o.cost])
-  else:
-    c = cost_of_exits(coupling, o.cost)
+  measured = o.cost == 'milliseconds'
+  before = record.read(known) if measured and known.is_file() else None
+  c = np.array(before[o.cost]) if before else cost_of_exits(coupling, o.cost)
   c = hosts.agreed(c)
-  if o.cost == 'milliseconds':
+  if measured:
     record.write(known, {o.cost: c.tolist()})
   return netcut(
     coupling,

@@ -1,7 +1,9 @@
 """Arrays on disk by name: an orbax checkpoint, or a file of safetensors."""
 
+import logging
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +31,45 @@ def checksums(where: Path) -> dict[str, int]:
   }
 
 
-def save(folder: Path, arrays: Mapping[str, np.ndarray], tensors: bool) -> Path:
-  """Writes arrays into a folder; returns the file or folder in it that holds them.
+def begin(
+  folder: Path, arrays: Mapping[str, np.ndarray], tensors: bool
+) -> Callable[[], Path]:
+  """Begins to write arrays into a folder, which may be changed once this returns.
 
   Of an array that is split over processes each writes its part; not of `tensors`.
+
+  Returns: what waits for the end, raises what orbax met, and returns the file or folder
+    in `folder` that holds the arrays.
   """
   if tensors:
     whole = folder / TENSORS
-    return save_tensors(whole, arrays) if hosts.writes() else whole
+    if hosts.writes():
+      save_tensors(whole, arrays)
+    return lambda: whole
   # Orbax refuses empty arrays; who reads them knows their shapes.
   filled = {name: array for name, array in arrays.items() if array.size}
+  orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
   if filled:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    with _quiet():
       orbax.save((folder / ORBAX).absolute(), args=ocp.args.PyTreeSave(filled))
-  return folder / ORBAX
+
+  def end():
+    with _quiet():
+      orbax.close()
+    return folder / ORBAX
+
+  return end
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+  """What orbax logs of an error, many times, is raised as well."""
+  log, others = logging.getLogger('absl'), lambda record: 'orbax' not in record.pathname
+  log.addFilter(others)
+  try:
+    yield
+  finally:
+    log.removeFilter(others)
 
 
 def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:

@@ -16,7 +16,6 @@ from depthprune.inference.saved import save_cascade
 from depthprune.surgery.cut import Pruned, prune
 from depthprune.training import hosts, reached, record, results
 from depthprune.training.deciding import Decided, decide, splits
-from depthprune.training.networks import network
 from depthprune.training.prepared import DataError
 from depthprune.training.sides import Trained, train
 from depthprune.training.stage import Job, prepare
@@ -28,7 +27,6 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
   `cascade/` holds the cascade; `inference.saved.load_cascade` reads it.
   """
   started = time.monotonic()
-  network(config, classes=1)  # an unknown name is found before the data
   job = splits(_one_class(prepare(config, show)))
   record.write(
     job.folder / 'config.json',

@@ -24,6 +24,7 @@ from depthprune.training.data import Normalisation
 from depthprune.training.keeper import Keeper as Keeper
 from depthprune.training.keeper import Restored as Restored
 from depthprune.training.keeper import same_config as same_config
+from depthprune.training.leaf import kind
 from depthprune.training.store import CheckpointError
 
 RECORD = 'arch.json'
@@ -198,7 +199,7 @@ def _abstract(tree: Any) -> Any:
   if tree is None:
     return None
   plain = isinstance(getattr(tree, 'dtype', None), np.dtype)
-  return store.kind(tree) if plain else _OTHER
+  return kind(tree) if plain else _OTHER
 
 
 def _concrete(abstract: Any, where: str) -> Any:

@@ -10,6 +10,7 @@ from depthprune.config import Config
 from depthprune.models import pretrained
 from depthprune.training import checkpoint, data, sentences, store, text
 from depthprune.training.data import Dataset
+from depthprune.training.leaf import kind
 from depthprune.training.prepared import DataError
 from depthprune.training.streamed import Streamed
 from depthprune.training.text import Texts
@@ -55,7 +56,7 @@ def digests(images: Any) -> dict[str, str]:
   if isinstance(images, Streamed):
     splits |= {'records': images.probe()}
   crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
-  return {k: f'{store.kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
+  return {k: f'{kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
 
 
 def normalisation(path: str) -> data.Normalisation | None:

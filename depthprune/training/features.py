@@ -6,9 +6,9 @@ by batch, so that they need not fit in memory and a killed run goes on where it 
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training import data, hosts, mesh, record
-from depthprune.training.checkpoint import same_config
+from depthprune.training import data, disk, hosts, mesh, record
+from depthprune.training.checkpoint import CheckpointError, same_config
 from depthprune.training.method import Tree, inputs_of, real_rows
 
 PROGRESS = 'features.json'
@@ -124,8 +124,9 @@ def collect(
   folder.mkdir(parents=True, exist_ok=True)
   progress = folder / PROGRESS
   done = {'about': dict(about), 'batches': 0, 'rows': 0}
-  if progress.is_file():
-    done = json.loads(progress.read_text())
+  before = record.read(progress) if progress.is_file() else None
+  if before is not None:
+    done = before
     same_config(done['about'], about, str(folder))
     if done.get('finished'):
       return _read(folder, done['names'], done['rows'])
@@ -158,10 +159,28 @@ def _files(folder: Path, rows: Mapping[str, np.ndarray], most: int, anew: bool):
   mode = 'w+' if anew else 'r+'
   shape = lambda values: (most, *values.shape[1:]) if anew else None
   opened = np.lib.format.open_memmap
-  return {
-    name: opened(_path(folder, i), mode, rows[name].dtype, shape(rows[name]))
-    for i, name in enumerate(sorted(rows))
-  }
+  with _usable(folder):
+    files = {
+      name: opened(_path(folder, i), mode, rows[name].dtype, shape(rows[name]))
+      for i, name in enumerate(sorted(rows))
+    }
+    for i in range(len(files) if hasattr(os, 'posix_fallocate') else 0):
+      with _path(folder, i).open('r+b') as file:
+        size = os.fstat(file.fileno()).st_size
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is no SIGBUS later
+  return files
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+  """Raises WriteError where there is no room, CheckpointError for a file cut short."""
+  try:
+    with disk.writing(folder):
+      yield
+  except ValueError as error:  # numpy's, of mapping a file
+    raise CheckpointError(
+      f'{folder}: damaged: {error}. Delete the folder: it is computed again'
+    ) from error
 
 
 def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:
@@ -170,10 +189,11 @@ def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   size = sum(path.stat().st_size for path in paths)
   small = hosts.agreed(np.bool_(size * SHARE <= memory))
-  arrays = {
-    name: np.load(path, mmap_mode=None if small else 'r')[:rows]
-    for name, path in zip(names, paths, strict=True)
-  }
+  with _usable(folder):
+    arrays = {
+      name: np.load(path, mmap_mode=None if small else 'r')[:rows]
+      for name, path in zip(names, paths, strict=True)
+    }
   return {'label': np.array(arrays.pop('label')), 'features': arrays}
 
 

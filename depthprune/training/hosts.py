@@ -37,6 +37,8 @@ def join() -> None:
   environment = os.environ
   if jax.distributed.is_initialized() or not several(environment):
     return
+  # SIGTERM is ours (preemption.py); jax would only take note of it.
+  jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
     **explicit(environment),
     heartbeat_timeout_seconds=SILENCE_S,
@@ -100,6 +102,13 @@ def wait() -> None:
   """Until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('depthprune')
+
+
+def anywhere(*flags: bool) -> list[bool]:
+  """Of each flag, whether it is set in any process."""
+  if jax.process_count() == 1:
+    return [*flags]
+  return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
 
 
 def gathered(value: Any) -> list[Any]:

@@ -4,11 +4,16 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from depthprune.training import hosts, store
+import jax
+
+from depthprune.training import disk, hosts, store
 from depthprune.training.store import CheckpointError
 
 RECORD = 'state.json'
@@ -27,30 +32,55 @@ class Restored(NamedTuple):
 class Keeper:
   """The newest `keep` states of one stage of a run, one folder per step in `folder`.
 
-  Every write is atomic. `config` (plain JSON data) goes with each state, and the state
-  of another config is refused: put in it all that the result depends on.
+  The best is kept besides. Every write is atomic, and goes on in the background while
+  training does. `config` (plain JSON data) goes with each state, and the state of
+  another config is refused: put in it all that the result depends on.
   """
 
   folder: Path
   keep: int = 3
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  _begun: list[Future] = dataclasses.field(default_factory=list, repr=False)
 
-  def save(self, step: int, state: Any, meta: Mapping[str, Any] | None = None) -> None:
-    """Writes the state (a pytree of arrays) of a step; `meta` is plain JSON data.
+  def save(
+    self,
+    step: int,
+    state: Any,
+    meta: Mapping[str, Any] | None = None,
+    score: float | None = None,
+  ) -> None:
+    """Begins to write the state (a pytree of arrays) of a step, once it is copied.
 
-    States of later steps are removed: they are of a future that was given up.
+    States of later steps are removed when it is written: they are of a future that was
+    given up.
+
+    meta: plain JSON data. score: the lower the better.
+
+    Raises: WriteError where this write, or the one before, finds no room; what was
+      there is then still there.
     """
+    self.wait()
     if hosts.writes():
       for left in Path(self.folder).glob('.*-*'):  # of a write that was killed
         shutil.rmtree(left, ignore_errors=True)
     record = {'step': step, 'config': dict(self.config), 'meta': dict(meta or {})}
-    store.write(self._at(step), RECORD, state, record)
-    steps = self.steps()
-    later, kept = [s for s in steps if s > step], [s for s in steps if s <= step]
-    if hosts.writes():
-      for old in later + kept[: -self.keep]:
-        store.discard(self._at(old))
-    hosts.wait()
+    given = self._at(step), RECORD, state, {**record, 'score': score}
+    with self._whole():
+      self._begun.append(store.start(*given, then=lambda: self._retain(step)))
+
+  def wait(self) -> None:
+    """Until all that was saved is on disk; raises WriteError where it is not."""
+    while self._begun:
+      with self._whole():
+        hosts.together(self._begun.pop().result)
+
+  def rest(self) -> None:
+    """Until this process writes no more, whatever became of it.
+
+    Of several processes, one that waited could wait for one that is gone.
+    """
+    if jax.process_count() == 1:
+      futures.wait(self._begun)
 
   def restore_latest(self, like: Any) -> Restored | None:
     """The newest state that is whole, or None where none was saved yet.
@@ -62,9 +92,22 @@ class Keeper:
     the fields), and where a leaf is missing or has another shape or dtype; HostError
     where processes do not see the same folder.
     """
-    hosts.alike(str(self.folder), {'steps': self.steps()}, SHARED)
+    return self._restore(like, self.steps()[::-1])
+
+  def restore_best(self, like: Any) -> Restored | None:
+    """As `restore_latest`, but the state of the lowest score; None without scores."""
+    scores = self._scores(self.steps())
+    return self._restore(like, sorted(scores, key=lambda step: scores[step]))
+
+  def steps(self) -> list[int]:
+    """The steps that were saved, oldest first."""
+    self.wait()
+    return self._there()
+
+  def _restore(self, like: Any, order: list[int]) -> Restored | None:
+    hosts.alike(str(self.folder), {'steps': order}, SHARED)
     broken: list[tuple[int, CheckpointError]] = []
-    for step in reversed(self.steps()):
+    for step in order:
       try:
         leaves, record = store.read(self._at(step), RECORD)
       except CheckpointError as error:
@@ -86,10 +129,34 @@ class Keeper:
       )
     return None
 
-  def steps(self) -> list[int]:
-    """The steps that were saved, oldest first."""
+  @contextmanager
+  def _whole(self) -> Iterator[None]:
+    """Names the step from which a run can go on that finds no room for another."""
+    try:
+      yield
+    except disk.WriteError as error:
+      last = ''.join(f' (step {step})' for step in self._there()[-1:])
+      raise disk.WriteError(f'{error}{last}') from error
+
+  def _there(self) -> list[int]:
     found = Path(self.folder).glob('*')
     return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+  def _scores(self, steps: list[int]) -> dict[int, float]:
+    found = {}
+    for step in steps:
+      with suppress(CheckpointError):
+        found[step] = store.read_record(self._at(step), RECORD).get('score')
+    return {step: score for step, score in found.items() if score is not None}
+
+  def _retain(self, step: int) -> None:
+    steps = self._there()
+    kept = [s for s in steps if s <= step]
+    scores = self._scores(kept)
+    best = min(scores, key=lambda s: scores[s], default=None)
+    for s in steps:
+      if s not in (*kept[-self.keep :], best):
+        disk.discard(self._at(s))
 
   def _at(self, step: int) -> Path:
     return Path(self.folder) / f'{step:08d}'

@@ -7,7 +7,15 @@ from typing import Any
 from depthprune import methods
 from depthprune.config import Config
 from depthprune.program.couple import couple
-from depthprune.training import cascading, checkpoint, hosts, record, results
+from depthprune.training import (
+  cascading,
+  checkpoint,
+  disk,
+  hosts,
+  lost,
+  record,
+  results,
+)
 from depthprune.training.method import plain
 from depthprune.training.networks import check_answer
 from depthprune.training.networks import network as network
@@ -27,12 +35,18 @@ def run(config: Config, show: bool = True) -> dict[str, Any]:
 
   Raises: ValueError for an unknown model or data set, for a target that cannot be
     reached and for weights that do not fit, CutRefused for a cut that costs too much,
-    CheckpointError for a directory of another run, NonFiniteLoss.
+    CheckpointError for a directory of another run, InUse for one in which a run is
+    alive, NonFiniteLoss, WriteError where there is no room, HostLost where another
+    process is gone.
   """
-  if config.options.cascades:
-    return cascading.run(config, show)
-  started = time.monotonic()
   network(config, classes=1)  # an unknown name is found before the data
+  hosts.join()
+  with lost.watched(), disk.held(config.path):
+    return (cascading.run if config.options.cascades else _run)(config, show)
+
+
+def _run(config: Config, show: bool) -> dict[str, Any]:
+  started = time.monotonic()
   job = prepare(config, show)
   model = network(config, job.images.classes)
   check_answer(job, model)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from depthprune.training import hosts
+from depthprune.training import disk, hosts
 
 PACKAGES = (
   'depthprune',
@@ -30,22 +31,42 @@ PACKAGES = (
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
-  """Writes one JSON object; the file is whole or absent, whenever the run is killed."""
+  """Writes one JSON object; the file is whole or absent, whenever the run is killed.
+
+  Raises: WriteError where there is no room.
+  """
   if not hosts.writes():
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_suffix('.partial')
-  scratch.write_text(json.dumps(values, indent=1) + '\n')
-  os.replace(scratch, path)
+  with disk.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch.write_text(json.dumps(values, indent=1) + '\n')
+    os.replace(scratch, path)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+  """What `write` wrote; None, with a warning, where a machine that died broke it."""
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    warnings.warn(f'{path}: damaged, and not looked at: {error}', stacklevel=2)
+    return None
 
 
 def append(path: Path, values: Mapping[str, Any]) -> None:
-  """Adds one line; a reader takes the last line of a step that was repeated."""
+  """Adds one line; a reader takes the last line of a step that was repeated.
+
+  Raises: WriteError where there is no room.
+  """
   if not hosts.writes():
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('a') as lines:
-    lines.write(json.dumps(values) + '\n')
+  with disk.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('ab+') as lines:
+      if lines.tell():  # the last line may have been cut short
+        lines.seek(-1, os.SEEK_END)
+        lines.write(b'\n' * (lines.read(1) != b'\n'))
+      lines.write(json.dumps(values).encode() + b'\n')
 
 
 def plain(tree: Any) -> Any:

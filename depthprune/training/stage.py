@@ -1,8 +1,6 @@
 """One stage of a run: a network trained for some epochs, recorded and resumable."""
 
-import json
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from depthprune.config import Config
-from depthprune.training import data, datasets, hosts, record, store, tasks, throughput
+from depthprune.training import (
+  callbacks,
+  data,
+  datasets,
+  hosts,
+  preemption,
+  record,
+  store,
+  tasks,
+  throughput,
+)
 from depthprune.training import mesh as meshes
 from depthprune.training.distill import Teacher
 from depthprune.training.evaluate import evaluator
@@ -27,7 +35,7 @@ from depthprune.training.relevant import relevant
 from depthprune.training.step import State, init_state, make_step
 from depthprune.training.streamed import Streamed
 from depthprune.training.text import Texts
-from depthprune.training.train import Row, first_batch, fit
+from depthprune.training.train import first_batch, fit
 
 LINES = 50  # of history that a stage writes
 
@@ -135,8 +143,9 @@ def prepare(config: Config, show: bool = True) -> Job:
   if not before.is_file():
     return job
   if config.resume:
-    stored = json.loads(before.read_text())['config']
-    same_config(relevant(stored), job.relevant(), str(folder))
+    stored = record.read(before)  # damaged, it is written anew; every state has its own
+    if stored is not None:
+      same_config(relevant(stored['config']), job.relevant(), str(folder))
   elif hosts.writes():
     for name in ('history.jsonl', 'gates.jsonl', 'costs.json', 'result.json'):
       (folder / name).unlink(missing_ok=True)
@@ -187,56 +196,26 @@ def stage(
     given = batch_at, job.train, step, state, job.key(name), taught
     line = throughput.tell(throughput.measure(*given), name, job.show)
     record.append(job.folder / 'input.jsonl', line)
-  callbacks = [_historian(job, name), _saver(keeper, job.config)]
-  if state.theta:
-    callbacks.append(_watch(job, name, method))
-  state = fit(
-    step,
-    state,
-    job.key(name),
-    batch_at,
-    job.train,
-    steps=steps,
-    every=max(1, min(100, steps // LINES)),
-    teacher=taught,
-    callbacks=callbacks,
-    label=name,
-    show=job.show,
-  )
-  if steps and steps not in keeper.steps():
-    keeper.save(steps, state)
+  try:
+    with preemption.noticed() as told:
+      state = fit(
+        step,
+        state,
+        job.key(name),
+        batch_at,
+        job.train,
+        steps=steps,
+        every=max(1, min(100, steps // LINES)),
+        teacher=taught,
+        callbacks=[
+          callbacks.historian(job.folder, name),
+          *([callbacks.learnt(job.folder, name, method)] if state.theta else []),
+          callbacks.saver(keeper, name, steps, job.config.checkpoint_every_s, told),
+        ],
+        label=name,
+        show=job.show,
+      )
+      keeper.wait()
+  finally:
+    keeper.rest()
   return meshes.local(state)
-
-
-def _historian(job: Job, name: str) -> Callable[[State, Row], None]:
-  def write(state: State, row: Row) -> None:
-    del state
-    line = {'stage': name, 'flops': None, **row, 'step': int(row['step'])}
-    record.append(job.folder / 'history.jsonl', line)
-
-  return write
-
-
-def _saver(keeper: Keeper, config: Config) -> Callable[[State, Row], None]:
-  last = time.monotonic()
-
-  def save(state: State, row: Row) -> None:
-    nonlocal last
-    due = time.monotonic() - last >= config.checkpoint_every_s
-    if hosts.agreed(np.bool_(due)):
-      keeper.save(int(row['step']), state)
-      last = time.monotonic()
-
-  return save
-
-
-def _watch(job: Job, name: str, method: Method) -> Callable[[State, Row], None]:
-  """Writes what the method has learnt so far."""
-  report = jax.jit(method.report)
-
-  def write(state: State, row: Row) -> None:
-    learnt = record.plain(report(state.theta))
-    line = {'stage': name, 'step': int(row['step']), **learnt}
-    record.append(job.folder / 'gates.jsonl', line)
-
-  return write

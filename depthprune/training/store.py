@@ -10,7 +10,9 @@ is pickled.
 import json
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.training import arrays as files
-from depthprune.training import hosts
+from depthprune.training import disk, hosts
+from depthprune.training.leaf import described, kind, placed, stored
 
 FORMAT = 1
 
@@ -40,12 +43,6 @@ def paths(tree: Any) -> dict[str, Any]:
   return named
 
 
-def kind(leaf: Any) -> str:
-  """dtype and shape in a word: 'float32[3,3,16,16]', 'key<fry>[]'."""
-  leaf = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
-  return f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
-
-
 def write(
   folder: Path, name: str, tree: Any, record: Mapping[str, Any], tensors: bool = False
 ) -> None:
@@ -56,7 +53,24 @@ def write(
   A checkpoint that was there is replaced. Killed at any moment, the folder is what it
   was, or the new one, whole; or, in the instant of replacing, both are beside it.
 
-  Raises CheckpointError where the folder holds something else.
+  Raises CheckpointError where the folder holds something else, and WriteError where
+  there is no room; what was there is then still there.
+  """
+  hosts.together(start(folder, name, tree, record, tensors).result)
+
+
+def start(
+  folder: Path,
+  name: str,
+  tree: Any,
+  record: Mapping[str, Any],
+  tensors: bool = False,
+  then: Callable[[], None] = lambda: None,
+) -> 'Future[None]':
+  """As `write`, but goes on in the background once the arrays are copied.
+
+  The Future ends, or raises, when `folder` is there and `then` was called, which the
+  process that writes does.
   """
   if folder.exists() and not (folder / name).exists() and any(folder.iterdir()):
     raise CheckpointError(
@@ -64,27 +78,49 @@ def write(
       'files: choose another path'
     )
   leaves = paths(tree)
-  arrays = {path: _storable(leaf) for path, leaf in leaves.items()}
+  arrays = {path: stored(leaf) for path, leaf in leaves.items()}
   content = {
     'format': FORMAT,
     'library': _library(),
     **record,
-    'leaves': {path: _about(leaves[path], array) for path, array in arrays.items()},
+    'leaves': {path: described(leaves[path], array) for path, array in arrays.items()},
   }
   fresh = folder.with_name(f'.unfinished-{folder.name}')
-  if hosts.writes():
+  hosts.together(lambda: _emptied(fresh) if hosts.writes() else None)
+
+  def finish():
+    where = written()
+    if hosts.writes():
+      content['files'] = files.checksums(where)
+      content['crc32'] = zlib.crc32(_json(content).encode())
+      (fresh / name).write_text(_json(content) + '\n')
+      if folder.exists():
+        disk.discard(folder)
+      fresh.rename(folder)
+      then()
+
+  with _room(fresh):
+    written = files.begin(fresh, arrays, tensors)
+  thread = ThreadPoolExecutor(1, 'checkpoint')
+  future = thread.submit(_room(fresh)(finish))
+  thread.shutdown(wait=False)
+  return future
+
+
+@contextmanager
+def _room(fresh: Path) -> Iterator[None]:
+  """Gives back the room of what was begun, where it does not come to an end."""
+  try:
+    yield
+  except Exception as error:  # orbax and tensorstore raise whatever they meet
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-  hosts.wait()
-  where = files.save(fresh, arrays, tensors)
-  if hosts.writes():
-    content['files'] = files.checksums(where)
-    content['crc32'] = zlib.crc32(_json(content).encode())
-    (fresh / name).write_text(_json(content) + '\n')
-    if folder.exists():
-      discard(folder)
-    fresh.rename(folder)
-  hosts.wait()
+    raise disk.failed(fresh, error) from error
+
+
+def _emptied(folder: Path) -> None:
+  shutil.rmtree(folder, ignore_errors=True)
+  with disk.writing(folder):
+    folder.mkdir(parents=True)
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,15 +139,15 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
       raise _damaged(folder, f'{"" if file == where.name else "arrays/"}{file} {what}')
   filled = {path for path, leaf in about.items() if all(leaf['shape'])}
   try:
-    stored = files.load(where, filled)
+    there = files.load(where, filled)
   except Exception as error:  # orbax and tensorstore raise whatever they meet
     first = ' '.join(str(error).splitlines()[:1])
     raise _damaged(folder, f'{where.name} cannot be read ({first})') from error
   leaves = {}
   for path, leaf in about.items():
-    array = stored.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
+    array = there.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
     key = leaf.pop('key', None)
-    if _about(array, array) != leaf:
+    if described(array, array) != leaf:
       raise _damaged(folder, f'{path}: expected {leaf}, got {kind(array)}')
     leaves[path] = (
       jax.random.wrap_key_data(jnp.asarray(array), impl=key) if key else array
@@ -159,16 +195,8 @@ def matched(like: Any, leaves: Mapping[str, Any], where: str) -> Any:
         f'{where}: {path}: expected {want}, got {got}: this is the checkpoint of '
         'another network, optimizer or version of the program'
       )
-  placed = [_placed(leaves[path], leaf) for path, leaf in expected.items()]
-  return jax.tree.unflatten(jax.tree.structure(like), placed)
-
-
-def discard(folder: Path) -> None:
-  """Removes a folder so that it is never seen half empty."""
-  away = folder.with_name(f'.discarded-{folder.name}')
-  shutil.rmtree(away, ignore_errors=True)
-  folder.rename(away)
-  shutil.rmtree(away)
+  back = [placed(leaves[path], leaf) for path, leaf in expected.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), back)
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
@@ -177,40 +205,11 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
   )
 
 
-def _storable(leaf: Any) -> Any:
-  """A numpy array; of a leaf that is split over processes, each writes its part."""
-  if _is_key(leaf):
-    leaf = jax.random.key_data(leaf)
-  if getattr(leaf, 'is_fully_addressable', True) or leaf.is_fully_replicated:
-    return np.asarray(jax.device_get(leaf))
-  return leaf
-
-
-def _placed(leaf: Any, like: Any) -> Any:
-  if not hasattr(like, 'dtype'):
-    return leaf.item()
-  if isinstance(like, np.ndarray | np.generic):
-    return leaf
-  where = like.sharding if getattr(like, 'committed', False) else None
-  # An alias of numpy's memory could be donated to the next step.
-  return jax.device_put(leaf, where, may_alias=False)
-
-
-def _about(leaf: Any, array: Any) -> dict[str, Any]:
-  about = {'dtype': str(array.dtype), 'shape': list(array.shape)}
-  return {**about, 'key': str(jax.random.key_impl(leaf))} if _is_key(leaf) else about
-
-
 def _library() -> str:
   try:
     return f'depthprune {metadata.version("depthprune")}'
   except metadata.PackageNotFoundError:  # used from a source folder
     return 'depthprune, not installed'
-
-
-def _is_key(leaf: Any) -> bool:
-  dtype = getattr(leaf, 'dtype', None)
-  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Features computed once: what a head reads, on disk, gone on with after a kill."""
 
+import errno
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
 from depthprune.training import features
+from depthprune.training.disk import WriteError
 from depthprune.training.features import PROGRESS, FeatureSampler, FeatureSet, collect
 from depthprune.training.keeper import CheckpointError
 from tests import zoo
@@ -66,6 +68,30 @@ def test_an_unfinished_collection_is_gone_on_with(tmp_path):
   again = collect(counting, W, batches(), 20, tmp_path, ABOUT)
   assert len(seen) == 1
   np.testing.assert_array_equal(again['features']['main'], found['features']['main'])
+
+
+def test_damaged_features_are_computed_again_or_said_to_be(tmp_path):
+  found = collect(apply, W, batches(), 20, tmp_path, ABOUT)
+  (tmp_path / PROGRESS).write_text('{')
+  with pytest.warns(UserWarning, match='features.json: damaged'):
+    again = collect(apply, W, batches(), 20, tmp_path, ABOUT)
+  jax.tree.map(np.testing.assert_array_equal, again, found)
+  file = tmp_path / '0.npy'
+  file.write_bytes(file.read_bytes()[:-4])
+  with pytest.raises(CheckpointError, match='damaged: .* Delete the folder'):
+    collect(apply, W, batches(), 20, tmp_path, ABOUT)
+
+
+def test_features_without_room_are_refused_before_any_is_computed(
+  tmp_path, monkeypatch
+):
+  def full(*args):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(features.os, 'posix_fallocate', full)
+  with pytest.raises(WriteError, match='No space left'):
+    collect(apply, W, batches(), 20, tmp_path, ABOUT)
+  assert not (tmp_path / PROGRESS).exists()
 
 
 def test_features_of_something_else_are_refused(tmp_path):

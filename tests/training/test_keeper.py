@@ -1,8 +1,12 @@
 """Training state: exact to the bit, and never lost to a kill."""
 
+import errno
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +18,11 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.training import store
+from depthprune.training import arrays
 from depthprune.training.checkpoint import CheckpointError, Keeper
+from depthprune.training.disk import WriteError
 from depthprune.training.keeper import same_config
+from depthprune.training.leaf import kind
 
 
 @flax.struct.dataclass
@@ -49,11 +55,16 @@ def make_state(seed: int = 0):
 def assert_identical(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    assert type(x) is type(y) and store.kind(x) == store.kind(y)
-    if store.kind(x).startswith('key'):
+    assert type(x) is type(y) and kind(x) == kind(y)
+    if kind(x).startswith('key'):
       assert jax.random.key_impl(x) == jax.random.key_impl(y)
       x, y = jax.random.key_data(x), jax.random.key_data(y)
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def write(keeper: Keeper, step: int, state, **kwargs) -> None:
+  keeper.save(step, state, **kwargs)
+  keeper.wait()
 
 
 def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
@@ -69,7 +80,7 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
 
 def test_an_abstract_state_says_what_is_expected(tmp_path):
   state = {'w': jnp.arange(3.0), 'key': jax.random.key(3)}
-  Keeper(tmp_path).save(1, state)
+  write(Keeper(tmp_path), 1, state)
   back = Keeper(tmp_path).restore_latest(jax.eval_shape(lambda: state))
   assert back is not None
   assert_identical(back.state, state)
@@ -78,7 +89,7 @@ def test_an_abstract_state_says_what_is_expected(tmp_path):
 def test_values_that_are_not_finite_are_kept(tmp_path):
   bits = np.array([0x7FC00001, 0xFF800000, 0x80000000, 1], np.uint32)
   state = {'w': jnp.asarray(bits.view(np.float32))}
-  Keeper(tmp_path).save(1, state)
+  write(Keeper(tmp_path), 1, state)
   back = Keeper(tmp_path).restore_latest(state)
   assert back is not None
   assert np.asarray(back.state['w']).tobytes() == bits.tobytes()
@@ -96,17 +107,125 @@ def test_keeps_the_newest_and_drops_a_future_that_was_given_up(tmp_path):
   assert back is not None and back.state['w'].tolist() == [1, 1]
 
 
+def test_the_best_is_kept_besides_the_newest(tmp_path):
+  keeper = Keeper(tmp_path, keep=2)
+  assert keeper.restore_best({'w': jnp.zeros(2)}) is None
+  for step, score in ((10, 0.5), (20, 0.1), (30, 0.3), (40, 0.2), (50, None)):
+    keeper.save(step, {'w': jnp.full(2, float(step))}, score=score)
+  assert keeper.steps() == [20, 40, 50]
+  best = keeper.restore_best({'w': jnp.zeros(2)})
+  assert best is not None and best.step == 20 and best.state['w'].tolist() == [20, 20]
+  newest = keeper.restore_latest({'w': jnp.zeros(2)})
+  assert newest is not None and newest.step == 50
+  keeper.save(60, {'w': jnp.zeros(2)}, score=0.05)
+  assert keeper.steps() == [50, 60]
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
+  """Nothing is there before the write has ended, and it is of the state as it was."""
+  keeper, go_on, checksums = Keeper(tmp_path), threading.Event(), arrays.checksums
+  monkeypatch.setattr(arrays, 'checksums', lambda f: (go_on.wait(60), checksums(f))[1])
+  state = {'host': np.arange(4.0), 'device': jnp.arange(4.0)}
+  keeper.save(1, state)
+  state['host'] += 1
+  state['device'] = jax.jit(lambda x: x + 1, donate_argnums=0)(state['device'])
+  assert [path.name for path in tmp_path.iterdir()] == ['.unfinished-00000001']
+  go_on.set()
+  back = keeper.restore_latest(state)
+  assert back is not None and back.step == 1
+  for array in back.state.values():
+    np.testing.assert_array_equal(array, np.arange(4.0))
+
+
+FULL = OSError(errno.ENOSPC, 'No space left on device')
+
+
+@pytest.mark.parametrize(
+  ('where', 'name'),
+  [
+    (Path, 'mkdir'),
+    (arrays.ocp.AsyncCheckpointer, 'save'),
+    (arrays, 'checksums'),
+    (Path, 'write_text'),
+    (Path, 'rename'),
+  ],
+)
+def test_a_full_disk_costs_one_state_and_none_that_was_there(
+  tmp_path, monkeypatch, where, name
+):
+  keeper = Keeper(tmp_path, keep=2)
+  for step in (1, 2):
+    write(keeper, step, {'w': jnp.full(2, float(step))})
+
+  def full(*args, **kwargs):
+    raise FULL
+
+  with monkeypatch.context() as patch:
+    patch.setattr(where, name, full)
+    with pytest.raises(WriteError, match=r'No space left.*continues .*\(step 2\)'):
+      write(keeper, 3, {'w': jnp.full(2, 3.0)})
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['00000001', '00000002']
+  back = keeper.restore_latest({'w': jnp.zeros(2)})
+  assert back is not None and back.state['w'].tolist() == [2, 2]
+  keeper.save(3, back.state)
+  assert keeper.steps() == [2, 3]
+
+
+def test_arrays_that_find_no_room_leave_what_was_there(tmp_path, caplog):
+  """The limit is the system's: what fails is tensorstore, in a thread of its own."""
+  keeper, w = Keeper(tmp_path), jax.random.normal(jax.random.key(0), (512, 512))
+  write(keeper, 1, {'w': w})
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+  try:
+    with pytest.raises(WriteError, match=r'written: File too large. .*\(step 1\)'):
+      write(keeper, 2, {'w': w + 1})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert [path.name for path in tmp_path.iterdir()] == ['00000001']
+  back = keeper.restore_latest({'w': w})
+  assert back is not None
+  np.testing.assert_array_equal(back.state['w'], w)
+  assert not caplog.records
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flipped', 'removed'])
+def test_any_file_of_the_newest_state_damaged_gives_way_to_the_one_before(
+  tmp_path, damage
+):
+  whole = tmp_path / 'whole'
+  for step in (1, 2):
+    write(Keeper(whole), step, {'w': jnp.full(64, float(step))})
+  files = sorted(path for path in (whole / '00000002').rglob('*') if path.is_file())
+  assert len({len(path.relative_to(whole).parts) for path in files}) >= 3
+  for i, file in enumerate(path for path in files if path.stat().st_size):
+    folder = tmp_path / str(i)
+    shutil.copytree(whole, folder)
+    broken = folder / file.relative_to(whole)
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 3] ^= 8
+    if damage == 'removed':
+      broken.unlink()
+    else:
+      broken.write_bytes(
+        content if damage == 'flipped' else content[: len(content) // 2]
+      )
+    with pytest.warns(UserWarning, match=f'{file.name}.*going on from step 1'):
+      back = Keeper(folder).restore_latest({'w': jnp.zeros(64)})
+    assert back is not None and back.step == 1 and (back.state['w'] == 1).all()
+
+
 def test_leftovers_of_a_kill_are_swept_and_never_read(tmp_path):
   keeper = Keeper(tmp_path)
   (tmp_path / '.unfinished-00000009' / 'arrays').mkdir(parents=True)
   assert keeper.restore_latest({'w': jnp.zeros(2)}) is None
-  keeper.save(1, {'w': jnp.zeros(2)})
+  write(keeper, 1, {'w': jnp.zeros(2)})
   assert [path.name for path in tmp_path.iterdir()] == ['00000001']
 
 
 def test_another_config_is_refused_naming_the_fields(tmp_path):
   state = {'w': jnp.zeros(2)}
-  Keeper(tmp_path, config={'target': 0.5, 'seed': 0, 'dims': (1, 2)}).save(1, state)
+  write(Keeper(tmp_path, config={'target': 0.5, 'seed': 0, 'dims': (1, 2)}), 1, state)
   asked = {'target': 0.25, 'seed': 0, 'dims': (1, 2), 'of': 'params'}
   with pytest.raises(CheckpointError, match='another config') as error:
     Keeper(tmp_path, config=asked).restore_latest(state)
@@ -128,7 +247,7 @@ def test_another_config_is_refused_naming_the_fields(tmp_path):
   ],
 )
 def test_a_leaf_that_does_not_fit_is_named(tmp_path, like, words):
-  Keeper(tmp_path).save(1, {'w': jnp.zeros(2), 'b': jnp.zeros(1)})
+  write(Keeper(tmp_path), 1, {'w': jnp.zeros(2), 'b': jnp.zeros(1)})
   with pytest.raises(CheckpointError, match=words):
     Keeper(tmp_path).restore_latest(like)
 
@@ -136,7 +255,7 @@ def test_a_leaf_that_does_not_fit_is_named(tmp_path, like, words):
 def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path):
   keeper = Keeper(tmp_path)
   for step in (1, 2, 3):
-    keeper.save(step, {'w': jnp.full(2, float(step))})
+    write(keeper, step, {'w': jnp.full(2, float(step))})
   for step in (2, 3):
     record = tmp_path / f'{step:08d}' / 'state.json'
     record.write_bytes(record.read_bytes()[:-40])
@@ -150,7 +269,7 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path):
 
 def test_when_all_are_damaged_nothing_is_started_over_silently(tmp_path):
   keeper = Keeper(tmp_path)
-  keeper.save(1, {'w': jnp.zeros(2)})
+  write(keeper, 1, {'w': jnp.zeros(2)})
   (tmp_path / '00000001' / 'state.json').unlink()
   with pytest.raises(CheckpointError, match='no state is whole.*delete the folder'):
     keeper.restore_latest({'w': jnp.zeros(2)})
@@ -169,6 +288,7 @@ start = back.step + 1 if back else 0
 assert back is None or int(back.state['step']) == back.step
 for step in range(start, 100_000):
   keeper.save(step, {'w': jnp.full((64, 64), float(step)), 'step': jnp.int32(step)})
+  keeper.wait()
   print(step, flush=True)
 """
 

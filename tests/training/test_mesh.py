@@ -173,8 +173,8 @@ def test_a_run_of_two_processes_writes_everything_once(tmp_path):
   result = json.loads((tmp_path / 'result.json').read_text())
   assert result['mesh'] == {'data': 2, 'model': 1, 'processes': 2}
   assert {p.name for p in tmp_path.iterdir()} == {
-    *('checkpoints', 'config.json', 'gates.jsonl', 'history.jsonl', 'pruned'),
-    *('report.html', 'result.json'),
+    *('.lock', 'checkpoints', 'config.json', 'gates.jsonl', 'history.jsonl'),
+    *('pruned', 'report.html', 'result.json'),
   }
 
 

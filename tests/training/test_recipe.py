@@ -180,6 +180,17 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(finished, tmp_path):
     np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+def test_a_config_that_a_dying_machine_broke_is_written_anew(finished, monkeypatch):
+  config, _ = finished
+  file = config.path / 'config.json'
+  before = json.loads(file.read_text())
+  file.write_bytes(bytes(100))
+  monkeypatch.setattr('depthprune.training.train._one_by_one', None)
+  with pytest.warns(UserWarning, match=r'config\.json: damaged, and not looked at'):
+    recipe.run(config, show=False)
+  assert json.loads(file.read_text())['config'] == before['config']
+
+
 def test_distillation_is_an_option_of_a_run(finished, tmp_path):
   config = dataclasses.replace(
     finished[0], distill=True, workdir=str(tmp_path), train_epochs=1, gate_epochs=2
