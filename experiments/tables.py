@@ -7,7 +7,7 @@ import re
 
 from experiments.auxiliary.table import auxiliary
 from experiments.auxiliary.table import composed as auxiliary_composed
-from experiments.bench.table import bench, cascades, depth_methods
+from experiments.bench.table import auxiliary_paths, bench, cascades, depth_methods
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
@@ -36,6 +36,7 @@ def text() -> str:
       cascades,
       auxiliary,
       auxiliary_composed,
+      auxiliary_paths,
       progress,
     )
   )

@@ -100,8 +100,9 @@ def test_augmentation_is_asked_for_where_there_is_some():
 
 
 def test_a_run_of_before_there_was_streaming_is_the_same_run():
-  """What is added to a config is None, so that directories of older runs go on."""
+  """What is added to a config is None or off, so that older directories go on."""
   old = {k: v for k, v in Config().to_json().items() if k not in STREAMING}
+  same_config({k: v for k, v in old.items() if k != 'remat'}, old, 'here')
   same_config(relevant(old), relevant(Config().to_json()), 'here')
   more = dataclasses.replace(Config(), workers=4)
   same_config(relevant(old), relevant(more.to_json()), 'here')

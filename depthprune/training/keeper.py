@@ -165,8 +165,8 @@ class Keeper:
 def same_config(stored: Mapping, config: Mapping, where: str) -> None:
   """Raises CheckpointError naming the fields in which a run differs from what is there.
 
-  Both are compared as JSON has them, where a tuple is a list; a field that is None is
-  as good as one that did not exist when the run was made.
+  Both are compared as JSON has them, where a tuple is a list; a field that is None or
+  False is as good as one that did not exist when the run was made.
   """
   stored, config = map(_given, json.loads(json.dumps([dict(stored), dict(config)])))
   differing = [
@@ -183,7 +183,8 @@ def same_config(stored: Mapping, config: Mapping, where: str) -> None:
 
 
 def _given(values: Any) -> Any:
-  """Without what is None, at any depth."""
+  """Without what is None or off, at any depth."""
   if not isinstance(values, dict):
     return values
-  return {k: _given(v) for k, v in values.items() if v is not None}
+  given = lambda v: v is not None and v is not False
+  return {k: _given(v) for k, v in values.items() if given(v)}

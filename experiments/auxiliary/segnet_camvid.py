@@ -10,6 +10,12 @@ images at 64×64, 40 epochs. `--full`, for an accelerator: 128×128, 150 epochs.
 `--minutes 10` stops and goes on with the next call. The data set's own validation
 split is held out.
 Goal: mean IoU of `search` above `alone` by more than a standard deviation.
+
+Found (64×64, 3 seeds; distillation one seed): it is, 32.6 ± 0.5 against 30.4 ± 1.3;
+`all` 32.0 ± 1.3. Plain deep supervision (32.9 ± 0.4) and `longer`, with the same
+training FLOPs (33.3 ± 0.4), do as well or better: after 40 short epochs the network is
+far from converged, and whatever trains it more helps. The search closes next to
+nothing here: at a price of 0.005 nats each of its connections is worth more.
 """
 
 import dataclasses

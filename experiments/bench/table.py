@@ -1,6 +1,6 @@
 """What gates cost, what the cut gains, and what a cascade gains."""
 
-from experiments.found import link, load, table
+from experiments.found import link, load, notes, table
 
 
 def bench() -> str:
@@ -53,6 +53,32 @@ def cascades() -> str:
     f'The same decision by `vmap(cond)`, on a transformer 128 wide: '
     f'{trap["vmap_cond_ms"]:.0f} ms, where the network alone takes '
     f'{trap["whole_ms"]:.0f} ms and the cascade {trap["cascade_ms"]:.0f} ms.'
+  )
+
+
+def auxiliary_paths() -> str:
+  """What a path costs in training beside its FLOPs, and what is left of it."""
+  path = 'bench/results/auxiliary_cpu.json'
+  found = load(path)
+  head = ('', 'step / plain', 'FLOPs / plain', 'time / FLOPs', 'stripped / plain')
+  lines = [
+    (
+      f'{name}, {structure}',
+      f'{row["ratio"]:.2f}',
+      f'{row["flop_ratio"]:.2f}',
+      f'{row["over_flops"]:.2f}',
+      ', '.join(
+        f'{1 / each["speedup"]:.2f} (batch {batch})'
+        for batch, each in row['stripped_ms'].items()
+      ),
+    )
+    for name, case in found['models'].items()
+    for structure, row in case.items()
+    if isinstance(row, dict)
+  ]
+  return (
+    f'A training step beside an auxiliary path ({found["device"]}; {link(path)}).'
+    f'{notes(found)}\n\n{table(head, lines)}'
   )
 
 
