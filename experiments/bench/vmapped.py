@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import depthprune as dp
-from depthprune.inference import latency
+from depthprune.program.clock import interleave
 from depthprune.training import record, results
 from depthprune.training.step import init_state
 
@@ -61,7 +61,7 @@ def steps(name: str, batch: dict) -> tuple:
 
 def measured(name: str, batch: dict) -> dict:
   """Median milliseconds of both, and of the ratio of every pair of turns."""
-  loop, vmap = latency.interleave(steps(name, batch), seconds=60, least=9, most=61)
+  loop, vmap = interleave(steps(name, batch), seconds=60, least=9, most=61)
   lower, ratio, upper = np.percentile(vmap / loop, (25, 50, 75))
   return {
     'loop_ms': float(np.median(loop)),
