@@ -46,7 +46,7 @@ def builder(
     'mask': kinds.Image(shape=(4, 6, 1), dtype=np.uint8),
   }
   info = SimpleNamespace(supervised_keys=supervised, features=features, splits=told)
-  as_source = lambda split: Records(splits[split])
+  as_source = lambda split, **how: Records(splits[split])
   return SimpleNamespace(info=info, data_path=tmp_path, as_data_source=as_source)
 
 

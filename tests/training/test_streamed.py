@@ -298,6 +298,6 @@ def test_a_whole_run_says_what_it_reads(imagenet, tmp_path, capsys):
   assert 'read from disk' in result['data_notes'][0]
   said = capsys.readouterr().out
   for stage in ('gates', 'finetune'):
-    assert re.search(rf'{stage}: \d+ images/s are read, the step takes [\d,]+', said)
+    assert re.search(rf'{stage}: [\d,]+ images/s are read, the step takes [\d,]+', said)
   found = lines(tmp_path / 'input.jsonl')
   assert all(line['input_bound'] == (line['read'] < line['needed']) for line in found)
