@@ -72,7 +72,9 @@ def test_a_cascade_of_two_labels_is_refused(tfds_data, tmp_path):
   config = dataclasses.replace(
     RECIPES['sidenet'], data='multi_fashion', subset=30, workdir=str(tmp_path)
   )
-  with pytest.raises(DataError, match='several tasks .left, right.: expected the method'):
+  with pytest.raises(
+    DataError, match='several tasks .left, right.: expected the method'
+  ):
     recipe.run(config, show=False)
 
 
