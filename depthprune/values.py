@@ -93,3 +93,8 @@ def inside(
       f'{name}: expected a number in {"(" if open_ else "["}{least:g}, {most:g}), got '
       f'{value!r}'
     )
+
+
+def shown(value: Any) -> str:
+  """A setting in a word."""
+  return f'{value:g}' if isinstance(value, float) else str(value)

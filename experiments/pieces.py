@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -154,6 +155,11 @@ def sized(
   return HERE / paper / 'results' / f'{name}.json', config
 
 
+def folder_of(config: Config, case: Case) -> Path:
+  """Where the run of a case lies."""
+  return config.path / '-'.join(f'{k}{v}' for k, v in case.items())
+
+
 def compare(
   to: Path,
   config: Config,
@@ -171,7 +177,7 @@ def compare(
   """
   rows = Rows(to, config.to_json(), ('seed', *cases[0]))
   every = [{'seed': s, **case} for s in given.seeds or range(SEEDS) for case in cases]
-  folder = lambda case: config.path / '-'.join(f'{k}{v}' for k, v in case.items())
+  folder = functools.partial(folder_of, config)
 
   def make(case: Case) -> Mapping[str, Any]:
     seed, found = case['seed'], [r for r in rows.rows if r['seed'] == case['seed']]

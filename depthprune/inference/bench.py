@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.config import from_json
+from depthprune.config import Config, from_json
 from depthprune.inference import latency, race, roofline
 from depthprune.inference.latency import Network, Timing
 from depthprune.inference.programs import module, probe
 from depthprune.inference.saved import Saved, find
 from depthprune.options import NetCut
 from depthprune.program import cost
+from depthprune.program.clock import made_up
 from depthprune.program.couple import couple
+from depthprune.program.crossing import batched
 from depthprune.program.view import runnable
 from depthprune.surgery.cut import Pruned
 from depthprune.training import datasets, record
@@ -81,17 +83,15 @@ def original(run: Path, after: Pruned) -> Original:
 
   Raises: ValueError where this version cannot build it.
   """
-  config = from_json(json.loads((run / 'config.json').read_text())['config'])
+  config = _config(run)
   if config.pretrained is not None and not Path(config.pretrained).is_dir():
     config = dataclasses.replace(config, pretrained=None)  # arrays, which are made up
   classes = getattr(after.model, 'trunk', after.model).classes
   model, inputs = network_of(config, classes), after.coupling.inputs
   told = after.model.exits if not isinstance(config.options, NetCut) else ()
   answers = [name for name in told if name in model.exits] or model.exits[-1:]
-  draw = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-  array = lambda s: jnp.asarray(draw.uniform(0.01, 0.1, s.shape), s.dtype)
-  variables = jax.tree.map(array, shapes)
+  variables = jax.tree.map(lambda s: made_up(s.shape, s.dtype), shapes)
   fn = runnable(model)
 
   def only(variables, *inputs):
@@ -101,6 +101,10 @@ def original(run: Path, after: Pruned) -> Original:
   coupling = couple(only, variables, *inputs)
   flops = cost.flops(coupling) // inputs[0].shape[0]
   return Original(Network(only, variables), flops, cost.params(coupling))
+
+
+def _config(run: Path) -> Config:
+  return from_json(json.loads((run / 'config.json').read_text())['config'])
 
 
 # ---- networks ------------------------------------------------------------------------
@@ -121,7 +125,7 @@ def _network(
   networks = [before.network, after] if before else [after]
   lines = {}
   for batch, taken in latency.sweep(
-    networks, *probe(_one(inputs)), batches=batches, seconds=seconds
+    networks, *probe(batched(inputs, 1)), batches=batches, seconds=seconds
   ):
     roof = peak.milliseconds(batch * flops, _moved(after, inputs, batch))
     lines[str(batch)] = _line(batch, latency.timing(taken[-1]), roof)
@@ -160,14 +164,10 @@ def _against(before: Timing, speedup: float) -> dict[str, Any]:
 
 def _moved(network: Network, inputs: Sequence[Any], batch: int) -> int:
   """Bytes that have to be read and written once: arrays, inputs, outputs."""
-  given = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
+  given = batched(tuple(inputs), batch)
   outputs = jax.eval_shape(network.apply, network.variables, *given)
   leaves = jax.tree.leaves((network.variables, given, outputs))
   return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
-def _one(inputs: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-  return [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in inputs]
 
 
 def _dtype(saved: Saved) -> str:
@@ -195,8 +195,7 @@ def _cascade(
   try:
     examples = _examples(saved, max(batches))
   except DataError as error:
-    inputs = probe([jax.ShapeDtypeStruct((max(batches), *x.shape[1:]), x.dtype)
-                    for x in small.coupling.inputs])  # fmt: skip
+    inputs = probe(batched(small.coupling.inputs, max(batches)))
     each, main = race.exit_milliseconds(found, *inputs, seconds=seconds)
     ms = {'alone': main, **dict(zip(found.exits, map(float, each)))}
     note = f'without its data ({error}): an example if all leave at one exit'
@@ -220,6 +219,5 @@ def _examples(saved: Saved, count: int) -> list[jax.Array]:
   """The first test examples of the run that a cascade is of."""
   if saved.run is None:
     raise DataError(f'{saved.folder} is not in the directory of a run')
-  config = from_json(json.loads((saved.run / 'config.json').read_text())['config'])
-  images = datasets.read(config)
+  images = datasets.read(_config(saved.run))
   return [*inputs_of(next(iter(images.batches(images.test, count))))]

@@ -27,6 +27,7 @@ from depthprune.inference.cascade import Cascade
 from depthprune.inference.onnx import ExportError
 from depthprune.inference.programs import CASCADE, Program, probe, programs, settings
 from depthprune.inference.saved import save_cascade
+from depthprune.program.crossing import batched
 from depthprune.surgery.cut import Pruned
 from depthprune.training import arrays as files
 from depthprune.training import checkpoint, disk, record
@@ -85,13 +86,13 @@ def _write(
   """All programs and export.json."""
   inputs = network.coupling.inputs
   several = jax_export.symbolic_shape('batch')[0] if batch is None else batch
-  shapes = _shapes(inputs, several)
+  shapes = batched(inputs, several)
   names = ['input'] if len(inputs) == 1 else [f'input{i}' for i in range(len(inputs))]
   told = {}
   for name, program in programs(network, cascade, batch).items():
     told[name] = _stablehlo(folder, name, program, shapes, platforms)
     if onnx:
-      fixed = shapes if name != CASCADE else _shapes(inputs, batch or 1)
+      fixed = shapes if name != CASCADE else batched(inputs, batch or 1)
       told[name] |= _onnx(folder, name, program, names, fixed)
   described = zip(names, map(_kind, shapes), strict=True)
   content = {
@@ -153,10 +154,6 @@ def _onnx(
   (folder / file).write_bytes(content)
   shapes = [_kind(x)['shape'] for x in inputs]
   return {'onnx': file, 'onnx_inputs': shapes, 'onnx_distance': far}
-
-
-def _shapes(inputs: Sequence, batch: Any) -> list[jax.ShapeDtypeStruct]:
-  return [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
 
 
 def _kind(x: Any) -> dict[str, Any]:

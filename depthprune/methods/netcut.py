@@ -164,7 +164,7 @@ def configured(
   del steps, scores, whole
   o, known = config.options, config.path / 'costs.json'
   measured = o.cost == 'milliseconds'
-  before = record.read(known) if measured and known.is_file() else None
+  before = record.read(known) if measured else None
   c = np.array(before[o.cost]) if before else cost_of_exits(coupling, o.cost)
   c = hosts.agreed(c)
   if measured:

@@ -32,7 +32,6 @@ back. Where widths are rounded, the gates are so in training too, with the same
 gradient.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -181,7 +180,7 @@ def _cost(config: Config, coupling: Coupling) -> str | Milliseconds:
 
 def _kept(known: Path, timed: Session) -> np.ndarray | None:
   """The table of a run that was stopped [rows]; None if it is of something else."""
-  told = json.loads(known.read_text()) if known.is_file() else {}
+  told = record.read(known) or {}
   table = told.get('table', [])
   same = [row['widths'] for row in table] == [widths for _, widths in timed.rows]
   if not same or told['batch'] != timed.batch:

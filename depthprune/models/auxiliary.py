@@ -22,12 +22,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.gates import branch
 from depthprune.models.arch import Arch, within
-from depthprune.models.layers import Classes, Pool, answer, he_normal, pooled
+from depthprune.models.layers import Classes, Pool, answer, hashable, he_normal, pooled
 
 NODES = 3  # stages of the path beside a trunk whose taps are one chain
 
@@ -52,8 +51,7 @@ class Auxiliary:
   gated: bool = False
 
   def __post_init__(self):
-    if isinstance(self.classes, Mapping):
-      object.__setattr__(self, 'classes', FrozenDict(self.classes))
+    object.__setattr__(self, 'classes', hashable(self.classes))
 
   @property
   def reads(self) -> tuple[str, ...]:

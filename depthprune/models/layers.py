@@ -12,6 +12,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -140,6 +141,11 @@ def classify(
   thresholds are taken from here.
   """
   return answer(pooled(x.astype(jnp.float32), pool), classes, name)
+
+
+def hashable(classes: Classes) -> Classes:
+  """The same, for a field of a frozen dataclass."""
+  return FrozenDict(classes) if isinstance(classes, Mapping) else classes
 
 
 def answer(x: jax.Array, classes: Classes, name: str) -> Any:

@@ -1,16 +1,14 @@
 """A head: a perceptron with at most one hidden layer, on one tap of a trunk."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch
-from depthprune.models.layers import Classes, Pool, answer, he_normal, pooled
+from depthprune.models.layers import Classes, Pool, answer, hashable, he_normal, pooled
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,7 @@ class Head:
   dropout: float = 0.0
 
   def __post_init__(self):
-    if isinstance(self.classes, Mapping):
-      object.__setattr__(self, 'classes', FrozenDict(self.classes))
+    object.__setattr__(self, 'classes', hashable(self.classes))
 
   @property
   def reads(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -36,3 +37,10 @@ def interleave(
     turns.append(taken)
     spent += sum(taken)
   return 1e3 * np.array(turns).T
+
+
+def made_up(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+  """An array to time a function on: small positive numbers, or zeros of other types."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return jnp.zeros(shape, dtype)
+  return jnp.asarray(np.random.default_rng(0).uniform(0.01, 0.1, shape), dtype)

@@ -54,8 +54,8 @@ class Stage(NamedTuple):
     )
 
 
-def batched(inputs: tuple, batch: int) -> tuple:
-  """The inputs for so many examples."""
+def batched(inputs: tuple, batch: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """The inputs for so many examples, a number or a symbolic size."""
   if not inputs or any(not x.shape for x in inputs):
     raise ValueError(
       f'split: expected inputs with examples along axis 0, got {[*map(str, inputs)]}'

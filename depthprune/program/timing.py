@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
@@ -16,6 +15,7 @@ from depthprune.program import clock
 from depthprune.program import jaxpr as jx
 from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
+from depthprune.program.crossing import batched
 from depthprune.program.milliseconds import Milliseconds, rising, sum_of
 from depthprune.program.rebind import decided, rebound
 from depthprune.program.view import View
@@ -91,9 +91,7 @@ def session(coupling: Coupling, batch: int = BATCH) -> Session:
   """
   if batch < 1:
     raise ValueError(f'milliseconds: expected a batch of 1 or more, got {batch}')
-  inputs = tuple(
-    jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in coupling.inputs
-  )
+  inputs = batched(coupling.inputs, batch)
   view = coupling.again(coupling.fn, inputs, coupling.kwargs, {})
   size = {g: gate.size for g, gate in coupling.gates()['channels'].items()}
   owner = {v: g for g in size for v in ax.leaves(view.groups[g])}
@@ -119,7 +117,7 @@ def session(coupling: Coupling, batch: int = BATCH) -> Session:
   even = _narrowed(size, EVEN)
   rows += [('', widths) for widths in even]
   programs += [view.program] * len(even)
-  array = functools.cache(_array)
+  array = functools.cache(clock.made_up)
   call = lambda i: _call(view, programs[i], size, rows[i][1], array)
   return Session(batch, tuple(layers), tuple(grids), tuple(rows), call)
 
@@ -198,10 +196,3 @@ def _call(view: View, program: jx.Program, size: Mapping, widths: Widths, array)
   arrays = [array(shape(v), np.dtype(v.dtype)) for v in program.inputs]
   run = jax.jit(lambda *arrays: rebound(view.facts, kept)(program, arrays))
   return lambda: run(*arrays)
-
-
-def _array(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-  if not jnp.issubdtype(dtype, jnp.floating):
-    return jnp.zeros(shape, dtype)
-  drawn = np.random.default_rng(0).uniform(0.01, 0.1, shape)
-  return jnp.asarray(drawn, dtype)

@@ -19,6 +19,7 @@ from depthprune.report.curves import name_points
 from depthprune.report.decision import UNITS
 from depthprune.report.numbers import count, spread
 from depthprune.report.style import FIRST, INK, LINE, MUTED, save, styled
+from depthprune.values import shown
 
 SWEEP, PLOT = 'sweep.json', 'front.svg'
 NONE = '–'
@@ -44,7 +45,7 @@ class Setting(NamedTuple):
 
   @property
   def name(self) -> str:
-    return ' '.join(map(_shown, self.values)) or 'all seeds'
+    return ' '.join(map(shown, self.values)) or 'all seeds'
 
   def mean(self, key: str, when: str = 'after') -> float:
     return statistics.mean(result[key][when] for result in self.results)
@@ -161,7 +162,7 @@ def _row(s: Setting, mark: str) -> Sequence[str]:
   share = lambda key: of((100 * _share(r, key) for r in s.results), 1)
   times = [t for r in s.results if (t := _speedup(r)) is not None]
   return (
-    *map(_shown, s.values),
+    *map(shown, s.values),
     when('accuracy'),
     when('held_out'),
     share('flops'),
@@ -192,7 +193,3 @@ def _share(result: Mapping[str, Any], key: str) -> float:
 
 def _speedup(result: Mapping[str, Any]) -> float | None:
   return result.get('latency_ms', {}).get('128', {}).get('speedup')
-
-
-def _shown(value: Any) -> str:
-  return f'{value:g}' if isinstance(value, float) else str(value)

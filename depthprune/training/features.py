@@ -124,7 +124,7 @@ def collect(
   folder.mkdir(parents=True, exist_ok=True)
   progress = folder / PROGRESS
   done = {'about': dict(about), 'batches': 0, 'rows': 0}
-  before = record.read(progress) if progress.is_file() else None
+  before = record.read(progress)
   if before is not None:
     done = before
     same_config(done['about'], about, str(folder))

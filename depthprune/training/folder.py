@@ -23,7 +23,7 @@ def as_thin(model: Any, path: str | Path) -> Any:
   """
   record = store.read_record(Path(path), checkpoint.RECORD)
   stored, arch, _ = _compact(record)
-  if heads_of(path) and not hasattr(model, 'trunk'):  # cut by NetCut: with its exit
+  if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut: with its exit
     there = models.build(stored['name'], **stored['fields'])
     model = WithHeads(model, there.heads, {'exit/main': 0})
   theirs, ours = _described(stored), _described(models.describe(model))
@@ -63,6 +63,10 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 def heads_of(path: str | Path) -> tuple[str, ...]:
   """Names of the heads that the network in a folder has besides its trunk's own."""
   stored, _, _ = _compact(store.read_record(Path(path), checkpoint.RECORD))
+  return _heads(stored)
+
+
+def _heads(stored: Mapping[str, Any]) -> tuple[str, ...]:
   return tuple(stored.get('fields', {}).get('heads', ()))
 
 

@@ -45,7 +45,10 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-  """What `write` wrote; None, with a warning, where a machine that died broke it."""
+  """What `write` wrote; None where there is nothing, and, with a warning, where a
+  machine that died broke it."""
+  if not path.is_file():
+    return None
   try:
     return json.loads(path.read_bytes())
   except ValueError as error:

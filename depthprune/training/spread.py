@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from depthprune.config import Config
+from depthprune.training import preemption
 
 OUTPUT = 'output.txt'
 Work = Callable[[Config], str | None]
@@ -106,12 +106,11 @@ def _answer(ended: Busy) -> str | None:
 @contextlib.contextmanager
 def _ending(busy: list[Busy]) -> Iterator[None]:
   """Ends all that are busy, however this ends; SIGTERM is an end as any other."""
-  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-  try:
-    yield
-  finally:
-    for one in busy:
-      one.process.terminate()
-    for one in busy:
-      one.process.join()
-    signal.signal(signal.SIGTERM, before)
+  with preemption.ends():
+    try:
+      yield
+    finally:
+      for one in busy:
+        one.process.terminate()
+      for one in busy:
+        one.process.join()

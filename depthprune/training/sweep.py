@@ -23,7 +23,7 @@ from depthprune.errors import speaks
 from depthprune.training import hosts, recipe, record, spread
 from depthprune.training.keeper import CheckpointError, same_config
 from depthprune.training.relevant import TRAIN, relevant
-from depthprune.values import ConfigError
+from depthprune.values import ConfigError, shown
 
 FILE = 'sweep.json'
 ABOUT = 'workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat'  # how, not what
@@ -214,11 +214,6 @@ def _lines(path: Path) -> list[str]:
   """Those that are whole."""
   lines = path.read_text().splitlines(True) if path.is_file() else []
   return [line for line in lines if line.endswith('\n')]
-
-
-def shown(value: Any) -> str:
-  """A setting in a word."""
-  return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _settings(config: Config) -> dict[str, Any]:

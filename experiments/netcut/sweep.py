@@ -8,10 +8,10 @@ Decisions see held-out images only; the test images are read once per row, at th
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from depthprune.training import recipe
 from depthprune.training.evaluate import evaluator
 from depthprune.training.method import plain
 from depthprune.training.stage import prepare, stage
-from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, sized
+from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, folder_of, sized
 
 PAPER = tuple({'beta': beta} for beta in (0.0, 0.001, 0.01, 0.1))  # plain networks
 KEYS = ('method', 'seed', 'depth', 'beta', 'aggregate', 'gamma')
@@ -58,8 +58,7 @@ def main(
       for depth in depths or sorted({r['kept'] for r in mine}):
         yield {'method': 'single', 'seed': seed, 'depth': depth}
 
-  def folder(case: Case) -> Path:
-    return config.path / '-'.join(f'{k}{v}' for k, v in case.items())
+  folder = functools.partial(folder_of, config)
 
   def make(case: Case) -> dict[str, Any]:
     which = {k: case[k] for k in ('beta', 'aggregate', 'gamma') if k in case}
