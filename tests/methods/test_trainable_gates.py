@@ -258,6 +258,16 @@ def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch)
   assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 8
 
 
+def test_a_table_that_is_damaged_is_measured_anew(tmp_path, monkeypatch):
+  measured = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
+  monkeypatch.setattr(timing.Session, 'measure', measured)
+  (tmp_path / 'costs.json').write_text('{"batch": 4, "ta')
+  config = Config(Gates(0.5, 'milliseconds', latency_batch=4), workdir=str(tmp_path))
+  with pytest.warns(UserWarning, match=r'costs\.json: damaged, and not looked at'):
+    configured(config, COUPLING, 0, {}, COUPLING)
+  assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 4
+
+
 def test_nothing_to_gate_is_an_error():
   pinned = couple(
     lambda v, x: x @ v['params'], {'params': jnp.ones((5, 3))}, jnp.ones((1, 5))
