@@ -9,7 +9,7 @@ turns, medians of the ratios:
 
   python -m experiments.bench.auxiliary
 
-About 4 minutes on 2 cores. Expected: training at most 1.1 times what the FLOPs say,
+About 6 minutes on 2 cores. Expected: training at most 1.1 times what the FLOPs say,
 stripped within 10 % of one.
 """
 
