@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,12 @@ class View(NamedTuple):
   def decided(self, decision: Decision) -> jx.Program:
     """The program after a decision on branches and exits."""
     return _decided(self.program, self.tree, self.leaves, decision)[0]
+
+  def kept(self, exits: Mapping[str, Any]) -> jx.Program:
+    """The program without the outputs of exits that are not kept."""
+    gone = _outputs_of(exits, self.tree)
+    outputs = tuple(v for i, v in enumerate(self.program.outputs) if i not in gone)
+    return dataclasses.replace(self.program, outputs=outputs)
 
   def unneeded(self, decision: Decision) -> frozenset[str]:
     """Paths of the variables that a decision leaves without a reader."""
@@ -180,16 +187,20 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
     for path, leaf in leaves.items()
     if path.startswith('branches/')
   }
-  names = paths_of(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
-  closed = {exit for exit, kept in decision.exits.items() if not kept}
-  gone = {
-    i for name, i in names.items() if name.removeprefix('0/').split('/')[0] in closed
-  }
+  gone = _outputs_of(decision.exits, tree)
   absent = [leaf for path, leaf in leaves.items() if path in decision.dead]
   reduced = simplify(program, known)
   fed = dependent(reduced, absent)
   gone |= {i for i, v in enumerate(reduced.outputs) if v in fed}
   return simplify(program, known, gone), frozenset(gone)
+
+
+def _outputs_of(exits: Mapping[str, Any], tree: Any) -> set[int]:
+  """Positions of the outputs that belong to exits which are not kept."""
+  names = paths_of(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
+  closed = {exit for exit, kept in exits.items() if not kept}
+  exit_of = lambda name: name.removeprefix('0/').split('/')[0]
+  return {i for name, i in names.items() if exit_of(name) in closed}
 
 
 def without(tree: Any) -> Any:

@@ -130,7 +130,7 @@ def _folded(coupling: Coupling, variables: Any, keep: Mapping) -> Any:
     kept = np.asarray(keep['branches'].get(branch, True))
     if kept.any():
       values[branch] = np.asarray(leaves[f'branches/{branch}']) * kept
-  return fold(coupling.view, variables, values)
+  return fold(coupling.view, variables, values, keep['exits'])
 
 
 def _small_state(tx, opt_state, full, small, plan: Plan):

@@ -1,7 +1,7 @@
 """Branch gates that stay open become part of the arrays.
 
 y·g with y = BN(conv(x)) is the same as BN with its scale and bias multiplied by g.
-Which arrays carry the factor is read from the program: backwards from the product,
+Which arrays carry the factor is read from the program: backwards from each product,
 through sums (both sides), products (one side) and what only moves values, to variables
 that are read once.
 """
@@ -22,25 +22,27 @@ from depthprune.program.deadcode import LAYOUT, SUMS
 from depthprune.program.view import View, paths_of
 
 
-def fold(view: View, variables: Any, open_: Mapping[str, np.ndarray]) -> Any:
+def fold(
+  view: View, variables: Any, open_: Mapping[str, np.ndarray], exits: Mapping[str, Any]
+) -> Any:
   """The variables with every branch gate multiplied into the arrays of its branch.
 
   open_: by path, the value of each gate that stays, 0 where a layer of a scan is
-  closed;
-    gates that are 1 everywhere are left alone. variables keep their branch gates.
+    closed; gates that are 1 everywhere are left alone. exits: which outputs are kept;
+    what only the others need is left alone too. variables keep their branch gates.
 
   Raises: ValueError where a gate cannot be folded."""
-  leaves = paths_of(variables)
+  leaves, program = paths_of(variables), view.kept(exits)
   for branch, value in open_.items():
     if np.all(value == 1):
       continue
     path = f'branches/{branch}'
     names = {v: p for p, v in view.leaves.items() if not p.startswith('branches/')}
-    found = _carriers(view.program, view.leaves[path], set(names))
+    found = _carriers(program, view.leaves[path], set(names))
     if found is None:
       raise ValueError(
-        f'{path}: its value {np.round(value, 4)} cannot be folded: it must scale one '
-        'branch that ends in weights of its own; set the gate to 1 or close the branch'
+        f'{path}: its value {np.round(value, 4)} cannot be folded: all that it scales '
+        'must end in weights of its own; set the gate to 1 or close the branch'
       )
     for v in found:
       leaf = leaves[names[v]]
@@ -61,18 +63,17 @@ def _carriers(
   uses.update(program.outputs)
   aliases, readers = {gate}, []
   for e in equations:
-    if e.name in LAYOUT and e.inputs[0] in aliases:
+    if _is_moved(e, aliases):
       aliases.add(e.outputs[0])
     elif any(v in aliases for v in e.inputs):
       readers.append(e)
-  if len(readers) != 1:
+  if aliases & set(program.outputs):
+    return None
+  if all(e.name == 'mul' for e in readers):
+    return _apart([_factor(e, aliases, made_by, uses, variables) for e in readers])
+  if len(readers) != 1 or readers[0].name != 'scan' or gate not in readers[0].inputs:
     return None
   (e,) = readers
-  if e.name == 'mul':
-    other = [v for v in e.inputs if v not in aliases]
-    return _absorb(other[0], made_by, uses, variables) if len(other) == 1 else None
-  if e.name != 'scan' or gate not in e.inputs:
-    return None
   at = dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
   consts, _, xs = jx.scan_parts(e, list(at))
   per_layer = gate in (at[v] for v in xs)  # then arrays of all layers cannot carry it
@@ -83,6 +84,28 @@ def _carriers(
   }
   found = _carriers(e.bodies[0], next(v for v in at if at[v] is gate), inside)
   return None if found is None else {at[v] for v in found}
+
+
+def _is_moved(e: jx.Equation, aliases: set[jx.Value]) -> bool:
+  """Whether an equation gives one of the aliases again: laid out anew, or times 1."""
+  one = lambda v: isinstance(v, jx.Literal) and v.shape == () and v.val == 1
+  if e.name == 'mul' and any(map(one, e.inputs)):
+    return any(v in aliases for v in e.inputs)
+  return e.name in LAYOUT and e.inputs[0] in aliases
+
+
+def _factor(e: jx.Equation, aliases, made_by, uses, variables) -> set[jx.Value] | None:
+  """The carriers of a gate that is one of the two factors of a product."""
+  other = [v for v in e.inputs if v not in aliases]
+  return _absorb(other[0], made_by, uses, variables) if len(other) == 1 else None
+
+
+def _apart(found: list[set[jx.Value] | None]) -> set[jx.Value] | None:
+  """All carriers of several products; None where one lies within another."""
+  sets = [carriers for carriers in found if carriers is not None]
+  union = set().union(*sets)
+  whole = len(sets) == len(found) and len(union) == sum(map(len, sets))
+  return union if whole else None
 
 
 def _absorb(v: jx.Value, made_by, uses, variables) -> set[jx.Value] | None:

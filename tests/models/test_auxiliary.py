@@ -181,6 +181,22 @@ def test_closed_connections_can_be_cut_while_the_path_stays():
   assert shapes(pruned.variables['params']) == shapes(built['params'])
 
 
+@pytest.mark.parametrize('stays', [True, False])
+def test_what_a_search_leaves_in_its_gates_is_carried_or_goes(stays):
+  trunk, x = TRUNKS['resnet']
+  model, variables = made(trunk, x)
+  leaves, structure = jax.tree.flatten(variables['branches']['head_aux'])
+  gates = [jnp.full_like(g, (0.0, 1.0, 0.5)[i % 3]) for i, g in enumerate(leaves)]
+  variables['branches']['head_aux'] = jax.tree.unflatten(structure, gates)
+  pruned = dp.prune(model, variables, {'exits': {'main': True, 'aux': stays}}, x)
+  assert 'branches' not in pruned.variables
+  whole = model.apply(variables, x)
+  small = pruned.apply(pruned.variables, x)
+  assert {*small} == ({'main', 'aux'} if stays else {'main'})
+  for name, logits in small.items():
+    np.testing.assert_allclose(logits, whole[name], atol=1e-5)
+
+
 def test_a_description_holds_the_path():
   trunk, _ = TRUNKS['resnet']
   model = WithHeads(trunk, {'aux': beside(trunk.taps, classes=10)})

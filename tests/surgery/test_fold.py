@@ -106,6 +106,17 @@ class Branch(nn.Module):
       x, y = dense(x), dense(nn.Dense(6, name='grow')(y))
     elif self.end == 'sum':
       y = nn.Dense(6, name='left')(y) - nn.Dense(6, name='right', use_bias=False)(y)
+    elif self.end == 'weights':  # not what the layer gives is scaled, but the layer
+      shapes = {'kernel': (5, 6), 'bias': (6,)}
+      made = nn.initializers.normal()
+      layer = {k: self.param(k, made, shape) for k, shape in shapes.items()}
+      gate = branch(self, jnp.ones(()))
+      y = y @ (gate * layer['kernel']) + gate * layer['bias']
+      return nn.Dense(4, name='head')(x + y)
+    elif self.end == 'squared':
+      gate = branch(self, jnp.ones(()))
+      y = gate * nn.Dense(6, name='last')(y) + nn.Dense(6, name='other')(y)
+      return nn.Dense(4, name='head')(x + gate * y)
     elif self.end == 'twice':  # what is gated has another reader
       y = nn.Dense(6, name='last')(y)
       x = x + jnp.tanh(y)
@@ -118,6 +129,7 @@ class Branch(nn.Module):
 FOLDED = {
   'dense': {'last/kernel', 'last/bias'},
   'sum': {'left/kernel', 'left/bias', 'right/kernel'},
+  'weights': {'kernel', 'bias'},
 }
 
 
@@ -135,7 +147,7 @@ def test_every_summand_carries_the_factor(end):
   assert changed == {f'params/{p}' for p in FOLDED[end]}
 
 
-@pytest.mark.parametrize('end', ['tanh', 'shared', 'twice'])
+@pytest.mark.parametrize('end', ['tanh', 'shared', 'twice', 'squared'])
 def test_a_gate_that_no_array_can_carry_is_named(end):
   model = Branch(end)
   with pytest.raises(
