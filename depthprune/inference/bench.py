@@ -18,7 +18,7 @@ import numpy as np
 from depthprune.config import Config, from_json
 from depthprune.inference import latency, race, roofline
 from depthprune.inference.latency import Network, Timing
-from depthprune.inference.programs import module, probe
+from depthprune.inference.programs import function, probe
 from depthprune.inference.saved import Saved, find
 from depthprune.options import NetCut
 from depthprune.program import cost
@@ -114,7 +114,7 @@ def _network(
   saved: Saved, peak: roofline.Peak, batches: Sequence[int], seconds: float
 ) -> dict[str, Any]:
   small, inputs = saved.network, saved.network.coupling.inputs
-  after = Network(module(small) or small.apply, small.variables)
+  after = Network(function(small), small.variables)
   before, notes = None, []
   if saved.run is not None:
     try:

@@ -51,14 +51,15 @@ def export(
   Args:
     network: what `prune` left, or `load` read. cascade: of that network.
     onnx: the programs as ONNX too; of the cascade for `batch` inputs, 1 by default.
-    batch: the only number of inputs that all programs take. Default: any; a network
-      that is run by `slim` alone, a cut function that has no `arch`, has to have one.
+    batch: the only number of inputs that all programs take. Default: any; what is
+      another program at another number has to have one.
     platforms: of StableHLO. tokenizer: copied beside a cascade that reads texts.
 
   Returns: what export.json says.
 
-  Raises: ExportError for a folder of other files, a network that needs a `batch`, and
-    what ONNX cannot say; CheckpointError and ValueError as `save` and `save_cascade`.
+  Raises: ExportError for a folder of other files, a network that needs a `batch`,
+    and what ONNX cannot say; CheckpointError and ValueError as `save` and
+    `save_cascade`.
   """
   path = Path(path)
   ours = (path / RECORD).is_file() or (path.is_dir() and not any(path.iterdir()))

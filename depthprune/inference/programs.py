@@ -35,14 +35,14 @@ class Program(NamedTuple):
   arrays: dict[str, Any]
 
 
-def module(network: Pruned) -> Callable | None:
-  """f(variables, *inputs) that needs no `slim`, which takes given shapes; or None."""
+def function(network: Pruned) -> Callable:
+  """f(variables, *inputs): the module that `arch` builds, else the program itself."""
   keep = network.keep
   parts = (*keep['channels'].values(), *keep['branches'].values())
   whole = all(map(np.all, (*parts, *keep['exits'].values())))
-  if not (network.arch or whole):
-    return None
-  return functools.partial(runnable(network.model), **network.coupling.kwargs)
+  native = network.arch or whole
+  fn = runnable(network.model) if native else network.apply
+  return functools.partial(fn, **network.coupling.kwargs)
 
 
 def programs(
@@ -52,18 +52,9 @@ def programs(
 
   Those of exits take arrays of the network, by path; 'cascade' also `settings`.
 
-  Raises: ExportError for a network that is traced at given shapes alone, without a
-    batch, and for an exit called 'cascade'.
+  Raises: ExportError for an exit called 'cascade'.
   """
-  fn, kwargs = module(network), network.coupling.kwargs
-  if batch is None and fn is None:
-    raise ExportError(
-      f'{getattr(network.model, "__name__", type(network.model).__name__)}: it was cut '
-      'and has no `arch` that says how, so it is traced at given shapes alone: choose '
-      'the number of inputs with batch'
-    )
-  if fn is None:
-    fn = functools.partial(network.apply, **kwargs)
+  fn = function(network)
   found = _exits(fn, network)
   if cascade is None:
     return found

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program import anysize, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program import rules
 from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.evaluate import bind, derivative, interpret
@@ -34,9 +34,10 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     that stay count as 1: `prune` has folded their value into the arrays.
   The model is traced anew at its full sizes for every input shape and mode, what is
   dead is dropped, and every equation is rebound at the sizes that `keep` leaves.
+  Inputs may have symbolic sizes (`jax.export`).
 
   Raises: KeyError for an unknown group, ValueError where a variable is missing or has
-    another shape than `keep` leaves."""
+    another shape than `keep` leaves, and where the program depends on a symbol."""
   fn = runnable(model)
   views = remembered(lambda inputs, kwargs: coupling.again(fn, inputs, kwargs, keep))
   channels = keep.get('channels', {})
@@ -45,12 +46,16 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     coupling.axis(group)
 
   def small(variables, *inputs, **kwargs):
-    view = views(inputs, kwargs)
+    arrays, merge = split_arrays((inputs, kwargs))
+    view = views(*merge([*map(anysize.numbered, arrays)]))
     coupling.same(view, cut)
     kept = decided(view, keep)
-    arrays, _ = split_arrays((inputs, kwargs))
+    symbols = anysize.symbols(view, arrays)
+    if symbols:
+      whole = lambda v, arrays: fn(v, *merge(arrays)[0], **merge(arrays)[1])
+      anysize.check_same(whole, coupling.variables, arrays)
     flat = [*_arguments(view, kept, variables), *arrays]
-    outs = rebound(view.facts, kept)(view.program, flat)
+    outs = rebound(view.facts, kept, symbols)(view.program, flat)
     return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
   return small
@@ -81,7 +86,7 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
     args.append(leaf)
     if v not in needed:
       continue
-    expected = tuple(int(sl.mask(d, kept).sum()) for d in view.facts.dims[v])
+    expected = tuple(sl.count(d, kept) for d in view.facts.dims[v])
     if 0 in expected and leaf is None:  # all layers of a scan are gone
       args[-1] = jnp.zeros(expected, v.dtype)
     elif leaf is None:
@@ -93,8 +98,10 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
   return args
 
 
-def rebound(facts: Facts, kept: Mapping[ax.Var, np.ndarray]) -> Callable:
-  """run(program, args) at the sizes that `kept` leaves."""
+def rebound(
+  facts: Facts, kept: sl.Keep, symbols: Mapping[ax.Var, Any] = sl.NONE
+) -> Callable:
+  """run(program, args) at the sizes that `kept` leaves, symbols among them."""
   derived: dict[jx.Equation, Callable] = {}
 
   def masks(v: jx.Value) -> list[np.ndarray]:
@@ -110,7 +117,7 @@ def rebound(facts: Facts, kept: Mapping[ax.Var, np.ndarray]) -> Callable:
     if e.name in rules.ANY_SHAPE:  # random bits of the full network, then its slices
       full = bind(e, ins, e.params, run)
       return [_take(x, m) for x, m in zip(full, outs, strict=True)]
-    params = _resized(e, masks, outs, facts, kept)
+    params = _resized(e, masks, facts, lambda axis: sl.count(axis, kept, symbols))
     if e.name == 'scan' and params['length'] == 0:  # all layers are gone
       _, carry, _ = jx.scan_parts(e, ins)
       empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)
@@ -119,7 +126,7 @@ def rebound(facts: Facts, kept: Mapping[ax.Var, np.ndarray]) -> Callable:
 
   def derive(e: jx.Equation) -> Callable:
     if e not in derived:
-      derived[e] = _derivative(e, facts, kept)
+      derived[e] = _derivative(e, facts, kept, symbols)
     return derived[e]
 
   return run
@@ -132,7 +139,7 @@ def _take(x, masks):
   return x
 
 
-def _derivative(e: jx.Equation, facts: Facts, kept: Mapping) -> Callable:
+def _derivative(e: jx.Equation, facts: Facts, kept, symbols) -> Callable:
   """The derivative rule of a custom call at its new sizes."""
   program = derivative(e)
   smooth_in = [v for v in e.inputs if jx.differentiable(v)]
@@ -146,14 +153,16 @@ def _derivative(e: jx.Equation, facts: Facts, kept: Mapping) -> Callable:
   for outer, copied in memo.items():
     if outer in kept:
       sl.assign(copied, kept[outer], inside)
-  run = rebound(inner, inside)
+  named = {ax.norm(memo[v]): n for v, n in symbols.items() if v in memo}
+  run = rebound(inner, inside, named)
   return lambda args: run(program, args)
 
 
-def _resized(e: jx.Equation, masks, outs, facts, kept) -> dict:
-  """The parameters of an equation at its new sizes."""
+def _resized(e: jx.Equation, masks, facts: Facts, count: Callable) -> dict:
+  """The parameters of an equation at its new sizes; count(axis) of each."""
   p = dict(e.params)
-  shape = tuple(int(m.sum()) for m in outs[0]) if outs else ()
+  outs = [[*map(count, facts.dims[v])] for v in e.outputs]
+  shape = tuple(outs[0]) if outs else ()
   if e.name in ('broadcast_in_dim', 'iota'):
     p['shape'] = shape
   elif e.name == 'reshape':
@@ -161,25 +170,26 @@ def _resized(e: jx.Equation, masks, outs, facts, kept) -> dict:
   elif e.name == 'dynamic_slice':
     p['slice_sizes'] = shape
   elif e.name == 'conv_general_dilated' and e in facts.hidden:
-    p['feature_group_count'] = int(sl.mask(facts.hidden[e], kept).sum())
+    p['feature_group_count'] = count(facts.hidden[e])
   elif e.name == 'scan':
-    p['length'] = int(sl.mask(facts.hidden[e], kept).sum())
+    p['length'] = count(facts.hidden[e])
   elif e.name == 'split':
-    p['sizes'] = tuple(int(m[p['axis']].sum()) for m in outs)
+    p['sizes'] = tuple(sizes[p['axis']] for sizes in outs)
   elif e.name == 'gather':
     p['slice_sizes'] = tuple(
-      int(m.sum()) if n == m.size else n
-      for n, m in zip(p['slice_sizes'], masks(e.inputs[0]), strict=True)
+      count(d) if n == d.size else n
+      for n, d in zip(p['slice_sizes'], facts.dims[e.inputs[0]], strict=True)
     )
   elif e.name == 'slice':
-    _resize_slice(p, masks(e.inputs[0]))
+    _resize_slice(p, masks(e.inputs[0]), [*map(count, facts.dims[e.inputs[0]])])
   return p
 
 
-def _resize_slice(p: dict, masks: list[np.ndarray]):
+def _resize_slice(p: dict, masks: list[np.ndarray], sizes: list):
   starts, limits = list(p['start_indices']), list(p['limit_indices'])
-  for i, m in enumerate(masks):
+  for i, (m, size) in enumerate(zip(masks, sizes, strict=True)):
     if m.all():
+      limits[i] = size if limits[i] == m.size else limits[i]
       continue
     if p['strides'] is None or p['strides'][i] == 1:
       starts[i], limits[i] = int(m[: starts[i]].sum()), int(m[: limits[i]].sum())

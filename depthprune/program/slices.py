@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from depthprune.program.axes import Axis, Cat, LayoutError, Var, norm, show
 
 Keep = Mapping[Var, np.ndarray]  # bool [var.size]
+NONE: Mapping[Var, Any] = MappingProxyType({})
 
 
 def mask(a: Axis, keep: Keep) -> np.ndarray:
@@ -23,6 +27,17 @@ def mask(a: Axis, keep: Keep) -> np.ndarray:
   for p in parts:
     out = np.outer(out, p).ravel()
   return out
+
+
+def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = NONE) -> Any:
+  """How many slices of `a` survive: a number, or an expression of symbols.
+
+  symbols: the sizes of axes that are not numbers."""
+  a = norm(a)
+  if isinstance(a, Var):
+    return symbols[a] if a in symbols else int(mask(a, keep).sum())
+  parts = [count(p, keep, symbols) for p in a.parts]
+  return sum(parts) if isinstance(a, Cat) else math.prod(parts)
 
 
 def assign(a: Axis, kept: np.ndarray, keep: dict[Var, np.ndarray]):

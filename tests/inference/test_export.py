@@ -272,20 +272,50 @@ def test_find_looks_where_runs_and_exports_write(tmp_path):
 
 
 class Foreign(nn.Module):
+  """Somebody's network, with all that may hold the number of examples."""
+
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+    y = nn.relu(nn.Dense(8)(x.reshape(x.shape[0], 2, 3)))
+    start = jnp.broadcast_to(
+      self.param('start', nn.initializers.ones, (8,)), (x.shape[0], 1, 8)
+    )
+    y = jnp.concatenate([start, y + jnp.zeros((x.shape[0], 2, 8))], axis=1)
+    y = nn.MultiHeadDotProductAttention(2)(y)[:, 0]
+    y = nn.gelu(nn.Dense(6)(y.reshape(-1, 8)))
+    return nn.Dense(3)(jnp.where(jnp.arange(x.shape[0])[:, None] >= 0, y, 0.0))
 
 
-def test_somebody_elses_network_has_to_have_a_batch_once_it_is_cut(tmp_path):
-  whole, cut = (pruned(Foreign(), VECTORS, target) for target in (None, '50%'))
-  export(tmp_path / 'whole', whole)
-  close(run(tmp_path / 'whole', 'main', VECTORS), whole.apply(whole.variables, VECTORS))
-  with pytest.raises(ExportError, match='choose the number of inputs with batch'):
-    export(tmp_path / 'cut', cut)
-  assert not (tmp_path / 'cut').exists()
-  export(tmp_path / 'cut', cut, batch=12)
-  close(run(tmp_path / 'cut', 'main', VECTORS), cut.apply(cut.variables, VECTORS))
+def test_a_cut_network_of_somebody_else_is_one_program_too(tmp_path):
+  network = pruned(Foreign(), VECTORS, '60%')
+  assert not network.arch and network.report['flops']['after'] > 0
+  export(tmp_path / 'it', network, onnx=True)
+  for size in (1, 2, 12):
+    x = VECTORS[:size]
+    expected = network.apply(network.variables, x)
+    close(run(tmp_path / 'it', 'main', x), expected)
+    close(run_onnx(tmp_path / 'it', 'main', x)['logits'], expected)
+
+
+def test_a_cascade_of_somebody_elses_network_is_one_program_too(tmp_path):
+  def network_of(v, x):
+    x = nn.relu(x @ v['a'])
+    return {'early': x @ v['b'], 'main': nn.relu(x @ v['c']) @ v['b']}
+
+  shapes = {'a': (6, 8), 'b': (8, 3), 'c': (8, 8)}
+  v = {k: DRAW.normal(size=size).astype(np.float32) for k, size in shapes.items()}
+  coupling = couple(network_of, v, VECTORS[:1])
+  keep = oneshot(coupling, v, '60%')
+  network = prune(network_of, v, keep, VECTORS[:1], coupling=coupling)
+  found = cascade(
+    network.apply, network.variables, VECTORS[:1], thresholds={'early': 0.6}
+  )
+  export(tmp_path / 'it', network, found)
+  for size in (1, 12):
+    mine = found(VECTORS[:size])
+    theirs = run(tmp_path / 'it', 'cascade', VECTORS[:size])
+    np.testing.assert_array_equal(theirs['exit'], mine.exit)
+    close(theirs['logits'], mine.logits)
 
 
 class Halves(nn.Module):
@@ -293,16 +323,28 @@ class Halves(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(3)(x[: len(x) // 2] if len(x) > 5 else x)
+    return nn.Dense(3)(nn.Dense(8)(x[: len(x) // 2] if len(x) > 5 else x))
 
 
-def test_what_is_another_network_at_another_batch_has_to_have_one(tmp_path):
-  network = pruned(Halves(), VECTORS, target=None)
+class Counts(nn.Module):
+  """What it says depends on how many examples there are."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(nn.Dense(8)(x - x.mean(0)))
+
+
+@pytest.mark.parametrize('target', [None, '60%'])
+def test_what_is_another_network_at_another_batch_has_to_have_one(tmp_path, target):
+  network = pruned(Halves(), VECTORS, target)
   with pytest.raises(ExportError, match='cannot be traced for any batch size'):
     export(tmp_path / 'it', network)
   assert not [*tmp_path.iterdir()]
   export(tmp_path / 'it', network, batch=12)
   assert run(tmp_path / 'it', 'main', VECTORS).shape == (6, 3)
+  if target:
+    with pytest.raises(ExportError, match='depend on the size of an input'):
+      export(tmp_path / 'counts', pruned(Counts(), VECTORS, target))
   with pytest.raises(ExportError, match='>= 1, got 0'):
     export(tmp_path / 'it', network, batch=0)
 

@@ -1,12 +1,13 @@
 """Which slices survive: masks, decisions and indices against the meaning of an axis."""
 
+import jax.export
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from depthprune.program.axes import Cat, LayoutError, Prod, Var, leaves, unify
-from depthprune.program.slices import assign, index_of, mask
+from depthprune.program.slices import assign, count, index_of, mask
 from tests.program.test_axes import expressions, meaning
 
 
@@ -30,6 +31,20 @@ def test_a_slice_survives_where_all_its_variables_do(both):
     all(by_id[v][i] for v, i in slice_ if v in by_id) for slice_ in meaning(a)
   ]
   assert mask(a, keep).tolist() == expected
+
+
+@given(decided())
+def test_as_many_survive_as_are_counted(both):
+  a, keep = both
+  assert count(a, keep) == mask(a, keep).sum()
+
+
+def test_an_axis_of_any_size_is_counted_by_its_symbol():
+  (b,) = jax.export.symbolic_shape('b')
+  batch, rows = Var(3), Var(4)
+  keep = {rows: np.array([True, False, True, True])}
+  assert count(Prod(batch, rows), keep, {batch: b}) == 3 * b
+  assert count(Cat(Prod(batch, rows), rows, batch), keep, {batch: b}) == 4 * b + 3
 
 
 @given(decided(empty=False))

@@ -107,8 +107,8 @@ def test_a_wrong_size_in_the_program_is_caught(monkeypatch):
   """A slice of the program that is moved by one: no shape tells."""
   resize = rebind._resize_slice
 
-  def moved(p, masks):
-    resize(p, masks)
+  def moved(p, masks, sizes):
+    resize(p, masks, sizes)
     if not all(mask.all() for mask in masks):
       p['start_indices'] = tuple(max(i - 1, 0) for i in p['start_indices'])
       p['limit_indices'] = tuple(
