@@ -153,7 +153,8 @@ def _derivative(e: jx.Equation, facts: Facts, kept, symbols) -> Callable:
   for outer, copied in memo.items():
     if outer in kept:
       sl.assign(copied, kept[outer], inside)
-  named = {ax.norm(memo[v]): n for v, n in symbols.items() if v in memo}
+  copies = ((ax.norm(memo.get(v, v)), n) for v, n in symbols.items())
+  named = {axis: n for axis, n in copies if isinstance(axis, ax.Var)}
   run = rebound(inner, inside, named)
   return lambda args: run(program, args)
 
