@@ -139,7 +139,9 @@ def _take(x, masks):
   return x
 
 
-def _derivative(e: jx.Equation, facts: Facts, kept, symbols) -> Callable:
+def _derivative(
+  e: jx.Equation, facts: Facts, kept: sl.Keep, symbols: Mapping[ax.Var, Any]
+) -> Callable:
   """The derivative rule of a custom call at its new sizes."""
   program = derivative(e)
   smooth_in = [v for v in e.inputs if jx.differentiable(v)]
