@@ -180,7 +180,7 @@ class Config(Generic[O]):
         f'randaugment: expected a magnitude of 1 to {STRONGEST}, got {self.randaugment}'
       )
     if (self.mixup or self.randaugment) and not self.augment:
-      raise ConfigError('mixup, randaugment: leave them out with --no-augment')
+      raise ConfigError('mixup, randaugment: leave them out, or pass --augment')
     heads_alone = isinstance(self.options, SideNet) and self.options.regime != 'joint'
     if self.mixup and heads_alone:
       raise ConfigError(

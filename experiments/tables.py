@@ -7,7 +7,14 @@ import re
 
 from experiments.auxiliary.table import auxiliary
 from experiments.auxiliary.table import composed as auxiliary_composed
-from experiments.bench.table import auxiliary_paths, bench, cascades, depth_methods
+from experiments.bench.table import (
+  auxiliary_paths,
+  bench,
+  cascades,
+  depth_methods,
+  milliseconds,
+  training,
+)
 from experiments.found import HERE
 from experiments.implosion.table import one_shot, retrained
 from experiments.netcut.table import netcut
@@ -27,6 +34,8 @@ def text() -> str:
       digits,
       compared,
       bench,
+      milliseconds,
+      training,
       netcut,
       one_shot,
       retrained,

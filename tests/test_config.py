@@ -91,7 +91,7 @@ def test_so_does_every_error_of_a_methods_options(kind, name, value):
 
 def test_augmentation_is_asked_for_where_there_is_some():
   for given in ({'mixup': 0.2}, {'randaugment': 9}):
-    with pytest.raises(ConfigError, match='leave them out with --no-augment'):
+    with pytest.raises(ConfigError, match='leave them out, or pass --augment'):
       dataclasses.replace(Config(), augment=False, **given)
   with pytest.raises(ConfigError, match='mixup: leave it out for sidenet, where heads'):
     dataclasses.replace(RECIPES['sidenet'], mixup=0.2)

@@ -13,7 +13,7 @@ the cascade hold its thresholds, so others need no other program.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from depthprune.inference.saved import save_cascade
 from depthprune.program.crossing import batched
 from depthprune.surgery.cut import Pruned
 from depthprune.training import arrays as files
-from depthprune.training import checkpoint, disk, record
+from depthprune.training import checkpoint, disk, record, store
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 RECORD, SETTINGS = 'export.json', 'cascade.safetensors'
@@ -131,7 +131,7 @@ def _stablehlo(
   except Exception as error:  # whatever meets a size that is no number
     if isinstance(inputs[0].shape[0], int):
       raise
-    first = str(error).splitlines()[0]
+    first = (str(error) or type(error).__name__).splitlines()[0]
     raise ExportError(
       f'{name}: cannot be traced for any batch size ({first}): choose one with batch'
     ) from error
@@ -147,8 +147,8 @@ def _onnx(
   arrays = jax.tree.map(np.asarray, program.arrays)
 
   def call(*inputs):
-    said = program.call(arrays, *inputs)
-    return said if isinstance(said, Mapping) else {'logits': said}
+    said = store.paths(program.call(arrays, *inputs))  # of one array the path is empty
+    return {(path or 'logits').replace('/', '.'): x for path, x in said.items()}
 
   content, far = converter.convert(call, inputs, names, probe(inputs))
   file = f'{_file(name)}.onnx'
@@ -163,4 +163,4 @@ def _kind(x: Any) -> dict[str, Any]:
 
 
 def _file(name: str) -> str:
-  return name.replace('/', '.')
+  return str(name).replace('/', '.')

@@ -122,7 +122,7 @@ def settings(cascade: Cascade) -> dict[str, np.ndarray]:
   }
 
 
-def probe(inputs: Sequence[Any], batch: int = 3) -> list[np.ndarray]:
+def probe(inputs: Sequence[Any], batch: int = 7) -> list[np.ndarray]:
   """Numbers in the shapes of abstract inputs; `batch` of a symbolic number of them."""
   draw = np.random.default_rng(0)
   made = []

@@ -105,7 +105,7 @@ def _aside(coupling: Coupling, aside: Sequence[str] | None) -> tuple[str, ...]:
   """The exits that only help, in the order of depth."""
   given = aside or [name for name in coupling.exits if name != 'main']
   helped = [name for name in coupling.exits if name not in given]
-  if {*given} - {*coupling.exits} or not helped or (aside is None and not given):
+  if {*given} - {*coupling.exits} or not helped or not given:
     raise ValueError(
       "auxiliary: expected a network with an exit 'main' and others that help to train "
       f'it, or aside=those that do, got {", ".join(coupling.exits) or "no exits"} and '

@@ -162,7 +162,7 @@ def _moments(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
   dot = functools.partial(jnp.matmul, precision='highest')
   mean = rows.mean(0)
   apart = rows - mean
-  covariance = dot(apart.T, apart) / len(rows)
+  covariance = dot(apart.T, apart) / rows.shape[0]
   return dot(mean, kernel), (kernel * dot(covariance, kernel)).sum(0)
 
 
@@ -202,7 +202,7 @@ class AuxiliaryPath(nn.Module):
     logits = answer(h, self.spec.classes, 'head')
     if self.spec.pool or h.shape[1:-1] == size:
       return logits
-    large = lambda z: jax.image.resize(z, (len(z), *size, z.shape[-1]), 'bilinear')
+    large = lambda z: jax.image.resize(z, (z.shape[0], *size, z.shape[-1]), 'bilinear')
     return jax.tree.map(large, logits)
 
 
@@ -239,6 +239,6 @@ def _summed(parts: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:
   sums: dict[tuple[int, ...], jax.Array] = {}
   for x in parts:
     sums[x.shape] = sums[x.shape] + x if x.shape in sums else x
-  full = lambda x: jax.image.resize(x, (len(x), *size, x.shape[-1]), 'bilinear')
+  full = lambda x: jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), 'bilinear')
   sized = [x if x.shape[1:-1] == size else full(x) for x in sums.values()]
   return functools.reduce(jnp.add, sized)

@@ -6,7 +6,7 @@ at one number in place of the symbol, and its equations are rebound at the symbo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.view import View
 
+Resized = Callable[[jx.Equation, int], Mapping[str, Any]]
 NUMBER = 3  # stands for a symbol; no equation takes it for a single slice
+OTHERS = NUMBER + 1, NUMBER + 2
 
 
 def numbered(x: Any, number: int = NUMBER) -> Any:
@@ -43,39 +45,60 @@ def symbols(view: View, arrays: Sequence) -> dict[ax.Var, Any]:
   return found
 
 
-def check_same(call: Callable, args: Any, arrays: Sequence) -> None:
-  """Raises ValueError where call(args, arrays) is another program at another size.
+def followers(view: View, others: Sequence[View], resized: Resized) -> set[jx.Literal]:
+  """The literals in which a size that has a symbol is written.
 
-  That is seen from two numbers in place of symbols; and what decides by a symbol how to
-  go on cannot be traced with it, which jax says."""
-  traced = lambda arrays: jx.trace(call, (args, arrays)).program
-  traced([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays])
-  one, other = (traced([numbered(x, n) for x in arrays]) for n in (NUMBER, NUMBER + 2))
-  if not _alike(one, other):
+  view: of the numbered arrays; others: with OTHERS in their place.
+  resized: (equation, number) -> its parameters at that size.
+
+  Raises: ValueError where the function is another program at another size, in more than
+    its sizes.
+  """
+  found: set[jx.Literal] = set()
+  equations = [[*jx.walk(each.program)] for each in (view, *others)]
+  if len({tuple(e.name for e in each) for each in equations}) > 1:
     raise ValueError('its equations depend on the size of an input; choose a number')
+  for e, *same in zip(*equations, strict=True):
+    found |= _followers(e, same)
+    for number, other in zip(OTHERS, same, strict=True):
+      params = resized(e, number)
+      plain = {p: x for p, x in other.params.items() if _is_plain(x)}
+      if any(x != params.get(p) for p, x in plain.items()):
+        raise _depends(e)
+  constants = [[*each.program.constants.values()] for each in (view, *others)]
+  if len({*map(len, constants)}) > 1 or not all(map(_alike, *constants)):
+    raise ValueError('a constant depends on the size of an input; choose a number')
+  return found
 
 
-def _alike(one: jx.Program, other: jx.Program) -> bool:
-  """Whether two programs do the same with the same numbers, at whatever sizes."""
-  both = [[*jx.walk(program)] for program in (one, other)]
-  names = [[e.name for e in equations] for equations in both]
-  return names[0] == names[1] and all(
-    np.array_equal(x, y)
-    for x, y in zip(*(_numbers(*pair) for pair in zip((one, other), both)), strict=True)
-  )
+def _followers(e: jx.Equation, others: Sequence[jx.Equation]) -> set[jx.Literal]:
+  """Those among the inputs of one equation."""
+  found = set()
+  for v, *same in zip(e.inputs, *(other.inputs for other in others), strict=True):
+    if not isinstance(v, jx.Literal) or v.val is None:
+      continue
+    written = [v.val, *(getattr(other, 'val', None) for other in same)]
+    if v.shape == () and written == [NUMBER, *OTHERS]:
+      found.add(v)
+    elif not _alike(*written):
+      raise _depends(e)
+  return found
 
 
-def _numbers(program: jx.Program, equations: list[jx.Equation]) -> list[Any]:
-  """All numbers that are written into a program, sizes of arrays left out."""
-  literals = (v.val for e in equations for v in e.inputs if isinstance(v, jx.Literal))
-  written = (
-    e.params.get(p) for e in equations for p in ('padding_config', 'start_indices')
-  )
-  return [
-    *program.constants.values(),
-    *literals,
-    *(w for w in written if w is not None),
-  ]
+def _depends(e: jx.Equation) -> ValueError:
+  return ValueError(f'{e.where}: depends on the size of an input; choose a number')
+
+
+def _alike(first: Any, *others: Any) -> bool:
+  same = lambda x: x is first or np.array_equal(x, first)
+  return all(map(same, others)) or all(map(np.all, map(np.isnan, (first, *others))))
+
+
+def _is_plain(x: Any) -> bool:
+  """Whether it is made of whole numbers and words, as all that may hold a size."""
+  if isinstance(x, tuple):
+    return all(map(_is_plain, x))
+  return x is None or isinstance(x, int | str | np.integer)
 
 
 def _is_fixed(x: Any) -> bool:

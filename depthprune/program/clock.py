@@ -40,7 +40,10 @@ def interleave(
 
 
 def made_up(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-  """An array to time a function on: small positive numbers, or zeros of other types."""
+  """An array to time a function on: small positive numbers, zeros of integers,
+  keys where those are wanted."""
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return jnp.broadcast_to(jax.random.key(0), shape)
   if not jnp.issubdtype(dtype, jnp.floating):
     return jnp.zeros(shape, dtype)
   return jnp.asarray(np.random.default_rng(0).uniform(0.01, 0.1, shape), dtype)

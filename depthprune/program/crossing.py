@@ -56,9 +56,10 @@ class Stage(NamedTuple):
 
 def batched(inputs: tuple, batch: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
   """The inputs for so many examples, a number or a symbolic size."""
-  if not inputs or any(not x.shape for x in inputs):
+  if not inputs or any(not getattr(x, 'shape', ()) for x in inputs):
     raise ValueError(
-      f'split: expected inputs with examples along axis 0, got {[*map(str, inputs)]}'
+      'expected arrays with examples along axis 0 of every input (no dict, no scalar), '
+      f'got {[*map(str, inputs)]}'
     )
   return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs)
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
 
 from depthprune.program import jaxpr as jx
 
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
 Run = Callable[[jx.Program, Sequence], list]  # runs a body
 
 
-def interpret(program: jx.Program, args: Sequence, execute: Callable) -> list:
-  """Runs a program; execute(equation, inputs) -> outputs does each step."""
+def interpret(
+  program: jx.Program,
+  args: Sequence,
+  execute: Callable,
+  written: Mapping[jx.Literal, Any] = NOTHING,
+) -> list:
+  """Runs a program; execute(equation, inputs) -> outputs does each step.
+
+  written: other values of some literals.
+  """
   env = {**program.constants, **dict(zip(program.inputs, args, strict=True))}
 
   def read(v):
-    return v.val if isinstance(v, jx.Literal) else env[v]
+    return written.get(v, v.val) if isinstance(v, jx.Literal) else env[v]
 
   for e in program.equations:
     outputs = execute(e, [read(v) for v in e.inputs])

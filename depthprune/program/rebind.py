@@ -14,11 +14,12 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
-from depthprune.program.evaluate import bind, derivative, interpret
+from depthprune.program.evaluate import NOTHING, bind, derivative, interpret
 from depthprune.program.facts import Facts
 from depthprune.program.view import (
   GONE,
   View,
+  abstract,
   paths_of,
   remembered,
   runnable,
@@ -51,14 +52,33 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     coupling.same(view, cut)
     kept = decided(view, keep)
     symbols = anysize.symbols(view, arrays)
+    written = {}
     if symbols:
-      whole = lambda v, arrays: fn(v, *merge(arrays)[0], **merge(arrays)[1])
-      anysize.check_same(whole, coupling.variables, arrays)
+      # Traced with symbols, too: jax refuses what decides by one how to go on.
+      call = lambda v, arrays: fn(v, *merge(arrays)[0], **merge(arrays)[1])
+      jx.trace(call, (coupling.variables, abstract(arrays)))
+      others = (merge([anysize.numbered(x, n) for x in arrays]) for n in anysize.OTHERS)
+      written = _written(view, [views(*other) for other in others], symbols)
     flat = [*_arguments(view, kept, variables), *arrays]
-    outs = rebound(view.facts, kept, symbols)(view.program, flat)
+    outs = rebound(view.facts, kept, symbols, written)(view.program, flat)
     return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
   return small
+
+
+def _written(view: View, others: Sequence[View], symbols: Mapping) -> dict:
+  """The symbol of every literal that is the size of an input; see `anysize`."""
+  full = lambda v: [sl.mask(d, {}) for d in view.facts.dims[v]]
+
+  def resized(e, number):
+    sizes = dict.fromkeys(symbols, number)
+    return _resized(e, full, view.facts, lambda axis: sl.count(axis, {}, sizes))
+
+  found = anysize.followers(view, others, resized)
+  first, *more = dict.fromkeys(symbols.values())
+  if found and more:
+    raise ValueError('one of several sizes is written as a number; choose numbers')
+  return {literal: jnp.asarray(first).astype(literal.dtype) for literal in found}
 
 
 def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
@@ -99,9 +119,15 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
 
 
 def rebound(
-  facts: Facts, kept: sl.Keep, symbols: Mapping[ax.Var, Any] = sl.NONE
+  facts: Facts,
+  kept: sl.Keep,
+  symbols: Mapping[ax.Var, Any] = sl.NONE,
+  written: Mapping[jx.Literal, Any] = NOTHING,
 ) -> Callable:
-  """run(program, args) at the sizes that `kept` leaves, symbols among them."""
+  """run(program, args) at the sizes that `kept` leaves, symbols among them.
+
+  written: other values of some literals.
+  """
   derived: dict[jx.Equation, Callable] = {}
 
   def masks(v: jx.Value) -> list[np.ndarray]:
@@ -110,7 +136,7 @@ def rebound(
   def run(program: jx.Program, args: Sequence) -> list:
     constants = {v: _take(c, masks(v)) for v, c in program.constants.items()}
     resized = jx.Program(program.inputs, constants, program.equations, program.outputs)
-    return interpret(resized, args, execute)
+    return interpret(resized, args, execute, written)
 
   def execute(e: jx.Equation, ins: list) -> list:
     outs = [masks(v) for v in e.outputs]
@@ -176,6 +202,9 @@ def _resized(e: jx.Equation, masks, facts: Facts, count: Callable) -> dict:
     p['feature_group_count'] = count(facts.hidden[e])
   elif e.name == 'scan':
     p['length'] = count(facts.hidden[e])
+  elif e.name == 'tile':
+    before = map(count, facts.dims[e.inputs[0]])
+    p['reps'] = tuple(n // m if m else 1 for n, m in zip(shape, before, strict=True))
   elif e.name == 'split':
     p['sizes'] = tuple(sizes[p['axis']] for sizes in outs)
   elif e.name == 'gather':

@@ -193,6 +193,6 @@ def _call(view: View, program: jx.Program, size: Mapping, widths: Widths, array)
   keep = {g: np.arange(n) < widths.get(g, n) for g, n in size.items()}
   kept = decided(view, {'channels': keep})
   shape = lambda v: tuple(sl.count(d, kept) for d in view.facts.dims[v])
-  arrays = [array(shape(v), np.dtype(v.dtype)) for v in program.inputs]
+  arrays = [array(shape(v), v.dtype) for v in program.inputs]
   run = jax.jit(lambda *arrays: rebound(view.facts, kept)(program, arrays))
   return lambda: run(*arrays)

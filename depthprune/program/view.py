@@ -197,10 +197,10 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
 
 def _outputs_of(exits: Mapping[str, Any], tree: Any) -> set[int]:
   """Positions of the outputs that belong to exits which are not kept."""
-  names = paths_of(jax.tree.unflatten(tree, list(range(tree.num_leaves))))
-  closed = {exit for exit, kept in exits.items() if not kept}
-  exit_of = lambda name: name.removeprefix('0/').split('/')[0]
-  return {i for name, i in names.items() if exit_of(name) in closed}
+  out = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
+  named: Any = out[0] if isinstance(out, tuple) and out else out  # beside updates
+  closed = [name for name, kept in exits.items() if not kept]
+  return {i for name in closed for i in jax.tree.leaves(named[name])}
 
 
 def without(tree: Any) -> Any:

@@ -144,13 +144,15 @@ def _small_state(tx, opt_state, full, small, plan: Plan):
 
 def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, int]]:
   """The small network as a module of its own, where the model has `arch`."""
-  if not (hasattr(model, 'arch') and hasattr(model, 'clone')):
+  full = getattr(model, 'widths', None)
+  if not (isinstance(full, Mapping) and isinstance(model.arch, Mapping)):
     return model, {}
   arch = {
     **dict(model.arch),
-    **_arch(coupling, plan, keep, getattr(model, 'widths', ())),
+    **_arch(coupling, plan, keep, full),
   }
-  native = model.clone(arch=type(model.arch)(arch))
+  make: Any = type(model.arch)
+  native = model.clone(arch=make(arch))
   key = jax.eval_shape(lambda: jax.random.key(0))
   wanted = jax.eval_shape(native.init, key, *coupling.inputs)
   wanted = {p: x.shape for p, x in paths_of(wanted).items() if p[:9] != 'branches/'}

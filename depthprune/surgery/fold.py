@@ -69,7 +69,7 @@ def _carriers(
       readers.append(e)
   if aliases & set(program.outputs):
     return None
-  if all(e.name == 'mul' for e in readers):
+  if all(e.name == 'mul' for e in readers) and not gate.shape:
     return _apart([_factor(e, aliases, made_by, uses, variables) for e in readers])
   if len(readers) != 1 or readers[0].name != 'scan' or gate not in readers[0].inputs:
     return None

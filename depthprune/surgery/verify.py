@@ -183,9 +183,10 @@ def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
     for x, v in zip(jax.tree.leaves(outputs), coupling.view.program.outputs)
   ]
   outputs = jax.tree.unflatten(jax.tree.structure(outputs), leaves)
-  if not keep['exits']:
+  gone = {name for name, kept in keep['exits'].items() if not kept}
+  if not gone:
     return outputs
-  return {name: outputs[name] for name, kept in keep['exits'].items() if kept}
+  return type(outputs)((k, v) for k, v in outputs.items() if k not in gone)
 
 
 def _tolerance(coupling: Coupling) -> float:

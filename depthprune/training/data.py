@@ -7,7 +7,6 @@ What does not fit there is `streamed`.
 through a split once, in order, for evaluation.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.training import catalogue, masks, splits, streamed
+from depthprune.training import memory as memories
 from depthprune.training.augment import (
   Augment,
   Normalisation,
@@ -134,7 +134,7 @@ def load(
 
 
 def _streams(name: str, source: Source, size: int, asked: bool | None) -> bool:
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  memory = min(memories.of_process(), memories.of_device())
   large = size > memory // 2
   if (asked or (large and asked is None)) and source.records is not None:
     return True
@@ -146,7 +146,7 @@ def _streams(name: str, source: Source, size: int, asked: bool | None) -> bool:
   if large:
     raise DataError(
       f'data {name!r}: {size / 2**30:.0f} GiB of images, expected at most half of the '
-      f'{memory / 2**30:.0f} GiB of this machine: pass subset=N or resize=SIDE'
+      f'{memory / 2**30:.0f} GiB that are there: pass subset=N or resize=SIDE'
     )
   return False
 
@@ -163,7 +163,7 @@ def epoch_steps(split: Split | Batch, size: int) -> int:
   n = count(split)
   if not 0 < size <= n:
     raise DataError(
-      f'data: a batch has 1 to {n} examples, as many as there are: got {size}'
+      f'batch: expected 1 to {n}, as many as there are training examples, got {size}'
     )
   return n // size
 

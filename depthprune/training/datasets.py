@@ -76,6 +76,12 @@ def normalisation(path: str) -> data.Normalisation | None:
 
 
 def _texts(config: Config) -> Texts:
+  options = 'mixup', 'randaugment', 'stream', 'workers'
+  if given := [name for name in options if getattr(config, name) is not None]:
+    raise DataError(
+      f'data {config.data!r}: {", ".join(given)}: for images, these are texts: leave '
+      'it out'
+    )
   if config.resize is not None:
     raise DataError(
       f'data {config.data!r}: resize is for images, got resize={config.resize} for '

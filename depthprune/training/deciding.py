@@ -1,6 +1,7 @@
 """What held-out data decides of a cascade: temperatures and thresholds."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from depthprune.training.method import Tree, inputs_of, real_rows
 from depthprune.training.prepared import count
 from depthprune.training.sides import Answers, Trained
 from depthprune.training.stage import Job
+from depthprune.training.streamed import Streamed
 
 # What else is asked of the held-out data, to be shown beside what was asked for: points
 # of accuracy, parts of the network's FLOPs, parts of all examples.
@@ -109,11 +111,17 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def usual(job: Job) -> tuple:
   """The inputs of a test batch of the shape that most of them have."""
   found: dict[tuple, list[tuple]] = {}
-  for batch in job.own_batches(job.images.test):
+  for batch in _shapes(job, job.images.test):
     inputs = inputs_of(batch)
     same = found.setdefault(tuple(x.shape for x in inputs), [])
     same.append(() if same else inputs)  # one of a kind is held, of any number
   return max(found.values(), key=len)[0]
+
+
+def _shapes(job: Job, split: Tree) -> Iterator[Tree]:
+  """Batches for the sake of their shapes: of images from disk one stands for all."""
+  batches = job.own_batches(split)
+  return itertools.islice(batches, 1) if isinstance(job.images, Streamed) else batches
 
 
 def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
@@ -122,7 +130,7 @@ def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
   Texts are as long as their batch, so that each length has its own costs.
   """
   total, count = np.zeros(len(stages) + 1), 0
-  for batch in job.own_batches(examples):
+  for batch in _shapes(job, examples):
     real = int(real_rows(batch).sum())
     here = stages.again(*inputs_of(batch))
     total += real * np.array([*here.flops, here.whole], np.float64)

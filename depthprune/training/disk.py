@@ -1,11 +1,14 @@
 """A run's directory: of one run at a time, and still whole where the disk is full."""
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +17,21 @@ from typing import TextIO
 from depthprune.training import hosts
 
 LOCK = '.lock'
+# Mistakes in a path, or rights that are missing; all else may be over the next time.
+MISTAKES = {
+  getattr(errno, name)
+  for name in 'EACCES EPERM EROFS EEXIST ENOTDIR EISDIR ENOENT ENAMETOOLONG'.split()
+}
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 OF_SYSTEM = re.compile(r"os_error_code='(\d+)'")
 
 
 class WriteError(OSError):
   """Something could not be written: where, why, and that what was saved is whole."""
+
+
+class PathError(ValueError):
+  """A path at which nothing can be written, whoever tries again."""
 
 
 class InUse(ValueError):
@@ -27,7 +40,7 @@ class InUse(ValueError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-  """Raises WriteError for any OSError within: no room, no right, no such disk."""
+  """Raises WriteError for an OSError within, or PathError: as `failed` says."""
   try:
     yield
   except WriteError:
@@ -36,11 +49,19 @@ def writing(path: Path) -> Iterator[None]:
     raise failed(path, error) from error
 
 
-def failed(path: Path, error: BaseException) -> WriteError:
-  """What to say of an error of the system, or one in which tensorstore tells of it."""
+def failed(path: Path, error: BaseException) -> WriteError | PathError:
+  """What to say of an error of the system, or one in which tensorstore tells of it:
+  PathError where trying again does not help, WriteError where it may."""
+  if isinstance(error, WriteError | PathError):
+    return error
   text = str(error) or type(error).__name__
   number = getattr(error, 'errno', None) or (OF_SYSTEM.findall(text) or [None])[-1]
   reason = os.strerror(int(number)) if number else text.splitlines()[0]
+  if number and int(number) in MISTAKES:
+    return PathError(
+      f'{path}: cannot be written: {reason}: check the path and who may write there, '
+      'or choose another directory (--workdir)'
+    )
   return WriteError(
     f'{path}: cannot be written: {reason}. What was saved before is whole: make room, '
     'and the same command continues from there'
@@ -55,12 +76,27 @@ def discard(folder: Path) -> None:
   shutil.rmtree(away)
 
 
+def empty(folder: Path) -> None:
+  """Removes all that a directory holds.
+
+  Raises: InUse where a live run has it.
+  """
+  if not folder.is_dir():
+    return
+  with contextlib.closing(_locked(folder)):
+    for path in folder.iterdir():
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+      elif path.name != LOCK:
+        path.unlink()
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
   """Within, the directory is this run's alone; a process that dies lets go of it.
 
-  Raises: InUse where a live run has it, WriteError where it cannot be made; of several
-    processes all do.
+  Raises: InUse where a live run has it, PathError where it cannot be made; of several
+    processes all do. Where a file system has no locks a warning says so.
   """
   lock = hosts.together(lambda: _locked(folder) if hosts.writes() else None)
   try:
@@ -84,6 +120,14 @@ def _locked(folder: Path) -> TextIO:
       f'{folder}: in use by a run that is alive: {owner}. Wait for its end, stop it, '
       'or choose another directory (--workdir)'
     ) from error
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
+      raise
+    warnings.warn(
+      f'{folder}: this file system has no locks ({error.strerror}): start no second '
+      'run in this directory',
+      stacklevel=2,
+    )
   with writing(folder):
     lock.truncate(0)
     lock.write(json.dumps({'process': os.getpid(), 'host': socket.gethostname()}))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.training import data, disk, hosts, mesh, record
+from depthprune.training import data, disk, hosts, memory, mesh, record
 from depthprune.training.checkpoint import CheckpointError, same_config
 from depthprune.training.method import Tree, inputs_of, real_rows
 
@@ -177,6 +177,8 @@ def _usable(folder: Path) -> Iterator[None]:
   try:
     with disk.writing(folder):
       yield
+  except disk.PathError:
+    raise
   except ValueError as error:  # numpy's, of mapping a file
     raise CheckpointError(
       f'{folder}: damaged: {error}. Delete the folder: it is computed again'
@@ -186,9 +188,9 @@ def _usable(folder: Path) -> Iterator[None]:
 def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:
   """What is there: in memory where it is small, else mapped."""
   paths = [_path(folder, i) for i in range(len(names))]
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  there = memory.of_process()
   size = sum(path.stat().st_size for path in paths)
-  small = hosts.agreed(np.bool_(size * SHARE <= memory))
+  small = hosts.agreed(np.bool_(size * SHARE <= there))
   with _usable(folder):
     arrays = {
       name: np.load(path, mmap_mode=None if small else 'r')[:rows]

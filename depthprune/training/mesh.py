@@ -35,10 +35,10 @@ def of(config: Config) -> Mesh:
   data = data or max(1, len(devices) // model)
   asked, there = data * model, len(devices)
   if asked > there:
+    most = f'data={there // model}' if model <= there else f'model={there}'
     raise ConfigError(
       f'mesh: data={data},model={model} takes {asked} devices, there are {there} '
-      f'({devices[0].device_kind}): ask for at most data={there // model or 1}, or '
-      'leave the number out'
+      f'({devices[0].device_kind}): ask for at most {most}, or leave the number out'
     )
   if processes > 1 and asked < there:
     raise ConfigError(

@@ -38,7 +38,8 @@ class Share:
   seed: int | None = None
 
   def __len__(self) -> int:
-    return sys.maxsize // self.size * len(self.own)
+    endless, once = sys.maxsize // self.size, -(-len(self.numbers) // self.size)
+    return (once if self.seed is None else endless) * len(self.own)
 
   def __getitem__(self, index: int) -> tuple[bytes, int, Any]:
     """(encoded image, its class, random numbers for it)"""

@@ -6,6 +6,7 @@ Of several processes one writes.
 import importlib.metadata
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping
@@ -92,5 +93,6 @@ def command() -> str:
   """How this process was started, without the path to the interpreter."""
   spec = getattr(sys.modules['__main__'], '__spec__', None)
   if spec is not None:
-    return ' '.join(['python -m', spec.name.removesuffix('.__main__'), *sys.argv[1:]])
-  return ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = spec.name.removesuffix('.__main__')
+    return shlex.join(['python', '-m', module, *sys.argv[1:]])
+  return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

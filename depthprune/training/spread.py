@@ -15,6 +15,7 @@ import jax
 
 from depthprune.config import Config
 from depthprune.training import preemption
+from depthprune.training.disk import WriteError
 
 OUTPUT = 'output.txt'
 Work = Callable[[Config], str | None]
@@ -49,6 +50,7 @@ def over(
 
   Several share a GPU where there are more than `devices`. What they print is in
   `output.txt` of a run's directory; of a process that died the exit code is returned.
+  A disk that is full ends all: WriteError.
   ready(run, running): whether the run may begin beside these, asked every second.
   This process ends all of them when it is stopped.
   """
@@ -74,7 +76,7 @@ def _begun(config: Config, work: Work, slot: int, devices: int, many: int) -> Bu
   told, tell = context.Pipe(duplex=False)
   shared = many > devices
   given = config, work, slot % devices, shared, tell
-  process = context.Process(target=_alone, args=given, daemon=True)
+  process = context.Process(target=_alone, args=given)
   process.start()
   tell.close()
   print(f'{config.path.name} begins: {config.path / OUTPUT}', flush=True)
@@ -88,19 +90,25 @@ def _alone(config: Config, work: Work, device: int, shared: bool, tell: Connecti
   if shared:
     os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   config.path.mkdir(parents=True, exist_ok=True)
-  with Path(config.path / OUTPUT).open('a') as file:
+  with Path(config.path / OUTPUT).open('a') as file, preemption.ends():
     for stream in (sys.stdout, sys.stderr):
       os.dup2(file.fileno(), stream.fileno())
-    tell.send(work(config))
+    try:
+      tell.send(work(config))
+    except WriteError as error:
+      tell.send(error)
 
 
 def _answer(ended: Busy) -> str | None:
   ended.process.join()
   try:
-    return ended.told.recv()
+    told = ended.told.recv()
   except EOFError:
     where = ended.config.path / OUTPUT
     return f'ended with exit code {ended.process.exitcode}, see {where}'
+  if isinstance(told, WriteError):
+    raise told
+  return told
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from depthprune.training import (
 from depthprune.training import mesh as meshes
 from depthprune.training.distill import Teacher
 from depthprune.training.evaluate import evaluator
-from depthprune.training.keeper import Keeper, same_config
+from depthprune.training.keeper import SHARED, Keeper, same_config
 from depthprune.training.method import Method, Tree
 from depthprune.training.optimizers import optimizer
 from depthprune.training.prepared import count
@@ -38,6 +38,11 @@ from depthprune.training.text import Texts
 from depthprune.training.train import first_batch, fit
 
 LINES = 50  # of history that a stage writes
+CACHED = 'checkpoints', 'features'
+WRITTEN = (
+  *('history.jsonl', 'gates.jsonl', 'input.jsonl', 'costs.json'),
+  *('result.json', 'report.html'),
+)
 
 
 class Job(NamedTuple):
@@ -139,17 +144,18 @@ def prepare(config: Config, show: bool = True) -> Job:
   task, folder = tasks.of(images), config.path
   train = images.on_device(partial(meshes.whole, mesh))
   job = Job(config, folder, images, train, task, mesh, show and hosts.writes())
-  before = folder / 'config.json'
-  if not before.is_file():
-    return job
+  begun = any((folder / name).exists() for name in ('history.jsonl', *CACHED))
+  hosts.alike(str(folder), {'begun': begun}, SHARED)
   if config.resume:
-    stored = record.read(before)  # damaged, it is written anew; every state has its own
+    # Damaged, it is written anew; every state has its own. Of one in which nothing was
+    # trained a mistake in the command may be mended.
+    stored = record.read(folder / 'config.json') if begun else None
     if stored is not None:
       same_config(relevant(stored['config']), job.relevant(), str(folder))
-  elif hosts.writes():
-    for name in ('history.jsonl', 'gates.jsonl', 'costs.json', 'result.json'):
+  elif hosts.writes() and (folder / 'config.json').is_file():
+    for name in WRITTEN:
       (folder / name).unlink(missing_ok=True)
-    for name in ('checkpoints', 'features', 'cascade'):
+    for name in (*CACHED, 'cascade', 'pruned'):
       shutil.rmtree(folder / name, ignore_errors=True)
   hosts.wait()
   return job

@@ -20,15 +20,17 @@ import jax
 
 from depthprune.config import Config
 from depthprune.errors import speaks
-from depthprune.training import hosts, recipe, record, spread
+from depthprune.training import disk, hosts, recipe, record, spread
 from depthprune.training.keeper import CheckpointError, same_config
 from depthprune.training.relevant import TRAIN, relevant
 from depthprune.values import ConfigError, shown
 
 FILE = 'sweep.json'
-ABOUT = 'workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat'  # how, not what
+# How, not what.
+ABOUT = 'workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers'
 TOLD = 'accuracy', 'held_out', 'flops', 'params', 'latency_ms', 'device', 'wall_seconds'
 WHOLE = 'checkpoints', 'features'
+FULL = 'RESOURCE_EXHAUSTED'  # XLA, of the memory of a device
 LINES = 'history.jsonl', 'gates.jsonl'
 
 
@@ -79,12 +81,13 @@ def run(planned: Plan, at_once: int | None = None, show: bool = True) -> dict[st
     none or where runs have a mesh. A run that is refused (a target out of reach, a cut
     that costs too much) is left out, with the reason.
 
-  Raises: ConfigError where all are refused; HostError in one of several processes.
+  Raises: ConfigError where all are refused; WriteError where there is no room, InUse
+    where one is alive that should begin anew; HostError in one of several processes.
   """
   runs, refused = planned.runs, {}
   for config in runs:
     if not config.resume:
-      shutil.rmtree(config.path, ignore_errors=True)
+      disk.empty(config.path)
   missing = [config for config in runs if finished(config) is None]
   for config, error in _attempts(planned, missing, at_once, show):
     if error is not None:
@@ -97,11 +100,16 @@ def run(planned: Plan, at_once: int | None = None, show: bool = True) -> dict[st
 
 
 def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
-  """One of `runs`, with what others have trained already; why not, if it is refused."""
+  """One of `runs`, with what others have trained already; why not, if it is refused
+  or needs more memory than the device has."""
   inherit(config, runs)
   try:
     recipe.run(config, show)
+  except disk.WriteError:
+    raise
   except Exception as error:
+    if FULL in str(error):
+      return str(error).splitlines()[0]
     if not speaks(error):
       raise
     return str(error)
@@ -111,9 +119,9 @@ def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
 def finished(config: Config) -> dict[str, Any] | None:
   """The result of a run, if it is there."""
   path = config.path / 'result.json'
-  if not path.is_file():
+  result = record.read(path)
+  if result is None:
     return None
-  result = json.loads(path.read_text())
   what = lambda values: {k: v for k, v in values.items() if k not in ABOUT}
   try:
     same_config(what(result['config']), what(config.to_json()), str(path))

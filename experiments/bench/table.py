@@ -1,4 +1,4 @@
-"""What gates cost, what the cut gains, and what a cascade gains."""
+"""What training costs, what cuts, cascades and targets in milliseconds gain."""
 
 from experiments.found import link, load, notes, table
 
@@ -103,4 +103,63 @@ def depth_methods() -> str:
     f'{line} A ResNet-110 cut at {", ".join(blocks)} blocks takes '
     f'{min(ratios):.2f} to {max(ratios):.2f} of the time of networks built so, at '
     f'batch 1 and 128 ({link(cut)}).'
+  )
+
+
+def milliseconds() -> str:
+  """What a target in milliseconds reached, and one in FLOPs beside it."""
+  path = 'bench/results/milliseconds_cpu.json'
+  found = load(path)
+  head = ('', 'asked for, %', 'foreseen', 'reached', 'reached by as many FLOPs')
+  part = lambda row: f'{100 * row["reached"]:.1f}'
+  lines = []
+  for name, case in found['models'].items():
+    of = lambda kind, case=case: [row for row in case['rows'] if row['of'] == kind]
+    lines += [
+      (
+        name,
+        f'{100 * row["asked"]:.0f}',
+        f'{100 * row["foreseen"]["milliseconds"]:.1f}',
+        part(row),
+        part(other),
+      )
+      for row, other in zip(of('milliseconds'), of('flops'), strict=True)
+    ]
+  return (
+    f'L1 cuts to a part of the time at batch {found["batch"]}, all networks by turns, '
+    f'beside cuts to the same part of the FLOPs ({found["device"]}; {link(path)}):\n\n'
+    f'{table(head, lines)}'
+  )
+
+
+def training() -> str:
+  """A step of training beside the roof of the device, and where the time goes."""
+  path = 'bench/results/training_cpu.json'
+  found = load(path)
+  head = ('', 'step, ms', 'images / s', 'roof, ms', 'temporary, MiB', 'compile, s')
+  lines = [
+    (
+      name,
+      f'{row["step_ms"]:.0f}',
+      f'{row["images_per_second"]:.0f}',
+      f'{row["roof_ms"]:.0f}',
+      f'{row["temporary_bytes"] / 2**20:.0f}',
+      f'{row["compile_s"]:.0f}',
+    )
+    for name, row in found['variants'].items()
+  ]
+  other = ''
+  if 'step_over_torch' in found:
+    other = (
+      f' The same network in PyTorch, by turns: {found["torch_step_ms"]:.0f} ms, of '
+      f'which ours takes {found["step_over_torch"]:.2f}.'
+    )
+  spent = ', '.join(
+    f'{name.replace("_", " ")} {ms:.1f}' for name, ms in found['split_ms'].items()
+  )
+  return (
+    f'Training {found["model"]}, {"×".join(map(str, found["shape"]))}, batch '
+    f'{found["batch"]} ({found["device"]}; {link(path)}); the roof is what the device '
+    f'does at most with the FLOPs and bytes that XLA counts. Milliseconds of parts: '
+    f'{spent}.{other}\n\n{table(head, lines)}'
   )

@@ -326,12 +326,51 @@ class Halves(nn.Module):
     return nn.Dense(3)(nn.Dense(8)(x[: len(x) // 2] if len(x) > 5 else x))
 
 
+# What follows the number of examples in a way that is seen, and what does not.
+FOLLOWS = {
+  'mean': lambda h: h - h.mean(0),
+  'tile': lambda h: h + jnp.tile(jnp.arange(8.0), (h.shape[0], 1)),
+  'chosen': lambda h: h + h[jnp.arange(h.shape[0]), jnp.argmax(h, 1)][:, None],
+  'nan': lambda h: jnp.where(jnp.isnan(h), jnp.nan, h),
+}
+HIDES = {
+  'squared': lambda h: h / h.shape[0] ** 2,
+  'loop': lambda h: jax.lax.fori_loop(0, h.shape[0], lambda i, h: h + 1.0, h),
+  'alone': lambda h: h / jnp.ones((h.shape[0],)).sum(),
+  'parity': lambda h: h * (1 + h.shape[0] % 2),
+  'noise': lambda h: h + jax.random.normal(jax.random.key(0), h.shape).sum(),
+}
+
+
 class Counts(nn.Module):
   """What it says depends on how many examples there are."""
 
+  how: str
+
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(3)(nn.Dense(8)(x - x.mean(0)))
+    h = nn.Dense(8)(nn.relu(nn.Dense(8)(x)))
+    return nn.Dense(3)((FOLLOWS | HIDES)[self.how](h))
+
+
+@pytest.mark.parametrize('how', FOLLOWS)
+def test_a_number_that_is_that_of_the_examples_follows_it(how):
+  network = pruned(Counts(how), VECTORS, '60%')
+  (batch,) = jax_export.symbolic_shape('batch')
+  shape = jax.ShapeDtypeStruct((batch, 6), jnp.float32)
+  found = jax_export.export(jax.jit(network.apply))(network.variables, shape)
+  for size in (1, 2, 12):
+    x = VECTORS[:size]
+    close(found.call(network.variables, x), network.apply(network.variables, x))
+
+
+@pytest.mark.parametrize('how', HIDES)
+def test_a_number_that_is_none_of_the_examples_is_refused_naming_its_line(how):
+  network = pruned(Counts(how), VECTORS, '60%')
+  (batch,) = jax_export.symbolic_shape('batch')
+  shape = jax.ShapeDtypeStruct((batch, 6), jnp.float32)
+  with pytest.raises(ValueError, match=r'depends? on the size of an input'):
+    jax.eval_shape(network.apply, network.variables, shape)
 
 
 @pytest.mark.parametrize('target', [None, '60%'])
@@ -343,10 +382,24 @@ def test_what_is_another_network_at_another_batch_has_to_have_one(tmp_path, targ
   export(tmp_path / 'it', network, batch=12)
   assert run(tmp_path / 'it', 'main', VECTORS).shape == (6, 3)
   if target:
-    with pytest.raises(ExportError, match='depend on the size of an input'):
-      export(tmp_path / 'counts', pruned(Counts(), VECTORS, target))
+    with pytest.raises(ExportError, match='main: .*depends on the size of an input'):
+      export(tmp_path / 'counts', pruned(Counts('squared'), VECTORS, target))
   with pytest.raises(ExportError, match='>= 1, got 0'):
     export(tmp_path / 'it', network, batch=0)
+
+
+def test_every_kind_of_answer_has_names_in_onnx(tmp_path):
+  def network_of(v, x):
+    x = nn.relu(x @ v['w'])
+    return {'4': (x @ v['w'], x), 'a/b': x}
+
+  v = {'w': DRAW.normal(size=(6, 6)).astype(np.float32)}
+  network = prune(network_of, v, {}, VECTORS[:1])
+  told = export(tmp_path / 'it', network, onnx=True)
+  assert {p['onnx'] for p in told['programs'].values()} == {'4.onnx', 'a.b.onnx'}
+  answers = run_onnx(tmp_path / 'it', '4', VECTORS)
+  for one, other in zip(answers.values(), network.apply(v, VECTORS)['4'], strict=True):
+    close(one, other)
 
 
 def test_a_path_beside_the_network_is_not_exported(tmp_path):

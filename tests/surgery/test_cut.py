@@ -1,8 +1,10 @@
 """prune on our models: what is left, what is reported, and that it trains on."""
 
+import collections
 import json
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from depthprune.program import cost
 from depthprune.program.couple import couple
 from depthprune.program.view import paths_of
 from depthprune.surgery.cut import prune
+from depthprune.surgery.oneshot import oneshot
 from tests import masking as m
 from tests import zoo
 
@@ -183,6 +186,38 @@ def mlp():
   model = MLP(hidden=(8, 6))
   variables = arrays(model)
   return model, variables, couple(model, variables, X)
+
+
+@pytest.mark.parametrize('names', [('z', 'a'), (4, 3), ('a/b', 'a')])
+def test_exits_have_any_name_and_any_order(names):
+  def f(v, x):
+    h = jnp.tanh(x.mean((1, 2)) @ v['in'])
+    said = h @ v['first'], jnp.tanh(h) @ v['other']
+    return collections.OrderedDict(zip(names, said, strict=True))
+
+  v = zoo.Case(f, shapes={'in': (3, 5), 'first': (5, 2), 'other': (5, 4)}).variables()
+  x = zoo.image(2)
+  for gone, leaf in zip(names, ('first', 'other'), strict=True):
+    pruned = prune(f, v, {'exits': {gone: False}}, x)
+    assert set(v) - set(pruned.variables) == {leaf}
+    said, whole = pruned.apply(pruned.variables, x), f(v, x)
+    assert [*said] == [name for name in names if name != gone]
+    for name in said:
+      np.testing.assert_allclose(said[name], whole[name], rtol=1e-5)
+
+
+def test_a_field_of_the_same_name_as_ours_is_somebody_elses():
+  class Net(nn.Module):
+    arch: str = 'small'
+
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3)(nn.relu(nn.Dense(8)(x.mean((1, 2)))))
+
+  x = zoo.image(2)
+  v = zoo.randomised(jax.eval_shape(Net().init, jax.random.key(0), x))
+  pruned = prune(Net(), v, oneshot(couple(Net(), v, x), v, 0.5), x)
+  assert pruned.arch == {} and pruned.apply(pruned.variables, x).shape == (2, 3)
 
 
 def test_widths_are_rounded_and_that_is_said(mlp):

@@ -176,6 +176,20 @@ def test_layers_that_share_their_weights_cannot_have_gates_of_their_own():
     prune(f, variables, {}, X)
 
 
+def test_a_gate_whose_parts_scale_different_things_is_named():
+  def f(v, x):
+    h = x.mean((1, 2)) @ v['params']['in']
+    for i in range(2):
+      h = h + v['branches']['gate'][i] * (h @ v['params'][f'w{i}'])
+    return h @ v['params']['out']
+
+  shapes = {'in': (3, 5), 'w0': (5, 5), 'w1': (5, 5), 'out': (5, 2)}
+  params = zoo.Case(f, shapes=shapes).variables()
+  variables = {'params': params, 'branches': {'gate': jnp.asarray([0.7, 0.2])}}
+  with pytest.raises(ValueError, match=r'branches/gate: its value .* cannot be folded'):
+    prune(f, variables, {}, X)
+
+
 def test_a_layer_stays_for_the_branch_that_stays():
   """Two branches per layer, one of them closed in one layer: it becomes zeros."""
 

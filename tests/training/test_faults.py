@@ -4,6 +4,7 @@ The processes are real, and so are the signals.
 """
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import re
@@ -157,6 +158,22 @@ def logged(folder: Path, stage: str = 'gates') -> list[int]:
 
 def saved(folder: Path, stage: str = 'gates') -> list[int]:
   return sorted(int(p.name) for p in (folder / 'checkpoints' / stage).glob('[0-9]*'))
+
+
+def test_a_path_that_cannot_be_written_is_no_matter_of_trying_again(tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  for folder in (tmp_path / 'file', tmp_path / 'file/below', Path('/proc/run')):
+    assert cli.main(command(folder)[2:]) == cli.WRONG_INPUT
+    assert f'error: {folder}: cannot be written: ' in capsys.readouterr().err
+
+
+def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch):
+  def none(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(disk.fcntl, 'flock', none)
+  with pytest.warns(UserWarning, match='start no second run'), disk.held(tmp_path):
+    pass
 
 
 @pytest.fixture(scope='module')

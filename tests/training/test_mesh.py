@@ -192,6 +192,7 @@ def test_a_mesh_is_read_from_words():
   [
     (128, 'data=16', r'takes 16 devices, there are 8 .* at most data=8'),
     (128, 'data=8,model=2', r'takes 16 devices, there are 8 .* at most data=4'),
+    (128, 'data=1,model=16', r'takes 16 devices, there are 8 .* at most model=8'),
     (100, 'data=8', r'multiple of 8, .* got 100: the nearest is 104'),
     (97, 'data', r'got 97: the nearest is 96'),
     (3, 'data', r'got 3: the nearest is 8'),

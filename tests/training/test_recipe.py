@@ -18,6 +18,7 @@ from depthprune.program import timing
 from depthprune.training import checkpoint, recipe, record, store
 from depthprune.training.evaluate import evaluator
 from depthprune.training.keeper import CheckpointError
+from depthprune.training.prepared import DataError
 from depthprune.training.stage import prepare
 from depthprune.training.train import NonFiniteLoss
 
@@ -105,6 +106,14 @@ def test_a_directory_of_another_run_is_refused(finished):
   config, _ = finished
   with pytest.raises(CheckpointError, match='options .*seed|seed.* options'):
     recipe.run(dataclasses.replace(config, options=Gates(0.6), seed=1), show=False)
+
+
+def test_a_command_that_was_mended_may_have_the_directory(tmp_path):
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path), batch=513)
+  with pytest.raises(DataError, match='batch: expected 1 to 512, .* got 513'):
+    recipe.run(config, show=False)
+  assert record.read(tmp_path / 'config.json')
+  prepare(dataclasses.replace(config, batch=32))
 
 
 @pytest.mark.parametrize(
@@ -221,8 +230,10 @@ def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
   assert mine.exists()
   record.write(tmp_path / 'config.json', {'config': finished[0].to_json()})
   record.append(tmp_path / 'history.jsonl', {'step': 1})
+  (tmp_path / 'pruned').mkdir()
   prepare(dataclasses.replace(config, seed=7))
   assert not (tmp_path / 'history.jsonl').exists()
+  assert not (tmp_path / 'pruned').exists()
 
 
 def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):

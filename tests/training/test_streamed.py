@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -18,8 +19,10 @@ from depthprune.config import Config
 from depthprune.models import pretrained
 from depthprune.options import Gates
 from depthprune.training import data, datasets, prepared, recipe
+from depthprune.training import memory as memories
 from depthprune.training.augment import Augment, Normalisation, normalise
 from depthprune.training.prepared import DataError
+from depthprune.training.reading import Share
 from depthprune.training.streamed import Streamed
 
 pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[stream]'")
@@ -162,10 +165,29 @@ def test_what_fills_half_of_the_memory_is_streamed(made, monkeypatch):
   size = (TRAIN + TEST) * SIDE * SIDE * 3
   for memory, kind in ((2 * size, data.Dataset), (2 * size - 2, Streamed)):
     pages = {'SC_PAGE_SIZE': 1, 'SC_PHYS_PAGES': memory}
-    monkeypatch.setattr(data.os, 'sysconf', pages.__getitem__)
+    monkeypatch.setattr(memories.os, 'sysconf', pages.__getitem__)
     assert isinstance(data.load('imagenet2012', **given), kind)
   with pytest.raises(DataError, match='expected at most half.*pass subset=N'):
     data.load('imagenet2012', **given, stream=False)
+
+
+def test_memory_is_what_a_container_leaves_and_a_device_has(tmp_path, monkeypatch):
+  machine = memories.of_process()
+  assert memories.of_device() == machine
+  limits = [tmp_path / name for name in ('max', 'none', 'absent')]
+  limits[0].write_text('4096\n')
+  limits[1].write_text('max\n')
+  monkeypatch.setattr(memories, 'LIMITS', limits)
+  assert memories.of_process() == 4096
+  device = types.SimpleNamespace(memory_stats=lambda: {'bytes_limit': 1024})
+  monkeypatch.setattr(memories.jax, 'local_devices', lambda: [device])
+  assert memories.of_device() == 1024
+
+
+def test_evaluation_decodes_every_image_once_and_fills_its_last_batch(imagenet):
+  share = Share(imagenet.records, imagenet.test['record'], 4, np.arange(4))
+  assert len(share) == -(-TEST // 4) * 4
+  assert share[len(share) - 1][:2] == share[TEST - 1][:2]
 
 
 def test_what_cannot_be_streamed_is_refused(imagenet, monkeypatch):

@@ -1,6 +1,7 @@
 """Sweeps: ordinary runs that share what they have in common, resumed, spread."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from depthprune.config import RECIPES, Config
 from depthprune.options import Gates, NetCut, SideNet
-from depthprune.training import recipe, record, results, spread, store, sweep
+from depthprune.training import disk, recipe, record, results, spread, store, sweep
 from depthprune.training.train import NonFiniteLoss
 from depthprune.values import ConfigError
 
@@ -137,6 +138,38 @@ def test_a_mistake_of_ours_ends_the_sweep(tmp_path, monkeypatch):
     sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
 
 
+def test_a_full_disk_ends_the_sweep_and_a_full_device_one_run(tmp_path, monkeypatch):
+  def run(config, show):
+    if config.options.target == 0.3:
+      raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nand more')
+    raise disk.failed(config.path, OSError(errno.ENOSPC, 'No space left'))
+
+  monkeypatch.setattr(recipe, 'run', run)
+  with pytest.raises(disk.WriteError, match=r'target0\.5: .*No space left'):
+    sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
+  told = record.read(tmp_path / 'sweep.json')
+  assert told and told['runs'][0]['refused'] == 'RESOURCE_EXHAUSTED: Out of memory'
+
+
+def test_nothing_is_taken_from_a_live_run(tmp_path, ran):
+  planned = sweep.plan(over(tmp_path, 0.3, 0.5, resume=False))
+  first = planned.runs[0].path
+  with disk.held(first):
+    (first / 'history.jsonl').touch()
+    with pytest.raises(disk.InUse, match='in use by a run that is alive'):
+      sweep.run(planned, at_once=1)
+  assert (first / 'history.jsonl').exists() and not ran
+
+
+def test_a_damaged_result_is_found_anew(tmp_path, ran):
+  planned = sweep.plan(over(tmp_path, 0.3, 0.5))
+  sweep.run(planned, at_once=1)
+  (tmp_path / 'target0.5/result.json').write_text('{"confi')
+  with pytest.warns(UserWarning, match='damaged'):
+    sweep.run(planned, at_once=1)
+  assert ran == ['target0.3', 'target0.5', 'target0.5']
+
+
 def arrays(folder: Path) -> dict[str, np.ndarray]:
   return store.read(folder / 'pruned', 'arch.json')[0]
 
@@ -197,14 +230,14 @@ def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
   here, dies = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
   for config in (here, dies):
     record.write(config.path / 'result.json', made_up(config))
-  (dies.path / 'result.json').write_text('nonsense')
+  (dies.path / 'result.json').write_text('{}')
   # What a process can be sent is a function of the library: this one reads a file.
   both = spread.over([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
   told = {config.path.name: found for config, found in both}
   assert told['target0.3'] == made_up(here)
   output = dies.path / spread.OUTPUT
   assert told['target0.5'] == f'ended with exit code 1, see {output}'
-  assert 'JSONDecodeError' in output.read_text()
+  assert "KeyError: 'config'" in output.read_text()
 
 
 @pytest.mark.slow
