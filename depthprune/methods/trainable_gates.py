@@ -74,7 +74,8 @@ def trainable_gates(
     coupling: of the network, from `couple`.
     target: rho in (0, 1], the fraction of the cost that is to remain.
     of: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now on this
-      device for a batch of 128; for another, `milliseconds(coupling, batch)`.
+      device for a batch of 128; for another,
+      `milliseconds(coupling, batch, round_to=round_to)`.
     strength: lambda. gate_lr: eta. surrogate: g.
     round_to: widths are multiples of this.
     steps: T, the length of the training; 0 asks for rho at once and lets no gate rest.
@@ -84,7 +85,7 @@ def trainable_gates(
   Raises: ValueError when no channel can be gated, or when the target is not in (0, 1]
     or below the cost with one channel (one multiple of round_to) left per group.
   """
-  name, C = counted(coupling, of)
+  name, C = counted(coupling, of, round_to)
   reachable(coupling, target, C, round_to)
   rho = target
   start = coupling.gates()['channels']
@@ -165,7 +166,7 @@ def _cost(config: Config, coupling: Coupling) -> str | Milliseconds:
   options, known = config.options, config.path / 'costs.json'
   if options.of != TIME:
     return options.of
-  timed = session(coupling, options.latency_batch)
+  timed = session(coupling, options.latency_batch, options.round_to)
   found = _kept(known, timed)
   measured = hosts.agreed(timed.measure() if found is None else found)
   if found is None:

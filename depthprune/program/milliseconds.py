@@ -2,9 +2,9 @@
 
 Every equation that contracts (a convolution, a product, a loop around some) is a layer.
 It is timed alone at some widths of each axis that can be cut, and so is the network,
-narrowed evenly; all of them take turns.
+narrowed evenly, and as it is; all of them take turns.
 
-  C(n)     = f(sum_l t_l(n))
+  C(n)     = f(sum_l t_l(n)), of the network as it is what was measured
   t_l(n)   table of layer l, linear between the widths that were timed
   n        slices that are kept of every group
   f        from the layers' sum to the network's time, which has what lies between
@@ -13,9 +13,11 @@ narrowed evenly; all of them take turns.
 
 Tables per layer are those of NetAdapt (Yang et al., arXiv 1804.03230); f is ours. No
 layer is counted slower for being narrower: where noise says so, a table is taken half
-way between the rising ones around it. For gates, f has the value above and one slope,
-the mean one: where launches hide what narrower layers save, gates would otherwise have
-nothing to follow.
+way between the rising ones around it. But kernels like some widths more, mostly those
+that networks are built with, so a network that loses a channel can be slower than it
+was; where widths are not rounded, odd ones are timed. For gates, f has the value above
+and one slope, the mean one: where launches hide what narrower layers save, gates would
+otherwise have nothing to follow.
 """
 
 from __future__ import annotations
@@ -42,16 +44,20 @@ class Milliseconds(NamedTuple):
       that are concatenated in it, counted by their sum.
     tables: (widths [n] of each axis, milliseconds [n, ...]), rising along every axis.
     network: (sums of the layers [k], milliseconds [k]) of the narrowed networks.
+    whole: milliseconds of the network as it is.
   """
 
   batch: int
   layers: tuple[tuple[tuple[tuple[str, ...], ...], int], ...]
   tables: tuple[tuple[tuple[np.ndarray, ...], np.ndarray], ...]
   network: tuple[np.ndarray, np.ndarray]
+  whole: float
 
   def __call__(self, coupling: Coupling, gates: Mapping | None = None) -> Any:
     channels = (gates or {}).get('channels', {})
     hard = all(isinstance(g, np.ndarray) and g.dtype == bool for g in channels.values())
+    if hard and all(map(np.all, channels.values())):
+      return self.whole
     xp = np if hard else jnp
     n = {group: group_.size for group, group_ in coupling.groups.items()}
     n |= {group: xp.sum(gate) for group, gate in channels.items()}

@@ -22,7 +22,7 @@ from depthprune.program.view import View
 
 BATCH = 128  # examples in a call
 SECONDS = 4.0  # for all calls together, though each has nine turns at least
-EVEN = (0, 0.25, 0.5, 0.75, 1)  # parts of all widths; 0 is one slice
+EVEN = (0, 0.25, 0.5, 0.75, 1)  # parts of all widths; 0 is the least there is
 # Parts of the widths of a layer, by the number of its axes that can be cut.
 PARTS = {1: EVEN, 2: (0, 0.25, 0.5, 1), 3: (0, 0.5, 1), 4: (0, 1), 5: (0, 1)}
 
@@ -38,7 +38,8 @@ class Session(NamedTuple):
 
   Attributes:
     batch: examples in a call. layers, grids: as in Milliseconds; only the widths.
-    rows: (layer, widths) of every call; no layer for the narrowed networks, the last.
+    rows: (layer, widths) of every call; no layer for the narrowed networks, and for the
+      network as it is, the last.
     call: (row's number) -> the call, compiled when it is first made.
   """
 
@@ -61,30 +62,33 @@ class Session(NamedTuple):
       end = at + int(np.prod(shape))
       tables.append((widths, rising(measured[at:end].reshape(shape))))
       at = end
+    *narrowed, _ = self.rows[at:]
     sums = np.array(
-      [sum_of(self.layers, tables, n, np) for _, n in self.rows[at:]], np.float32
+      [sum_of(self.layers, tables, n, np) for _, n in narrowed], np.float32
     )
     # Of widths that no layer feels the largest stands for all.
     distinct = np.append(np.diff(sums) > 1e-6 * sums[-1], True)
-    network = sums[distinct], rising(measured[at:])[distinct]
-    return Milliseconds(self.batch, self.layers, tuple(tables), network)
+    network = sums[distinct], rising(measured[at:-1])[distinct]
+    whole = float(measured[-1])
+    return Milliseconds(self.batch, self.layers, tuple(tables), network, whole)
 
 
 def milliseconds(
-  coupling: Coupling, batch: int = BATCH, seconds: float = SECONDS
+  coupling: Coupling, batch: int = BATCH, seconds: float = SECONDS, round_to: int = 1
 ) -> Milliseconds:
   """Times the layers of a network on this device, with made-up arrays.
 
-  batch: examples in a call. seconds: of timing, compilation not counted.
+  batch: examples in a call. seconds: of timing, compilation not counted. round_to:
+    what widths will be multiples of.
 
   Raises: as `session`.
   """
-  timed = session(coupling, batch)
+  timed = session(coupling, batch, round_to)
   return timed.cost(timed.measure(seconds))
 
 
-def session(coupling: Coupling, batch: int = BATCH) -> Session:
-  """What has to be timed, the same for the same network and batch.
+def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Session:
+  """What has to be timed, the same for the same arguments; see `milliseconds`.
 
   Raises: ValueError for a batch below 1, for a network of which nothing can be cut, or
     a layer of which more axes can be cut than can be timed.
@@ -104,7 +108,7 @@ def session(coupling: Coupling, batch: int = BATCH) -> Session:
     kind = _kind(view, e, owner, bundles)
     if kind not in known:
       known[kind] = len(grids)
-      points = list(itertools.product(*_points(e, bundles, size)))
+      points = list(itertools.product(*_points(e, bundles, size, round_to)))
       counts = np.array([[sum(n.values()) for n in point] for point in points])
       grids.append(tuple(np.unique(axis) for axis in counts.T))
       rows += [(e.where, {g: n[g] for n in point for g in n}) for point in points]
@@ -114,7 +118,7 @@ def session(coupling: Coupling, batch: int = BATCH) -> Session:
     raise ValueError(
       'milliseconds: no layer of this network can be cut: see coupling.explain()'
     )
-  even = _narrowed(size, EVEN)
+  even = [*_narrowed(size, EVEN, round_to), size]
   rows += [('', widths) for widths in even]
   programs += [view.program] * len(even)
   array = functools.cache(clock.made_up)
@@ -166,7 +170,9 @@ def _kind(view: View, e: jx.Equation, owner: Mapping, bundles) -> Any:
   return e if e.bodies else (e.name, str(e.params), str(values))
 
 
-def _points(e: jx.Equation, bundles, size: Mapping[str, int]) -> list[list[Widths]]:
+def _points(
+  e: jx.Equation, bundles, size: Mapping[str, int], round_to: int
+) -> list[list[Widths]]:
   """The widths to time of every bundle."""
   if len(bundles) not in PARTS:
     raise ValueError(
@@ -174,13 +180,24 @@ def _points(e: jx.Equation, bundles, size: Mapping[str, int]) -> list[list[Width
       f'{max(PARTS)} can be timed together; do not scan the layers in it'
     )
   parts = PARTS[len(bundles)]
-  return [_narrowed({g: size[g] for g in bundle}, parts) for bundle in bundles]
+  return [_narrowed({g: size[g] for g in b}, parts, round_to) for b in bundles]
 
 
-def _narrowed(size: Mapping[str, int], parts: Sequence[float]) -> list[Widths]:
-  """All widths at these parts of theirs, one slice at least; each once."""
-  found = [{g: max(1, round(part * n)) for g, n in size.items()} for part in parts]
+def _narrowed(
+  size: Mapping[str, int], parts: Sequence[float], round_to: int
+) -> list[Widths]:
+  """All widths at these parts of theirs, each once."""
+  found = [{g: _width(part, n, round_to) for g, n in size.items()} for part in parts]
   return [n for i, n in enumerate(found) if n not in found[:i]]
+
+
+def _width(part: float, n: int, round_to: int) -> int:
+  """The multiple of round_to near a part of n; without one an odd width, which stands
+  for those around it: kernels are fastest at round widths, as whole networks have."""
+  if round_to > 1:
+    return min(n, max(1, round(part * n / round_to)) * round_to)
+  width = max(1, round(part * n))
+  return width - 1 + width % 2 if width > 1 else 1
 
 
 def _alone(e: jx.Equation) -> jx.Program:

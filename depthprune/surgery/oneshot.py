@@ -42,13 +42,13 @@ def oneshot(
   scope: 'global' ranks all slices together, each group's scores divided by their mean;
     'uniform' keeps the same fraction of every group. of: 'flops' |
     'params' | 'milliseconds', measured now on this device for a batch of 128; for
-    another, `milliseconds(coupling, batch)`.
+    another, `milliseconds(coupling, batch, round_to=round_to)`.
   round_to: widths become multiples of it, and the target counts them so.
   Groups that cannot be gated keep all slices; every other group keeps at least one.
 
   Raises: ValueError for wrong arguments, or a target below what can be reached."""
   _check(score, scope, grads, key)
-  name, C = counted(coupling, of)
+  name, C = counted(coupling, of, round_to)
   scores = rank(coupling, variables, score, grads, key)
   total = C(coupling, None)
   goal = absolute(target, total)

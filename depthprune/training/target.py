@@ -30,7 +30,7 @@ def on_target(
 
   Returns: {'channels': {group: bool [n]}}.
   """
-  _, C = counted(coupling, of)
+  _, C = counted(coupling, of, round_to)
   w = {group: np.asarray(value) for group, value in w.items()}
   C_0 = C(coupling, None)
   widths = {
@@ -53,7 +53,7 @@ def reachable(
   coupling: Coupling, target: float, of: str | Cost = 'flops', round_to: int = 1
 ) -> None:
   """Raises ValueError for a target outside (0, 1] or below the narrowest network."""
-  name, C = counted(coupling, of)
+  name, C = counted(coupling, of, round_to)
   if not 0 < target <= 1:
     raise ValueError(
       f'target: expected a fraction in (0, 1], got {target}; it is the part of the '

@@ -57,9 +57,12 @@ def keep(n, m):
 def test_every_layer_is_timed_at_some_widths_and_the_network_last():
   first = [widths for _, widths in SESSION.rows if [*widths] == ['first:1']]
   both = [n for name, n in SESSION.rows if name and len(n) == 2]
-  assert first == [{'first:1': n} for n in (1, 4, 8, 12, 16)]
-  assert len(both) == 16 and both[-1] == {'first:1': 16, 'second:1': 12}
-  assert [n['first:1'] for name, n in SESSION.rows if not name] == [1, 4, 8, 12, 16]
+  assert first == [{'first:1': n} for n in (1, 3, 7, 11, 15)]
+  assert len(both) == 16 and both[-1] == {'first:1': 15, 'second:1': 11}
+  *narrowed, whole = [n for name, n in SESSION.rows if not name]
+  assert [n['first:1'] for n in narrowed] == [1, 3, 7, 11, 15] and whole[
+    'second:1'
+  ] == 12
   assert SESSION.layers == (
     ((('first:1',),), 0), ((('first:1',), ('second:1',)), 1), ((('second:1',),), 2),
   )  # fmt: skip
@@ -116,6 +119,21 @@ def test_layers_that_do_the_same_share_a_table():
   assert len(timed.grids) == 9
 
 
+def test_widths_are_timed_that_a_cut_may_leave():
+  rounded = timing.session(COUPLING, batch=8, round_to=8)
+  found = [[*widths.values()] for name, widths in rounded.rows if not name]
+  assert found == [[8, 8], [16, 8], [16, 12], [16, 12]]
+
+
+def test_a_network_that_loses_a_channel_may_be_slower_than_it_was():
+  measured = made_up()
+  measured[-1] /= 2
+  cost = SESSION.cost(measured)
+  whole = COST(COUPLING) / 2
+  assert cost(COUPLING) == cost(COUPLING, keep(16, 12)) == pytest.approx(whole)
+  assert cost(COUPLING, keep(15, 12)) == pytest.approx(COST(COUPLING, keep(15, 12)))
+
+
 def test_axes_that_are_concatenated_are_one_axis_of_a_layer():
   def joined(v, x):
     return jnp.concatenate([jax.nn.relu(x @ v['a']), x @ v['b']], -1) @ v['c']
@@ -123,7 +141,7 @@ def test_axes_that_are_concatenated_are_one_axis_of_a_layer():
   v = {'a': jnp.ones((5, 8)), 'b': jnp.ones((5, 4)), 'c': jnp.ones((12, 3))}
   timed = timing.session(couple(joined, v, jnp.ones((1, 5))), batch=2)
   assert timed.layers[-1] == ((('a:1', 'b:1'),), 2)
-  np.testing.assert_array_equal(timed.grids[-1][0], [2, 3, 6, 9, 12])
+  np.testing.assert_array_equal(timed.grids[-1][0], [2, 4, 8, 10])
   assert timed.call(len(timed.rows) - 7)()[0].shape == (2, 3)
 
 
@@ -162,10 +180,10 @@ def test_a_layer_alone_has_its_own_shapes_and_the_batch(monkeypatch):
     )[1],
   )  # fmt: skip
   rows = SESSION.rows
-  at = next(i for i, (name, n) in enumerate(rows) if name and [*n.values()] == [4, 6])
-  assert SESSION.call(at)()[0].shape == (8, 6)
-  assert SESSION.call(len(rows) - 4)()[0].shape == (8, 3)
-  assert found == [[(8, 4), (4, 6)], [(5, 4), (3, 3), (4, 3), (8, 5)]]
+  at = next(i for i, (name, n) in enumerate(rows) if name and [*n.values()] == [3, 5])
+  assert SESSION.call(at)()[0].shape == (8, 5)
+  assert SESSION.call(len(rows) - 5)()[0].shape == (8, 3)
+  assert found == [[(8, 3), (3, 5)], [(5, 3), (3, 3), (3, 3), (8, 5)]]
 
 
 def test_milliseconds_are_measured():
