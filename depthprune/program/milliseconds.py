@@ -5,7 +5,8 @@ It is timed alone at some widths of each axis that can be cut, and so is the net
 narrowed evenly, and as it is; all of them take turns.
 
   C(n)     = f(sum_l t_l(n)), of the network as it is what was measured
-  t_l(n)   table of layer l, linear between the widths that were timed
+  t_l(n)   table of layer l, linear between the widths that were timed, and what was
+           measured of the whole layer
   n        slices that are kept of every group
   f        from the layers' sum to the network's time, which has what lies between
            layers (element-wise work, launches) and what XLA fuses: through the evenly
@@ -14,15 +15,15 @@ narrowed evenly, and as it is; all of them take turns.
 Tables per layer are those of NetAdapt (Yang et al., arXiv 1804.03230); f is ours. No
 layer is counted slower for being narrower: where noise says so, a table is taken half
 way between the rising ones around it. But kernels like some widths more, mostly those
-that networks are built with, so a network that loses a channel can be slower than it
-was; where widths are not rounded, odd ones are timed. For gates, f has the value above
-and one slope, the mean one: where launches hide what narrower layers save, gates would
-otherwise have nothing to follow.
+that networks are built with, so what loses a channel can be slower than it was (or
+much faster, where a cache did not like it); where widths are not rounded, odd ones are
+timed. For gates, f has the value above and one slope, the mean one: where launches hide
+what narrower layers save, gates would otherwise have nothing to follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program.couple import Coupling
+
+
+class Table(NamedTuple):
+  """Milliseconds of a layer.
+
+  Attributes:
+    widths: those that were timed [n], rising, of each axis that can be cut.
+    taken: milliseconds [n, ...], rising along every axis.
+    full: its widths as it is, of each axis; whole: milliseconds of it so.
+  """
+
+  widths: tuple[np.ndarray, ...]
+  taken: np.ndarray
+  full: tuple[int, ...]
+  whole: float
 
 
 class Milliseconds(NamedTuple):
@@ -42,14 +58,13 @@ class Milliseconds(NamedTuple):
     batch: examples in a call.
     layers: (axes, table) of every layer, table among `tables`; an axis is the groups
       that are concatenated in it, counted by their sum.
-    tables: (widths [n] of each axis, milliseconds [n, ...]), rising along every axis.
     network: (sums of the layers [k], milliseconds [k]) of the narrowed networks.
     whole: milliseconds of the network as it is.
   """
 
   batch: int
   layers: tuple[tuple[tuple[tuple[str, ...], ...], int], ...]
-  tables: tuple[tuple[tuple[np.ndarray, ...], np.ndarray], ...]
+  tables: tuple[Table, ...]
   network: tuple[np.ndarray, np.ndarray]
   whole: float
 
@@ -94,8 +109,20 @@ def sum_of(layers, tables, n: Mapping[str, Any], xp: Any) -> Any:
   """sum_l t_l at n slices of every group; layers, tables: as in Milliseconds."""
   total = np.float32(0)
   for axes, index in layers:
-    widths, value = tables[index]
-    for groups, points in zip(axes, widths, strict=True):
-      value = between(sum(n[g] for g in groups), points, value, xp)
-    total = total + value
+    table = tables[index]
+    counts = [sum(n[g] for g in groups) for groups in axes]
+    value = table.taken
+    for count, points in zip(counts, table.widths, strict=True):
+      value = between(count, points, value, xp)
+    total = total + _jumped(value, counts, table, xp)
   return total
+
+
+def _jumped(value: Any, counts: Sequence, table: Table, xp: Any) -> Any:
+  """The value of a layer, that of the whole one where nothing of it was cut; the
+  derivative is that of narrower ones there, too."""
+  is_whole = [count == full for count, full in zip(counts, table.full, strict=True)]
+  if xp is np:
+    return table.whole if all(is_whole) else value
+  jump = jnp.where(jnp.stack(is_whole).all(), table.whole - value, 0)
+  return value + jax.lax.stop_gradient(jump)

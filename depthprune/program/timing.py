@@ -16,7 +16,7 @@ from depthprune.program import jaxpr as jx
 from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
 from depthprune.program.crossing import batched
-from depthprune.program.milliseconds import Milliseconds, rising, sum_of
+from depthprune.program.milliseconds import Milliseconds, Table, rising, sum_of
 from depthprune.program.rebind import decided, rebound
 from depthprune.program.view import View
 
@@ -37,15 +37,16 @@ class Session(NamedTuple):
   """What is to be timed for one network.
 
   Attributes:
-    batch: examples in a call. layers, grids: as in Milliseconds; only the widths.
-    rows: (layer, widths) of every call; no layer for the narrowed networks, and for the
-      network as it is, the last.
+    batch: examples in a call. layers: as in Milliseconds. grids: (widths, full) of
+      each Table of it.
+    rows: (layer, widths) of every call, of each layer as it is behind the narrowed
+      ones; no layer for networks, of which the last is the one as it is.
     call: (row's number) -> the call, compiled when it is first made.
   """
 
   batch: int
   layers: tuple[tuple[tuple[Bundle, ...], int], ...]
-  grids: tuple[tuple[np.ndarray, ...], ...]
+  grids: tuple[tuple[tuple[np.ndarray, ...], tuple[int, ...]], ...]
   rows: tuple[tuple[str, Widths], ...]
   call: Callable[[int], Callable[[], Any]]
 
@@ -57,11 +58,12 @@ class Session(NamedTuple):
   def cost(self, measured: np.ndarray) -> Milliseconds:
     """C from the medians of the rows [rows]."""
     tables, at = [], 0
-    for widths in self.grids:
+    for widths, full in self.grids:
       shape = tuple(map(len, widths))
       end = at + int(np.prod(shape))
-      tables.append((widths, rising(measured[at:end].reshape(shape))))
-      at = end
+      taken = rising(measured[at:end].reshape(shape))
+      tables.append(Table(widths, taken, full, float(measured[end])))
+      at = end + 1
     *narrowed, _ = self.rows[at:]
     sums = np.array(
       [sum_of(self.layers, tables, n, np) for _, n in narrowed], np.float32
@@ -110,7 +112,9 @@ def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Sessio
       known[kind] = len(grids)
       points = list(itertools.product(*_points(e, bundles, size, round_to)))
       counts = np.array([[sum(n.values()) for n in point] for point in points])
-      grids.append(tuple(np.unique(axis) for axis in counts.T))
+      full = tuple(sum(size[g] for g in bundle) for bundle in bundles)
+      grids.append((tuple(np.unique(axis) for axis in counts.T), full))
+      points.append(tuple({g: size[g] for g in bundle} for bundle in bundles))
       rows += [(e.where, {g: n[g] for n in point for g in n}) for point in points]
       programs += [_alone(e)] * len(points)
     layers.append((bundles, known[kind]))

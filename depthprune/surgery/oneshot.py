@@ -15,7 +15,7 @@ import numpy as np
 
 from depthprune.program import cost
 from depthprune.program import slices as sl
-from depthprune.program.counted import Cost, counted
+from depthprune.program.counted import TIME, Cost, counted
 from depthprune.program.couple import Coupling
 from depthprune.program.view import paths_of
 
@@ -66,7 +66,7 @@ def oneshot(
       f'target {target} is {goal:.4g} {name}; with at least one slice per group the '
       f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): ask for more'
     )
-  return {'channels': _nearest(keep_at, steps, price, goal)}
+  return {'channels': _nearest(keep_at, steps, price, goal, name == TIME)}
 
 
 def absolute(target: float | str, total: float) -> float:
@@ -179,10 +179,17 @@ def _rounded(scores: np.ndarray, width: int, round_to: int) -> np.ndarray:
   return _top(scores, int(cost.multiple(width, scores.size, round_to)))
 
 
-def _nearest(keep_at: Callable, steps: int, price: Callable, goal: float) -> dict:
-  """Bisects for the step whose price is nearest to the goal; price falls with k."""
+def _nearest(
+  keep_at: Callable, steps: int, price: Callable, goal: float, jumps: bool
+) -> dict:
+  """Bisects for the step whose price is nearest to the goal; price falls with k.
+
+  jumps: by much; then the one that is not above the goal.
+  """
   low, high = 0, steps  # price(low) >= goal >= price(high)
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (middle, high) if price(keep_at(middle)) >= goal else (low, middle)
+  if jumps and price(keep_at(low)) > goal:
+    return keep_at(high)
   return min((keep_at(low), keep_at(high)), key=lambda keep: abs(price(keep) - goal))

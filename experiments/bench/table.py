@@ -110,7 +110,7 @@ def milliseconds() -> str:
   """What a target in milliseconds reached, and one in FLOPs beside it."""
   path = 'bench/results/milliseconds_cpu.json'
   found = load(path)
-  head = ('', 'asked for, %', 'foreseen', 'reached', 'reached by as many FLOPs')
+  head = ('', 'widths', 'asked for, %', 'foreseen', 'reached', 'by as many FLOPs')
   part = lambda row: f'{100 * row["reached"]:.1f}'
   lines = []
   for name, case in found['models'].items():
@@ -118,6 +118,7 @@ def milliseconds() -> str:
     lines += [
       (
         name,
+        'any' if row['round_to'] == 1 else f'multiples of {row["round_to"]}',
         f'{100 * row["asked"]:.0f}',
         f'{100 * row["foreseen"]["milliseconds"]:.1f}',
         part(row),

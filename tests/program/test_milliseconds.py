@@ -1,4 +1,4 @@
-"""Milliseconds: exact where they were timed, linear in between, and never falling."""
+"""Milliseconds: exact where they were timed, linear and rising in between."""
 
 import itertools
 
@@ -57,8 +57,8 @@ def keep(n, m):
 def test_every_layer_is_timed_at_some_widths_and_the_network_last():
   first = [widths for _, widths in SESSION.rows if [*widths] == ['first:1']]
   both = [n for name, n in SESSION.rows if name and len(n) == 2]
-  assert first == [{'first:1': n} for n in (1, 3, 7, 11, 15)]
-  assert len(both) == 16 and both[-1] == {'first:1': 15, 'second:1': 11}
+  assert first == [{'first:1': n} for n in (1, 3, 7, 11, 15, 16)]
+  assert len(both) == 17 and both[-2] == {'first:1': 15, 'second:1': 11}
   *narrowed, whole = [n for name, n in SESSION.rows if not name]
   assert [n['first:1'] for n in narrowed] == [1, 3, 7, 11, 15] and whole[
     'second:1'
@@ -134,6 +134,20 @@ def test_a_network_that_loses_a_channel_may_be_slower_than_it_was():
   assert cost(COUPLING, keep(15, 12)) == pytest.approx(COST(COUPLING, keep(15, 12)))
 
 
+def test_a_layer_of_which_nothing_is_cut_takes_what_it_took():
+  measured, rows = made_up(), SESSION.rows
+  measured[next(i for i, (_, n) in enumerate(rows) if n == {'first:1': 16})] = 0
+  cost = SESSION.cost(measured)
+  saved = 0.5 * (1 + 5 * 16)
+  for n, less in ((16, saved), (15, 0)):
+    expected = COST(COUPLING, keep(n, 6)) - less
+    assert cost(COUPLING, keep(n, 6)) == pytest.approx(expected)
+    gates = jax.tree.map(lambda k: jnp.asarray(k, jnp.float32), keep(n, 6))
+    value, slopes = jax.value_and_grad(lambda g: cost(COUPLING, g))(gates)
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert (slopes['channels']['first:1'] > 0).all()
+
+
 def test_axes_that_are_concatenated_are_one_axis_of_a_layer():
   def joined(v, x):
     return jnp.concatenate([jax.nn.relu(x @ v['a']), x @ v['b']], -1) @ v['c']
@@ -141,7 +155,8 @@ def test_axes_that_are_concatenated_are_one_axis_of_a_layer():
   v = {'a': jnp.ones((5, 8)), 'b': jnp.ones((5, 4)), 'c': jnp.ones((12, 3))}
   timed = timing.session(couple(joined, v, jnp.ones((1, 5))), batch=2)
   assert timed.layers[-1] == ((('a:1', 'b:1'),), 2)
-  np.testing.assert_array_equal(timed.grids[-1][0], [2, 4, 8, 10])
+  np.testing.assert_array_equal(timed.grids[-1][0][0], [2, 4, 8, 10])
+  assert timed.grids[-1][1] == (12,)
   assert timed.call(len(timed.rows) - 7)()[0].shape == (2, 3)
 
 
