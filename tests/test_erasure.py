@@ -96,7 +96,8 @@ def small(coupling: Coupling, variables: Any, keep: dict) -> Any:
   closed = paths_of(masked(variables, kept['branches']))
   gates = {b: closed[f'branches/{b}'] for b in coupling.branches}
   open_ = {b: g for b, g in gates.items() if kept['branches'][b].any()}
-  left = cut(fold(coupling.view, variables, open_), index_plan(coupling, kept))
+  folded = fold(coupling.view, variables, open_, kept['exits'])
+  left = cut(folded, index_plan(coupling, kept))
   return m.quick(slim(coupling.fn, coupling, kept))(left, X)
 
 

@@ -69,6 +69,8 @@ def _carriers(
       readers.append(e)
   if aliases & set(program.outputs):
     return None
+  if not readers:  # nothing that is left needs it
+    return set()
   if all(e.name == 'mul' for e in readers) and not gate.shape:
     return _apart([_factor(e, aliases, made_by, uses, variables) for e in readers])
   if len(readers) != 1 or readers[0].name != 'scan' or gate not in readers[0].inputs:

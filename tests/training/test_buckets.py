@@ -56,7 +56,7 @@ def test_what_does_not_fill_a_batch_takes_its_turn_in_another_epoch():
     assert len(batch['label']) == 3
     seen |= set(np.asarray(batch['label']).tolist())
   assert seen == set(range(7))
-  with pytest.raises(DataError, match='1 to 7 examples.*got 8'):
+  with pytest.raises(DataError, match='expected 1 to 7, .*got 8'):
     TextSampler(KEY, 8)(split, 0)
 
 

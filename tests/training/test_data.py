@@ -103,7 +103,7 @@ def test_what_does_not_fill_a_batch_takes_its_turn_in_another_epoch():
   assert seen == set(range(7))
   assert data.epoch_steps(numbered(7), 3) == 2
   for size in (0, 8):
-    with pytest.raises(DataError, match=f'1 to 7 examples.*got {size}'):
+    with pytest.raises(DataError, match=f'expected 1 to 7, .*got {size}'):
       data.batch(numbered(7), 0, jax.random.key(0), size, PLAIN)
 
 
