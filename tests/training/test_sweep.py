@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 from pathlib import Path
 
 import jax
@@ -238,6 +239,17 @@ def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
   output = dies.path / spread.OUTPUT
   assert told['target0.5'] == f'ended with exit code 1, see {output}'
   assert "KeyError: 'config'" in output.read_text()
+
+
+def test_a_spread_run_may_have_processes_of_its_own_and_tells_of_a_full_disk(tmp_path):
+  (config, _) = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
+  begun = spread._begun(config, sweep.finished, 0, 1, 1)  # pyright: ignore
+  begun.process.join()
+  assert not begun.process.daemon and begun.told.recv() is None
+  told, tell = multiprocessing.Pipe(duplex=False)
+  tell.send(disk.WriteError('no room'))
+  with pytest.raises(disk.WriteError, match='no room'):
+    spread._answer(begun._replace(told=told))
 
 
 @pytest.mark.slow

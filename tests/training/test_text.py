@@ -285,6 +285,9 @@ def test_the_name_says_whether_images_or_texts(tfds_data, tmp_path):
     datasets.read(Config(data='glue/sst2'))
   with pytest.raises(DataError, match='resize is for images, got resize=8'):
     datasets.read(Config(data='glue/sst2', tokenizer='x', resize=8))
+  with pytest.raises(DataError, match='mixup, stream: for images, these are texts'):
+    given = {'mixup': 0.2, 'augment': True, 'stream': 'always'}
+    datasets.read(Config(data='glue/sst2', tokenizer='x', **given))
   weights = made(tmp_path).with_name('model.safetensors')
   given = Config(data='glue/sst2', pretrained=str(weights))
   assert datasets.tokenizer(given) == tmp_path / 'tokenizer.json'
