@@ -148,7 +148,7 @@ def _onnx(
 
   def call(*inputs):
     said = store.paths(program.call(arrays, *inputs))  # of one array the path is empty
-    return {(path or 'logits').replace('/', '.'): x for path, x in said.items()}
+    return {_file(path or 'logits'): x for path, x in said.items()}
 
   content, far = converter.convert(call, inputs, names, probe(inputs))
   file = f'{_file(name)}.onnx'
@@ -162,5 +162,5 @@ def _kind(x: Any) -> dict[str, Any]:
   return {'shape': shape, 'dtype': str(x.dtype)}
 
 
-def _file(name: str) -> str:
+def _file(name: Any) -> str:
   return str(name).replace('/', '.')

@@ -37,9 +37,9 @@ def symbols(view: View, arrays: Sequence) -> dict[ax.Var, Any]:
   data = view.program.inputs[len(view.leaves) :]
   for v, x in zip(data, arrays, strict=True):
     for d, n in zip(view.facts.dims[v], x.shape, strict=True):
-      axis = ax.norm(d)
       if isinstance(n, int):
         continue
+      axis = ax.norm(d)
       if not isinstance(axis, ax.Var) or found.setdefault(axis, n) != n:
         raise ValueError(f'size {n}: the function divides this axis; choose a number')
   return found

@@ -15,10 +15,12 @@ is present in every array that mentions the Var, or in none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 UNIT = 'one slice only'
+NOTHING: Mapping[Any, Any] = MappingProxyType({})  # what no axis or literal is given
 
 
 class Var:

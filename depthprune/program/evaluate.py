@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
 from depthprune.program import jaxpr as jx
+from depthprune.program.axes import NOTHING
 
-NOTHING: Mapping[Any, Any] = MappingProxyType({})
 Run = Callable[[jx.Program, Sequence], list]  # runs a body
 
 

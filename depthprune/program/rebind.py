@@ -14,7 +14,7 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import slices as sl
 from depthprune.program.couple import Coupling
-from depthprune.program.evaluate import NOTHING, bind, derivative, interpret
+from depthprune.program.evaluate import bind, derivative, interpret
 from depthprune.program.facts import Facts
 from depthprune.program.view import (
   GONE,
@@ -121,8 +121,8 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
 def rebound(
   facts: Facts,
   kept: sl.Keep,
-  symbols: Mapping[ax.Var, Any] = sl.NONE,
-  written: Mapping[jx.Literal, Any] = NOTHING,
+  symbols: Mapping[ax.Var, Any] = ax.NOTHING,
+  written: Mapping[jx.Literal, Any] = ax.NOTHING,
 ) -> Callable:
   """run(program, args) at the sizes that `kept` leaves, symbols among them.
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from depthprune.program.axes import Axis, Cat, LayoutError, Var, norm, show
+from depthprune.program.axes import NOTHING, Axis, Cat, LayoutError, Var, norm, show
 
 Keep = Mapping[Var, np.ndarray]  # bool [var.size]
-NONE: Mapping[Var, Any] = MappingProxyType({})
 
 
 def mask(a: Axis, keep: Keep) -> np.ndarray:
@@ -29,7 +27,7 @@ def mask(a: Axis, keep: Keep) -> np.ndarray:
   return out
 
 
-def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = NONE) -> Any:
+def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = NOTHING) -> Any:
   """How many slices of `a` survive: a number, or an expression of symbols.
 
   symbols: the sizes of axes that are not numbers."""

@@ -174,15 +174,13 @@ def _files(folder: Path, rows: Mapping[str, np.ndarray], most: int, anew: bool):
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
   """Raises WriteError where there is no room, CheckpointError for a file cut short."""
-  try:
-    with disk.writing(folder):
+  with disk.writing(folder):
+    try:
       yield
-  except disk.PathError:
-    raise
-  except ValueError as error:  # numpy's, of mapping a file
-    raise CheckpointError(
-      f'{folder}: damaged: {error}. Delete the folder: it is computed again'
-    ) from error
+    except ValueError as error:  # numpy's, of mapping a file
+      raise CheckpointError(
+        f'{folder}: damaged: {error}. Delete the folder: it is computed again'
+      ) from error
 
 
 def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:

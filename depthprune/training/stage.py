@@ -39,10 +39,8 @@ from depthprune.training.train import first_batch, fit
 
 LINES = 50  # of history that a stage writes
 CACHED = 'checkpoints', 'features'
-WRITTEN = (
-  *('history.jsonl', 'gates.jsonl', 'input.jsonl', 'costs.json'),
-  *('result.json', 'report.html'),
-)
+LOGS = 'history.jsonl', 'gates.jsonl', 'input.jsonl'
+WRITTEN = *LOGS, 'costs.json', 'result.json', 'report.html'
 
 
 class Job(NamedTuple):
@@ -202,26 +200,26 @@ def stage(
     given = batch_at, job.train, step, state, job.key(name), taught
     line = throughput.tell(throughput.measure(*given), name, job.show)
     record.append(job.folder / 'input.jsonl', line)
+  learns = [callbacks.learnt(job.folder, name, method)] if state.theta else []
+  train = partial(
+    fit, step, state, job.key(name), batch_at, job.train,
+    steps=steps, every=max(1, min(100, steps // LINES)), teacher=taught,
+    label=name, show=job.show,
+  )  # fmt: skip
+  return meshes.local(_recorded(job, name, keeper, steps, learns, train))
+
+
+def _recorded(
+  job: Job, name: str, keeper: Keeper, steps: int, learns: list, train: Callable
+) -> State:
+  """train(callbacks=...), its history and states on disk, ended by SIGTERM."""
+  every_s = job.config.checkpoint_every_s
   try:
     with preemption.noticed() as told:
-      state = fit(
-        step,
-        state,
-        job.key(name),
-        batch_at,
-        job.train,
-        steps=steps,
-        every=max(1, min(100, steps // LINES)),
-        teacher=taught,
-        callbacks=[
-          callbacks.historian(job.folder, name),
-          *([callbacks.learnt(job.folder, name, method)] if state.theta else []),
-          callbacks.saver(keeper, name, steps, job.config.checkpoint_every_s, told),
-        ],
-        label=name,
-        show=job.show,
-      )
+      writes = callbacks.historian(job.folder, name)
+      saves = callbacks.saver(keeper, name, steps, every_s, told)
+      state = train(callbacks=[writes, *learns, saves])
       keeper.wait()
   finally:
     keeper.rest()
-  return meshes.local(state)
+  return state

@@ -4,20 +4,10 @@ import json
 
 import pytest
 
-from depthprune.config import Config
 from experiments import pieces
 from experiments.pieces import Arguments
 from experiments.trainable_gates import compare
-
-CONFIG = Config(
-  model='mlp',
-  subset=256,
-  batch=64,
-  train_epochs=1,
-  gate_epochs=2,
-  finetune_epochs=1,
-  learning_rate=0.05,
-)
+from tests.training.test_sweep import SMALL
 
 
 @pytest.mark.slow
@@ -26,7 +16,7 @@ def test_all_methods_reach_the_same_cost_and_scratch_has_the_shape_of_gates(
 ):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(pieces, 'HERE', tmp_path)
-  about = 'digits', CONFIG, {}, (0.5,), compare.METHODS
+  about = 'digits', SMALL, {}, (0.5,), compare.METHODS
   compare._base.cache_clear()
   assert compare.main(*about, Arguments(seeds=(0,))) == []
   found = json.loads((tmp_path / 'trainable_gates/results/digits.json').read_text())
