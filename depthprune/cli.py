@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from depthprune.config import Config
-from depthprune.errors import speaks
-from depthprune.training import preemption
+from depthprune.run import interrupts as preemption
+from depthprune.run.config import Config
+from depthprune.run.interrupts import speaks
 from depthprune.words import Method, several
 
 WRONG_INPUT = 2
@@ -154,7 +154,9 @@ def _parsed(words: Sequence[str]) -> Any:
 
 
 def _run(config: Config) -> None:
-  from depthprune.training import hosts, lost, recipe
+  from depthprune import distributed as hosts
+  from depthprune import distributed as lost
+  from depthprune.run import rounds as recipe
 
   try:
     recipe.run(config)
@@ -165,7 +167,7 @@ def _run(config: Config) -> None:
 
 
 def _sweep(commands: Sequence[Sweep]) -> None:
-  from depthprune.training import sweep
+  from depthprune.run import sweep
 
   planned = sweep.plan([command.config for command in commands])
   sweep.run(planned, commands[0].at_once)
@@ -175,7 +177,10 @@ def _sweep(commands: Sequence[Sweep]) -> None:
 def _report(path: Path) -> None:
   import rich
 
-  from depthprune.report import artifacts, front, page, screen
+  from depthprune.report import page
+  from depthprune.report import run_files as artifacts
+  from depthprune.report import sweep as front
+  from depthprune.report import tables as screen
 
   if (path / front.SWEEP).is_file():
     found = front.read(path)
@@ -191,8 +196,8 @@ def _report(path: Path) -> None:
 
 
 def _export(command: Export) -> None:
-  from depthprune.inference import saved
-  from depthprune.inference.export import export
+  from depthprune.export import networks as saved
+  from depthprune.export.stablehlo import export
 
   found = saved.find(command.run)
   to = command.to or (found.run or command.run) / 'exported'
@@ -214,9 +219,9 @@ def _export(command: Export) -> None:
 def _bench(command: Bench) -> None:
   import rich
 
-  from depthprune.inference.bench import bench
   from depthprune.report import bench as shown
-  from depthprune.training import record
+  from depthprune.run.bench import bench
+  from depthprune.storage import directory as record
 
   result = bench(command.networks, command.batches, command.seconds)
   record.write(command.to, result)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from depthprune.config import RECIPES, Config
 from depthprune.options import KINDS, Auxiliary, Gates, Implosion, NetCut, SideNet
+from depthprune.run.config import RECIPES, Config
 
 CONTINUES = 'Interrupted at any moment, the same command continues.'
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from depthprune.config import Config
-from depthprune.training import record, results
-from depthprune.training.keeper import same_config
+from depthprune.run import result as results
+from depthprune.run.config import Config
+from depthprune.storage import directory as record
+from depthprune.storage.keeper import same_config
 
 HERE = Path(__file__).parent
 SEEDS = 3

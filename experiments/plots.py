@@ -14,7 +14,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from depthprune.report import curves, decision, depth, exits, style
+from depthprune.report import charts as depth
+from depthprune.report import exit_charts as curves
+from depthprune.report import exit_charts as exits
+from depthprune.report import sentences as decision
+from depthprune.report import style
 from experiments.found import files
 from experiments.implosion.table import by_importance
 

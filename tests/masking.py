@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program.couple import Coupling
-from depthprune.program.view import paths_of
+from depthprune.program.coupling import Coupling
+from depthprune.program.trace import paths_of
 
 # Tests compile many small programs and run each once.
 QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}

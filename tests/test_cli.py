@@ -11,9 +11,9 @@ import pytest
 
 import depthprune as dp
 from depthprune import cli, models, options
-from depthprune.config import RECIPES, Config
-from depthprune.inference import roofline
 from depthprune.options import Gates
+from depthprune.run.config import RECIPES, Config
+from depthprune.timing import roofline
 
 METHODS = {'gates': 'trainable_gates', 'netcut': 'netcut', 'implosion': 'implosion'}
 
@@ -22,12 +22,12 @@ METHODS = {'gates': 'trainable_gates', 'netcut': 'netcut', 'implosion': 'implosi
 def runs(monkeypatch) -> list[Config]:
   """Configs that would have been run."""
   taken: list[Config] = []
-  recipe = types.ModuleType('depthprune.training.recipe')
+  recipe = types.ModuleType('depthprune.run.rounds')
   recipe.run = taken.append  # pyright: ignore[reportAttributeAccessIssue]
   monkeypatch.setitem(sys.modules, recipe.__name__, recipe)
-  import depthprune.training
+  import depthprune.run
 
-  monkeypatch.setattr(depthprune.training, 'recipe', recipe, raising=False)
+  monkeypatch.setattr(depthprune.run, 'rounds', recipe, raising=False)
   monkeypatch.setattr(cli, '_report', lambda path: None)
   return taken
 
@@ -55,8 +55,8 @@ def test_no_options_are_the_defaults(runs):
 
 
 def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):
-  from depthprune.report import front
-  from depthprune.training import sweep
+  from depthprune.report import sweep as front
+  from depthprune.run import sweep
 
   taken = []
   monkeypatch.setattr(sweep, 'run', lambda *given: taken.append(given))

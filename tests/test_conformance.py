@@ -19,9 +19,9 @@ from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
 from depthprune.program import cost
 from depthprune.program import jaxpr as jx
-from depthprune.program.couple import Coupling, couple
-from depthprune.program.view import paths_of, runnable
-from depthprune.surgery.cut import Pruned, prune
+from depthprune.program.coupling import Coupling, couple
+from depthprune.program.trace import paths_of, runnable
+from depthprune.surgery.prune import Pruned, prune
 from tests import masking as m
 from tests import zoo
 

@@ -17,13 +17,13 @@ from depthprune.models.resnet import ResNet
 from depthprune.models.segnet import SegNet
 from depthprune.models.vgg import VGG
 from depthprune.models.vit import ViT
-from depthprune.program.couple import Coupling, couple
-from depthprune.program.rebind import slim
+from depthprune.program.coupling import Coupling, couple
+from depthprune.program.resize import slim
+from depthprune.program.trace import paths_of
 from depthprune.program.units import closing, units
-from depthprune.program.view import paths_of
-from depthprune.surgery.cut import prune
 from depthprune.surgery.fold import fold
 from depthprune.surgery.plan import cut, index_plan
+from depthprune.surgery.prune import prune
 from depthprune.surgery.settle import settle
 from tests import masking as m
 from tests import zoo

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from depthprune.config import Config
-from depthprune.program.couple import Coupling
-from depthprune.training.method import Method
+from depthprune.program.coupling import Coupling
+from depthprune.run.config import Config
+from depthprune.train.method import Method
 
 
 def names() -> list[str]:

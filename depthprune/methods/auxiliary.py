@@ -1,7 +1,7 @@
 """Auxiliary overparameterization: a wider path helps to train, and is then dropped.
 
 Liu, Zhuang, Shen, Chen, Yin: "Training Compact Neural Networks via Auxiliary
-Overparameterization" (arXiv 1909.02214 v1). The path is `models.auxiliary`; gates on
+Overparameterization" (arXiv 1909.02214 v1). The path is `models.auxiliary_path`; gates on
 its connections, their price and a weight that decays are ours:
 
   L        = CE(z, y) + a_t sum_k CE(z_k, y) + lambda sum_j c_j b(w_j)
@@ -34,12 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthprune.config import Config
 from depthprune.gates import straight_through
 from depthprune.methods.sidenet import measured
 from depthprune.program import cost
-from depthprune.program.couple import Coupling
-from depthprune.training.method import Method, Tree, apart
+from depthprune.program.coupling import Coupling
+from depthprune.run.config import Config
+from depthprune.train.method import Method, apart
+from depthprune.train.task import Tree
 
 Decay = Literal['constant', 'linear', 'cosine']
 START = 0.1
@@ -60,7 +61,7 @@ def auxiliary(
   Or, of several tasks, with an exit for each task, and others that answer all of them:
   those must be named in `aside`.
 
-  Where connections of the path have gates (`models.auxiliary.beside(search=True)`),
+  Where connections of the path have gates (`models.auxiliary_path.beside(search=True)`),
   they are trained too: the structure is searched.
 
   Args:

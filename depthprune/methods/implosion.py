@@ -36,12 +36,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.config import Config
-from depthprune.program.couple import Coupling
+from depthprune.program.coupling import Coupling
 from depthprune.program.units import Unit, closing
 from depthprune.program.units import units as units_of
-from depthprune.training.method import Method, Tree
-from depthprune.training.penalties import spare_closed
+from depthprune.run.config import Config
+from depthprune.train.method import Method, spare_closed
+from depthprune.train.task import Tree
 
 IMPORTANCE = ('priority', 'drop', 'greedy', 'random')
 

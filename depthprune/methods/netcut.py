@@ -31,13 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthprune.config import Config
-from depthprune.program import clock
+from depthprune import distributed as hosts
 from depthprune.program import cost as costs
-from depthprune.program.couple import Coupling
-from depthprune.training import hosts, record
-from depthprune.training.method import CutRefused, Method, Tree, apart
-from depthprune.training.tasks import Task, mean
+from depthprune.program.coupling import Coupling
+from depthprune.run.config import Config
+from depthprune.storage import directory as record
+from depthprune.timing import clock
+from depthprune.train.method import CutRefused, Method, apart
+from depthprune.train.task import Task, Tree, mean
 
 Aggregate = Literal['log', 'linear', 'geometric']
 Cost = Literal['index', 'flops', 'params', 'milliseconds']

@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthprune.config import Config
-from depthprune.program.couple import Coupling
-from depthprune.program.view import Decision
-from depthprune.training.method import Method, Task, Tree
+from depthprune.program.coupling import Coupling
+from depthprune.program.trace import Decision
+from depthprune.run.config import Config
+from depthprune.train.method import Method
+from depthprune.train.task import Task, Tree
 
 Regime = Literal['frozen', 'joint']
 

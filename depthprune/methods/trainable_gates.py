@@ -40,18 +40,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthprune.config import Config
+from depthprune import distributed as hosts
 from depthprune.gates import Surrogate, straight_through
-from depthprune.inference import latency
 from depthprune.program import cost
-from depthprune.program.counted import TIME, Cost, counted
-from depthprune.program.couple import Coupling
-from depthprune.program.milliseconds import Milliseconds
-from depthprune.program.timing import Session, session
-from depthprune.training import hosts, record
-from depthprune.training.method import Method, Tree, apart, supervised
-from depthprune.training.penalties import openness, spare_closed
-from depthprune.training.target import on_target, reachable
+from depthprune.program.coupling import Coupling
+from depthprune.run.config import Config
+from depthprune.storage import directory as record
+from depthprune.timing import latency
+from depthprune.timing.layers import TIME, Cost, Milliseconds, Session, counted, session
+from depthprune.train.method import Method, apart, openness, spare_closed, supervised
+from depthprune.train.target import on_target, reachable
+from depthprune.train.task import Tree
 
 START = 0.1  # mean gate weight of a group at the start
 LEAST = 0.1  # of the mean price of a channel, where prices are measured

@@ -16,6 +16,9 @@ from depthprune.models.arch import nearest
 
 __all__ = ['build', 'describe', 'names']
 
+# What files were called when networks were saved that name them.
+RENAMED = {'auxiliary': 'auxiliary_path', 'perceptron': 'heads'}
+
 
 def names() -> list[str]:
   """The names that `build` knows, such as 'resnet20'."""
@@ -35,6 +38,7 @@ def build(name: str, **fields) -> nn.Module:
   """
   values = {key: _restored(key, value) for key, value in fields.items()}
   file, _, cls = name.partition('.')
+  file = RENAMED.get(file, file)
   if cls:
     constructor = getattr(_family(file), cls, None) if file in _files() else None
   else:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from depthprune.values import Epochs, at_least, finite, one_of
+from depthprune.train.options import Epochs, at_least, finite, one_of
 
 STRUCTURES = ('all', 'search', 'deep-supervision', 'none')
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-from depthprune.values import (
+from depthprune.train.options import (
   FRACTION,
   ConfigError,
   Epochs,

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from depthprune.values import Epochs, at_least, one_of
+from depthprune.train.options import Epochs, at_least, one_of
 
 THREE_QUARTERS = tyro.conf.arg(
   metavar='INT', help_behavior_hint='(default: three quarters of them)'

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from depthprune.values import ConfigError, Epochs, finite, one_of
+from depthprune.train.options import ConfigError, Epochs, finite, one_of
 
 BY_MODEL = tyro.conf.arg(help_behavior_hint='(default: by model)')
 

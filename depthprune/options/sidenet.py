@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
-from depthprune.values import (
+from depthprune.train.options import (
   FRACTION,
   ConfigError,
   Epochs,

@@ -24,8 +24,8 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program.couple import Coupling
-from depthprune.program.view import Decision, View
+from depthprune.program.coupling import Coupling
+from depthprune.program.trace import Decision, View
 
 Count = Callable[[ax.Axis], Any]
 

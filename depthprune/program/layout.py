@@ -8,12 +8,14 @@ from depthprune.program.axes import (
   Cat,
   Prod,
   Var,
+  equal,
+  fresh,
   norm,
+  opaque,
   pin,
   split,
   unify,
-)  # fmt: skip
-from depthprune.program.facts import equal, fresh, opaque
+)
 
 
 def rev(facts, e, x):

@@ -10,8 +10,21 @@ from collections.abc import Sequence
 
 from depthprune.program import jaxpr as jx
 from depthprune.program import layout as lay
-from depthprune.program.axes import Axis, Dims, Prod, Var, norm, note, pin, unify
-from depthprune.program.facts import Facts, any_shape, equal, fresh, opaque
+from depthprune.program.axes import (
+  Axis,
+  Dims,
+  Facts,
+  Prod,
+  Var,
+  any_shape,
+  equal,
+  fresh,
+  norm,
+  note,
+  opaque,
+  pin,
+  unify,
+)
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from depthprune.program import jaxpr as jx
-from depthprune.program.couple import Coupling
+from depthprune.program.coupling import Coupling
 from depthprune.program.deadcode import LAYOUT, fold
 
 NOT_IDENTITY = 'its shortcut is not the identity: it'

@@ -11,20 +11,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from depthprune.report import (
-  asked,
-  cascade,
-  curves,
-  decision,
-  depth,
-  exits,
-  plots,
-  structure,
-  style,
-  tables,
-)
-from depthprune.report.artifacts import Run, read
+from depthprune.report import asked, cascade, structure, style, tables
+from depthprune.report import charts as depth
+from depthprune.report import charts as plots
+from depthprune.report import exit_charts as curves
+from depthprune.report import exit_charts as exits
+from depthprune.report import sentences as decision
 from depthprune.report.numbers import count, milliseconds, percent, points
+from depthprune.report.run_files import Run, read
 
 
 def write(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import LAYOUT, SUMS
-from depthprune.program.view import View, paths_of
+from depthprune.program.trace import View, paths_of
 
 
 def fold(

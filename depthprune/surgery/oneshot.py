@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from depthprune.program import axes as sl
 from depthprune.program import cost
-from depthprune.program import slices as sl
-from depthprune.program.counted import TIME, Cost, counted
-from depthprune.program.couple import Coupling
-from depthprune.program.view import paths_of
+from depthprune.program.coupling import Coupling
+from depthprune.program.trace import paths_of
+from depthprune.timing.layers import TIME, Cost, counted
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
 SCOPES = ('global', 'uniform')

@@ -11,9 +11,9 @@ import numpy as np
 from jax.core import Tracer
 
 from depthprune.program import axes as ax
-from depthprune.program import slices as sl
-from depthprune.program.couple import Coupling
-from depthprune.program.view import GONE, paths_of, without
+from depthprune.program import axes as sl
+from depthprune.program.coupling import Coupling
+from depthprune.program.trace import GONE, paths_of, without
 
 Plan = Mapping[str, tuple[np.ndarray, ...]]  # path -> kept slices of each axis, bool
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import cost
-from depthprune.program.couple import Coupling
-from depthprune.program.view import Decision, paths_of
+from depthprune.program.coupling import Coupling
+from depthprune.program.trace import Decision, paths_of
 from depthprune.surgery.oneshot import norms
 from depthprune.surgery.plan import index_plan
 

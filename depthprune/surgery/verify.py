@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
+from depthprune.program import axes as sl
 from depthprune.program import jaxpr as jx
-from depthprune.program import slices as sl
-from depthprune.program.couple import Coupling
-from depthprune.program.plug import plug
-from depthprune.program.rebind import slim
-from depthprune.program.view import paths_of, split_arrays
+from depthprune.program.coupling import Coupling
+from depthprune.program.gating import plug
+from depthprune.program.resize import slim
+from depthprune.program.trace import paths_of, split_arrays
 from depthprune.surgery.plan import take
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerated by the narrowest contraction: 32 bits, 16 bits

@@ -21,15 +21,16 @@ import jax
 
 import depthprune as dp
 from depthprune import methods
-from depthprune.config import Config
 from depthprune.options import Auxiliary
-from depthprune.training import recipe, results
-from depthprune.training.distill import Teacher, distill
-from depthprune.training.evaluate import evaluator
-from depthprune.training.method import plain
-from depthprune.training.networks import network
-from depthprune.training.stage import Job, prepare, stage
-from depthprune.training.step import State
+from depthprune.run import result as results
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
+from depthprune.run.job import Job, prepare, stage
+from depthprune.run.network import network
+from depthprune.train.distill import Teacher, distill
+from depthprune.train.evaluate import evaluator
+from depthprune.train.method import plain
+from depthprune.train.step import State
 from experiments.pieces import Arguments, Case, compare, sized
 
 METHODS = ('all', 'search', 'deep', 'alone', 'longer', 'distilled')

@@ -19,9 +19,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from depthprune.config import RECIPES, Config
 from depthprune.options import Auxiliary, Gates, NetCut
-from depthprune.training import recipe
+from depthprune.run import rounds as recipe
+from depthprune.run.config import RECIPES, Config
 from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, main
 
 RESULTS = Path(__file__).parent / 'results'

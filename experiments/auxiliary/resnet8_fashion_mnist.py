@@ -22,7 +22,7 @@ on one trunk (`resnet8_multi_fashion`) it is larger.
 
 import dataclasses
 
-from depthprune.config import RECIPES
+from depthprune.run.config import RECIPES
 from experiments.auxiliary import compare
 from experiments.pieces import Arguments, Case, main
 

@@ -19,7 +19,7 @@ with one task: the path reads the ends of the second and third stage only.
 
 import dataclasses
 
-from depthprune.config import RECIPES
+from depthprune.run.config import RECIPES
 from experiments.auxiliary import compare
 from experiments.pieces import Arguments, Case, main
 

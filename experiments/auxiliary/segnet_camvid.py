@@ -21,8 +21,8 @@ nats each of the others is worth more.
 
 import dataclasses
 
-from depthprune.config import RECIPES
 from depthprune.options import Auxiliary
+from depthprune.run.config import RECIPES
 from experiments.auxiliary import compare
 from experiments.pieces import Arguments, Case, main
 

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
-from depthprune.inference import latency
-from depthprune.models.auxiliary import beside
+from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import WithHeads
-from depthprune.program import clock
-from depthprune.program.view import runnable
-from depthprune.training import record, results, tasks
-from depthprune.training.method import plain
+from depthprune.program.trace import runnable
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing import clock, latency
+from depthprune.train import task as tasks
+from depthprune.train.method import plain
 from experiments.bench.gates import stepper
 
 RESULTS = Path(__file__).parent / 'results'

@@ -22,14 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.inference.cascade import Cascade, cascade
-from depthprune.inference.race import race
+from depthprune.cascade.cascade import Cascade, cascade
+from depthprune.cascade.race import race
 from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads
-from depthprune.program import clock
 from depthprune.program.stages import split
-from depthprune.program.view import runnable
-from depthprune.training import record, results
+from depthprune.program.trace import runnable
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing import clock
 
 RESULT = Path(__file__).parent / 'results' / 'cascade.json'
 BATCH, TOKENS, LEAVE, SECONDS = 256, 8, 0.7, 40

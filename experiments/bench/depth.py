@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
-from depthprune.inference import latency
 from depthprune.models.heads import WithHeads, every_tap
-from depthprune.program.view import runnable
-from depthprune.training import record, results
+from depthprune.program.trace import runnable
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing import latency
 
 RESULT = Path(__file__).parent / 'results' / 'depth.json'
 BLOCKS, BATCHES = (18, 36, 54), (1, 128)

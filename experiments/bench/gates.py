@@ -20,11 +20,12 @@ import numpy as np
 import optax
 
 import depthprune as dp
-from depthprune.inference import latency
-from depthprune.program import clock
-from depthprune.training import record, results, tasks
-from depthprune.training.method import Method, plain
-from depthprune.training.step import init_state
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing import clock, latency
+from depthprune.train import task as tasks
+from depthprune.train.method import Method, plain
+from depthprune.train.step import init_state
 
 RESULT = Path(__file__).parent / 'results' / 'gates.json'
 BATCH, SHAPE = 128, (32, 32, 3)

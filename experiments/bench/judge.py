@@ -23,13 +23,14 @@ import numpy as np
 import optax
 
 import depthprune as dp
-from depthprune.inference import latency
 from depthprune.methods.implosion import implosion
-from depthprune.program import clock
 from depthprune.program.units import closing, units
-from depthprune.training import record, results, tasks
-from depthprune.training.judge import Judge, judge
-from depthprune.training.step import init_state
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing import clock, latency
+from depthprune.train import task as tasks
+from depthprune.train.judge import Judge, judge
+from depthprune.train.step import init_state
 
 RESULT = Path(__file__).parent / 'results' / 'judge.json'
 BATCH, SHAPE = 64, (32, 32, 3)

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
-from depthprune.program import clock, cost
-from depthprune.training import record, results
+from depthprune.program import cost
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing import clock
 
 RESULTS = Path(__file__).parent / 'results'
 BATCH = 32

@@ -25,11 +25,12 @@ import numpy as np
 
 import depthprune as dp
 from depthprune import methods
-from depthprune.program import clock
-from depthprune.training import recipe, record, results
-from depthprune.training.optimizers import optimizer
-from depthprune.training.stage import prepare, stage
-from depthprune.training.train import init_state, make_step
+from depthprune.run import result as results
+from depthprune.run import rounds as recipe
+from depthprune.run.job import optimizer, prepare, stage
+from depthprune.storage import directory as record
+from depthprune.timing import clock
+from depthprune.train.step import init_state, make_step
 from experiments.netcut.mlp_fashion_mnist import FULL
 
 RESULT = Path(__file__).parent / 'results' / 'netcut.json'

@@ -28,14 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
-from depthprune.inference import roofline
-from depthprune.program import clock
-from depthprune.training import data, keeper, record, results, tasks
-from depthprune.training.augment import Augment
-from depthprune.training.evaluate import evaluator
-from depthprune.training.method import plain
-from depthprune.training.optimizers import sgd
-from depthprune.training.step import State, init_state, make_step
+from depthprune.data import images as data
+from depthprune.data.augment import Augment
+from depthprune.run import result as results
+from depthprune.run.job import sgd
+from depthprune.storage import directory as record
+from depthprune.storage import keeper
+from depthprune.timing import clock, roofline
+from depthprune.train import task as tasks
+from depthprune.train.evaluate import evaluator
+from depthprune.train.method import plain
+from depthprune.train.step import State, init_state, make_step
 from experiments.bench import torch_resnet
 
 RESULTS = Path(__file__).parent / 'results'

@@ -22,9 +22,10 @@ import numpy as np
 import optax
 
 import depthprune as dp
-from depthprune.program.clock import interleave
-from depthprune.training import record, results
-from depthprune.training.step import init_state
+from depthprune.run import result as results
+from depthprune.storage import directory as record
+from depthprune.timing.clock import interleave
+from depthprune.train.step import init_state
 
 RESULT = Path(__file__).parent / 'results' / 'vmapped.json'
 RUNS, BATCH, SHAPE = 4, 128, (28, 28, 1)

@@ -22,9 +22,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from depthprune.config import RECIPES, Config
 from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
-from depthprune.training import recipe
+from depthprune.run import rounds as recipe
+from depthprune.run.config import RECIPES, Config
 from experiments.imagenet import generated
 from experiments.pieces import within
 

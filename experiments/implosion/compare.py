@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 
-from depthprune.config import Config
 from depthprune.options import Implosion
-from depthprune.training import recipe
-from depthprune.training.evaluate import evaluator
-from depthprune.training.method import plain
-from depthprune.training.networks import network
-from depthprune.training.stage import prepare, stage
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
+from depthprune.run.job import prepare, stage
+from depthprune.run.network import network
+from depthprune.train.evaluate import evaluator
+from depthprune.train.method import plain
 from experiments.pieces import Arguments, Case, compare, sized
 
 METHODS = ('priority', 'random', 'scratch')

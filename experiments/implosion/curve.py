@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import depthprune as dp
-from depthprune.config import Config
 from depthprune.methods.implosion import erasure, implosion
 from depthprune.options import Implosion
-from depthprune.program.couple import Coupling
-from depthprune.program.plug import with_branches
+from depthprune.program.coupling import Coupling
+from depthprune.program.gating import with_branches
 from depthprune.program.units import Unit, closing, units
-from depthprune.training import recipe, record
-from depthprune.training.evaluate import evaluate
-from depthprune.training.judge import Judge, judge
-from depthprune.training.method import Tree
-from depthprune.training.recalibrate import recalibrate
-from depthprune.training.stage import Job, prepare, stage
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
+from depthprune.run.job import Job, prepare, stage
+from depthprune.storage import directory as record
+from depthprune.train.evaluate import evaluate, recalibrate
+from depthprune.train.judge import Judge, judge
+from depthprune.train.task import Tree
 from experiments.pieces import Arguments, Case, Rows, within
 
 KEYS = ('importance', 'seed', 'erased', 'cut')

@@ -14,8 +14,8 @@ ahead of priority (83.2) and random (82.4), as 18 short epochs are far from conv
 
 import dataclasses
 
-from depthprune.config import RECIPES
 from depthprune.options import Implosion
+from depthprune.run.config import RECIPES
 from experiments.implosion import compare
 from experiments.pieces import Arguments, Case, main
 

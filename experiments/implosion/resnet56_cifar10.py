@@ -13,8 +13,8 @@ TFDS_DATA_DIR says where the data are. Each call goes on where the last one ende
 
 import dataclasses
 
-from depthprune.config import RECIPES
 from depthprune.options import Implosion
+from depthprune.run.config import RECIPES
 from experiments.implosion import compare
 from experiments.implosion.compare import METHODS
 from experiments.pieces import Arguments, Case, main

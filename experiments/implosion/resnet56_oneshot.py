@@ -17,7 +17,7 @@ after 12 units greedy 77.1, priority 65.3, random 52.6 to 67.8, drop 53.6 %.
 import dataclasses
 from pathlib import Path
 
-from depthprune.config import RECIPES
+from depthprune.run.config import RECIPES
 from experiments.implosion import curve
 from experiments.implosion.curve import Sizes
 from experiments.pieces import Arguments, Case, main

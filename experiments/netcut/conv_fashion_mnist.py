@@ -13,8 +13,8 @@ at most; a layer is worth more than 0.1 nats in two of three seeds.
 
 import dataclasses
 
-from depthprune.config import RECIPES
 from depthprune.options import NetCut
+from depthprune.run.config import RECIPES
 from experiments.netcut import sweep
 from experiments.pieces import Arguments, Case, main
 

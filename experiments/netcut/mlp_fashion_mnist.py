@@ -15,7 +15,7 @@ moves it by 0.06 point at most.
 
 import dataclasses
 
-from depthprune.config import RECIPES
+from depthprune.run.config import RECIPES
 from experiments.netcut import sweep
 from experiments.pieces import Arguments, Case, main
 

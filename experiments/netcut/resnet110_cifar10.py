@@ -12,7 +12,7 @@ call.
 
 import dataclasses
 
-from depthprune.config import RECIPES
+from depthprune.run.config import RECIPES
 from experiments.netcut import sweep
 from experiments.pieces import Arguments, Case, main
 

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 
 import depthprune as dp
-from depthprune.config import Config
 from depthprune.models.arch import Arch
 from depthprune.options import NetCut
-from depthprune.training import recipe
-from depthprune.training.evaluate import evaluator
-from depthprune.training.method import plain
-from depthprune.training.stage import prepare, stage
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
+from depthprune.run.job import prepare, stage
+from depthprune.train.evaluate import evaluator
+from depthprune.train.method import plain
 from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, folder_of, sized
 
 PAPER = tuple({'beta': beta} for beta in (0.0, 0.001, 0.01, 0.1))  # plain networks

@@ -12,9 +12,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from depthprune.config import Config
 from depthprune.options import SideNet
-from depthprune.training import recipe
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
 from experiments.pieces import SEEDS, Arguments, Case, Rows, fill, sized
 
 

@@ -29,15 +29,17 @@ import jax
 import jax.numpy as jnp
 
 import depthprune as dp
-from depthprune.config import RECIPES
+from depthprune.data.features import FeatureSet
+from depthprune.export import networks as checkpoint
 from depthprune.options import SideNet
-from depthprune.training import checkpoint, reached, sides
-from depthprune.training.cascading import assembled
-from depthprune.training.deciding import Decided, decide, splits
-from depthprune.training.features import FeatureSet
-from depthprune.training.method import Tree, plain
-from depthprune.training.networks import network, start
-from depthprune.training.stage import Job, prepare, stage
+from depthprune.run import early_exit as reached
+from depthprune.run import heads as sides
+from depthprune.run.config import RECIPES
+from depthprune.run.early_exit import Decided, assembled, decide, splits
+from depthprune.run.job import Job, prepare, stage
+from depthprune.run.network import network, start
+from depthprune.train.method import plain
+from depthprune.train.task import Tree
 from experiments.pieces import SEEDS, Arguments, Case, Rows, main, within
 from experiments.sidenet.table import composed
 

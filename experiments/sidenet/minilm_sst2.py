@@ -18,8 +18,8 @@ CPU-sized: fine-tuned for one epoch on 16,000 sentences. `--full`: three epochs 
 import dataclasses
 import importlib.metadata
 
-from depthprune.config import RECIPES
 from depthprune.options import SideNet
+from depthprune.run.config import RECIPES
 from experiments.pieces import Arguments, Case, main
 from experiments.sidenet import compare
 

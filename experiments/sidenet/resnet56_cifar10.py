@@ -16,8 +16,8 @@ half a point a third of the FLOPs saved (a quick reference run saved 35 %).
 
 import dataclasses
 
-from depthprune.config import RECIPES
 from depthprune.options import SideNet
+from depthprune.run.config import RECIPES
 from experiments.pieces import Arguments, Case, main
 from experiments.sidenet import compare
 

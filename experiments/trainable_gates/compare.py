@@ -21,13 +21,14 @@ import jax
 
 import depthprune as dp
 from depthprune import methods
-from depthprune.config import Config
 from depthprune.options import Gates
-from depthprune.training import rounds
-from depthprune.training.method import Method, Tree, plain
-from depthprune.training.networks import network, start
-from depthprune.training.relevant import TRAIN
-from depthprune.training.stage import Job, prepare, stage
+from depthprune.run import rounds
+from depthprune.run.config import Config
+from depthprune.run.job import Job, prepare, stage
+from depthprune.run.network import network, start
+from depthprune.run.relevant import TRAIN
+from depthprune.train.method import Method, plain
+from depthprune.train.task import Tree
 from experiments.pieces import Arguments, Case, compare, sized
 
 METHODS = ('gates', 'l1', 'random', 'scratch')

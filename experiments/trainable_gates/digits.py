@@ -10,9 +10,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from depthprune.config import Config
 from depthprune.options import Gates
-from depthprune.training import recipe, record
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
+from depthprune.storage import directory as record
 
 CONFIG = Config(Gates(0.5), model='resnet20', data='digits')
 SEEDS = (0, 1, 2)

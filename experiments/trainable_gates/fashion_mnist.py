@@ -14,7 +14,7 @@ few images and epochs leave the network that is pruned far from converged. A siz
 which gates could show an advantage needs an accelerator.
 """
 
-from depthprune.config import Config
+from depthprune.run.config import Config
 from experiments.pieces import Arguments, Case, main
 from experiments.trainable_gates import compare
 

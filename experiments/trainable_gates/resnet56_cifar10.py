@@ -14,7 +14,7 @@ others are 93.53 -> 93.77 / 93.64 % at 2.13 / 2.57 times (DepGraph, sparse learn
 The weights have seen the images that are held out here; neither method decides by them.
 """
 
-from depthprune.config import Config
+from depthprune.run.config import Config
 from experiments.pieces import Arguments, Case, main
 from experiments.trainable_gates import compare
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from depthprune.methods.implosion import implosion
-from depthprune.program.couple import couple
+from depthprune.program.coupling import couple
 from experiments.implosion.curve import KEYS, curve, order
 from experiments.pieces import Rows
 

@@ -7,7 +7,7 @@ import pytest
 from experiments import pieces
 from experiments.pieces import Arguments
 from experiments.trainable_gates import compare
-from tests.training.test_sweep import SMALL
+from tests.run.test_sweep import SMALL
 
 
 @pytest.mark.slow

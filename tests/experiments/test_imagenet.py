@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from depthprune.training import recipe
+from depthprune.run import rounds as recipe
 from experiments.imagenet import generated, resnet50
 
 tfds = pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[stream]'")

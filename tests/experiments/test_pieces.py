@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from depthprune.config import Config
-from depthprune.training.keeper import CheckpointError
+from depthprune.run.config import Config
+from depthprune.storage.checkpoint import CheckpointError
 from experiments.pieces import Arguments, Rows, compare, fill, sized, within
 
 

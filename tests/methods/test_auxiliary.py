@@ -8,11 +8,11 @@ import pytest
 
 import depthprune as dp
 from depthprune.methods.auxiliary import auxiliary, connections, opened, prices
-from depthprune.models.auxiliary import beside
+from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import Head, WithHeads, multitask
 from depthprune.models.resnet import ResNet
-from depthprune.training.tasks import classification, several
-from depthprune.training.train import init_state, make_step
+from depthprune.train.step import init_state, make_step
+from depthprune.train.task import classification, several
 
 TRUNK = ResNet(depth=8, width=4)
 X = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))

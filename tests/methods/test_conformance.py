@@ -8,13 +8,13 @@ import optax
 import pytest
 
 from depthprune import methods
-from depthprune.config import RECIPES
-from depthprune.program.couple import couple
-from depthprune.surgery.cut import prune
+from depthprune.program.coupling import couple
+from depthprune.run.config import RECIPES
 from depthprune.surgery.oneshot import rank
-from depthprune.training.method import Method
-from depthprune.training.tasks import classification
-from depthprune.training.train import init_state, make_step
+from depthprune.surgery.prune import prune
+from depthprune.train.method import Method
+from depthprune.train.step import init_state, make_step
+from depthprune.train.task import classification
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(KEY, (8, 4, 4, 2))

@@ -14,12 +14,12 @@ from depthprune.methods.implosion import configured, erasure, implosion
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
 from depthprune.options import Implosion
-from depthprune.program.couple import couple
+from depthprune.program.coupling import couple
 from depthprune.program.units import units
-from depthprune.training.judge import judge
-from depthprune.training.method import optimizer
-from depthprune.training.step import init_state
-from depthprune.training.tasks import classification
+from depthprune.train.judge import judge
+from depthprune.train.method import optimizer
+from depthprune.train.step import init_state
+from depthprune.train.task import classification
 
 IMAGE = jnp.ones((1, 4, 4, 3))
 RESIZED = ('stage2/block0', 'stage3/block0')

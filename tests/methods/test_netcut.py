@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from depthprune.methods.netcut import cost_of_exits, netcut
 from depthprune.models.heads import every_tap
 from depthprune.models.mlp import MLP
-from depthprune.program.couple import couple
-from depthprune.training.method import CutRefused, optimizer
-from depthprune.training.step import init_state, make_step
-from depthprune.training.tasks import classification
-from depthprune.training.train import fit
+from depthprune.program.coupling import couple
+from depthprune.train.loop import fit
+from depthprune.train.method import CutRefused, optimizer
+from depthprune.train.step import init_state, make_step
+from depthprune.train.task import classification
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 BATCH = {'image': X, 'label': jnp.arange(8) % 3}

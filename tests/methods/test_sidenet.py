@@ -9,9 +9,9 @@ import pytest
 from depthprune.methods.sidenet import early, side_paths, sidenet
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
-from depthprune.program.couple import couple
-from depthprune.training.tasks import classification
-from depthprune.training.train import init_state, make_step
+from depthprune.program.coupling import couple
+from depthprune.train.step import init_state, make_step
+from depthprune.train.task import classification
 from tests import zoo
 
 HEADS = {'a': Head('stage1/block0', hidden=5, pool='grid4'), 'b': Head('stage2/block0')}

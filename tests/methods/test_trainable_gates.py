@@ -6,20 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.config import Config
-from depthprune.methods.trainable_gates import (
-  START,
-  configured,
-  gate,
-  trainable_gates,
-)
+from depthprune.methods.trainable_gates import START, configured, gate, trainable_gates
 from depthprune.options import Gates
-from depthprune.program import timing
-from depthprune.program.counted import counted
-from depthprune.program.couple import couple
-from depthprune.program.plug import plug
-from depthprune.training.method import optimizer
-from depthprune.training.tasks import classification
+from depthprune.program.coupling import couple
+from depthprune.program.gating import plug
+from depthprune.run.config import Config
+from depthprune.timing import layers as timing
+from depthprune.timing.layers import counted
+from depthprune.train.method import optimizer
+from depthprune.train.task import classification
 
 SIZES = (5, 16, 12, 3)
 STEP = jnp.zeros((), jnp.int32)
@@ -245,7 +240,7 @@ def test_a_target_that_time_does_not_allow_is_refused_with_what_remains():
 def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch):
   mine = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
   monkeypatch.setattr(timing.Session, 'measure', mine)
-  monkeypatch.setattr('depthprune.training.hosts.agreed', lambda measured: 2 * measured)
+  monkeypatch.setattr('depthprune.distributed.agreed', lambda measured: 2 * measured)
   options = Gates(0.5, 'milliseconds', latency_batch=4)
   configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
   session = timing.session(COUPLING, batch=4)

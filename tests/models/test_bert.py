@@ -11,9 +11,9 @@ import pytest
 
 from depthprune.models import build, pretrained
 from depthprune.models.heads import every_tap
-from depthprune.program.couple import couple
+from depthprune.program.coupling import couple
 from depthprune.program.units import closing, units
-from depthprune.surgery.cut import InexactCut, prune
+from depthprune.surgery.prune import InexactCut, prune
 from tests import masking as m
 from tests import zoo
 

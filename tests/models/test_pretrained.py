@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from depthprune.models import build, pretrained
 from depthprune.models.resnet import ResNet
-from depthprune.program.view import paths_of
+from depthprune.program.trace import paths_of
 
 SMALL = ResNet(depth=8, width=4, classes=5)
 NORM = {'weight': 1.0, 'bias': 0.0, 'running_mean': 0.0, 'running_var': 1.0}

@@ -7,8 +7,8 @@ import pytest
 from depthprune.models import build
 from depthprune.models.layers import ConvNorm
 from depthprune.models.segnet import SegNet
-from depthprune.program.couple import couple
-from depthprune.surgery.cut import prune
+from depthprune.program.coupling import couple
+from depthprune.surgery.prune import prune
 from tests import masking as m
 from tests import zoo
 from tests.models.test_resnet import macs, named, parameters

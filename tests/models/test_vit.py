@@ -7,9 +7,9 @@ import pytest
 
 from depthprune.models import build
 from depthprune.models.vit import ViT
-from depthprune.program.couple import couple
+from depthprune.program.coupling import couple
 from depthprune.program.units import closing, units
-from depthprune.surgery.cut import prune
+from depthprune.surgery.prune import prune
 from tests import masking as m
 from tests import zoo
 

@@ -13,8 +13,8 @@ from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
 from depthprune.program import cost
-from depthprune.program.couple import couple
-from depthprune.program.rebind import slim
+from depthprune.program.coupling import couple
+from depthprune.program.resize import slim
 from tests import masking as m
 from tests.zoo import NETWORKS, image
 from tests.zoo.functions import convolve

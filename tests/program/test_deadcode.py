@@ -7,7 +7,7 @@ import pytest
 
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import dependent, simplify
-from depthprune.program.evaluate import bind, interpret
+from depthprune.program.jaxpr import bind, interpret
 
 
 def run(program, args):

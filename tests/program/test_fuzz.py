@@ -5,11 +5,10 @@ import pytest
 
 from depthprune.program import axes as ax
 from depthprune.program import rules
-from depthprune.program.axes import Cat, norm
-from depthprune.program.couple import couple
-from depthprune.program.facts import fresh
-from depthprune.program.plug import plug
-from depthprune.program.rebind import slim
+from depthprune.program.axes import Cat, fresh, norm
+from depthprune.program.coupling import couple
+from depthprune.program.gating import plug
+from depthprune.program.resize import slim
 from tests import masking as m
 from tests.zoo import image
 from tests.zoo.random_networks import random_network

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from depthprune.program.couple import couple
-from depthprune.program.plug import plug
-from depthprune.program.rebind import slim
+from depthprune.program.coupling import couple
+from depthprune.program.gating import plug
+from depthprune.program.resize import slim
 from tests import masking as m
 from tests.zoo import randomised
 

@@ -11,7 +11,7 @@ from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
 from depthprune.models.vit import ViT
 from depthprune.program.stages import split
-from depthprune.program.view import runnable
+from depthprune.program.trace import runnable
 from tests import zoo
 from tests.masking import quick
 

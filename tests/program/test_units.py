@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from depthprune.gates import branch
 from depthprune.models.resnet import ResNet
-from depthprune.program.couple import couple
+from depthprune.program.coupling import couple
 from depthprune.program.units import closing, units
 
 X = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)

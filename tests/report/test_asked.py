@@ -2,7 +2,8 @@
 
 import pytest
 
-from depthprune.report import asked, decision
+from depthprune.report import asked
+from depthprune.report import sentences as decision
 from tests.report.cascades import NO_BUDGET, WHOLE
 
 

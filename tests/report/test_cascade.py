@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from depthprune.report import cascade, screen, tables
+from depthprune.report import cascade, tables
+from depthprune.report import tables as screen
 from tests.report.cascades import made_up_sidenet
 
 LONG = 'encoder/stage{}/transformer/block{}/attention_output'

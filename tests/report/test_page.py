@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthprune.report import artifacts, asked, cascade, page, style, tables
+from depthprune.report import asked, cascade, page, style, tables
+from depthprune.report import run_files as artifacts
 from tests.report.cascades import made_up_sidenet
 
 VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}

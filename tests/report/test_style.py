@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from depthprune.report import plots, style, tables
+from depthprune.report import charts as plots
+from depthprune.report import style, tables
 
 
 def test_svg_is_well_formed_takes_the_page_s_colours_and_is_repeatable(result):

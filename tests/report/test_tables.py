@@ -5,7 +5,8 @@ import re
 
 from rich.console import Console
 
-from depthprune.report import screen, tables
+from depthprune.report import tables
+from depthprune.report import tables as screen
 
 
 def test_summary_has_accuracy_cost_and_measured_latency(result):

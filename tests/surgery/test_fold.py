@@ -8,8 +8,8 @@ import pytest
 
 from depthprune.gates import branch
 from depthprune.models.resnet import ResNet
-from depthprune.program.view import paths_of
-from depthprune.surgery.cut import prune
+from depthprune.program.trace import paths_of
+from depthprune.surgery.prune import prune
 from tests import masking as m
 from tests import zoo
 

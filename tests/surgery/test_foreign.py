@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from depthprune.program import cost
-from depthprune.program.couple import couple
-from depthprune.program.view import paths_of
-from depthprune.surgery.cut import prune
+from depthprune.program.coupling import couple
+from depthprune.program.trace import paths_of
+from depthprune.surgery.prune import prune
 from tests import masking as m
 from tests import zoo
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from depthprune import models
-from depthprune.program import cost, timing
-from depthprune.program.couple import couple
-from depthprune.program.plug import plug
+from depthprune.program import cost
+from depthprune.program.coupling import couple
+from depthprune.program.gating import plug
 from depthprune.surgery.oneshot import oneshot, rank
 from depthprune.surgery.settle import settle
+from depthprune.timing import layers as timing
 from tests import zoo
 
 X = jnp.asarray([[1.0, 2.0, -1.0]])

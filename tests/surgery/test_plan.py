@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.program.couple import couple
+from depthprune.program.coupling import couple
 from depthprune.surgery.plan import cut, cut_optimizer, index_plan, take
 from tests import masking as m
 from tests.zoo import NETWORKS, image, randomised

@@ -7,9 +7,9 @@ import pytest
 
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
-from depthprune.program.couple import couple
-from depthprune.surgery.cut import prune
+from depthprune.program.coupling import couple
 from depthprune.surgery.oneshot import norms
+from depthprune.surgery.prune import prune
 from depthprune.surgery.settle import settle
 from tests import zoo
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from depthprune.models.mlp import MLP
-from depthprune.program import rebind
-from depthprune.program.couple import couple
+from depthprune.program import resize as rebind
+from depthprune.program.coupling import couple
 from depthprune.surgery import plan
-from depthprune.surgery.cut import InexactCut, prune
+from depthprune.surgery.prune import InexactCut, prune
 from depthprune.surgery.verify import HALF, SINGLE, randomised, relative
 from tests import masking as m
 from tests import zoo

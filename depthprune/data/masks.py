@@ -1,0 +1,185 @@
+"""TFDS sets where every pixel has a class: an image, and a mask of its size."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from depthprune.data.tfds import (
+  BLOCK,
+  DataError,
+  Source,
+  Split,
+  one_shape,
+  open_split,
+  sized,
+)
+
+# What a set calls the pixels without a class; and their usual number where it does not.
+UNLABELLED = 'unlabelled', 'unlabeled', 'void', 'ignore'
+IGNORE = 255
+SKEWED = 4  # a class so many times as frequent in one split as in another is noted
+
+
+def keys(builder: Any) -> tuple[str, str] | None:
+  """The names of the image and of its mask among the features; None without a mask.
+
+  They are what the set says is told from what (`supervised_keys`). Where it says
+  nothing and has no class per image, the mask is the one called so, or a LabeledImage.
+  """
+  from tensorflow_datasets import features as kinds
+
+  features = dict(builder.info.features)
+  images = [k for k, f in features.items() if isinstance(f, kinds.Image)]
+  flat = [k for k in images if features[k].shape[-1] == 1]
+  labelled = any(isinstance(f, kinds.ClassLabel) for f in features.values())
+  if builder.info.supervised_keys:
+    image, mask, *_ = builder.info.supervised_keys
+  elif labelled:
+    return None
+  else:
+    is_mask = lambda k: (
+      isinstance(features[k], kinds.LabeledImage)
+      or any(word in k.lower() for word in ('mask', 'segmentation'))
+    )
+    mask = next(filter(is_mask, flat), '')
+    image = next((k for k in images if k != mask), '')
+  found = image in images and mask in flat and image != mask
+  eight = found and all(features[k].np_dtype == np.uint8 for k in (image, mask))
+  return (image, mask) if eight else None
+
+
+def source(
+  name: str, builder: Any, image_key: str, mask_key: str, resize: int | None
+) -> Source:
+  """The images and masks of a set; labels are uint8 [n, height, width].
+
+  Classes are those that the set has names for, without the one for unlabelled pixels.
+
+  Raises DataError where there is no training split; and where it is read for a mask of
+  another size than its image, and for a label outside the classes.
+  """
+  shape = one_shape(name, builder.info.features[image_key].shape, resize)
+  opened = {split: open_split(name, builder, split) for split in builder.info.splits}
+  if 'train' not in opened:
+    raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
+  test = next((s for s in ('test', 'validation') if len(opened.get(s, ()))), '')
+  listed = _listed(builder, mask_key)
+  names = tuple(n for n in listed if n.lower() not in UNLABELLED)
+  ignore = len(names) if len(names) < len(listed) else IGNORE
+  numbers = numbered(listed, ignore)
+
+  def read(split, rows):
+    of = test if split == 'test' else split
+    image = np.empty((len(rows), *shape), np.uint8)
+    label = np.empty((len(rows), *shape[:2]), np.uint8)
+    for i, record in enumerate(_records(opened[of], rows)):
+      where = f'data {name!r}: {_where(builder, of, int(rows[i]))}'
+      _check(where, record[image_key], record[mask_key], mask_key, len(listed), ignore)
+      image[i] = sized(record[image_key], resize)
+      label[i] = numbers[sized(record[mask_key], resize, nearest=True)[..., 0]]
+    return {'image': image, 'label': label}
+
+  count = lambda split: len(opened.get(split, ()))
+  own = count('validation') if test != 'validation' else 0
+  return Source(
+    train=count('train'),
+    test=count(test),
+    validation=own,
+    shape=shape,
+    classes=len(names),
+    scale=255.0,
+    read=read,
+    ignore=ignore,
+    names=names,
+  )
+
+
+def _records(split: Any, rows: np.ndarray) -> Iterator[Mapping[str, np.ndarray]]:
+  for start in range(0, len(rows), BLOCK):
+    yield from split.__getitems__(rows[start : start + BLOCK].tolist())
+
+
+def numbered(listed: Sequence[str], ignore: int) -> np.ndarray:
+  """The class of every label that a mask may hold, uint8 [256].
+
+  Classes count up without a gap; unlabelled pixels, wherever the set lists them, are
+  `ignore`. A label behind those that are listed stays as it is.
+  """
+  numbers, count = np.arange(256, dtype=np.uint8), 0
+  for i, name in enumerate(listed):
+    is_class = name.lower() not in UNLABELLED
+    numbers[i] = count if is_class else ignore
+    count += is_class
+  return numbers
+
+
+def _listed(builder: Any, mask_key: str) -> tuple[str, ...]:
+  """What the set calls its labels, in order; () if it says nothing."""
+  names = tuple(getattr(builder.info.features[mask_key], 'names', None) or ())
+  listed = builder.data_path / f'{mask_key}.labels.txt'
+  if not names and listed.exists():
+    names = tuple(listed.read_text().split('\n'))
+    names = names[:-1] if names[-1] == '' else names
+  return names
+
+
+def _check(where, image, mask, mask_key: str, labels: int, ignore: int) -> None:
+  if image.shape[:2] != mask.shape[:2]:
+    raise DataError(
+      f'{where}: the image is {image.shape[:2]}, its {mask_key} {mask.shape[:2]}, '
+      'expected one size: resize the mask (nearest pixel) and prepare the set again'
+    )
+  wrong = mask[(mask >= labels) & (mask != ignore)] if labels else mask[:0]
+  if wrong.size:
+    raise DataError(
+      f'{where}: {mask_key} has the label {wrong.flat[0]}, expected 0 to {labels - 1}'
+      f'{f", or {ignore} for no label" if ignore >= labels else ""}: name all labels, '
+      f'one a line, in {mask_key}.labels.txt'
+    )
+
+
+def _where(builder: Any, split: str, row: int) -> str:
+  """The file that a record is in, and its number there."""
+  info = builder.info.splits[split]
+  for path, count in zip(info.filepaths, info.shard_lengths):
+    if row < count:
+      return f'{path}, record {row}'
+    row -= count
+  return f'split {split!r}, record {row} behind its files'
+
+
+def highest(splits: Sequence[Split], ignore: int) -> int:
+  """One more than the highest label of any split."""
+  tops = [s['label'][s['label'] != ignore].max(initial=0) for s in splits]
+  return int(max(tops)) + 1
+
+
+def shares(split: Split, classes: int) -> np.ndarray:
+  """Share of every class in the labelled pixels, [classes], 0 where there are none."""
+  counts = np.bincount(split['label'].ravel(), minlength=classes)[:classes]
+  return counts / max(counts.sum(), 1)
+
+
+def notes(splits: Mapping[str, Split], classes: int, source: Source) -> tuple[str, ...]:
+  """What a reader of results must know: splits that differ, classes that are absent."""
+  names = source.names or tuple(map(str, range(classes)))
+  share = {name: shares(split, classes) for name, split in splits.items()}
+  found = []
+  if source.validation:
+    found.append('held-out images are of the validation split that the set has')
+  if not source.names:
+    found.append(f'the set names no classes: {classes} are those that its labels show')
+  for i, name in enumerate(names):
+    each = {split: share[split][i] for split in splits}
+    absent = [split for split, part in each.items() if not part]
+    high, low = max(each.values()), min(each.values())
+    if high > SKEWED * low > 0:
+      told = ', '.join(f'{100 * part:.2g} % in {split}' for split, part in each.items())
+      found.append(f'pixels of class {name} are {told}')
+    elif high and absent:
+      found.append(
+        f'class {name} is in no label of {", ".join(absent)}: mIoU leaves it out '
+        'there, unless the network answers it'
+      )
+  return tuple(found)

@@ -1,0 +1,400 @@
+"""Images that do not fit in memory: read, decoded and augmented as they are needed.
+
+Grain reads them, in threads or in processes, some batches ahead of the training. Which
+images a batch has, and how each is augmented, depends on the key and on the number of
+the step alone: not on the threads, the workers, or how many processes share a batch. So
+the step that is in every checkpoint is all the state that the iterator has.
+"""
+
+import dataclasses
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.data import augment as augments
+from depthprune.data.augment import Augment, Normalisation, measured, normalise
+from depthprune.data.dataset import Rows
+from depthprune.data.tfds import DataError, Records, Source, Split, count
+from depthprune.run.config import STRONGEST
+
+CENTRE = 7 / 8  # of the shorter side is seen in evaluation: 224 of 256 pixels
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop; ratio is width / height
+TRIES = 10
+OPERATIONS = 2  # of RandAugment on every image
+MODES = {1: 'L', 3: 'RGB'}  # what Pillow calls images of so many channels
+
+
+class Crops(NamedTuple):
+  """How images of any size become uint8 arrays of `shape` (height, width, channels).
+
+  Attributes:
+    random: a random part of the image, resized (Inception's crop); else its centre.
+    flip: mirror images half of the time.
+    randaugment: magnitude of RandAugment, 1 to 30; 0 is none.
+  """
+
+  shape: tuple[int, int, int]
+  random: bool = False
+  flip: bool = False
+  randaugment: int = 0
+
+  def __call__(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
+    """The image in a JPEG or PNG; all that is drawn comes from rng."""
+    from PIL import Image
+
+    height, width, channels = self.shape
+    with Image.open(io.BytesIO(encoded)) as file:
+      image = file.convert(MODES[channels])
+    box = _random_box(image.size, rng) if self.random else None
+    if box is None and image.size != (width, height):
+      box = _centre_box(image.size, width / height, 1.0 if self.random else CENTRE)
+    if box is not None:
+      image = image.resize((width, height), Image.Resampling.BILINEAR, box)
+    if self.flip and rng.random() < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if self.randaugment:
+      image = _randaugmented(image, self.randaugment, rng)
+    return np.asarray(image).reshape(self.shape)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box | None:
+  """A part of 8 to 100 % of the area, 3:4 to 4:3; None where none of 10 fits.
+
+  Szegedy et al., arXiv 1409.4842; limits as in torchvision's RandomResizedCrop.
+  """
+  width, height = size
+  for _ in range(TRIES):
+    area = width * height * rng.uniform(*AREA)
+    ratio = np.exp(rng.uniform(*np.log(RATIO)))
+    w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+    if 0 < w <= width and 0 < h <= height:
+      left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+      return left, top, left + w, top + h
+  return None
+
+
+def _centre_box(size: tuple[int, int], ratio: float, part: float) -> Box:
+  """The largest centred box of a ratio of width to height, and of that a part."""
+  width, height = size
+  w = min(width, height * ratio) * part
+  h = w / ratio
+  left, top = (width - w) / 2, (height - h) / 2
+  return left, top, left + w, top + h
+
+
+def _randaugmented(image: Any, magnitude: int, rng: np.random.Generator) -> Any:
+  """RandAugment: two operations out of 14, all of one magnitude.
+
+  Cubuk et al., arXiv 1909.13719; ranges as in torchvision's RandAugment.
+  """
+  part = magnitude / STRONGEST
+  operations = _operations()
+  for i in rng.integers(len(operations), size=OPERATIONS):
+    image = operations[i](image, part * rng.choice((-1, 1)))
+  return image
+
+
+def _operations() -> list[Any]:
+  """f(image, part), part in [-1, 1]; where there is one direction only, |part|."""
+  from PIL import Image, ImageEnhance, ImageOps
+
+  def affine(image, *matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+  def enhanced(of):
+    return lambda image, part: of(image).enhance(1 + 0.9 * part)
+
+  moved = lambda image, part: round(part * 150 / 331 * image.width)
+  return [
+    lambda image, part: image,
+    lambda image, part: affine(image, 1, 0.3 * part, 0, 0, 1, 0),
+    lambda image, part: affine(image, 1, 0, 0, 0.3 * part, 1, 0),
+    lambda image, part: affine(image, 1, 0, moved(image, part), 0, 1, 0),
+    lambda image, part: affine(image, 1, 0, 0, 0, 1, moved(image, part)),
+    lambda image, part: image.rotate(30 * part),
+    *map(enhanced, (ImageEnhance.Brightness, ImageEnhance.Contrast)),
+    *map(enhanced, (ImageEnhance.Color, ImageEnhance.Sharpness)),
+    lambda image, part: ImageOps.posterize(image, 8 - round(4 * abs(part))),
+    lambda image, part: ImageOps.solarize(image, round(255 * (1 - abs(part)))),
+    lambda image, part: ImageOps.autocontrast(image),
+    lambda image, part: ImageOps.equalize(image),
+  ]
+
+
+ROUNDS = 4  # of the cipher that shuffles: grain's own choice
+AHEAD = 2  # batches that wait on the devices
+MOST = 16  # threads of a process: Python lets one at a time run what is not decoding
+
+
+Put = Callable[[dict[str, np.ndarray]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A source for grain: the rows `own` of every batch of `size`, batch after batch.
+
+  seed: of the order and of the augmentation; without one every image comes in order,
+  and behind the end the last.
+  """
+
+  records: Records
+  numbers: np.ndarray
+  size: int
+  own: np.ndarray
+  seed: int | None = None
+
+  def __len__(self) -> int:
+    endless, once = sys.maxsize // self.size, -(-len(self.numbers) // self.size)
+    return (once if self.seed is None else endless) * len(self.own)
+
+  def __getitem__(self, index: int) -> tuple[bytes, int, Any]:
+    """(encoded image, its class, random numbers for it)"""
+    step, row = divmod(index, len(self.own))
+    at = step * self.size + int(self.own[row])
+    image, label = self.records[int(self.numbers[self._place(at)])]
+    return image, label, np.random.default_rng((self.seed or 0, at))
+
+  def _place(self, at: int) -> int:
+    from grain.experimental import index_shuffle
+
+    last = len(self.numbers) - 1
+    if self.seed is None:
+      return min(at, last)
+    epoch, place = divmod(at, last + 1)
+    seed = (self.seed + epoch) % 2**32
+    return index_shuffle(place, max_index=last, seed=seed, rounds=ROUNDS)
+
+
+def batch(share: Share, crops: Crops, step: int) -> Any:
+  """Of a step by itself: {'image': uint8 [own, ...], 'label': int32 [own]}."""
+  return _batches(share, crops)[step]
+
+
+def read_ahead(
+  share: Share, crops: Crops, put: Put, first: int = 0, workers: int = 0
+) -> Any:
+  """grain's iterator over the batches of a step and all that follow it, read ahead.
+
+  put: onto the devices, where two of them wait. workers: processes that read; 0 are
+  threads of this one.
+  """
+  import grain
+  from absl import flags
+
+  if workers and not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain tells its workers what its flags are
+  count = threads(workers)
+  options = grain.ReadOptions(count, prefetch_buffer_size=count)
+  read = _batches(share, crops)[first:].to_iter_dataset(options)
+  read = read.mp_prefetch(grain.MultiprocessingOptions(workers)).map(put)
+  prefetch = grain.experimental.ThreadPrefetchIterDataset
+  return iter(prefetch(read, prefetch_buffer_size=AHEAD))
+
+
+def depth(workers: int) -> int:
+  """Batches of a stream that are on their way at once, when nobody takes any."""
+  return (workers or 1) * (threads(workers) + bool(workers)) + AHEAD
+
+
+def threads(workers: int) -> int:
+  """Of each process that reads; each makes a batch at a time."""
+  return max(1, min(MOST, (os.cpu_count() or 1) // (workers or 1)))
+
+
+def _batches(share: Share, crops: Crops) -> Any:
+  import grain
+
+  def decoded(example):
+    encoded, label, rng = example
+    return {'image': crops(encoded, rng), 'label': np.int32(label)}
+
+  return grain.MapDataset.source(share).map(decoded).batch(len(share.own))
+
+
+Batch = dict[str, jax.Array]
+SAMPLE = 512  # images that a normalisation is computed from
+
+
+class Streamed(NamedTuple):
+  """A data set on disk: what `data.Dataset` is for images in memory.
+
+  Splits are {'record': int64 [n]}, numbers for `records`. `workers` are processes that
+  read training images; 0 are threads of this one. `own` are the rows of every batch
+  that this process reads, None for all.
+  """
+
+  name: str
+  records: Records
+  train: Split
+  held_out: Split
+  test: Split
+  classes: int
+  shape: tuple[int, int, int]
+  normalisation: Normalisation
+  augment: Augment
+  notes: tuple[str, ...] = ()
+  workers: int = 0
+  own: np.ndarray | None = None
+
+  def example(self) -> tuple[jax.Array, ...]:
+    """One image of zeros, ([1, height, width, channels],)."""
+    return (jnp.zeros((1, *self.shape), jnp.float32),)
+
+  def on_device(self, put: Any = None) -> Split:
+    """The training split; its images stay where they are."""
+    del put
+    return self.train
+
+  def sampler(self, key: jax.Array, size: int, augment: bool) -> 'StreamSampler':
+    """(train, step) -> training batch; with `augment` random crops, mirrored."""
+    by = self.augment if augment else Augment()
+    crops = Crops(self.shape, augment, by.flip, by.randaugment)
+    given = self.records, crops, self.normalisation, by.mixup, self.workers, self.own
+    return StreamSampler(key, size, *given)
+
+  def batches(
+    self, split: Split, size: int, put: Put = jax.device_put
+  ) -> Iterator[Batch]:
+    """Centre crops of all images of a split once, in order, for evaluation.
+
+    The last batch repeats an image, with 'weight' 0. put: onto the devices.
+    """
+    share = Share(self.records, split['record'], size, _rows(self.own, size))
+    batches = read_ahead(share, Crops(self.shape), put)
+    for start in range(0, count(split), size):
+      weight = np.asarray(start + share.own < count(split), np.float32)
+      batch = _ready(next(batches), by=self.normalisation)
+      yield {**batch, **put({'weight': weight})}
+    batches.close()
+
+  def probe(self) -> np.ndarray:
+    """The bytes of 64 images spread over all splits: whether two sets are one."""
+    splits = self.train, self.held_out, self.test
+    numbers = np.concatenate([split['record'] for split in splits])
+    few = numbers[np.linspace(0, len(numbers) - 1, 64).astype(int)]
+    return np.frombuffer(b''.join(self.records[int(i)][0] for i in few), np.uint8)
+
+
+def streamed(
+  name: str,
+  source: Source,
+  rows: Rows,
+  augment: Augment,
+  normalisation: Normalisation | None = None,
+) -> Streamed:
+  """The rows of a source, to be read when they are needed.
+
+  normalisation: by default that of the centres of 512 training images, at most.
+
+  Raises DataError where grain is not installed, and for images with other than one or
+  three channels.
+  """
+  if importlib.util.find_spec('grain') is None:
+    raise DataError(
+      f'data {name!r}: images that are streamed are read by grain: pip install '
+      "'depthprune[stream]'; or pass subset=N and stream=False"
+    )
+  if source.records is None or source.shape[-1] not in MODES:
+    raise DataError(
+      f'data {name!r}: expected images with one or three channels, got {source.shape}'
+    )
+  records = source.records()
+  behind = {'train': 0, 'test': source.train}
+  train = {'record': rows.train}
+  held_out = {'record': rows.held_out + behind[rows.held_of]}
+  test = {'record': rows.test + behind[rows.of]}
+  note = 'images were read from disk as they were needed'
+  if normalisation is None:
+    many = min(SAMPLE, len(rows.train))
+    share = Share(records, rows.train, many, np.arange(many), seed=0)
+    sample = batch(share, Crops(source.shape), 0)['image']
+    normalisation = measured(sample, source.scale)
+    note += f', and normalised as {many} of them are'
+  return Streamed(
+    name,
+    records,
+    train,
+    held_out,
+    test,
+    classes=source.classes,
+    shape=source.shape,
+    normalisation=normalisation,
+    augment=augment,
+    notes=(note,),
+  )
+
+
+class StreamSampler(NamedTuple):
+  """batch_at(split, step): every epoch goes through the images in its own order.
+
+  Batches are cut from the epochs laid end to end. `mixup` is as for `augment.mixed`,
+  the other fields as in `Streamed`.
+  """
+
+  key: jax.Array
+  size: int
+  records: Records
+  crops: Crops
+  normalisation: Normalisation
+  mixup: float = 0.0
+  workers: int = 0
+  own: np.ndarray | None = None
+
+  @property
+  def on_host(self) -> bool:
+    return True
+
+  def __call__(self, split: Split, step: int) -> Batch:
+    images = batch(self._share(split), self.crops, int(step))
+    return self._finish(jax.device_put(images), step)
+
+  def stepwise(self, put: Put = jax.device_put) -> Callable[[Split, int], Batch]:
+    """The same, read ahead while steps follow each other. put: onto the devices."""
+    stream: Any = None
+    following = -1
+
+    def batch_at(split, step):
+      nonlocal stream, following
+      if step != following:
+        if stream is not None:
+          stream.close()
+        given = self._share(split), self.crops, put
+        stream = read_ahead(*given, first=step, workers=self.workers)
+      following = step + 1
+      return self._finish(next(stream), step)
+
+    return batch_at
+
+  @property
+  def depth(self) -> int:
+    """Batches that are on their way at once, when nobody takes any."""
+    return depth(self.workers)
+
+  def _share(self, split: Split) -> Share:
+    own, seed = _rows(self.own, self.size), int(jax.random.bits(self.key))
+    return Share(self.records, split['record'], self.size, own, seed)
+
+  def _finish(self, batch: Batch, step: int) -> Batch:
+    key = jax.random.fold_in(self.key, step)
+    return _ready(batch, key, by=self.normalisation, mixup=self.mixup)
+
+
+@partial(jax.jit, static_argnames=('by', 'mixup'))
+def _ready(batch: Batch, key: Any = None, *, by: Normalisation, mixup: float = 0.0):
+  batch = {**batch, 'image': normalise(batch['image'], by)}
+  return batch if key is None else augments.mixed(batch, key, mixup)
+
+
+def _rows(own: np.ndarray | None, size: int) -> np.ndarray:
+  return np.arange(size) if own is None else own

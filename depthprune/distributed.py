@@ -1,0 +1,252 @@
+"""Several processes that train one network: joined, of one mind, and one that writes.
+
+Each runs the same program on its own devices (SPMD), on one host or on many. What they
+would decide alone (by a clock, a disk, a file) is decided by process 0 for all.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+SILENCE_S = 60  # without a sign of life a process counts as dead, and all end
+T = TypeVar('T')
+
+
+class HostError(ValueError):
+  """Processes that do not belong together, or one that failed: which, and in what."""
+
+
+def join() -> None:
+  """Joins the other processes of the run, where there are any; once per process.
+
+  SLURM (srun), Open MPI, TPU pods and, with jax[k8s] installed, indexed Jobs on
+  Kubernetes (GKE) are found by jax itself. Processes that were started by hand are told
+  by the environment: JAX_COORDINATOR_ADDRESS (host:port of process 0),
+  JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+  Raises: HostError where only some of these three are set, or not to numbers.
+  """
+  environment = os.environ
+  if jax.distributed.is_initialized() or not several(environment):
+    return
+  # SIGTERM is ours (preemption.py); jax would only take note of it.
+  jax.config.update('jax_enable_preemption_service', False)
+  jax.distributed.initialize(
+    **explicit(environment),
+    heartbeat_timeout_seconds=SILENCE_S,
+    shutdown_timeout_seconds=SILENCE_S,
+  )
+
+
+def several(environment: Mapping[str, str]) -> bool:
+  """Whether this process was started as one of several, or on a TPU that may be."""
+  count = lambda name: int(environment.get(name) or 1)
+  step = 'SLURM_STEP_NODELIST' in environment  # not in a batch script without srun
+  workers = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
+  return (
+    any(name in environment for name in EXPLICIT)
+    or (step and count('SLURM_NTASKS') > 1)
+    or count('OMPI_COMM_WORLD_SIZE') > 1
+    or ('JOB_COMPLETION_INDEX' in environment and _installed('kubernetes'))
+    or any(',' in environment.get(name, '') for name in workers)
+    or _on_tpu_vm(environment)
+  )
+
+
+def explicit(environment: Mapping[str, str]) -> dict[str, Any]:
+  """What the environment says for `jax.distributed.initialize`: all of it, or {}."""
+  found = {name: environment[name] for name in EXPLICIT if name in environment}
+  if not found:
+    return {}
+  address, count, index = (found.get(name, '') for name in EXPLICIT)
+  whole = address and count.isdecimal() and index.isdecimal()
+  if not whole or int(index) >= int(count):
+    expected = f'{EXPLICIT[0]}=HOST:PORT {EXPLICIT[1]}=N {EXPLICIT[2]}=0...N-1'
+    raise HostError(f'processes: expected {expected} in the environment, got {found}')
+  return {
+    'coordinator_address': address,
+    'num_processes': int(count),
+    'process_id': int(index),
+  }
+
+
+def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
+  """On Google Cloud, where only its metadata say how many hosts a slice has."""
+  devices = Path('/dev/accel0'), Path('/dev/vfio/0')
+  return (
+    _installed('libtpu')
+    and 'TPU_SKIP_MDS_QUERY' not in environment
+    and 'cpu' not in environment.get('JAX_PLATFORMS', '')
+    and any(device.exists() for device in devices)
+  )
+
+
+def _installed(package: str) -> bool:
+  return importlib.util.find_spec(package) is not None
+
+
+def writes() -> bool:
+  """Whether this process is the one that writes files and talks."""
+  return jax.process_index() == 0
+
+
+def wait() -> None:
+  """Until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('depthprune')
+
+
+def anywhere(*flags: bool) -> list[bool]:
+  """Of each flag, whether it is set in any process."""
+  if jax.process_count() == 1:
+    return [*flags]
+  return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
+
+
+def gathered(value: Any) -> list[Any]:
+  """A plain JSON value of every process, in order, on each of them."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(text)] = text
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def agreed(tree: T) -> T:
+  """Process 0's arrays on every process, bit for bit; shapes must be the same."""
+  if jax.process_count() == 1:
+    return tree
+  arrays = jax.tree.map(np.asarray, tree)
+  data = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), np.uint8), arrays)
+  told = multihost_utils.broadcast_one_to_all(data)
+  return jax.tree.map(
+    lambda x, y: np.frombuffer(y.tobytes(), x.dtype).reshape(x.shape), arrays, told
+  )
+
+
+def together(work: Callable[[], T]) -> T:
+  """work() on every process; where one fails all end, and say why.
+
+  Raises: what work raises here, else HostError with the message of who failed.
+  """
+  value, failed = None, None
+  try:
+    value = work()
+  except Exception as error:
+    failed = error
+  said = gathered(None if failed is None else f'{type(failed).__name__}: {failed}')
+  if failed is not None:
+    raise failed
+  for index, message in enumerate(said):
+    if message is not None:
+      raise HostError(f'process {index} failed: {message}')
+  return value  # pyright: ignore[reportReturnType]
+
+
+def alike(what: str, values: Mapping[str, Any], advice: str) -> None:
+  """Raises HostError unless all processes give the same JSON values, naming those."""
+  first, *others = gathered(dict(values))
+  for index, other in enumerate(others, 1):
+    differing = [
+      f'{name} (process 0: {first.get(name)!r}, process {index}: {other.get(name)!r})'
+      for name in sorted({*first, *other})
+      if first.get(name) != other.get(name)
+    ]
+    if differing:
+      raise HostError(
+        f'{what}: not the same on all hosts: {", ".join(differing)}. {advice}'
+      )
+
+
+QUIET = '-'
+# Waits for the end of its input, which is that of the process that holds it.
+WITNESS = f"""
+import sys
+said = sys.stdin.read()
+if said != {QUIET!r}:
+  print('\\n' + sys.argv[1], *said.splitlines()[:1], file=sys.stderr, flush=True)
+"""
+SIGNS = re.compile(
+  'Gloo|NCCL|nccl|heartbeat|[Cc]oordination ?service|[Bb]arrier|'
+  'Connection (closed|reset)|UNAVAILABLE|DEADLINE_EXCEEDED'
+)
+LAST_WORDS_S = 2  # jax ends all processes at once when the first is gone
+
+
+class HostLost(Exception):
+  """Another process of the run is gone; what was saved is whole."""
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+  """Within, the end of a process that another one's death brings is explained.
+
+  Raises: HostLost for the errors that broken connections raise. No further work of
+    several processes is possible then: leave by `leave`.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  words = [sys.executable, '-c', WITNESS, _message()]
+  pipe = subprocess.PIPE
+  witness = subprocess.Popen(words, stdin=pipe, text=True, start_new_session=True)
+  last = QUIET
+  try:
+    yield
+  except Exception as error:
+    if not _is_loss(error):
+      raise
+    last = f'The first sign of it: {error}'
+    raise HostLost(f'{_message()} {last}') from error
+  finally:
+    assert witness.stdin is not None
+    with suppress(OSError):  # should it be gone itself
+      witness.stdin.write(last)
+      witness.stdin.flush()
+    if last == QUIET:  # else it speaks when this process has ended
+      witness.communicate()
+
+
+def leave(code: int) -> None:
+  """Ends this process without waiting for those that are gone."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if writes():
+    time.sleep(LAST_WORDS_S)
+  os._exit(code)
+
+
+def _message() -> str:
+  index, count = jax.process_index(), jax.process_count()
+  return (
+    f'stopped: process {index} of 0 to {count - 1} cannot go on. Another process of '
+    f'the run is gone, or gave no sign of life for {SILENCE_S} s, or this one '
+    'was killed: see what the others said. What was saved is whole: the same command, '
+    'on all hosts, continues from there.'
+  )
+
+
+def _is_loss(error: BaseException | None) -> bool:
+  """Whether it comes from below, and speaks of other processes."""
+  while error is not None:
+    ours = type(error).__module__.split('.')[0] == 'depthprune'
+    if not ours and SIGNS.search(str(error)):
+      return True
+    error = error.__cause__
+  return False

@@ -1,0 +1,172 @@
+"""Channel gates for any function, placed where an axis is contracted.
+
+x·(g∘W) = (x∘g)·W: scaling the weight of every equation that sums over an axis equals
+gating the activation at every read, whatever produced it, in value and in gradient. The
+operand *at that equation* is scaled, never the stored array, so a square kernel or one
+that is used twice is gated on its reading side only. Where two activations meet
+(query · key), the smaller of them is scaled, once.
+
+Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"); placing
+it at the contraction is ours (design.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+from depthprune.program.coupling import Coupling
+from depthprune.program.jaxpr import bind, interpret
+from depthprune.program.rules import contracted
+from depthprune.program.trace import View, paths_of, remembered, runnable, split_arrays
+
+
+def plug(model: Any, coupling: Coupling) -> Callable:
+  """f(variables, gates, *inputs, **kwargs): the model with its channels gated.
+
+  gates: {'channels': {group: [n]}, 'branches': {path: ()}}; both parts optional and
+    groups may be missing (open). Branch gates replace variables['branches'].
+  The result runs at every input shape and in every mode the model has, and returns what
+  the model returns (of our models: the exits).
+
+  Raises: KeyError for an unknown or pinned group, ValueError for a group that cannot be
+    gated or a gate of the wrong shape."""
+  fn = runnable(model)
+  views = remembered(lambda inputs, kwargs: coupling.again(fn, inputs, kwargs))
+
+  def gated(variables, gates, *inputs, **kwargs):
+    channels = gates.get('channels', {})
+    check(coupling, channels)
+    if gates.get('branches'):
+      variables = with_branches(variables, gates['branches'])
+    view = views(inputs, kwargs)
+    coupling.same(view, channels)
+    weights: dict[ax.Axis, jax.Array] = {}
+    for group, gate in channels.items():
+      _place(group, view.groups[group], jnp.asarray(gate), weights)
+    run = _gated(view, weights)
+    arrays, _ = split_arrays((inputs, kwargs))
+    return view.unpack(run(view.program, [*jax.tree.leaves(variables), *arrays]))
+
+  return gated
+
+
+def check(coupling: Coupling, channels: Mapping):
+  """Every gate stands for a group that can be gated and has one entry per slice."""
+  for name, gate in channels.items():
+    coupling.axis(name)
+    group = coupling.groups[name]
+    if group.ungated:
+      raise ValueError(f'{name}: this group cannot be gated: {group.ungated}')
+    if tuple(gate.shape) != (group.size,):
+      path, axis = group.members[0]
+      raise ValueError(
+        f'{name}: gate has shape {tuple(gate.shape)}, its axis has {group.size} '
+        f'slices ({path}, axis {axis})'
+      )
+
+
+def with_branches(variables: Any, branches: Mapping[str, Any]) -> Any:
+  """The variables with these branch gates in place of theirs.
+
+  Raises: KeyError for a branch that the variables do not have."""
+  paths = paths_of(variables)
+  missing = [b for b in branches if f'branches/{b}' not in paths]
+  if missing:
+    raise KeyError(f'{missing[0]}: the variables have no such branch gate')
+  leaves = [branches.get(p.removeprefix('branches/'), x) for p, x in paths.items()]
+  return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+
+def _place(group: str, axis: ax.Axis, gate: jax.Array, gates: dict):
+  """Puts a group's gate on the axis variables that the group has in this view."""
+  axis = ax.norm(axis)
+  if isinstance(axis, ax.Cat):
+    at = 0
+    for p in axis.parts:
+      _place(group, p, gate[at : at + p.size], gates)
+      at += p.size
+  elif isinstance(axis, ax.Prod) or axis in gates:
+    raise ValueError(
+      f'{group}: this axis is laid out or coupled differently here than where it was '
+      'coupled; couple() the function in this mode and at these shapes'
+    )
+  else:
+    gates[axis] = gate
+
+
+def _gated(view: View, gates: dict[ax.Axis, jax.Array]) -> Callable:
+  made = _made_of_variables(view)
+
+  def run(program: jx.Program, args: Sequence) -> list:
+    return interpret(program, args, execute)
+
+  def execute(e: jx.Equation, ins: list) -> list:
+    for k, axis in _gated_side(e, made):
+      weights = expand(view.facts.dims[e.inputs[k]][axis], gates)
+      if weights is not None:
+        shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
+        ins[k] = ins[k] * weights.astype(ins[k].dtype).reshape(shape)
+    return bind(e, ins, e.params, run)
+
+  return run
+
+
+def expand(axis: ax.Axis, gates: Mapping) -> jax.Array | None:
+  """The gate of every slice of an axis [axis.size], or None where none is gated."""
+  axis = ax.norm(axis)
+  if isinstance(axis, ax.Var):
+    return gates.get(axis)
+  parts = [expand(p, gates) for p in axis.parts]
+  if all(p is None for p in parts):
+    return None
+  full = [
+    jnp.ones(a.size, jnp.float32) if p is None else p
+    for a, p in zip(axis.parts, parts, strict=True)
+  ]
+  if isinstance(axis, ax.Cat):
+    return jnp.concatenate(full)
+  out = full[0]
+  for p in full[1:]:
+    out = jnp.outer(out, p).ravel()
+  return out
+
+
+def _gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
+  """The side of a contraction to scale: a weight, else the smaller activation."""
+  sides = [side for side in contracted(e) if side]
+
+  def order(side):
+    v = e.inputs[side[0][0]]
+    return v not in made, math.prod(v.shape)
+
+  return min(sides, key=order, default=[])
+
+
+def _made_of_variables(view: View) -> set[jx.Value]:
+  """Values computed from variables and constants alone, loop-carried ones aside."""
+
+  def walk(program: jx.Program, inputs: list[bool]):
+    made.update(v for v, m in zip(program.inputs, inputs, strict=True) if m)
+    made.update(program.constants)
+    for e in program.equations:
+      flags = [isinstance(v, jx.Literal) or v in made for v in e.inputs]
+      if e.name == 'scan':
+        consts, carry, xs = jx.scan_parts(e, flags)
+        walk(e.bodies[0], [*consts, *[False] * len(carry), *xs])
+      elif e.name == 'cond':
+        for body in e.bodies:
+          walk(body, flags[1:])
+      if all(flags):
+        made.update(e.outputs)
+
+  made: set[jx.Value] = set()
+  count = len(view.leaves)
+  walk(view.program, [i < count for i in range(len(view.program.inputs))])
+  return made

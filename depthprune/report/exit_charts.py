@@ -1,0 +1,306 @@
+"""Charts of single exits: who leaves there, and whether their confidence is right.
+
+Every function returns a matplotlib Figure and shows nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from depthprune.report.charts import SERIES
+from depthprune.report.style import (
+  FAINT,
+  FIRST,
+  INK,
+  LINE,
+  MUTED,
+  OFFSET,
+  PAPER,
+  ROW,
+  SECOND,
+  name_rows,
+  styled,
+)
+
+ACROSS = 3  # reliability diagrams in a row
+
+
+def reliability(calibration: Mapping[str, Mapping[str, Any]]) -> Figure:
+  """Accuracy against confidence before and after temperature, a panel for each exit.
+
+  calibration: {exit: of `calibration.report`}. On the diagonal confidence is right;
+    faint bars, and the size of the marks, are the share of examples in each bin.
+  """
+  rows = -(-len(calibration) // ACROSS)
+  columns = min(ACROSS, len(calibration))
+  with styled():
+    figure = Figure(figsize=(7.2, 0.5 + 2.4 * rows), layout='constrained')
+    # Room between panels, so that 100 % of one does not run into 0 % of the next.
+    figure.get_layout_engine().set(wspace=0.08)  # pyright: ignore
+    grid = figure.subplots(rows, ACROSS, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(calibration) :]:
+      axes.set_visible(False)
+    for axes, (name, found) in zip(grid.flat, calibration.items()):
+      _diagram(axes, name, found)
+    for axes in grid[:, 0]:
+      axes.set_ylabel('accuracy')
+    # The last panel of every column, which may be in the last row but one.
+    for column in range(columns):
+      last = grid[(len(calibration) - 1 - column) // ACROSS, column]
+      last.set_xlabel('confidence')
+      last.tick_params(labelbottom=True)
+    figure.legend(
+      handles=[
+        Line2D([], [], color=SECOND, marker='s', ms=3.5, label='before temperature'),
+        Line2D([], [], color=FIRST, marker='o', ms=3.5, label='after'),
+        Line2D([], [], color=FAINT, lw=6, label='share of examples'),
+      ],
+      loc='outside upper right',
+      ncols=3,
+      frameon=False,
+    )
+  return figure
+
+
+def leaving(
+  shares: Mapping[str, float], right: Mapping[str, float | None] = {}
+) -> Figure:
+  """Where examples leave, a bar for every exit.
+
+  shares: {exit: part of all examples}. right: {exit: accuracy of those that leave
+    there}, where it is known.
+  """
+  names = list(shares)
+  with styled():
+    figure = Figure(figsize=(7.2, 0.7 + 1.2 * ROW * len(names)), layout='constrained')
+    axes = figure.subplots()
+    axes.barh(range(len(names)), list(shares.values()), color=FIRST, height=0.68)
+    for row, name in enumerate(names):
+      known = right.get(name)
+      text = f'{100 * shares[name]:.1f} %'
+      text += '' if known is None else f', {100 * known:.1f} % of them right'
+      at = (shares[name], row)
+      axes.annotate(text, at, (4, 0), **OFFSET, va='center', color=INK, size=8)
+    name_rows(axes, names)
+    axes.set_xlabel('share of the test examples')
+    longest = max(shares.values())
+    axes.set_xlim(0, (1.45 if right else 1.15) * longest)
+    ticks = MaxNLocator(5).tick_values(0, longest)
+    axes.set_xticks([tick for tick in ticks if tick <= 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis='x', color=LINE, lw=0.5)
+  return figure
+
+
+def _diagram(axes: Axes, name: str, found: Mapping[str, Any]) -> None:
+  every = found.get('all') or {}
+  before, after = every.get('before') or {}, every.get('after') or {}
+  axes.plot([0, 1], [0, 1], color=LINE, lw=1)
+  if after:
+    bins, n = after['bins'], max(1, sum(after['bins']['count']))
+    edges = np.array(bins['edges'], float)
+    share = np.array(bins['count']) / n
+    axes.bar(edges[:-1], share, np.diff(edges), align='edge', color=FAINT)
+  temperature = found.get('temperature')
+  scaled = temperature not in (None, 1)
+  if scaled:
+    _bins(axes, before, SECOND, 's')
+  _bins(axes, after, FIRST, 'o')
+  errors = [part['ece'] for part in (before, after)[not scaled :] if part]
+  said = ' → '.join('–' if e is None else f'{100 * e:.1f}' for e in errors)
+  axes.set_title(f'{name}, T {temperature:.2f}' if scaled else name, size=9, color=INK)
+  if said:
+    at: Any = {'xycoords': 'axes fraction', 'va': 'top', 'color': MUTED, 'size': 8}
+    axes.annotate(f'ECE {said} %', (0.04, 0.95), **at)
+  axes.set(xlim=(0, 1), ylim=(0, 1), aspect='equal')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_ticks([0, 0.5, 1])
+
+
+def _bins(axes: Axes, part: Mapping[str, Any], colour: str, marker: str) -> None:
+  """Accuracy over mean confidence of the bins that have examples.
+
+  A mark is as large as its bin is full: few examples say little, and often zigzag.
+  """
+  bins = part.get('bins')
+  if not bins:
+    return
+  rows = zip(bins['confidence'], bins['accuracy'], bins['count'])
+  x, y, n = np.array([row for row in rows if None not in row]).reshape(-1, 3).T
+  axes.plot(x, y, color=colour, lw=0.8, alpha=0.6)
+  size = 3 + 60 * n / max(1, n.sum())
+  axes.scatter(x, y, size, color=colour, marker=marker, lw=0, clip_on=False, zorder=3)
+
+
+NEAR = 0.03  # of accuracy below the MainNet: what the closer look shows
+
+Curve = Sequence[tuple[float, float]]
+"""[(share of the MainNet's FLOPs, accuracy), ...]"""
+
+
+class Series(NamedTuple):
+  """Cascades of one network, of one seed or several.
+
+  Attributes:
+    seeds: for every seed, the cascades that there are to choose from.
+    own: accuracy of the MainNet alone, by seed.
+    chosen: the cascade that was chosen, by seed.
+    exits: {exit: by seed, what it costs and reaches if all leave there}.
+  """
+
+  seeds: Sequence[Curve]
+  own: Sequence[float]
+  chosen: Curve = ()
+  exits: Mapping[str, Curve] = {}
+
+
+def series(*results: Mapping[str, Any]) -> Series:
+  """Of one result.json for every seed, on test data."""
+  seeds, own, chosen = [], [], []
+  exits: dict[str, list[tuple[float, float]]] = {}
+  for result in results:
+    found, accuracy, flops = result['cascade'], result['accuracy'], result['flops']
+    whole = found['whole']
+    points = [p for p in found['curve'] if None not in (p['cost'], p['accuracy'])]
+    seeds.append([(p['cost'] / whole, p['accuracy']) for p in points])
+    own.append(accuracy['before'])
+    chosen.append((flops['after'] / flops['before'], accuracy['after']))
+    for name in found['exits'][:-1]:
+      reached = found['exit_accuracy'].get(name)
+      if reached is not None:
+        exits.setdefault(name, []).append((found['cost'][name] / whole, reached))
+  return Series(seeds, own, chosen, exits)
+
+
+def compute_curve(curves: Mapping[str, Series]) -> Figure:
+  """Accuracy against FLOPs: {name: series}, a colour for each.
+
+  Of several seeds the mean and a band from the worst to the best. The MainNet is a
+  dashed line, a star is a chosen cascade, a ring an exit at which all leave. A second
+  panel looks closer at what is near the MainNet, where the first shows much else.
+
+  Raises: ValueError for more series than there are colours.
+  """
+  if len(curves) > len(SERIES):
+    raise ValueError(f'expected at most {len(SERIES)} series, got {", ".join(curves)}')
+  floor = min(a for c in curves.values() for a in c.own) - NEAR
+  lowest = min(a for c in curves.values() for _, a in _everything(c))
+  shared = len({tuple(c.own) for c in curves.values()}) == 1
+  panels = 2 if lowest < floor - NEAR else 1
+  with styled():
+    figure = Figure(figsize=(7.2, 3.4), layout='constrained')
+    grid = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in grid:
+      for look, curve in zip(SERIES, curves.values()):
+        _draw(axes, curve, look, shared)
+      _percents(axes)
+    if len(grid) > 1:
+      _look_closer(grid[1], list(curves.values()), floor)
+    grid[0].set_ylabel('test accuracy')
+    figure.legend(
+      handles=list(_keys(curves)), loc='outside upper right', ncols=6, frameon=False
+    )
+    if len(curves) == 1:
+      (curve,) = curves.values()
+      figure.draw_without_rendering()  # lays out: names need to know where points are
+      name_points(grid[0], {name: _mean(at) for name, at in curve.exits.items()})
+  return figure
+
+
+def _draw(axes: Axes, curve: Series, look: tuple[str, str], shared: bool) -> None:
+  colour, marker = look
+  own = MUTED if shared else colour
+  axes.axhline(float(np.mean(curve.own)), color=own, lw=1, ls=(0, (4, 3)))
+  if len(curve.seeds) == 1:
+    share, accuracy = _sorted(curve.seeds[0])
+    axes.plot(share, accuracy, color=colour, marker=marker, ms=3, lw=1.5)
+  else:
+    share, of_seeds = _aligned(curve.seeds)
+    low, high = of_seeds.min(0), of_seeds.max(0)
+    axes.fill_between(share, low, high, color=colour, alpha=0.18, lw=0)
+    axes.plot(share, of_seeds.mean(0), color=colour, lw=1.5)
+  for at in map(_mean, curve.exits.values()):
+    axes.plot(*at, 'o', mfc='none', mec=own, ms=5)
+  for at in curve.chosen:
+    axes.plot(*at, '*', color=colour, mec=INK, mew=0.7, ms=11, zorder=4)
+
+
+def _aligned(seeds: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+  """Shares [n] that all seeds reach, accuracy [seeds, n] there.
+
+  Between two cascades lie those that toss a coin for each example.
+  """
+  curves = [_sorted(curve) for curve in seeds]
+  low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+  share = np.linspace(low, high, 200)
+  return share, np.array([np.interp(share, x, y) for x, y in curves])
+
+
+def _sorted(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+  share, accuracy = np.array(sorted(curve), float).reshape(-1, 2).T
+  return share, accuracy
+
+
+def _mean(points: Curve) -> tuple[float, float]:
+  share, accuracy = np.mean(points, axis=0)
+  return float(share), float(accuracy)
+
+
+def _everything(curve: Series) -> Iterator[tuple[float, float]]:
+  for points in (*curve.seeds, curve.chosen, *curve.exits.values()):
+    yield from points
+
+
+def _percents(axes: Axes) -> None:
+  axes.set_xlabel("FLOPs, share of the MainNet's")
+  axes.xaxis.set_major_locator(MaxNLocator(5))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter(PercentFormatter(1))
+  axes.grid(color=LINE, lw=0.5)
+
+
+def _look_closer(axes: Axes, curves: Sequence[Series], floor: float) -> None:
+  points = [at for c in curves for at in _everything(c) if at[1] >= floor]
+  points += [(1.0, own) for c in curves for own in c.own]
+  (left, _), (right, top) = np.min(points, axis=0), np.max(points, axis=0)
+  edge = 0.05 * max(right - left, 0.1)
+  axes.set_xlim(left - edge, right + edge)
+  axes.set_ylim(floor, top + 0.1 * (top - floor))
+  axes.set_title('near the MainNet', size=9, color=INK)
+
+
+def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+  """Names to the lower right of points, those left out that would cover another."""
+  to_inches = axes.get_figure().dpi_scale_trans.inverted()  # pyright: ignore[reportOptionalMemberAccess]
+  free: list[np.ndarray] = []
+  for name, at in points.items():
+    here = to_inches.transform(axes.transData.transform(at))
+    width = 0.07 * len(name)
+    if any(
+      abs(here - other)[0] < width and abs(here - other)[1] < 0.13 for other in free
+    ):
+      continue
+    free.append(here)
+    axes.annotate(name, at, (5, -9), **OFFSET, color=MUTED, size=8)
+
+
+def _keys(curves: Mapping[str, Series]) -> Iterator[Line2D]:
+  """What the legend explains: the colours, if several, and the marks."""
+  alone = len(curves) == 1
+  for (colour, marker), (name, curve) in zip(SERIES, curves.items()):
+    marker = marker if len(curve.seeds) == 1 else ''
+    if name or alone:
+      yield Line2D([], [], color=colour, marker=marker, ms=3, label=name or 'cascades')
+  if any(curve.chosen for curve in curves.values()):
+    colour = SERIES[0][0] if alone else PAPER
+    yield Line2D([], [], color=colour, ls='', marker='*', mec=INK, ms=9, label='chosen')
+  if any(curve.exits for curve in curves.values()):
+    ring = {'marker': 'o', 'mfc': 'none', 'mec': MUTED, 'ms': 5, 'ls': ''}
+    yield Line2D([], [], label='all leave at one exit', **ring)
+  yield Line2D([], [], color=MUTED, lw=1, ls=(0, (4, 3)), label='MainNet')

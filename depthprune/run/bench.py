@@ -1,0 +1,225 @@
+"""Saved networks and cascades on the device at hand: latency, throughput, the roof.
+
+A network takes turns with the one that its run began with, where the run's directory
+says which; a cascade with its network alone, on the run's own test data: who leaves
+early depends on them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.cascade import race
+from depthprune.data.tfds import DataError
+from depthprune.export.networks import Saved, find
+from depthprune.export.stablehlo import function, probe
+from depthprune.options import NetCut
+from depthprune.program import cost
+from depthprune.program.coupling import couple
+from depthprune.program.stages import batched
+from depthprune.program.trace import runnable
+from depthprune.run import data as datasets
+from depthprune.run.config import Config, from_json
+from depthprune.run.network import network as network_of
+from depthprune.storage import directory as record
+from depthprune.surgery.prune import Pruned
+from depthprune.timing import latency, roofline
+from depthprune.timing.clock import made_up
+from depthprune.timing.latency import Network, Timing
+from depthprune.train.method import inputs_of
+
+BATCHES = (1, 8, 32, 128)
+
+
+class Original(NamedTuple):
+  """What a run began with, with made-up arrays, and FLOPs of one example."""
+
+  network: Network
+  flops: int
+  params: int
+
+
+def bench(
+  paths: Sequence[str | Path],
+  batches: Sequence[int] = BATCHES,
+  seconds: float = 2.0,
+) -> dict[str, Any]:
+  """Measures what `find` finds, each at every batch size for about so many `seconds`.
+
+  Returns: plain values for JSON: the device, its peak for every type of number, and
+    for each network and batch milliseconds, examples a second, the time of the roof.
+
+  Raises: ValueError for no path, a batch below 1, or no time; CheckpointError as `find`
+    does.
+  """
+  if not paths:
+    raise ValueError('bench: expected a run or a saved network, got none')
+  if not batches or min(batches) < 1 or not seconds > 0:
+    raise ValueError(
+      f'bench: expected batches >= 1 and seconds > 0, got {[*batches]} and {seconds}'
+    )
+  found = [find(path) for path in paths]
+  peaks = {dtype: roofline.measure(dtype) for dtype in sorted({*map(_dtype, found)})}
+  measured = []
+  for path, saved in zip(paths, found, strict=True):
+    of = _cascade if saved.cascade is not None else _network
+    told = of(saved, peaks[_dtype(saved)], sorted({*batches}), seconds)
+    measured.append({'path': str(path), 'dtype': _dtype(saved), **told})
+  return {
+    'device': latency.device(),
+    'versions': record.versions(),
+    'command': record.command(),
+    'peaks': {dtype: peak.to_json() for dtype, peak in peaks.items()},
+    'networks': measured,
+  }
+
+
+def original(run: Path, after: Pruned) -> Original:
+  """The network that a run began with, as its config says, up to its own answers.
+
+  Raises: ValueError where this version cannot build it.
+  """
+  config = _config(run)
+  if config.pretrained is not None and not Path(config.pretrained).is_dir():
+    config = dataclasses.replace(config, pretrained=None)  # arrays, which are made up
+  classes = getattr(after.model, 'trunk', after.model).classes
+  model, inputs = network_of(config, classes), after.coupling.inputs
+  told = after.model.exits if not isinstance(config.options, NetCut) else ()
+  answers = [name for name in told if name in model.exits] or model.exits[-1:]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  variables = jax.tree.map(lambda s: made_up(s.shape, s.dtype), shapes)
+  fn = runnable(model)
+
+  def only(variables, *inputs):
+    said = fn(variables, *inputs)
+    return {name: said[name] for name in answers}
+
+  coupling = couple(only, variables, *inputs)
+  flops = cost.flops(coupling) // inputs[0].shape[0]
+  return Original(Network(only, variables), flops, cost.params(coupling))
+
+
+def _config(run: Path) -> Config:
+  return from_json(json.loads((run / 'config.json').read_text())['config'])
+
+
+# ---- networks ------------------------------------------------------------------------
+
+
+def _network(
+  saved: Saved, peak: roofline.Peak, batches: Sequence[int], seconds: float
+) -> dict[str, Any]:
+  small, inputs = saved.network, saved.network.coupling.inputs
+  after = Network(function(small), small.variables)
+  before, notes = None, []
+  if saved.run is not None:
+    try:
+      before = original(saved.run, small)
+    except (ValueError, AttributeError) as error:  # a model or file that is no more
+      notes.append(f'without what the run began with, which cannot be built: {error}')
+  flops = cost.flops(small.coupling, small.keep) // inputs[0].shape[0]
+  networks = [before.network, after] if before else [after]
+  lines = {}
+  for batch, taken in latency.sweep(
+    networks, *probe(batched(inputs, 1)), batches=batches, seconds=seconds
+  ):
+    roof = peak.milliseconds(batch * flops, _moved(after, inputs, batch))
+    lines[str(batch)] = _line(batch, latency.timing(taken[-1]), roof)
+    if before:
+      compared = latency.compared(batch, *taken)
+      lines[str(batch)] |= _against(compared.before, compared.speedup)
+      notes += latency.notes([compared])
+  params = cost.params(small.coupling, small.keep)
+  return {
+    'kind': 'network',
+    'flops': {'before': before and before.flops, 'after': flops},
+    'params': {'before': before and before.params, 'after': params},
+    'batches': lines,
+    'notes': notes,
+  }
+
+
+def _line(batch: int, taken: Timing, roof: float) -> dict[str, Any]:
+  return {
+    'ms': taken.median,
+    'ms_quartiles': [taken.lower, taken.upper],
+    'runs': taken.runs,
+    'per_second': 1e3 * batch / taken.median,
+    'roof_ms': roof,
+  }
+
+
+def _against(before: Timing, speedup: float) -> dict[str, Any]:
+  quartiles = [before.lower, before.upper]
+  return {
+    'before_ms': before.median,
+    'before_ms_quartiles': quartiles,
+    'speedup': speedup,
+  }
+
+
+def _moved(network: Network, inputs: Sequence[Any], batch: int) -> int:
+  """Bytes that have to be read and written once: arrays, inputs, outputs."""
+  given = batched(tuple(inputs), batch)
+  outputs = jax.eval_shape(network.apply, network.variables, *given)
+  leaves = jax.tree.leaves((network.variables, given, outputs))
+  return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _dtype(saved: Saved) -> str:
+  """What the network computes in."""
+  model = getattr(saved.network.model, 'trunk', saved.network.model)
+  return jnp.dtype(getattr(model, 'dtype', jnp.float32)).name
+
+
+# ---- cascades ------------------------------------------------------------------------
+
+
+def _cascade(
+  saved: Saved, peak: roofline.Peak, batches: Sequence[int], seconds: float
+) -> dict[str, Any]:
+  found, small = saved.cascade, saved.network
+  assert found is not None
+  alone = lambda v, *inputs: found.stages.fn(v, *inputs)[found.exits[-1]]
+  whole = Network(alone, small.variables)
+  told = {
+    'kind': 'cascade',
+    'flops': {'before': found.stages.whole},
+    'params': {'before': None, 'after': cost.params(small.coupling, small.keep)},
+    'exits': dict(zip(found.exits, found.stages.flops)),
+  }
+  try:
+    examples = _examples(saved, max(batches))
+  except DataError as error:
+    inputs = probe(batched(small.coupling.inputs, max(batches)))
+    each, main = race.exit_milliseconds(found, *inputs, seconds=seconds)
+    ms = {'alone': main, **dict(zip(found.exits, map(float, each)))}
+    note = f'without its data ({error}): an example if all leave at one exit'
+    return {**told, 'batches': {}, 'exits_ms': ms, 'notes': [note]}
+  lines, notes = {}, []
+  for batch in batches:
+    inputs = [jnp.take(x, np.arange(batch) % x.shape[0], axis=0) for x in examples]
+    run = race.race(found, *inputs, seconds=seconds)
+    moved = _moved(whole, inputs, batch)
+    line = _line(batch, run.cascade, peak.milliseconds(batch * run.cost.ideal, moved))
+    lines[str(batch)] = {
+      **line,
+      **_against(run.whole, 1 / run.share),
+      'ideal': run.cost.ideal,
+      'padded': run.cost.padded,
+    }
+  return {**told, 'batches': lines, 'notes': notes}
+
+
+def _examples(saved: Saved, count: int) -> list[jax.Array]:
+  """The first test examples of the run that a cascade is of."""
+  if saved.run is None:
+    raise DataError(f'{saved.folder} is not in the directory of a run')
+  images = datasets.read(_config(saved.run))
+  return [*inputs_of(next(iter(images.batches(images.test, count))))]

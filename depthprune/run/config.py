@@ -1,0 +1,250 @@
+"""One run, described once: what the command line reads and `config.json` keeps."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+
+from depthprune.options import (
+  METHODS,
+  Auxiliary,
+  Gates,
+  Implosion,
+  NetCut,
+  Options,
+  SideNet,
+)
+from depthprune.train.options import ConfigError, Epochs, at_least, axes, finite, one_of
+
+BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
+ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
+FRESH = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: random weights)')
+BESIDE = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: beside weights)')
+NAMED = tyro.conf.arg(
+  metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-OPTIONS-SEED)'
+)
+DEVICES = tyro.conf.arg(
+  metavar='AXES', help_behavior_hint='(default: one, or all of several processes)'
+)
+NONE = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: without)')
+THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of one)')
+BY_SIZE = tyro.conf.arg(
+  metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
+)
+STRONGEST = 30  # magnitude of RandAugment
+O = TypeVar('O', bound=Options)
+GATES: Any = Gates()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Generic[O]):
+  """Train a network, decide what may go, cut it out, fine-tune what is left.
+
+  `Config()` is trainable gates; RECIPES holds one for every method, with the settings
+  that suit it. Raises ConfigError for a value no run can use. Model and data set are
+  looked up when the run starts, where the nearest names are known.
+  """
+
+  options: Annotated[O, tyro.conf.arg(name='method')] = GATES
+  """What the method lets you choose; their type says which method it is."""
+
+  model: str = 'resnet20'
+  """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
+
+  data: str = 'digits'
+  """digits (comes with scikit-learn), or a TFDS set of images (with a class each, or
+  masks) or texts found in $TFDS_DATA_DIR, such as cifar10, camvid or glue/sst2; or
+  multi_fashion: two fashion_mnist images in one, and a class to tell of each."""
+
+  pretrained: Annotated[str | None, FRESH] = None
+  """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
+  names, or the folder of a pruned network (RUN/pruned). Images get the normalisation
+  in FILE.json beside them, or of the folder, if there is one (ImageNet ResNets: else
+  torchvision's)."""
+
+  tokenizer: Annotated[str | None, BESIDE] = None
+  """tokenizer.json, for a data set of texts."""
+
+  length: int = 128
+  """Tokens of a text, at most."""
+
+  seed: int = 0
+  """Of the initial weights, the order of the images, the augmentation."""
+
+  batch: int = 128
+  """Images in a training step."""
+
+  train_epochs: Annotated[int | None, BY_DATA] = None
+  """Passes over the images before anything is pruned; none if pretrained."""
+
+  gate_epochs: Annotated[int | None, BY_DATA] = None
+  """Passes while the weights and what the method learns are trained together."""
+
+  finetune_epochs: Annotated[int | None, BY_DATA] = None
+  """Passes after each cut."""
+
+  optimizer: Literal['sgd', 'adam', 'adamw'] = 'sgd'
+  """sgd: momentum 0.9, warm-up and cosine in every stage. adam: a constant rate. adamw:
+  Adam with that schedule."""
+
+  learning_rate: float = 0.1
+  """Of the weights, at the peak of the schedule."""
+
+  weight_decay: float = 5e-4
+  """Of kernels; a gate that is closed spares its slices from it."""
+
+  augment: bool = True
+  """Random crops, and mirror images where those mean the same."""
+
+  mixup: Annotated[float | None, NONE] = None
+  """Blend images, and their labels, in pairs, by shares from Beta(this, this)."""
+
+  randaugment: Annotated[int | None, NONE] = None
+  """Magnitude of RandAugment, 1 to 30, on images that are streamed."""
+
+  distill: bool = False
+  """Fine-tune towards the unpruned network's answers as well as the labels."""
+
+  subset: Annotated[int | None, ALL] = None
+  """Use only this many training images."""
+
+  resize: Annotated[int | None, ALL] = None
+  """Make the images square, with this side."""
+
+  stream: Annotated[Literal['always', 'never'] | None, BY_SIZE] = None
+  """Read images from disk as they are needed, random crops to train on and centres for
+  evaluation. It takes grain, and a TFDS set with a class for every image."""
+
+  workers: Annotated[int | None, THREADS] = None
+  """Processes that read what is streamed."""
+
+  scan: bool = False
+  """Compile equal blocks once (scan): faster to compile, the same numbers."""
+
+  bfloat16: bool = False
+  """Compute in bfloat16; parameters stay float32."""
+
+  remat: bool = False
+  """Compute activations and normalisations again in the backward pass, instead of
+  storing them: less memory, more time."""
+
+  mesh: Annotated[str | None, DEVICES] = None
+  """Devices to train on: data=8 splits every batch over 8 of them, data=4,model=2 the
+  weights over 2 besides; data alone takes all."""
+
+  checkpoint_every_s: float = 60.0
+  """Seconds between checkpoints within a stage."""
+
+  workdir: Annotated[str | None, NAMED] = None
+  """Where everything is written."""
+
+  resume: bool = True
+  """Continue where an earlier run in the same directory stopped."""
+
+  def __post_init__(self):
+    one_of(self, 'optimizer', ('sgd', 'adam', 'adamw'))
+    if self.stream is not None:
+      one_of(self, 'stream', ('always', 'never'))
+    for name in ('train_epochs', 'gate_epochs', 'finetune_epochs', 'seed'):
+      at_least(self, name, 0)
+    for name in ('batch', 'subset', 'resize', 'length', 'workers', 'randaugment'):
+      at_least(self, name, 1)
+    for name in ('weight_decay', 'checkpoint_every_s'):
+      finite(self, name, positive=False)
+    finite(self, 'learning_rate', positive=True)
+    if self.mesh is not None:
+      axes(self.mesh)
+    self._check_augmentation()
+    if self.options.cascades and self.distill:
+      raise ConfigError(
+        f'distill: expected False for {self.method}, which cuts nothing'
+      )
+    if isinstance(self.options, Auxiliary) and self.distill:
+      raise ConfigError(
+        'distill: expected False for auxiliary: the path teaches the network already'
+      )
+    if self.options.heads and self.train_epochs:
+      raise ConfigError(
+        f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; the '
+        'network and its heads are trained together, for gate_epochs'
+      )
+
+  def _check_augmentation(self):
+    if self.mixup is not None:
+      finite(self, 'mixup', positive=True)
+    if (self.randaugment or 0) > STRONGEST:
+      raise ConfigError(
+        f'randaugment: expected a magnitude of 1 to {STRONGEST}, got {self.randaugment}'
+      )
+    if (self.mixup or self.randaugment) and not self.augment:
+      raise ConfigError('mixup, randaugment: leave them out, or pass --augment')
+    heads_alone = isinstance(self.options, SideNet) and self.options.regime != 'joint'
+    if self.mixup and heads_alone:
+      raise ConfigError(
+        f'mixup: leave it out for {self.method}, where heads learn from features of '
+        'whole images (joint trains everything together, and may mix)'
+      )
+
+  @property
+  def method(self) -> str:
+    """The method's file."""
+    return self.options.method
+
+  @property
+  def epochs(self) -> Epochs:
+    """Passes per stage, with the data set's defaults where none were asked for."""
+    by_data = self.options.epochs
+    defaults = by_data.get(self.data, by_data[''])
+    if self.pretrained is not None:
+      defaults = defaults._replace(train=0)
+    asked = (self.train_epochs, self.gate_epochs, self.finetune_epochs)
+    return Epochs(
+      *(d if a is None else a for a, d in zip(asked, defaults, strict=True))
+    )
+
+  @property
+  def path(self) -> Path:
+    """The run's directory: `workdir`, or one named after what is being run."""
+    if self.workdir is not None:
+      return Path(self.workdir)
+    words = (self.method, self.model, self.data, self.options.label, f'seed{self.seed}')
+    return Path('runs') / '-'.join(words)
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain values, as `config.json` and `result.json` keep them."""
+    return {'method': self.method, **dataclasses.asdict(self)}
+
+
+_DEPTH: Any = {'learning_rate': 1e-3, 'optimizer': 'adam', 'weight_decay': 0.0}
+RECIPES: dict[str, Config] = {
+  'trainable_gates': Config(),
+  'netcut': Config(NetCut(), 'mlp20x200', augment=False, **_DEPTH),
+  'implosion': Config(Implosion()),
+  'sidenet': Config(SideNet()),
+  'auxiliary': Config(Auxiliary()),
+}
+
+
+def from_json(values: Mapping[str, Any]) -> Config:
+  """The Config whose `to_json()` gave `values`; fields added since get defaults."""
+  values = dict(values)
+  kind = METHODS.get(values.pop('method', ''))
+  if kind is None:
+    raise ConfigError(f'config: expected a method out of {", ".join(METHODS)}')
+  options = _made(kind, values.pop('options', {}))
+  return dataclasses.replace(_made(Config, values), options=options)
+
+
+def _made(kind: type, values: Mapping[str, Any]) -> Any:
+  known = {f.name for f in dataclasses.fields(kind)}
+  unknown = sorted(set(values) - known)
+  if unknown:
+    raise ConfigError(
+      f'config: unknown field {", ".join(unknown)}; it was written by another version, '
+      f'this one knows {json.dumps(sorted(known))}'
+    )
+  tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+  return kind(**tuples)

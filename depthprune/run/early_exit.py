@@ -1,0 +1,400 @@
+"""One command's whole job for early exits: a network goes in, a cascade comes out.
+
+Heads are trained (`sides`); held-out data gives temperatures and thresholds
+(`deciding`); the exits that are used become the cascade that is saved; test data says
+what it reaches (`reached`), and decides nothing.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from depthprune import distributed as hosts
+from depthprune.cascade import calibration, thresholds
+from depthprune.cascade import confidence as sure
+from depthprune.cascade.cascade import Cascade, cascade
+from depthprune.cascade.predictions import Predictions, drop, leave, losses, saved
+from depthprune.cascade.race import exit_milliseconds, race
+from depthprune.cascade.risk import halves
+from depthprune.cascade.thresholds import Choice
+from depthprune.data.streaming import Streamed
+from depthprune.data.tfds import DataError, count
+from depthprune.export.networks import save_cascade
+from depthprune.program.stages import Stages, split
+from depthprune.run import result as results
+from depthprune.run.config import Config
+from depthprune.run.heads import Answers, Trained, train
+from depthprune.run.job import Job, prepare
+from depthprune.run.result import described
+from depthprune.storage import directory as record
+from depthprune.surgery.prune import Pruned, prune
+from depthprune.timing import latency
+from depthprune.train.method import inputs_of, real_rows
+from depthprune.train.task import Tree
+
+# What else is asked of the held-out data, to be shown beside what was asked for: points
+# of accuracy, parts of the network's FLOPs, parts of all examples.
+ALSO = {
+  'drop': (0.0, 0.25, 0.5, 1.0, 2.0),
+  'budget': (0.5, 0.65, 0.8),
+  'risk': (0.01, 0.02, 0.05),
+}
+
+
+class Decided(NamedTuple):
+  """What held-out data decided.
+
+  Attributes:
+    stages: of the network with all heads.
+    temperatures: float32 [exits - 1]; weights: of a learned confidence, [exits - 1, 4].
+    kind, requested: what was asked for. chosen: the thresholds for it.
+    held_out, test: what every exit says there, and how sure it is; costs in FLOPs.
+  """
+
+  stages: Stages
+  temperatures: np.ndarray
+  weights: np.ndarray | None
+  kind: str
+  requested: float
+  chosen: Choice
+  held_out: Predictions
+  test: Predictions
+
+
+def splits(job: Job) -> Job:
+  """The job, its held-out data replaced where the options say `decide_on` test data."""
+  config, test = job.config, job.images.test
+  asked = config.options.decide_on
+  seen = config.pretrained is not None and not config.epochs.train
+  if asked == 'train' or (asked == 'auto' and not seen):
+    return job
+  half = count(test) // 2
+  part = lambda rows: {name: values[rows] for name, values in test.items()}
+  first, second = part(slice(half)), part(slice(half, None))
+  return job._replace(images=job.images._replace(held_out=first, test=second))
+
+
+def decide(job: Job, trained: Trained) -> Decided:
+  """Temperatures and thresholds for what the options ask.
+
+  Temperatures see only the half of the held-out data on which a certified risk is
+  searched for, so that the half that certifies has decided nothing. An example for
+  which an exit's answer is not finite never leaves there, and decides nothing of it.
+
+  Raises: ValueError for a budget or risk that cannot be met.
+  """
+  o, held_out = job.config.options, trained.held_out
+  stages = split(trained.model, trained.variables, *job.inputs, exits=trained.exits)
+  some, _ = halves(len(held_out.labels))
+  part = Answers(held_out.logits[:, some], held_out.labels[some])
+  scale = [_temperature(logits, part.labels) for logits in part.logits[:-1]]
+  scale = np.asarray(scale, np.float32)
+  tempered = lambda logits: logits / np.append(scale, np.float32(1))[:, None, None]
+  weights = None
+  if o.confidence == 'learned':
+    weights = sure.learn(tempered(part.logits), part.labels)
+
+  def seen(answers: Answers, examples: Tree) -> Predictions:
+    scores = sure.scores(o.confidence, tempered(answers.logits), weights)
+    return Predictions(trained.exits, *answers, scores, *costs(job, stages, examples))
+
+  decides = seen(held_out, job.images.held_out)
+  reports = seen(trained.test, job.images.test)
+  kind, requested = o.asked
+  priced = decides
+  if kind == 'milliseconds':
+    early = cascade(
+      trained.model, trained.variables, *job.inputs,
+      exits=trained.exits, confidence=o.confidence, weights=weights,
+    )  # fmt: skip
+    cost, whole = hosts.agreed(exit_milliseconds(early, *usual(job)))
+    priced = decides._replace(cost=cost, whole=float(whole))
+  chosen = choose(priced, kind, requested, o.delta)
+  return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
+
+
+def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+  """Of the finite answers, 1 where there are none."""
+  logits, labels = calibration.finite(logits, labels)
+  return calibration.temperature(logits, labels) if len(labels) else 1.0
+
+
+def usual(job: Job) -> tuple:
+  """The inputs of a test batch of the shape that most of them have."""
+  found: dict[tuple, list[tuple]] = {}
+  for batch in _shapes(job, job.images.test):
+    inputs = inputs_of(batch)
+    same = found.setdefault(tuple(x.shape for x in inputs), [])
+    same.append(() if same else inputs)  # one of a kind is held, of any number
+  return max(found.values(), key=len)[0]
+
+
+def _shapes(job: Job, split: Tree) -> Iterator[Tree]:
+  """Batches for the sake of their shapes: of images from disk one stands for all."""
+  batches = job.own_batches(split)
+  return itertools.islice(batches, 1) if isinstance(job.images, Streamed) else batches
+
+
+def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
+  """FLOPs of leaving at each exit [exits], and of the network alone, in the mean.
+
+  Texts are as long as their batch, so that each length has its own costs.
+  """
+  total, count = np.zeros(len(stages) + 1), 0
+  for batch in _shapes(job, examples):
+    real = int(real_rows(batch).sum())
+    here = stages.again(*inputs_of(batch))
+    total += real * np.array([*here.flops, here.whole], np.float64)
+    count += real
+  return total[:-1] / count, float(total[-1] / count)
+
+
+def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> Choice:
+  """Thresholds for a request; raises ValueError where it cannot be met.
+
+  p: of held-out data, its costs in milliseconds if that is what is asked for.
+  """
+  ways: dict[str, Callable[[], Choice]] = {
+    'drop': lambda: thresholds.for_drop(p, requested),
+    'budget': lambda: thresholds.for_budget(p, requested * p.whole),
+    'milliseconds': lambda: thresholds.for_budget(p, requested),
+    'threshold': lambda: thresholds.fixed(p, requested),
+    'risk': lambda: thresholds.for_risk(p, requested, delta),
+  }
+  return ways[kind]()
+
+
+NEAR = 1e-5  # a decision closer to its threshold than this may go either way
+
+
+def measure(
+  job: Job, trained: Trained, decided: Decided, pruned: Pruned, early: Cascade
+) -> dict[str, Any]:
+  """Everything that result.json says, but for the time it took."""
+  executed = execute(job, decided, early)
+  chosen = thresholds.measured(decided.chosen, decided.held_out)
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  return {
+    **described(job),
+    'accuracy': {'before': trained.test.accuracy, 'after': executed['accuracy']},
+    'held_out': {'before': trained.held_out.accuracy, 'after': chosen.accuracy},
+    'flops': {'before': executed['whole'], 'after': executed['ideal']},
+    'params': {
+      'before': size(trained.variables['params']['trunk']),
+      'after': size(pruned.variables['params']),
+    },
+    'widths': {},
+    'rounds': [],
+    'report': {},
+    'cascade': {
+      **structure(decided, trained, early),
+      'original': trained.original,
+      **behaviour(decided, executed['ms'] / executed['batch']),
+      'executed': executed,
+    },
+  }
+
+
+def structure(decided: Decided, trained: Trained, early: Cascade) -> dict[str, Any]:
+  """What the network with all its heads is, and the stages of the cascade left."""
+  heads = trained.model.heads
+  text = lambda c: f'{np.dtype(c.dtype).name}[{",".join(map(str, c.shape))}]'
+  stages = [
+    {**s._asdict(), 'crossing': [text(c) for c in s.crossing]} for s in early.stages
+  ]
+  names = trained.exits
+  return {
+    'exits': list(names),
+    'taps': {name: heads[name].reads[-1] for name in names[:-1]},
+    'stages': stages,
+    'cost': dict(zip(names, decided.test.cost.tolist())),
+    'whole': decided.test.whole,
+    'confidence': early.confidence,
+    'thresholds': dict(zip(names, map(_plain, decided.chosen.thresholds.tolist()))),
+    'temperatures': dict(zip(names, decided.temperatures.tolist())),
+  }
+
+
+def behaviour(decided: Decided, milliseconds: float) -> dict[str, Any]:
+  """What the thresholds, and others, do on test data; how calibrated the exits are.
+
+  milliseconds: of an example of the chosen cascade, executed.
+  """
+  p, chosen = decided.test, decided.chosen
+  achieved = thresholds.achieved(chosen, p)
+  right = (p.logits.argmax(-1) == p.labels).mean(-1)
+  scale = np.append(decided.temperatures, np.float32(1))
+  left = leave(p.scores, chosen.thresholds)
+  return {
+    'exit_accuracy': dict(zip(p.exits, right.tolist())),
+    'shares': dict(zip(p.exits, achieved.exits)),
+    'curve': curve(decided),
+    'requests': requests(decided, milliseconds),
+    'calibration': calibration.report(p.logits, p.labels, left, scale, p.exits),
+  }
+
+
+def curve(decided: Decided) -> list[dict[str, float]]:
+  """The efficient thresholds of the held-out data, on both splits, dearest first."""
+  points = thresholds.front(decided.held_out)
+  lines = []
+  for point in sorted(points, key=lambda p: -p.measured.cost):
+    test = thresholds.measured(point.thresholds, decided.test)
+    lines.append(
+      {
+        'cost_held_out': point.measured.cost,
+        'accuracy_held_out': point.measured.accuracy,
+        'cost': test.cost,
+        'accuracy': test.accuracy,
+      }
+    )
+  return lines
+
+
+def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
+  """Requested against reached, for what was asked and for what else may be."""
+  asked = [(kind, value) for kind, values in ALSO.items() for value in values]
+  mine = decided.kind, decided.requested
+  rows = []
+  for kind, value in asked if mine in asked else [mine, *asked]:
+    row: dict[str, Any] = {'kind': kind, 'requested': value}
+    is_mine = (kind, value) == mine
+    row |= {'chosen': is_mine, 'refused': None}
+    try:
+      found = decided.chosen if is_mine else choose(decided.held_out, kind, value)
+      row |= outcome(decided, found)
+      if kind == 'milliseconds':
+        row['test'] |= {'milliseconds': milliseconds}
+    except ValueError as error:
+      row |= {'refused': str(error), 'held_out': None, 'test': None, 'interval': None}
+    rows.append(row)
+  return rows
+
+
+def outcome(decided: Decided, found: Choice) -> dict[str, Any]:
+  """What a choice gave where it was made, and gives on test data."""
+  p = decided.test
+  test = thresholds.achieved(found, p)
+  reached = {
+    'accuracy': test.accuracy,
+    'cost': test.cost,
+    'drop': drop(test, p),
+    'saved': saved(test, p),
+  }
+  if found.risk is not None:
+    left = leave(p.scores, found.thresholds)
+    gap = losses(p, found.risk.loss)[left, np.arange(len(left))]
+    reached |= {'risk': float(gap.mean()), 'certificate': found.risk._asdict()}
+  here = thresholds.measured(found, decided.held_out)
+  held_out = {'accuracy': here.accuracy, 'cost': here.cost}
+  interval = thresholds.bootstrap(found, p)._asdict()
+  interval = {name: list(ends) for name, ends in interval.items()}
+  return {'held_out': held_out, 'test': reached, 'interval': interval}
+
+
+def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
+  """The cascade run on the test data, beside what was simulated, and timed."""
+  p, names = decided.test, early.exits[:-1]
+  rows = [decided.test.exits.index(name) for name in names]
+  expected = leave(p.scores[rows], early.thresholds)
+  gap = np.abs(p.scores[rows] - early.thresholds[:, None]).min(0)
+  # Raced before anything else compiles it, so that the seconds of that are seen.
+  timed = race(early, *usual(job))
+  left, right, costs = [], [], []
+  for batch in job.own_batches(job.images.test):
+    inputs, label = inputs_of(batch), np.asarray(batch['label'])
+    real = real_rows(batch)
+    answer = early(*inputs)
+    left.append(np.asarray(answer.exit)[real])
+    right.append((np.asarray(answer.logits.argmax(-1)) == label)[real])
+    cost = early.cost(answer._replace(exit=left[-1]), *inputs)
+    costs.append((len(left[-1]), *cost))
+  n, ideal, padded, whole = np.array(costs).T
+  differ = np.concatenate(left) != expected
+  before = np.arange(len(rows))[:, None] < expected  # exits that were passed
+  stayed = before & np.isnan(p.scores[rows])
+  return {
+    **timed.to_json(),
+    'ideal': float(n @ ideal / n.sum()),
+    'padded': float(n @ padded / n.sum()),
+    'whole': float(n @ whole / n.sum()),
+    'accuracy': float(np.concatenate(right).mean()),
+    'differ': int(differ.sum()),
+    'near': int((differ & (gap < NEAR)).sum()),
+    'n': len(differ),
+    'broken': int(stayed.any(0).sum()),
+    'device': latency.device(),
+  }
+
+
+def _plain(value: float) -> float | None:
+  return value if math.isfinite(value) else None
+
+
+def run(config: Config, show: bool = True) -> dict[str, Any]:
+  """The whole job, with arguments and files as those of `recipe.run`, which calls it.
+
+  `cascade/` holds the cascade; `inference.saved.load_cascade` reads it.
+  """
+  started = time.monotonic()
+  job = splits(_one_class(prepare(config, show)))
+  record.write(
+    job.folder / 'config.json',
+    {'config': config.to_json(), **results.surroundings(), 'command': record.command()},
+  )
+  trained = train(job)
+  decided = decide(job, trained)
+  pruned, early = assembled(job, trained, decided)
+  result = measure(job, trained, decided, pruned, early)
+  result['wall_seconds'] = time.monotonic() - started
+  result = hosts.gathered(result)[0]
+  images = job.images
+  tokenizer = getattr(images, 'tokenizer', None)  # of texts
+  folder = job.folder / 'cascade'
+  save_cascade(folder, early, pruned, images.normalisation, tokenizer)
+  record.write(job.folder / 'result.json', result)
+  return result
+
+
+def _one_class(job: Job) -> Job:
+  shape = job.labels
+  if len(shape) != 1:
+    raise DataError(
+      f'data {job.images.name!r}: a cascade tells one class per example, got labels '
+      f'{list(shape)}: use another method, or a data set with one class each'
+    )
+  return job
+
+
+def assembled(job: Job, trained: Trained, decided: Decided) -> tuple[Pruned, Cascade]:
+  """The network without the exits that nobody takes, cut, and its cascade.
+
+  Where no exit is used, the deepest stays, with a threshold that nobody passes; where
+  confidence is patience all stay, as each of them is asked.
+  """
+  early, taken = trained.exits[:-1], np.isfinite(decided.chosen.thresholds)
+  taken |= decided.chosen.thresholds < 0
+  if job.config.options.confidence == 'patience':
+    taken[:] = True
+  if not taken.any():
+    taken[-1] = True
+  model, variables = trained.model, trained.variables
+  keep = {'exits': {name: bool(kept) for name, kept in zip(early, taken)}}
+  pruned = prune(model, variables, keep, job.inputs)
+  of = lambda values: {e: float(v) for e, v, k in zip(early, values, taken) if k}
+  weights = decided.weights
+  return pruned, cascade(
+    pruned.apply,
+    pruned.variables,
+    *job.inputs,
+    thresholds=of(decided.chosen.thresholds),
+    exits=(*of(taken), 'main'),
+    temperatures=of(decided.temperatures),
+    confidence=job.config.options.confidence,
+    weights=None if weights is None else weights[taken],
+  )

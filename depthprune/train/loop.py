@@ -1,0 +1,225 @@
+"""The only training loop."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from depthprune.train.step import State as State
+from depthprune.train.step import init_state as init_state
+from depthprune.train.step import make_step as make_step
+from depthprune.train.task import Tree
+
+
+@contextmanager
+def bar(
+  label: str, start: int, steps: int, show: bool = True
+) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+  """A context whose value is draw(step, row); row as in `train.Row`."""
+  columns = (
+    TextColumn('[bold]{task.description:9s}'),
+    BarColumn(bar_width=20),
+    TextColumn('{task.completed:.0f}/{task.total:.0f}'),
+    TimeRemainingColumn(compact=True),
+    TextColumn('{task.fields[text]}'),
+  )
+  with Progress(*columns, disable=not show) as shown:
+    task = shown.add_task(label, completed=start, total=steps, text='compiling')
+
+    def draw(step: int, row: Mapping[str, float]) -> None:
+      shown.update(task, completed=step, text=describe(row))
+
+    yield draw
+
+
+def describe(row: Mapping[str, float]) -> str:
+  """'loss 0.213, accuracy 98.1 %, flops 62 -> 50 %, 2510 images/s'."""
+  parts = [f'loss {row["loss"]:.3f}']
+  if 'accuracy' in row:
+    parts.append(f'accuracy {100 * row["accuracy"]:.1f} %')
+  costs = ('flops', 'params', 'milliseconds')
+  for cost in costs:
+    if cost in row:
+      goal = f' -> {100 * row["target"]:.0f}' if 'target' in row else ''
+      parts.append(f'{cost} {100 * row[cost]:.0f}{goal} %')
+  shown = {'step', 'loss', 'accuracy', *costs, 'target', 'time'}
+  rest = set(row) - shown - {'images_per_second'}
+  parts += [f'{name} {row[name]:.3g}' for name in sorted(rest)]
+  if 'images_per_second' in row:
+    parts.append(f'{row["images_per_second"]:,.0f} images/s')
+  return ', '.join(parts)
+
+
+Row = dict[str, float]
+"""One logged line: step, loss, the metrics, images_per_second, time in seconds."""
+
+
+class NonFiniteLoss(ArithmeticError):
+  """The loss (or a parameter) became infinite or NaN; the message names the step."""
+
+
+def fit(
+  step: Callable[..., Any],
+  state: State,
+  key: jax.Array,
+  batch_at: Callable[[Any, Any], Tree],
+  data: Tree = None,
+  *,
+  steps: int,
+  every: int = 50,
+  teacher: Tree = None,
+  callbacks: Sequence[Callable[[State, Row], None]] = (),
+  label: str = 'train',
+  show: bool = True,
+  fused: bool | None = None,
+) -> State:
+  """Trains from state.step to `steps`; the only training loop.
+
+  Args:
+    step: from make_step. key: its key.
+    batch_at: (data, step) -> batch; with data it must be traceable, without it is
+      called on the host. One with `stepwise()` is asked for its form for the host where
+      steps are dispatched one by one; one that has `on_host` has no other.
+    data: the whole data set as arrays, on the device, or None.
+    steps: where to stop, counted from step 0 and not from state.step.
+    every: steps between log lines. Batches and keys depend on the number of the step
+      alone, so neither `every` nor where a run was resumed changes the result.
+    teacher: the teacher's variables, if the step has one.
+    callbacks: called as (state, row) after every `every` steps; the state is valid
+      until the next step.
+    label: name of the stage. show: whether to draw the progress bar.
+    fused: whether `every` steps run as one program (this needs data). By default where
+      batches are not made on the host, on all devices but the CPU, where XLA's
+      convolutions inside a loop are far slower (ResNet-20 at 8x8, batch 128, 2 cores:
+      2.6 s instead of 0.18 s per step).
+
+  Raises: NonFiniteLoss, before any callback has seen the state that is not finite;
+    ValueError for `fused` with batches that are made on the host.
+  """
+  start = int(state.step)
+  if start >= steps:
+    return state
+  if fused is None:
+    on_device = data is not None and not _on_host(batch_at)
+    fused = on_device and jax.default_backend() != 'cpu'
+  if fused and _on_host(batch_at):
+    raise ValueError(
+      f'{label}: batches of {type(batch_at).__name__} are made on the host, so steps '
+      'cannot be fused into one program: leave fused=None'
+    )
+  program = _fused if fused else _one_by_one
+  advance = program(step, batch_at, every, state, key, data, teacher)
+  clock = time.perf_counter()
+  with bar(label, start, steps, show) as draw:
+    while start < steps:
+      stop = min(start + every - start % every, steps)
+      state, log, images, finite = advance(state, key, data, teacher, stop)
+      log = {k: np.asarray(v)[: stop - start] for k, v in log.items()}
+      _check_finite(label, start, log['loss'], finite)
+      now = time.perf_counter()
+      row = {'step': float(stop), **{k: float(v.mean()) for k, v in log.items()}}
+      row |= {'images_per_second': images * (stop - start) / (now - clock)}
+      row |= {'time': time.time()}
+      for callback in callbacks:
+        callback(state, row)
+      draw(stop, row)
+      start, clock = stop, time.perf_counter()
+  return state
+
+
+def _fused(step, batch_at, every, state, key, data, teacher):
+  """advance(state, key, data, teacher, stop) -> (state, log, images, finite).
+
+  log: {metric: [every]}, one entry per step, the first stop - state.step are filled.
+  """
+
+  def advance(state, key, data, teacher, stop):
+    first = state.step
+
+    def body(i, carry):
+      state, log = carry
+      state, metrics = step(state, batch_at(data, i), key, teacher)
+      log = jax.tree.map(lambda row, m: row.at[i - first].set(m), log, metrics)
+      return state, log
+
+    one = lambda state: step(state, batch_at(data, first), key, teacher)[1]
+    shapes = jax.eval_shape(one, state)
+    log = jax.tree.map(lambda s: jnp.zeros((every, *s.shape), s.dtype), shapes)
+    state, log = jax.lax.fori_loop(first, stop, body, (state, log))
+    return state, log, _finite(state)
+
+  images = _size(jax.eval_shape(batch_at, data, state.step))
+  # Compiled here, so that the first line's images per second are of training alone.
+  example = (state, key, data, teacher, jnp.zeros((), jnp.int32))
+  lies = jax.tree.map(lambda x: x.sharding, state), None, None  # where it lay before
+  program = jax.jit(advance, donate_argnums=0, out_shardings=lies)
+  compiled = program.lower(*example).compile()
+
+  def run(state, key, data, teacher, stop):
+    state, log, finite = compiled(state, key, data, teacher, jnp.int32(stop))
+    return state, jax.device_get(log), images, bool(finite)
+
+  return run
+
+
+def _one_by_one(step, batch_at, every, state, key, data, teacher):
+  """As `_fused`, but every step is dispatched by itself."""
+  del every
+  lengths_differ = _on_host(batch_at)  # then it is compiled as they come
+  if hasattr(batch_at, 'stepwise'):
+    batch_at = batch_at.stepwise()
+  elif data is not None:
+    batch_at = jax.jit(batch_at)
+  if data is not None and hasattr(step, 'lower') and not lengths_differ:
+    step.lower(state, batch_at(data, int(state.step)), key, teacher).compile()
+  finite = jax.jit(_finite)
+
+  def run(state, key, data, teacher, stop):
+    rows, images = [], 0
+    for i in range(int(state.step), stop):
+      batch = batch_at(data, i)
+      images = _size(batch)
+      state, metrics = step(state, batch, key, teacher)
+      rows.append(metrics)
+    log = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(rows))
+    return state, log, images, bool(finite(state))
+
+  return run
+
+
+def first_batch(batch_at: Callable[[Any, Any], Tree], data: Tree) -> Tree:
+  """A batch of the first step, as shapes, or as arrays where the host makes them."""
+  return batch_at(data, 0) if _on_host(batch_at) else jax.eval_shape(batch_at, data, 0)
+
+
+def _on_host(batch_at: Any) -> bool:
+  return getattr(batch_at, 'on_host', False)
+
+
+def _size(batch: Tree) -> int:
+  return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _finite(state: State) -> jax.Array:
+  trained = jax.tree.leaves((state.params, state.theta))
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in trained]))
+
+
+def _check_finite(label: str, start: int, losses: np.ndarray, finite: bool) -> None:
+  bad = np.flatnonzero(~np.isfinite(losses))
+  if finite and not bad.size:
+    return
+  what = f'the loss is {losses[bad[0]]}' if bad.size else 'a parameter is not finite'
+  step = start + (int(bad[0]) if bad.size else len(losses))
+  good = losses[: bad[0]] if bad.size else losses
+  before = f' (the loss was {good[-1]:.4g} one step before)' if good.size else ''
+  raise NonFiniteLoss(
+    f'{label}: {what} at step {step}{before}; lower the learning rate or the strength '
+    'of the penalty, or look for an infinite value in the data. Nothing was saved '
+    'after the last good checkpoint'
+  )

@@ -1,0 +1,165 @@
+"""Where arrays lie on several devices: batches split, weights whole or split too.
+
+A mesh has two axes. Over 'data' the examples of a batch are split, over 'model' the
+weights, with what the optimizer keeps of them. The program is that of one device: XLA
+partitions it, so means, and batch statistics, are those of the whole batch.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from depthprune.run.config import Config
+from depthprune.train.options import ConfigError, axes
+
+AXES = ('data', 'model')
+ROWS = P('data')
+Tree = Any
+
+
+def of(config: Config) -> Mesh:
+  """The mesh that a config asks for: one device, or of several processes all, unless.
+
+  Raises: ConfigError for more devices than there are, fewer than all where there are
+    several processes, and a batch that the data axis does not divide.
+  """
+  devices, processes = jax.devices(), jax.process_count()
+  data, model = axes(config.mesh or ('data' if processes > 1 else 'data=1'))
+  data = data or max(1, len(devices) // model)
+  asked, there = data * model, len(devices)
+  if asked > there:
+    most = f'data={there // model}' if model <= there else f'model={there}'
+    raise ConfigError(
+      f'mesh: data={data},model={model} takes {asked} devices, there are {there} '
+      f'({devices[0].device_kind}): ask for at most {most}, or leave the number out'
+    )
+  if processes > 1 and asked < there:
+    raise ConfigError(
+      f'mesh: data={data},model={model} takes {asked} devices, but {processes} '
+      f'processes have {there} and all must take part: choose numbers whose product '
+      f'is {there}'
+    )
+  if config.batch % data:
+    raise ConfigError(
+      f'batch: expected a multiple of {data}, as the mesh splits a batch over {data} '
+      f'devices, got {config.batch}: the nearest is {nearest(config.batch, data)}'
+    )
+  kinds = (AxisType.Auto, AxisType.Auto)
+  return jax.make_mesh((data, model), AXES, axis_types=kinds, devices=devices[:asked])
+
+
+def nearest(number: int, of: int) -> int:
+  """The multiple of `of` that is nearest to a number, and not 0."""
+  return max(1, (number + of // 2) // of) * of
+
+
+def by_rows(mesh: Mesh, tree: Tree) -> Tree:
+  """Arrays [batch, ...], that every process has whole, split over 'data'."""
+  return _laid(tree, lambda x: NamedSharding(mesh, ROWS))
+
+
+def rows_here(mesh: Mesh, size: int) -> np.ndarray:
+  """Which rows of a batch of `size` lie on this process's devices, sorted."""
+  where = NamedSharding(mesh, ROWS).addressable_devices_indices_map((size,))
+  return np.unique(np.concatenate([np.arange(size)[part] for part in where.values()]))
+
+
+def by_own_rows(mesh: Mesh, size: int, tree: Tree) -> Tree:
+  """Arrays [size, ...] split over 'data', each process having its `rows_here` alone."""
+  where = NamedSharding(mesh, ROWS)
+  joined = jax.make_array_from_process_local_data
+  return jax.tree.map(lambda x: joined(where, x, (size, *x.shape[1:])), tree)
+
+
+def batches(mesh: Mesh, images: Any, split: Tree, size: int) -> Iterator[Tree]:
+  """`images.batches`, split over 'data'; what is streamed is read in parts."""
+  if not hasattr(images, 'own'):
+    return (by_rows(mesh, batch) for batch in images.batches(split, size))
+  images = images._replace(own=rows_here(mesh, size))
+  return images.batches(split, size, partial(by_own_rows, mesh, size))
+
+
+def by_weights(mesh: Mesh, tree: Tree) -> Tree:
+  """Weights, or what is shaped like them, split over 'model' where they can be.
+
+  That is along the last axis that 'model' divides, of arrays with two axes or more; all
+  others lie whole on every device.
+  """
+  return _laid(tree, lambda x: NamedSharding(mesh, _spec(mesh, np.shape(x))))
+
+
+def whole(mesh: Mesh, tree: Tree) -> Tree:
+  """Arrays whole on every device."""
+  return _laid(tree, lambda x: NamedSharding(mesh, P()))
+
+
+def _spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
+  parts = mesh.shape['model']
+  divided = [i for i, size in enumerate(shape) if size % parts == 0 and size]
+  if parts == 1 or len(shape) < 2 or not divided:
+    return P()
+  return P(*(None,) * divided[-1], 'model')
+
+
+def _laid(tree: Tree, sharding: Callable[[Any], NamedSharding]) -> Tree:
+  """The same arrays on the mesh; inside jit, constrained to lie there."""
+
+  def one(x):
+    where = sharding(x)
+    if isinstance(x, Tracer):
+      return jax.lax.with_sharding_constraint(x, where)
+    if where.is_fully_addressable or not getattr(x, 'is_fully_addressable', True):
+      return jax.device_put(x, where)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+  return jax.tree.map(one, tree)
+
+
+def fetch(tree: Tree) -> Tree:
+  """numpy arrays of what lies anywhere on a mesh, the same on every process."""
+
+  def one(x):
+    if getattr(x, 'is_fully_addressable', True) or x.is_fully_replicated:
+      return x
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
+
+  return jax.device_get(jax.tree.map(one, tree))
+
+
+def local(tree: Tree) -> Tree:
+  """The arrays on this process's own first device, out of any mesh."""
+  return jax.tree.map(jnp.array, fetch(tree))
+
+
+class Sharded(NamedTuple):
+  """A sampler whose batches are split over the mesh: all that `fit` takes."""
+
+  batch_at: Any
+  mesh: Mesh
+
+  @property
+  def on_host(self) -> bool:
+    return getattr(self.batch_at, 'on_host', False)
+
+  @property
+  def depth(self) -> int:
+    """As of a sampler of streamed images."""
+    return self.batch_at.depth
+
+  def __call__(self, split: Tree, step: jax.Array | int) -> Tree:
+    return by_rows(self.mesh, self.batch_at(split, step))
+
+  def stepwise(self) -> Callable[[Tree, int], Tree]:
+    sampler = self.batch_at
+    if not hasattr(sampler, 'own'):
+      return sampler.stepwise(partial(by_rows, self.mesh))
+    sampler = sampler._replace(own=rows_here(self.mesh, sampler.size))
+    return sampler.stepwise(partial(by_own_rows, self.mesh, sampler.size))

@@ -1,0 +1,96 @@
+"""From trained weights of gates to a decision that meets a cost target."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from depthprune.program import cost
+from depthprune.program.coupling import Coupling
+from depthprune.timing.layers import Cost, counted
+from depthprune.train.task import Tree
+
+TOLERANCE = 0.005  # of the full cost: how near to the target a decision has to be
+
+Weights = Mapping[str, np.ndarray]
+"""{group: [n]}: channels with a weight above 0 are to be kept."""
+
+
+def on_target(
+  coupling: Coupling,
+  w: Weights,
+  target: float,
+  of: str | Cost = 'flops',
+  round_to: int = 1,
+) -> Tree:
+  """keep = w > 0, corrected where that is off the target.
+
+  Widths are first rounded down to a multiple of round_to, one at least. Then, as long
+  as the cost is more than TOLERANCE off, the gates nearest to zero whose flip brings it
+  nearer are flipped: one gate, or as many as make a multiple.
+
+  Returns: {'channels': {group: bool [n]}}.
+  """
+  _, C = counted(coupling, of, round_to)
+  w = {group: np.asarray(value) for group, value in w.items()}
+  C_0 = C(coupling, None)
+  widths = {
+    group: int(cost.multiple(max(1, (value > 0).sum()), value.size, round_to))
+    for group, value in w.items()
+  }
+  error = lambda widths: C(coupling, _widest(w, widths)) / C_0 - target
+  off = error(widths)
+  for group, width in _nearest_first(w, widths, round_to):
+    if abs(off) <= TOLERANCE:
+      break
+    if (width < widths[group]) == (off > 0):
+      changed = {**widths, group: width}
+      if abs(error(changed)) < abs(off):
+        widths, off = changed, error(changed)
+  return _widest(w, widths)
+
+
+def reachable(
+  coupling: Coupling, target: float, of: str | Cost = 'flops', round_to: int = 1
+) -> None:
+  """Raises ValueError for a target outside (0, 1] or below the narrowest network."""
+  name, C = counted(coupling, of, round_to)
+  if not 0 < target <= 1:
+    raise ValueError(
+      f'target: expected a fraction in (0, 1], got {target}; it is the part of the '
+      f'{name} that is to remain'
+    )
+  gates = coupling.gates()['channels']
+  if not gates:
+    raise ValueError(
+      'target: no group of channels can be gated; print(coupling.explain()) says why'
+    )
+  least = {group: possible(g.size, round_to)[0] for group, g in gates.items()}
+  floor = C(coupling, _widest(gates, least)) / C(coupling, None)
+  if target < floor:
+    raise ValueError(
+      f'target: {target:g} of the {name} cannot be reached: with {round_to} channel(s) '
+      f'left in every group {floor:.4f} remain; ask for that or more, or lower round_to'
+    )
+
+
+def possible(size: int, round_to: int) -> list[int]:
+  """The widths that can be built of an axis, narrowest first."""
+  return sorted({min(round_to, size), *range(round_to, size, round_to), size})
+
+
+def _nearest_first(w: Weights, widths, round_to: int) -> list[tuple[str, int]]:
+  """(group, new width) for all others that are possible, by how far gates must move."""
+  moves = []
+  for group, value in w.items():
+    falling = -np.sort(-value)
+    for width in possible(value.size, round_to):
+      if width != widths[group]:
+        farthest = falling[width if width < widths[group] else width - 1]
+        moves.append((abs(float(farthest)), group, width))
+  return [(group, width) for _, group, width in sorted(moves)]
+
+
+def _widest(w: Weights, widths: Mapping[str, int]) -> Tree:
+  """Keeps the channels with the largest weights of every group."""
+  rank = lambda value: np.argsort(np.argsort(-value, kind='stable'), kind='stable')
+  return {'channels': {g: rank(value) < widths[g] for g, value in w.items()}}

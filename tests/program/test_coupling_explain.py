@@ -1,0 +1,52 @@
+"""What a coupling tells a person."""
+
+import re
+
+import pytest
+
+from depthprune.program.coupling import couple
+from tests.zoo import NETWORKS
+
+
+def coupled(name):
+  case = NETWORKS[name]
+  return couple(case.model, case.variables(), case.inputs(2))
+
+
+@pytest.mark.parametrize('name', ['resnet basic', 'vit', 'vit scanned', 'u-net', 'gru'])
+def test_every_member_has_the_equation_that_tied_it(name):
+  """One member per group is what the others were tied to, so it may have none."""
+  coupling = coupled(name)
+  for group in coupling.groups.values():
+    head, *lines = coupling.explain(group.name).splitlines()
+    gate = f'cannot be gated: {group.ungated}' if group.ungated else 'can be gated'
+    assert head == f'{group.name}: {group.size} slices, {gate}'
+    assert len(lines) == len(group.members)
+    for line, (path, axis) in zip(lines, group.members, strict=True):
+      assert line.startswith(f'  {path} axis {axis}')
+    told = [line for line in lines if re.search(r'  <- \w+ .*\(\w+\.py:\d+', line)]
+    assert len(told) >= len(lines) - 1
+
+
+def test_the_equation_is_named_with_its_module_and_line():
+  text = coupled('resnet basic').explain('Basic_0/Conv_0:3')
+  assert re.search(
+    r'<- conv_general_dilated in ResNet/Basic_0/Conv_1 \(linear.py:', text
+  )
+  assert 'params/Basic_0/BatchNorm_0/scale axis 0  <- ' in text
+
+
+def test_everything_is_explained_by_default():
+  coupling = coupled('char cnn')
+  text = coupling.explain()
+  for group in coupling.groups:
+    assert coupling.explain(group) in text
+  assert 'pinned: params/Embed_0/embedding axis 0 (20): indexed' in text
+
+
+def test_unknown_and_pinned_groups():
+  coupling = coupled('char cnn')
+  with pytest.raises(KeyError, match='Conv_0:3: no such group; nearest: .*Conv_0:2'):
+    coupling.explain('Conv_0:3')
+  with pytest.raises(KeyError, match=r'Embed_0/embedding:0: this axis is pinned \(ind'):
+    coupling.explain('Embed_0/embedding:0')

@@ -1,0 +1,171 @@
+"""Config: what it accepts, what it refuses and how it says so, and its JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from depthprune.options import Gates, Implosion, NetCut, SideNet
+from depthprune.run.config import RECIPES, Config, from_json
+from depthprune.run.relevant import relevant
+from depthprune.storage.checkpoint import CheckpointError
+from depthprune.storage.keeper import same_config
+from depthprune.train.options import ConfigError, Epochs, fraction
+
+STREAMING = 'stream', 'workers', 'mixup', 'randaugment'
+
+
+@pytest.mark.parametrize(
+  ('given', 'expected'),
+  [('0.5', 0.5), ('50%', 0.5), (' 25 % ', 0.25), ('1', 1.0), ('5e-1', 0.5)],
+)
+def test_fraction_reads_numbers_and_percent(given, expected):
+  assert fraction(given) == expected
+
+
+@pytest.mark.parametrize('given', ['half', '', '%', '0.5x', 'nan', '1e', '--'])
+def test_fraction_refuses_the_rest_with_an_example(given):
+  with pytest.raises(ConfigError, match=r'0\.5, or 50%'):
+    fraction(given)
+
+
+def test_a_percentage_is_stored_as_the_fraction():
+  assert Gates('50%') == Gates(0.5)
+
+
+@pytest.mark.parametrize(
+  'target', [0.0, -0.1, 1.01, float('nan'), float('inf'), '120%']
+)
+def test_target_outside_its_range(target):
+  with pytest.raises(
+    ConfigError, match=r'target: expected a fraction in \(0, 1\], got'
+  ):
+    Gates(target)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('batch', 0),
+    ('seed', -1),
+    ('subset', 0),
+    ('gate_epochs', -1),
+    ('train_epochs', True),
+    ('learning_rate', 0.0),
+    ('learning_rate', float('nan')),
+    ('weight_decay', -1e-4),
+    ('optimizer', 'lion'),
+    ('stream', 'sometimes'),
+    ('workers', 0),
+    ('mixup', 0.0),
+    ('mixup', float('nan')),
+    ('randaugment', 0),
+    ('randaugment', 31),
+  ],
+)
+def test_every_error_names_its_field_and_what_it_got(name, value):
+  with pytest.raises(ConfigError, match=rf'^{name}: expected .*got {value!r}'):
+    dataclasses.replace(Config(), **{name: value})
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name', 'value'),
+  [
+    (Gates, 'of', 'latency'),
+    (Gates, 'round_to', 0),
+    (Gates, 'round_to', 2.5),
+    (Gates, 'strength', float('inf')),
+    (NetCut, 'beta', -0.1),
+    (NetCut, 'beta', float('nan')),
+    (NetCut, 'gamma', float('inf')),
+    (NetCut, 'aggregate', 'mean'),
+    (NetCut, 'cost', 'joules'),
+    (Implosion, 'depth', 0),
+    (Implosion, 'per_round', 0),
+    (Implosion, 'importance', 'magnitude'),
+  ],
+)
+def test_so_does_every_error_of_a_methods_options(kind, name, value):
+  with pytest.raises(ConfigError, match=rf'^{name}: expected .*got {value!r}'):
+    kind(**{name: value})
+
+
+def test_augmentation_is_asked_for_where_there_is_some():
+  for given in ({'mixup': 0.2}, {'randaugment': 9}):
+    with pytest.raises(ConfigError, match='leave them out, or pass --augment'):
+      dataclasses.replace(Config(), augment=False, **given)
+  with pytest.raises(ConfigError, match='mixup: leave it out for sidenet, where heads'):
+    dataclasses.replace(RECIPES['sidenet'], mixup=0.2)
+  joint = SideNet(regime='joint')
+  assert dataclasses.replace(RECIPES['sidenet'], options=joint, mixup=0.2).mixup == 0.2
+
+
+def test_a_run_of_before_there_was_streaming_is_the_same_run():
+  """What is added to a config is None or off, so that older directories go on."""
+  old = {k: v for k, v in Config().to_json().items() if k not in STREAMING}
+  same_config({k: v for k, v in old.items() if k != 'remat'}, old, 'here')
+  same_config(relevant(old), relevant(Config().to_json()), 'here')
+  more = dataclasses.replace(Config(), workers=4)
+  same_config(relevant(old), relevant(more.to_json()), 'here')
+  with pytest.raises(CheckpointError, match=r"stream \(asked for 'always', there None"):
+    other = dataclasses.replace(Config(), stream='always')
+    same_config(relevant(old), relevant(other.to_json()), 'here')
+
+
+def test_heads_and_network_are_trained_together():
+  with pytest.raises(ConfigError, match=r'train_epochs: expected 0 for netcut, got 2'):
+    Config(NetCut(), train_epochs=2)
+  assert Config(NetCut(), train_epochs=0).epochs.train == 0
+
+
+def test_what_is_pretrained_is_not_trained_first_unless_asked():
+  assert Config(pretrained='resnet.npz').epochs == Config().epochs._replace(train=0)
+  assert Config(pretrained='resnet.npz', train_epochs=2).epochs.train == 2
+
+
+def test_no_epochs_at_all_is_allowed():
+  config = Config(train_epochs=0, gate_epochs=0, finetune_epochs=0)
+  assert config.epochs == Epochs(0, 0, 0)
+
+
+def test_epochs_follow_the_data_set_until_they_are_given():
+  digits, fashion = Config(), Config(data='fashion_mnist')
+  assert digits.epochs != fashion.epochs
+  assert dataclasses.replace(digits, data='fashion_mnist').epochs == fashion.epochs
+  asked = dataclasses.replace(fashion, gate_epochs=3).epochs
+  assert asked == fashion.epochs._replace(gates=3)
+
+
+def test_the_directory_is_named_after_the_run_or_given():
+  paths = {
+    Config(options, seed=seed).path
+    for seed in (0, 1)
+    for options in (
+      *(Gates(target, of) for target in (0.5, 0.25) for of in ('flops', 'params')),
+      *(NetCut(beta, 'log', gamma) for beta in (0, 0.1) for gamma in (0, 1)),
+      *(Implosion(depth, 1, 'drop') for depth in (None, 3)),
+    )
+  }
+  assert len(paths) == 2 * 10
+  assert str(Config(workdir='here/run').path) == 'here/run'
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    *RECIPES.values(),
+    Config(Gates(0.25), data='fashion_mnist', subset=1000, bfloat16=True),
+    Config(Implosion(units=('stage1/block1', 'stage1/block2'))),
+  ],
+)
+def test_json_round_trip(config):
+  assert from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_json_of_another_version_names_the_field():
+  with pytest.raises(ConfigError, match='unknown field momentum; it was written by'):
+    from_json({**Config().to_json(), 'momentum': 0.9})
+  with pytest.raises(ConfigError, match='unknown field price'):
+    from_json({'method': 'netcut', 'options': {'price': 0.1}})
+  with pytest.raises(ConfigError, match='a method out of trainable_gates, netcut'):
+    from_json({'method': 'magic'})

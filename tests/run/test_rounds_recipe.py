@@ -1,0 +1,252 @@
+"""The whole run, small: an MLP on the digits."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depthprune.data.tfds import DataError
+from depthprune.export import networks as checkpoint
+from depthprune.options import Gates
+from depthprune.run import rounds as recipe
+from depthprune.run.config import Config
+from depthprune.run.job import prepare
+from depthprune.storage import checkpoint as store
+from depthprune.storage import directory as record
+from depthprune.storage.checkpoint import CheckpointError
+from depthprune.timing import layers as timing
+from depthprune.train.evaluate import evaluator
+from depthprune.train.loop import NonFiniteLoss
+
+CONFIG = Config(
+  model='mlp',
+  subset=512,
+  batch=32,
+  train_epochs=2,
+  gate_epochs=4,
+  finetune_epochs=1,
+  learning_rate=0.05,
+  checkpoint_every_s=0,
+)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory) -> tuple[Config, dict]:
+  folder = tmp_path_factory.mktemp('finished')
+  config = dataclasses.replace(CONFIG, workdir=str(folder))
+  return config, recipe.run(config, show=False)
+
+
+def lines(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_reaches_its_target_and_keeps_its_accuracy(finished):
+  _, result = finished
+  flops = result['flops']
+  assert abs(flops['after'] / flops['before'] - 0.5) <= 0.01
+  assert flops['before'] == 2 * (64 * 200 + 200 * 210)
+  assert result['accuracy']['after'] > 0.75
+  assert result['accuracy']['pruned'] > 0.5
+  assert result['verify']['difference'] <= 1e-5
+  assert result['widths']['layer0/dense:1'][0] == 200
+  assert set(result['latency_ms']) == {'1', '128'}
+
+
+def test_a_run_writes_what_the_report_reads(finished):
+  config, result = finished
+  assert json.loads((config.path / 'result.json').read_text()) == result
+  history = lines(config.path / 'history.jsonl')
+  assert [*dict.fromkeys(row['stage'] for row in history)] == [
+    'train',
+    'gates',
+    'finetune',
+  ]
+  assert {'step', 'loss', 'accuracy', 'flops', 'images_per_second', 'time'} <= set(
+    history[0]
+  )
+  assert all(row['flops'] for row in history if row['stage'] == 'gates')
+  gates = lines(config.path / 'gates.jsonl')
+  assert 20 <= len(gates) <= 80
+  assert gates[-1]['open'].keys() == {'layer0/dense:1', 'layer1/dense:1'}
+  stored = json.loads((config.path / 'config.json').read_text())
+  assert stored['config'] == config.to_json()
+  assert {'versions', 'device', 'command'} <= set(stored)
+
+
+def test_the_saved_network_is_the_one_that_was_measured(finished):
+  config, result = finished
+  pruned = checkpoint.load(config.path / 'pruned')
+  job = prepare(config, show=False)
+  measured = evaluator(pruned.apply, job.task)(
+    pruned.variables, job.batches(job.images.test)
+  )
+  assert measured['accuracy'] == pytest.approx(result['accuracy']['after'], abs=1e-6)
+  kernel = pruned.variables['params']['layer0']['dense']['kernel']
+  assert kernel.shape == (64, result['widths']['layer0/dense:1'][1])
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+  config, result = finished
+
+  def train_again(*args, **kwargs):
+    raise AssertionError('a step was taken')
+
+  monkeypatch.setattr('depthprune.train.loop._one_by_one', train_again)
+  again = recipe.run(config, show=False)
+  assert again['accuracy'] == result['accuracy']
+  assert again['widths'] == result['widths']
+
+
+def test_a_directory_of_another_run_is_refused(finished):
+  config, _ = finished
+  with pytest.raises(CheckpointError, match='options .*seed|seed.* options'):
+    recipe.run(dataclasses.replace(config, options=Gates(0.6), seed=1), show=False)
+
+
+def test_a_command_that_was_mended_may_have_the_directory(tmp_path):
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path), batch=513)
+  with pytest.raises(DataError, match='batch: expected 1 to 512, .* got 513'):
+    recipe.run(config, show=False)
+  assert record.read(tmp_path / 'config.json')
+  prepare(dataclasses.replace(config, batch=32))
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    ({'model': 'mlpp'}, "no model 'mlpp'"),
+    ({'data': 'digit'}, 'digits'),
+    ({'options': Gates(1e-4)}, 'cannot be reached'),
+  ],
+)
+def test_wrong_input_is_found_before_any_training(change, said, tmp_path, monkeypatch):
+  monkeypatch.setattr(recipe, 'stage', None)
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path / 'run'), **change)
+  with pytest.raises(ValueError, match=said):
+    recipe.run(config, show=False)
+
+
+def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkeypatch):
+  """A slice of any layer is made to take a millisecond."""
+  measured = lambda session: np.array([sum(n.values()) for _, n in session.rows], float)
+  monkeypatch.setattr(timing.Session, 'measure', measured)
+  config = dataclasses.replace(
+    CONFIG, options=Gates(0.7, 'milliseconds', 16), workdir=str(tmp_path)
+  )
+  result = recipe.run(config, show=False)
+  kept = sum(after for _, after in result['widths'].values())
+  assert abs(kept / 400 - 0.7) <= 0.01
+  here = result['latency_ms']['16']
+  medians = {'before': here['before'], 'after': here['after']}
+  assert result['milliseconds'] == {'batch': 16, **medians}
+  gates = [r for r in lines(tmp_path / 'history.jsonl') if r['stage'] == 'gates']
+  assert all(0.6 <= row['milliseconds'] <= 1 for row in gates)
+  told = json.loads((tmp_path / 'costs.json').read_text())
+  assert (told['batch'], told['table'][-1]['layer']) == (16, 'network')
+
+  def again(session):
+    raise AssertionError('what is known was measured again')
+
+  monkeypatch.setattr(timing.Session, 'measure', again)
+  assert recipe.run(config, show=False)['widths'] == result['widths']
+
+
+def start(config: Config) -> subprocess.Popen:
+  code = (
+    'from depthprune.run.config import Config; from depthprune.options import *; '
+    'from depthprune.run import rounds as recipe; '
+    f'recipe.run({config!r}, show=False)'
+  )
+  root = Path(__file__).parents[2]
+  return subprocess.Popen([sys.executable, '-c', code], cwd=root, env=os.environ)
+
+
+def arrays(config: Config) -> dict[str, np.ndarray]:
+  """Everything the last stage ended with."""
+  folder = sorted((config.path / 'checkpoints' / 'finetune').glob('0*'))[-1]
+  return store.read(folder, 'state.json')[0]
+
+
+def test_a_run_killed_in_the_middle_ends_with_the_same_bits(finished, tmp_path):
+  config = dataclasses.replace(finished[0], workdir=str(tmp_path / 'run'))
+  gates = config.path / 'gates.jsonl'
+  process = start(config)
+  while not gates.exists() or len(gates.read_text().splitlines()) < 10:
+    assert process.poll() is None, 'the run ended before it could be killed'
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not (config.path / 'result.json').exists()
+  assert start(config).wait() == 0
+  expected, found = arrays(finished[0]), arrays(config)
+  assert expected.keys() == found.keys()
+  for path, value in expected.items():
+    np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_a_config_that_a_dying_machine_broke_is_written_anew(finished, monkeypatch):
+  config, _ = finished
+  file = config.path / 'config.json'
+  before = json.loads(file.read_text())
+  file.write_bytes(bytes(100))
+  monkeypatch.setattr('depthprune.train.loop._one_by_one', None)
+  with pytest.warns(UserWarning, match=r'config\.json: damaged, and not looked at'):
+    recipe.run(config, show=False)
+  assert json.loads(file.read_text())['config'] == before['config']
+
+
+def test_distillation_is_an_option_of_a_run(finished, tmp_path):
+  config = dataclasses.replace(
+    finished[0], distill=True, workdir=str(tmp_path), train_epochs=1, gate_epochs=2
+  )
+  recipe.run(config, show=False)
+  rows = lines(tmp_path / 'history.jsonl')
+  assert all('distillation' in r for r in rows if r['stage'] != 'train')
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(tmp_path):
+  config = dataclasses.replace(CONFIG, learning_rate=1e6, workdir=str(tmp_path))
+  with pytest.raises(NonFiniteLoss, match=r'train: .* at step \d+'):
+    recipe.run(config, show=False)
+  kept = sorted((tmp_path / 'checkpoints' / 'train').glob('0*'))
+  for folder in kept:
+    leaves, _ = store.read(folder, 'state.json')
+    assert all(np.isfinite(x).all() for x in leaves.values())
+  logged = [row['step'] for row in lines(tmp_path / 'history.jsonl')]
+  assert int(kept[-1].name) == logged[-1] < 32
+
+
+def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path), resume=False)
+  mine = tmp_path / 'checkpoints' / 'mine.txt'
+  mine.parent.mkdir()
+  mine.write_text('not of a run')
+  prepare(config)
+  assert mine.exists()
+  record.write(tmp_path / 'config.json', {'config': finished[0].to_json()})
+  record.append(tmp_path / 'history.jsonl', {'step': 1})
+  (tmp_path / 'pruned').mkdir()
+  prepare(dataclasses.replace(config, seed=7))
+  assert not (tmp_path / 'history.jsonl').exists()
+  assert not (tmp_path / 'pruned').exists()
+
+
+def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):
+  config = dataclasses.replace(
+    CONFIG,
+    options=Gates(of='params', round_to=8),
+    bfloat16=True,
+    workdir=str(tmp_path),
+  )
+  result = recipe.run(config, show=False)
+  assert all(after % 8 == 0 for _, after in result['widths'].values())
+  params = result['params']
+  assert abs(params['after'] / params['before'] - 0.5) <= 0.03

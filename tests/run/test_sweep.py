@@ -1,0 +1,275 @@
+"""Sweeps: ordinary runs that share what they have in common, resumed, spread."""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from depthprune.options import Gates, NetCut, SideNet
+from depthprune.run import result as results
+from depthprune.run import rounds as recipe
+from depthprune.run import sweep
+from depthprune.run import sweep as spread
+from depthprune.run.config import RECIPES, Config
+from depthprune.storage import checkpoint as store
+from depthprune.storage import directory as disk
+from depthprune.storage import directory as record
+from depthprune.train.loop import NonFiniteLoss
+from depthprune.train.options import ConfigError
+
+SMALL = Config(
+  model='mlp',
+  subset=256,
+  batch=64,
+  train_epochs=1,
+  gate_epochs=2,
+  finetune_epochs=1,
+  learning_rate=0.05,
+)
+
+
+def over(workdir: Path, *targets: float, seeds=(0,), **fields) -> list[Config]:
+  config = dataclasses.replace(SMALL, workdir=str(workdir), **fields)
+  return [
+    dataclasses.replace(config, options=Gates(target), seed=seed)
+    for target in targets
+    for seed in seeds
+  ]
+
+
+def made_up(config: Config) -> dict:
+  part = config.options.target
+  cost = {'before': 100, 'after': 100 * part}
+  accuracy = {'before': 0.9, 'after': 0.8 + part / 10}
+  found = {'accuracy': accuracy, 'held_out': accuracy, 'flops': cost, 'params': cost}
+  return {'config': config.to_json(), **found, 'device': 'CPU', 'wall_seconds': 1.0}
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+  """The folders of runs that were begun; they end at once, with a made-up result."""
+  begun: list[str] = []
+
+  def run(config: Config, show: bool) -> None:
+    begun.append(config.path.name)
+    if config.options.target == 0.1:
+      raise NonFiniteLoss('the loss is nan')
+    record.write(config.path / 'result.json', made_up(config))
+
+  monkeypatch.setattr(recipe, 'run', run)
+  return begun
+
+
+def test_a_plan_is_over_what_differs_each_run_in_a_folder_of_its_own(tmp_path):
+  planned = sweep.plan(over(tmp_path, 0.3, 0.5, seeds=(0, 2)))
+  assert planned.folder == tmp_path
+  assert planned.swept == {'target': (0.3, 0.5), 'seed': (0, 2)}
+  names = [run.path.relative_to(tmp_path).as_posix() for run in planned.runs]
+  assert names == [f'target{t}-seed{s}' for t in (0.3, 0.5) for s in (0, 2)]
+  assert [run.options.target for run in planned.runs] == [0.3, 0.3, 0.5, 0.5]
+
+
+def test_a_sweep_has_a_folder_named_after_what_is_swept_and_no_slash_too_many():
+  configs = [Config(data=data) for data in ('digits', 'glue/sst2')]
+  planned = sweep.plan(configs)
+  assert str(planned.folder) == 'runs/sweep-trainable_gates-resnet20-over-data'
+  assert [run.path.name for run in planned.runs] == ['datadigits', 'dataglue_sst2']
+
+
+@pytest.mark.parametrize(
+  ('configs', 'said'),
+  [
+    ([Config()], 'an option with several values, each of them once'),
+    ([Config(Gates('50%')), Config(Gates(0.5))], 'each of them once'),
+    ([Config(seed=0), Config(seed=1), Config(seed=0)], 'each of them once'),
+    ([Config(workdir='a'), Config(workdir='b')], 'workdir: expected one for the whole'),
+    ([Config(mesh='data=1'), Config(mesh='data=2')], 'mesh: expected one'),
+  ],
+)
+def test_what_is_no_sweep_is_refused(configs, said):
+  with pytest.raises(ConfigError, match=said):
+    sweep.plan(configs)
+
+
+def test_finished_runs_are_read_and_others_go_on(tmp_path, ran):
+  planned = sweep.plan(over(tmp_path, 0.3, 0.5, 0.7))
+  found = sweep.run(planned, at_once=1)
+  assert ran == ['target0.3', 'target0.5', 'target0.7']
+  assert json.loads((tmp_path / 'sweep.json').read_text()) == json.loads(
+    json.dumps(found)
+  )
+  assert [row['result']['flops']['after'] for row in found['runs']] == [30, 50, 70]
+  (tmp_path / 'target0.5/result.json').unlink()
+  ran.clear()
+  assert sweep.run(planned, at_once=1)['runs'] == found['runs']
+  assert ran == ['target0.5']
+
+
+def test_another_config_in_the_same_folder_is_not_taken_for_this_one(tmp_path, ran):
+  sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
+  ran.clear()
+  sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5, batch=32)), at_once=1)
+  assert ran == ['target0.3', 'target0.5']
+
+
+def test_no_resume_starts_all_anew(tmp_path, ran):
+  sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
+  (tmp_path / 'target0.3/checkpoints').mkdir()
+  ran.clear()
+  sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5, resume=False)), at_once=1)
+  assert ran == ['target0.3', 'target0.5']
+  assert not (tmp_path / 'target0.3/checkpoints').exists()
+
+
+def test_a_run_that_is_refused_is_left_out_and_says_why(tmp_path, ran, capsys):
+  found = sweep.run(sweep.plan(over(tmp_path, 0.1, 0.5)), at_once=1)
+  refused, done = found['runs']
+  assert (refused['result'], refused['refused']) == (None, 'the loss is nan')
+  assert done['result'] and done['refused'] is None
+  assert 'target0.1: the loss is nan' in capsys.readouterr().out
+
+
+def test_a_sweep_without_any_result_is_an_error(tmp_path, ran):
+  with pytest.raises(ConfigError, match=r'no run .* was possible: the loss is nan'):
+    sweep.run(sweep.plan(over(tmp_path, 0.1, seeds=(0, 1))), at_once=1)
+
+
+def test_a_mistake_of_ours_ends_the_sweep(tmp_path, monkeypatch):
+  monkeypatch.setattr(recipe, 'run', lambda config, show: [][1])
+  with pytest.raises(IndexError):
+    sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
+
+
+def test_a_full_disk_ends_the_sweep_and_a_full_device_one_run(tmp_path, monkeypatch):
+  def run(config, show):
+    if config.options.target == 0.3:
+      raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nand more')
+    raise disk.failed(config.path, OSError(errno.ENOSPC, 'No space left'))
+
+  monkeypatch.setattr(recipe, 'run', run)
+  with pytest.raises(disk.WriteError, match=r'target0\.5: .*No space left'):
+    sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
+  told = record.read(tmp_path / 'sweep.json')
+  assert told and told['runs'][0]['refused'] == 'RESOURCE_EXHAUSTED: Out of memory'
+
+
+def test_nothing_is_taken_from_a_live_run(tmp_path, ran):
+  planned = sweep.plan(over(tmp_path, 0.3, 0.5, resume=False))
+  first = planned.runs[0].path
+  with disk.held(first):
+    (first / 'history.jsonl').touch()
+    with pytest.raises(disk.InUse, match='in use by a run that is alive'):
+      sweep.run(planned, at_once=1)
+  assert (first / 'history.jsonl').exists() and not ran
+
+
+def test_a_damaged_result_is_found_anew(tmp_path, ran):
+  planned = sweep.plan(over(tmp_path, 0.3, 0.5))
+  sweep.run(planned, at_once=1)
+  (tmp_path / 'target0.5/result.json').write_text('{"confi')
+  with pytest.warns(UserWarning, match='damaged'):
+    sweep.run(planned, at_once=1)
+  assert ran == ['target0.3', 'target0.5', 'target0.5']
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+  return store.read(folder / 'pruned', 'arch.json')[0]
+
+
+def test_what_runs_share_is_trained_once_and_changes_no_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(results, '_times', lambda *_: {})
+  planned = sweep.plan(over(tmp_path / 'sweep', 0.4, 0.6))
+  found = sweep.run(planned, at_once=1, show=False)
+  (alone,) = over(tmp_path / 'alone', 0.6)
+  result = recipe.run(alone, show=False)
+  assert found['runs'][1]['result']['accuracy'] == result['accuracy']
+  mine, theirs = arrays(planned.runs[1].path), arrays(alone.path)
+  assert mine.keys() == theirs.keys()
+  assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+  # Lines of history have the speed that was measured: the same only if it is copied.
+  trained = [
+    [x for x in (run.path / 'history.jsonl').read_text().splitlines() if '"train"' in x]
+    for run in planned.runs
+  ]
+  assert trained[0] == trained[1] != []
+
+
+@pytest.mark.parametrize(
+  ('one', 'other', 'parts'),
+  [
+    (Config(), Config(Gates(0.3)), ('checkpoints/train',)),
+    (Config(), Config(gate_epochs=3, distill=True), ('checkpoints/train',)),
+    (Config(), Config(seed=1), ()),
+    (Config(), Config(train_epochs=3), ()),
+    (Config(pretrained='a'), Config(Gates(0.3), pretrained='a'), ()),
+    (RECIPES['netcut'], dataclasses.replace(RECIPES['netcut'], options=NetCut(0)), ()),
+    (Config(SideNet()), Config(SideNet(budget=0.5)), sweep.WHOLE),
+    (Config(SideNet()), Config(SideNet(hidden=8)), ('checkpoints/train',)),
+  ],
+)
+def test_what_runs_share_follows_from_their_configs(one, other, parts):
+  assert sweep.shared(one, other) == sweep.shared(other, one) == parts
+
+
+def test_nobody_trains_beside_a_run_what_can_be_inherited_from_it(tmp_path):
+  first, second = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
+  elsewhere = dataclasses.replace(second, seed=3)
+  assert sweep.ready(second, []) and not sweep.ready(second, [first])
+  assert sweep.ready(elsewhere, [first])
+  line = lambda stage: json.dumps({'stage': stage, 'step': 1}) + '\n'
+  history = first.path / 'history.jsonl'
+  history.parent.mkdir()
+  history.write_text(line('train'))
+  assert not sweep.ready(second, [first])
+  history.write_text(line('train') + line('gates') + '{"stage": "tr')
+  assert sweep.ready(second, [first])
+  history.write_text(line('train'))
+  (second.path / 'checkpoints/train').mkdir(parents=True)
+  assert sweep.ready(second, [first])
+
+
+def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
+  here, dies = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
+  for config in (here, dies):
+    record.write(config.path / 'result.json', made_up(config))
+  (dies.path / 'result.json').write_text('{}')
+  # What a process can be sent is a function of the library: this one reads a file.
+  both = spread.over([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
+  told = {config.path.name: found for config, found in both}
+  assert told['target0.3'] == made_up(here)
+  output = dies.path / spread.OUTPUT
+  assert told['target0.5'] == f'ended with exit code 1, see {output}'
+  assert "KeyError: 'config'" in output.read_text()
+
+
+def test_a_spread_run_may_have_processes_of_its_own_and_tells_of_a_full_disk(tmp_path):
+  (config, _) = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
+  begun = spread._begun(config, sweep.finished, 0, 1, 1)  # pyright: ignore
+  begun.process.join()
+  assert not begun.process.daemon and begun.told.recv() is None
+  told, tell = multiprocessing.Pipe(duplex=False)
+  tell.send(disk.WriteError('no room'))
+  with pytest.raises(disk.WriteError, match='no room'):
+    spread._answer(begun._replace(told=told))
+
+
+@pytest.mark.slow
+def test_cascades_at_several_budgets_share_all_that_is_trained(tmp_path):
+  config = Config(
+    SideNet(hidden=8), 'resnet8', subset=256, train_epochs=1, gate_epochs=1,
+    workdir=str(tmp_path),
+  )  # fmt: skip
+  budgets = [dataclasses.replace(config.options, budget=b) for b in (0.7, 0.9)]
+  each = [dataclasses.replace(config, options=options) for options in budgets]
+  with jax.numpy_dtype_promotion('standard'):  # optax.adam needs it
+    found = sweep.run(sweep.plan(each), at_once=1, show=False)
+  assert all(row['result'] for row in found['runs'])
+  one, other = (
+    (tmp_path / row['folder'] / 'history.jsonl').read_text() for row in found['runs']
+  )
+  assert one == other and '"heads"' in one

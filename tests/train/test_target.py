@@ -1,0 +1,82 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from depthprune.program import cost
+from depthprune.program.coupling import couple
+from depthprune.train.target import TOLERANCE, on_target, possible, reachable
+
+
+def network(variables, x):
+  return x @ variables['params']['first'] @ variables['params']['last']
+
+
+def coupled(n):
+  weights = {'params': {'first': jnp.ones((5, n)), 'last': jnp.ones((n, 3))}}
+  return couple(network, weights, jnp.ones((1, 5)))
+
+
+COUPLING = coupled(100)  # the cost is proportional to the width
+
+
+def kept(w, target, round_to=1):
+  return on_target(COUPLING, {'first:1': w}, target, 'flops', round_to)['channels'][
+    'first:1'
+  ]
+
+
+def test_a_decision_on_target_is_the_sign_of_the_weights():
+  w = np.random.default_rng(0).permutation(100) - 50.5
+  np.testing.assert_array_equal(kept(w, 0.49), w > 0)
+
+
+@pytest.mark.parametrize(('target', 'expected'), [(0.3, 30), (0.7, 70), (0.31, 31)])
+def test_off_target_the_gates_nearest_to_zero_move(target, expected):
+  w = np.random.default_rng(0).permutation(100) - 49.5
+  keep = kept(w, target)
+  assert keep.sum() == expected
+  assert w[keep].min() > w[~keep].max()
+
+
+@given(
+  st.lists(st.floats(-1, 1, width=32), min_size=100, max_size=100),
+  st.floats(0.08, 1.0),
+  st.sampled_from([1, 8]),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_decision_is_as_near_as_its_widths_allow(w, target, round_to):
+  keep = kept(np.asarray(w, np.float32), target, round_to)
+  widths = np.asarray(possible(100, round_to))
+  nearest = np.abs(widths / 100 - target).min()
+  assert keep.sum() in widths
+  assert abs(keep.mean() - target) <= max(nearest, TOLERANCE) + 1e-6
+
+
+def test_at_least_one_channel_is_left():
+  assert kept(-np.ones(100), 0.01).sum() == 1
+
+
+def test_widths_that_can_be_built():
+  assert possible(10, 4) == [4, 8, 10]
+  assert possible(3, 8) == [3]
+  assert possible(3, 1) == [1, 2, 3]
+
+
+@pytest.mark.parametrize('target', [0.0, -1.0, 1.01])
+def test_a_target_that_is_no_fraction(target):
+  with pytest.raises(ValueError, match=r'expected a fraction in \(0, 1\]'):
+    reachable(COUPLING, target)
+
+
+def test_a_target_below_the_floor_names_the_floor():
+  with pytest.raises(ValueError, match=r'0\.05 .* cannot be reached.* 0\.0800 remain'):
+    reachable(COUPLING, 0.05, round_to=8)
+  reachable(COUPLING, 0.08, round_to=8)
+  assert cost.flops(COUPLING) == 2 * 8 * 100
+
+
+def test_an_unknown_cost_names_the_known():
+  with pytest.raises(ValueError, match='expected one of flops, params'):
+    reachable(COUPLING, 0.5, of='latency')
