@@ -1,40 +1,88 @@
-"""Smaller, faster networks in JAX: fewer layers, fewer channels, earlier exits."""
+"""Smaller, faster networks in JAX: fewer layers, fewer channels, earlier exits.
 
-from depthprune import models as models
-from depthprune.cascade.cascade import cascade as cascade
-from depthprune.export.networks import load as load
-from depthprune.export.networks import load_cascade as load_cascade
-from depthprune.export.networks import save as save
-from depthprune.export.networks import save_cascade as save_cascade
-from depthprune.export.stablehlo import export as export
-from depthprune.gates import branch as branch
-from depthprune.gates import straight_through as straight_through
-from depthprune.methods.auxiliary import auxiliary as auxiliary
-from depthprune.methods.implosion import implosion as implosion
-from depthprune.methods.netcut import netcut as netcut
-from depthprune.methods.sidenet import sidenet as sidenet
-from depthprune.methods.trainable_gates import trainable_gates as trainable_gates
-from depthprune.program import cost as cost
-from depthprune.program.coupling import Coupling as Coupling
-from depthprune.program.coupling import couple as couple
-from depthprune.program.gating import plug as plug
-from depthprune.program.resize import slim as slim
-from depthprune.program.stages import split as split
-from depthprune.storage.checkpoint import CheckpointError as CheckpointError
-from depthprune.surgery.oneshot import oneshot as oneshot
-from depthprune.surgery.prune import InexactCut as InexactCut
-from depthprune.surgery.prune import Pruned as Pruned
-from depthprune.surgery.prune import prune as prune
-from depthprune.timing.layers import milliseconds as milliseconds
-from depthprune.train.distill import distill as distill
-from depthprune.train.evaluate import recalibrate as recalibrate
-from depthprune.train.judge import judge as judge
-from depthprune.train.loop import fit as fit
-from depthprune.train.method import CutRefused as CutRefused
-from depthprune.train.method import Method as Method
-from depthprune.train.method import add_penalty as add_penalty
-from depthprune.train.method import optimizer as optimizer
-from depthprune.train.method import spare_closed as spare_closed
-from depthprune.train.step import init_state as init_state
-from depthprune.train.step import make_step as make_step
-from depthprune.train.task import classification as classification
+Public names are imported when they are first used: `import depthprune` loads no jax.
+"""
+
+from importlib import metadata as _metadata
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+  from depthprune import models
+  from depthprune.cascades.cascade import cascade
+  from depthprune.exports.networks import load, load_cascade, save, save_cascade
+  from depthprune.exports.stablehlo import export
+  from depthprune.gates import branch, straight_through
+  from depthprune.methods.auxiliary import auxiliary
+  from depthprune.methods.implosion import implosion
+  from depthprune.methods.netcut import netcut
+  from depthprune.methods.sidenet import sidenet
+  from depthprune.methods.trainable_gates import trainable_gates
+  from depthprune.program import cost
+  from depthprune.program.coupling import Coupling, couple
+  from depthprune.program.gating import plug
+  from depthprune.program.resize import slim
+  from depthprune.program.stages import split
+  from depthprune.storage.checkpoint import CheckpointError
+  from depthprune.surgery.oneshot import oneshot
+  from depthprune.surgery.prune import InexactCut, Pruned, prune
+  from depthprune.timing.layers import milliseconds
+  from depthprune.train.distill import distill
+  from depthprune.train.evaluate import recalibrate
+  from depthprune.train.judge import judge
+  from depthprune.train.loop import fit
+  from depthprune.train.method import (
+    CutRefused,
+    Method,
+    add_penalty,
+    optimizer,
+    spare_closed,
+  )
+  from depthprune.train.step import init_state, make_step
+  from depthprune.train.task import classification
+
+__all__ = [
+  'CheckpointError',
+  'Coupling',
+  'CutRefused',
+  'InexactCut',
+  'Method',
+  'Pruned',
+  'add_penalty',
+  'auxiliary',
+  'branch',
+  'cascade',
+  'classification',
+  'cost',
+  'couple',
+  'distill',
+  'export',
+  'fit',
+  'implosion',
+  'init_state',
+  'judge',
+  'load',
+  'load_cascade',
+  'make_step',
+  'milliseconds',
+  'models',
+  'netcut',
+  'oneshot',
+  'optimizer',
+  'plug',
+  'prune',
+  'recalibrate',
+  'save',
+  'save_cascade',
+  'sidenet',
+  'slim',
+  'spare_closed',
+  'split',
+  'straight_through',
+  'trainable_gates',
+]
+
+try:
+  __version__ = _metadata.version('depthprune')
+except _metadata.PackageNotFoundError:  # used from a source folder
+  __version__ = '0.0.0'

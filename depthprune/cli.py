@@ -1,22 +1,25 @@
 """The command line: `depthprune run METHOD ...`, `sweep`, `report`, `export`, `bench`.
 
-What an option means is written once, at its field in `config.py`. The library itself is
-imported when there is work to do, so that `--help` answers at once.
+What an option means is written once: at its field in `run/config.py`, or in the file of
+its method. The library itself is imported when there is work to do, so that `--help`
+answers at once.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 
-from depthprune.run import interrupts as preemption
-from depthprune.run.config import Config
-from depthprune.run.interrupts import speaks
-from depthprune.words import Method, several
+from depthprune import methods
+from depthprune.run import interrupts
+from depthprune.run.config import Config, default
 
 WRONG_INPUT = 2
 INTERRUPTED, TERMINATED = 130, 143
@@ -30,11 +33,39 @@ PER_GPU = tyro.conf.arg(
 )
 
 
+CONTINUES = 'Interrupted at any moment, the same command continues.'
+
+
+def _subcommand(name: str) -> Any:
+  """METHOD of the command line: a config whose options are those of that method."""
+  recipe, word = methods.recipe(name), methods.word(name)
+  found = tyro.conf.subcommand(
+    word,
+    default=default(name),
+    prefix_name=False,
+    description=f'{recipe.description} {CONTINUES}',
+  )
+  return Annotated[Config[recipe.options], found]
+
+
+AnyMethod: Any = Union[tuple(map(_subcommand, methods.names()))]  # noqa: UP007
+# Options that one run has several values of, and the one that METHOD may follow.
+LISTS = {
+  '--at-once',
+  *(
+    f'--{name}'
+    for recipe in methods.all().values()
+    for name, value in vars(recipe.options()).items()
+    if isinstance(value, tuple)
+  ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """Make a network smaller and faster: train, prune, fine-tune, report."""
 
-  config: Method
+  config: AnyMethod  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +73,7 @@ class Sweep:
   """Run one method at several settings, and show which are worth having. Options are
   those of run, and any of them may have several values: --target 0.3 0.5 --seed 0 1."""
 
-  config: Method
+  config: AnyMethod  # pyright: ignore[reportInvalidTypeForm]
 
   at_once: Annotated[int | None, tyro.conf.CascadeSubcommandArgs, PER_GPU] = None
   """Runs at the same time, each in a process of its own."""
@@ -109,19 +140,19 @@ def main(words: Sequence[str] | None = None) -> int:
   143 after SIGTERM, 75 for a disk without room or another process that is gone.
   """
   try:
-    with preemption.ends():
+    with interrupts.ends():
       _obey(sys.argv[1:] if words is None else words)
   except KeyboardInterrupt:
     print('stopped; the same command continues from here', file=sys.stderr)
     return INTERRUPTED
-  except preemption.Preempted as stopped:
+  except interrupts.Preempted as stopped:
     print(stopped, file=sys.stderr)
     return TERMINATED
   except BrokenPipeError:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
-    if not speaks(error):
+    if not interrupts.speaks(error):
       raise
     print(f'error: {error}', file=sys.stderr)
     return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT
@@ -129,7 +160,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _obey(words: Sequence[str]) -> None:
-  each = several(words) if words[:1] == ['sweep'] else [words]
+  each = combinations(words) if words[:1] == ['sweep'] else [words]
   command, *more = map(_parsed, each)
   if isinstance(command, Report):
     _report(command.run)
@@ -143,6 +174,33 @@ def _obey(words: Sequence[str]) -> None:
     _run(command.config)
 
 
+def combinations(words: Sequence[str]) -> list[list[str]]:
+  """The words of every run of a sweep, the last option changing fastest.
+
+  `gates --target 0.3 0.5 --seed 0 1` is four runs: an option with several values stands
+  for one run with each of them, several such options for all combinations.
+  """
+  choices = [
+    [[name, value] for value in values]
+    if len(values) > 1 and name.startswith('--') and name not in LISTS
+    else [[name, *values]]
+    for name, *values in _options(words)
+  ]
+  return [list(itertools.chain(*each)) for each in itertools.product(*choices)]
+
+
+def _options(words: Sequence[str]) -> Iterator[list[str]]:
+  """[name, value, ...] of each option; words before the first one are by themselves."""
+  option: list[str] = []
+  for word in words:
+    if option and (word.startswith('--') or not option[0].startswith('--')):
+      yield option
+      option = []
+    option.append(word)
+  if option:
+    yield option
+
+
 def _parsed(words: Sequence[str]) -> Any:
   return tyro.cli(
     Command,  # pyright: ignore[reportArgumentType]
@@ -154,15 +212,14 @@ def _parsed(words: Sequence[str]) -> Any:
 
 
 def _run(config: Config) -> None:
-  from depthprune import distributed as hosts
-  from depthprune import distributed as lost
-  from depthprune.run import rounds as recipe
+  from depthprune import distributed
+  from depthprune.run import rounds
 
   try:
-    recipe.run(config)
-  except lost.HostLost:  # it is said when this process has ended, by its witness
-    lost.leave(TRY_AGAIN)
-  if hosts.writes():
+    rounds.run(config)
+  except distributed.HostLost:  # it is said when this process has ended, by its witness
+    distributed.leave(TRY_AGAIN)
+  if distributed.writes():
     _report(config.path)
 
 
@@ -177,17 +234,14 @@ def _sweep(commands: Sequence[Sweep]) -> None:
 def _report(path: Path) -> None:
   import rich
 
-  from depthprune.report import page
-  from depthprune.report import run_files as artifacts
-  from depthprune.report import sweep as front
-  from depthprune.report import tables as screen
+  from depthprune.report import page, run_files, screen, sweep
 
-  if (path / front.SWEEP).is_file():
-    found = front.read(path)
-    rich.print(front.screen(found))
-    print(f'\n  {front.draw(found, path)}')
+  if (path / sweep.SWEEP).is_file():
+    found = sweep.read(path)
+    rich.print(sweep.screen(found))
+    print(f'\n  {sweep.draw(found, path)}')
     return
-  run = artifacts.read(path)
+  run = run_files.read(path)
   written = page.write(path)
   rich.print(screen.screen(run.result))
   for note in run.notes:
@@ -196,12 +250,12 @@ def _report(path: Path) -> None:
 
 
 def _export(command: Export) -> None:
-  from depthprune.export import networks as saved
-  from depthprune.export.stablehlo import export
+  from depthprune.exports import networks
+  from depthprune.exports.stablehlo import export
 
-  found = saved.find(command.run)
+  found = networks.find(command.run)
   to = command.to or (found.run or command.run) / 'exported'
-  beside = found.folder / saved.TOKENIZER
+  beside = found.folder / networks.TOKENIZER
   told = export(
     to,
     found.network,
@@ -221,10 +275,10 @@ def _bench(command: Bench) -> None:
 
   from depthprune.report import bench as shown
   from depthprune.run.bench import bench
-  from depthprune.storage import directory as record
+  from depthprune.storage import directory
 
   result = bench(command.networks, command.batches, command.seconds)
-  record.write(command.to, result)
+  directory.write(command.to, result)
   rich.print(shown.screen(result))
   print(f'\n  {command.to}')
 

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 SILENCE_S = 60  # without a sign of life a process counts as dead, and all end
@@ -138,6 +141,22 @@ def agreed(tree: T) -> T:
   return jax.tree.map(
     lambda x, y: np.frombuffer(y.tobytes(), x.dtype).reshape(x.shape), arrays, told
   )
+
+
+def fetch(tree: Any) -> Any:
+  """numpy arrays of what lies anywhere on a mesh, the same on every process."""
+
+  def one(x):
+    if getattr(x, 'is_fully_addressable', True) or x.is_fully_replicated:
+      return x
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
+
+  return jax.device_get(jax.tree.map(one, tree))
+
+
+def local(tree: Any) -> Any:
+  """The arrays on this process's own first device, out of any mesh."""
+  return jax.tree.map(jnp.array, fetch(tree))
 
 
 def together(work: Callable[[], T]) -> T:

@@ -11,8 +11,8 @@ import pytest
 
 import depthprune as dp
 from depthprune import cli, models, options
-from depthprune.options import Gates
-from depthprune.run.config import RECIPES, Config
+from depthprune.methods.trainable_gates import GateOptions
+from depthprune.run.config import Config, default
 from depthprune.timing import roofline
 
 METHODS = {'gates': 'trainable_gates', 'netcut': 'netcut', 'implosion': 'implosion'}
@@ -44,14 +44,16 @@ def test_options_become_the_config(runs):
   words = 'run gates --data fashion_mnist --target 25% --subset 900 --distill'
   assert cli.main([*words.split(), '--workdir', 'here']) == 0
   assert runs == [
-    Config(Gates(0.25), data='fashion_mnist', subset=900, distill=True, workdir='here')
+    Config(
+      GateOptions(0.25), data='fashion_mnist', subset=900, distill=True, workdir='here'
+    )
   ]
 
 
 def test_no_options_are_the_defaults(runs):
   for word, method in METHODS.items():
     assert cli.main(['run', word]) == 0
-    assert runs.pop() == RECIPES[method]
+    assert runs.pop() == default(method)
 
 
 def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from depthprune import distributed as hosts
+from depthprune import distributed
 from depthprune.distributed import HostError, explicit, several
 
 MINE = {
@@ -34,14 +34,16 @@ def test_one_process_alone_waits_for_nobody(environment, found):
 
 
 def test_a_job_of_kubernetes_is_joined_where_jax_can(monkeypatch):
-  monkeypatch.setattr(hosts, '_installed', lambda package: package == 'kubernetes')
+  monkeypatch.setattr(
+    distributed, '_installed', lambda package: package == 'kubernetes'
+  )
   assert several({'JOB_COMPLETION_INDEX': '0'})
   assert not several({'KUBERNETES_SERVICE_HOST': '10.0.0.1'})
 
 
 def test_a_tpu_asks_who_else_there_is_but_not_where_it_is_told_not_to(monkeypatch):
-  monkeypatch.setattr(hosts, '_installed', lambda package: package == 'libtpu')
-  monkeypatch.setattr(hosts.Path, 'exists', lambda path: True)
+  monkeypatch.setattr(distributed, '_installed', lambda package: package == 'libtpu')
+  monkeypatch.setattr(distributed.Path, 'exists', lambda path: True)
   assert several({})
   assert not several({'TPU_SKIP_MDS_QUERY': '1'})
   assert not several({'JAX_PLATFORMS': 'cpu'})
@@ -74,9 +76,9 @@ def test_half_of_it_is_refused(change):
 
 def test_one_process_agrees_with_itself():
   tree = {'kept': np.array([True, False]), 'none': {}}
-  assert hosts.agreed(tree) is tree
-  assert hosts.gathered({'a': 1}) == [{'a': 1}]
-  hosts.alike('config', {'a': 1}, 'nothing')
-  assert hosts.together(lambda: 3) == 3
+  assert distributed.agreed(tree) is tree
+  assert distributed.gathered({'a': 1}) == [{'a': 1}]
+  distributed.alike('config', {'a': 1}, 'nothing')
+  assert distributed.together(lambda: 3) == 3
   with pytest.raises(KeyError):
-    hosts.together(lambda: {}['gone'])
+    distributed.together(lambda: {}['gone'])

@@ -20,21 +20,21 @@ ALLOWED = {
   'models': ('gates',),
   'data': ('program', 'storage', 'distributed'),
   'train': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),
-  'cascade': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),
+  'cascades': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),
   'methods': ('train', 'program', 'timing', 'gates'),
-  'export': ('program', 'surgery', 'models', 'storage', 'distributed', 'cascade'),
+  'exports': ('program', 'surgery', 'models', 'storage', 'distributed', 'cascades'),
   'run': (
     *('program', 'gates', 'surgery', 'timing', 'storage', 'distributed'),
-    *('models', 'data', 'train', 'cascade', 'methods', 'export'),
+    *('models', 'data', 'train', 'cascades', 'methods', 'exports'),
   ),
-  'report': ('run', 'train', 'methods', 'storage', 'cascade'),
-  'cli': ('run', 'report', 'methods', 'train', 'models', 'export', 'storage'),
+  'report': ('run', 'train', 'methods', 'storage', 'cascades'),
+  'cli': ('run', 'report', 'methods', 'train', 'models', 'exports', 'storage'),
 }
 # Imports that go away as soon as the method files and the data protocol are there.
 LEFT = {
   'cli': ('words', 'distributed'),
   'data': ('train', 'run'),
-  'export': ('data',),
+  'exports': ('data',),
   'methods': ('run', 'distributed', 'storage'),
   'options': ('train',),
   'run': ('options',),

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from depthprune.options import METHODS
+from depthprune.methods import names
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
@@ -70,5 +70,5 @@ def test_it_runs_from_top_to_bottom(path, tmp_path):
 
 def test_there_is_one_for_every_method():
   assert {path.stem for path in NOTEBOOKS} == {*DRAWN}
-  methods = {'quickstart' if m == 'trainable_gates' else m for m in METHODS}
+  methods = {'quickstart' if m == 'trainable_gates' else m for m in names()}
   assert methods == {*DRAWN}

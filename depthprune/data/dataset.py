@@ -1,13 +1,57 @@
 """Which rows of a data set are trained on, held out and tested on."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from depthprune.data.tfds import DataError
+Split = dict[str, np.ndarray]
+"""{'image': uint8 [n, height, width, channels], 'label': int32 [n]}
+
+Where every pixel has a class, labels are uint8 [n, height, width]; where several tasks
+have one each, int32 [n, tasks]. A set that is streamed has {'record': int64 [n]}, which
+of its records are in the split."""
+
+INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
+"""What of a batch a network may read, in the order in which it takes them."""
+
+
+class DataError(ValueError):
+  """A data set that is not there, or is not one for what is asked of it."""
+
+
+def count(split: Any) -> int:
+  """How many examples a split has (or a batch), of whatever kind."""
+  return len(jax.tree.leaves(split)[0])
+
+
+def inputs_of(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+  """What the network reads of a batch: `apply(variables, *inputs_of(batch))`.
+
+  Of images: (image [batch, height, width, channels],). Of texts: (tokens int32
+  [batch, length], mask bool [batch, length]) and, of pairs, types int32 [batch,
+  length]. Of precomputed features: ({name: [batch, n]},).
+
+  Raises: ValueError for a batch without any of them.
+  """
+  found = tuple(batch[name] for name in INPUTS if name in batch)
+  if not found:
+    raise ValueError(
+      f'batch: expected an entry for the network to read ({", ".join(INPUTS)}), got '
+      f'{", ".join(batch) or "none"}'
+    )
+  return found
+
+
+def real_rows(batch: Mapping[str, Any]) -> np.ndarray:
+  """Which examples of a batch are no padding: bool [batch]."""
+  weight = batch.get('weight')
+  return (
+    np.ones(len(batch['label']), bool) if weight is None else np.asarray(weight) > 0
+  )
 
 
 class Rows(NamedTuple):

@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune import distributed as hosts
-from depthprune.data import dataset as memory
-from depthprune.data import images as data
-from depthprune.storage import directory as disk
-from depthprune.storage import directory as record
+from depthprune import distributed
+from depthprune.data import dataset, images
+from depthprune.data.dataset import inputs_of, real_rows
+from depthprune.distributed import fetch
+from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import same_config
-from depthprune.train import mesh
-from depthprune.train.method import inputs_of, real_rows
 from depthprune.train.task import Tree
 
 PROGRESS = 'features.json'
@@ -85,9 +83,9 @@ class FeatureSampler(NamedTuple):
   def __call__(self, split: Tree, step: jax.Array | int) -> Tree:
     if self.on_host:
       return self.stepwise()(split, int(step))
-    steps = data.epoch_steps(split, self.size)
+    steps = images.epoch_steps(split, self.size)
     step = jnp.asarray(step, jnp.int32)
-    order = data.order(self.key, step // steps, len(split['label']))
+    order = images.order(self.key, step // steps, len(split['label']))
     start = step % steps * self.size
     rows = jax.lax.dynamic_slice_in_dim(order, start, self.size)
     return jax.tree.map(lambda x: x[rows], split)
@@ -99,10 +97,10 @@ class FeatureSampler(NamedTuple):
     found: dict[int, np.ndarray] = {}
 
     def batch_at(split, step):
-      epoch, at = divmod(int(step), data.epoch_steps(split, self.size))
+      epoch, at = divmod(int(step), images.epoch_steps(split, self.size))
       if epoch not in found:
         found.clear()
-        found[epoch] = np.asarray(data.order(self.key, epoch, len(split['label'])))
+        found[epoch] = np.asarray(images.order(self.key, epoch, len(split['label'])))
       rows = found[epoch][at * self.size : (at + 1) * self.size]
       return put(jax.tree.map(lambda x: x[rows], split))
 
@@ -131,7 +129,7 @@ def collect(
   folder.mkdir(parents=True, exist_ok=True)
   progress = folder / PROGRESS
   done = {'about': dict(about), 'batches': 0, 'rows': 0}
-  before = record.read(progress)
+  before = directory.read(progress)
   if before is not None:
     done = before
     same_config(done['about'], about, str(folder))
@@ -140,24 +138,24 @@ def collect(
   one = jax.jit(apply)
   files: dict[str, np.memmap] = {}
   for batch in itertools.islice(batches, done['batches'], None):
-    found = mesh.fetch(one(variables, *inputs_of(batch)))
-    batch = mesh.fetch({k: batch[k] for k in ('label', 'weight') if k in batch})
+    found = fetch(one(variables, *inputs_of(batch)))
+    batch = fetch({k: batch[k] for k in ('label', 'weight') if k in batch})
     real = real_rows(batch)
     found = {k: np.asarray(v, np.float32) for k, v in found.items()}
     rows = {**found, 'label': np.asarray(batch['label'], np.int32)}
     done['names'] = sorted(rows)
-    if hosts.writes() and not files:
+    if distributed.writes() and not files:
       files = _files(folder, rows, most, anew=not done['batches'])
     end = done['rows'] + int(real.sum())
     for name, file in files.items():
       file[done['rows'] : end] = rows[name][real]
       file.flush()
     done |= {'batches': done['batches'] + 1, 'rows': end}
-    record.write(progress, done)
+    directory.write(progress, done)
   if not done['rows']:
     raise ValueError(f'{folder}: expected examples to compute features of, got none')
-  record.write(progress, {**done, 'finished': True})
-  hosts.wait()
+  directory.write(progress, {**done, 'finished': True})
+  distributed.wait()
   return _read(folder, done['names'], done['rows'])
 
 
@@ -181,7 +179,7 @@ def _files(folder: Path, rows: Mapping[str, np.ndarray], most: int, anew: bool):
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
   """Raises WriteError where there is no room, CheckpointError for a file cut short."""
-  with disk.writing(folder):
+  with directory.writing(folder):
     try:
       yield
     except ValueError as error:  # numpy's, of mapping a file
@@ -193,9 +191,9 @@ def _usable(folder: Path) -> Iterator[None]:
 def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:
   """What is there: in memory where it is small, else mapped."""
   paths = [_path(folder, i) for i in range(len(names))]
-  there = memory.of_process()
+  there = dataset.of_process()
   size = sum(path.stat().st_size for path in paths)
-  small = hosts.agreed(np.bool_(size * SHARE <= there))
+  small = distributed.agreed(np.bool_(size * SHARE <= there))
   with _usable(folder):
     arrays = {
       name: np.load(path, mmap_mode=None if small else 'r')[:rows]

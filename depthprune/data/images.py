@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.data import dataset as memories
-from depthprune.data import dataset as splits
-from depthprune.data import masks
-from depthprune.data import streaming as streamed
+from depthprune.data import dataset, masks, streaming
 from depthprune.data.augment import (
   Augment,
   Normalisation,
@@ -27,13 +24,11 @@ from depthprune.data.augment import (
   normalise,
   usual,
 )
+from depthprune.data.dataset import DataError, Split, count
 from depthprune.data.tfds import (
   BLOCK,
-  DataError,
   Records,
   Source,
-  Split,
-  count,
   find,
   one_shape,
   open_split,
@@ -228,7 +223,7 @@ def load(
   download: bool = False,
   stream: bool | None = None,
   normalisation: Normalisation | None = None,
-) -> 'Dataset | streamed.Streamed':
+) -> 'Dataset | streaming.Streamed':
   """Reads a data set: 'digits', 'multi_fashion', or any TFDS set of images by its name,
   which have a class each, or a mask with one for every pixel.
 
@@ -249,10 +244,10 @@ def load(
   found = source(name, resize, download)
   sizes = found.train, found.test
   own = found.validation
-  rows = splits.divide(name, sizes, seed, held_out, subset, validation=own)
+  rows = dataset.divide(name, sizes, seed, held_out, subset, validation=own)
   size = sum(map(len, rows[:3])) * int(np.prod(found.shape))
   if _streams(name, found, size, stream):
-    return streamed.streamed(name, found, rows, usual(name, found), normalisation)
+    return streaming.streamed(name, found, rows, usual(name, found), normalisation)
   parts = {
     'train': found.read('train', rows.train),
     'held_out': found.read(rows.held_of, rows.held_out),
@@ -277,7 +272,7 @@ def load(
 
 
 def _streams(name: str, source: Source, size: int, asked: bool | None) -> bool:
-  memory = min(memories.of_process(), memories.of_device())
+  memory = min(dataset.of_process(), dataset.of_device())
   large = size > memory // 2
   if (asked or (large and asked is None)) and source.records is not None:
     return True

@@ -5,15 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from depthprune.data.tfds import (
-  BLOCK,
-  DataError,
-  Source,
-  Split,
-  one_shape,
-  open_split,
-  sized,
-)
+from depthprune.data.dataset import DataError, Split
+from depthprune.data.tfds import BLOCK, Source, one_shape, open_split, sized
 
 # What a set calls the pixels without a class; and their usual number where it does not.
 UNLABELLED = 'unlabelled', 'unlabeled', 'void', 'ignore'

@@ -21,10 +21,10 @@ import numpy as np
 
 from depthprune.data import augment as augments
 from depthprune.data.augment import Augment, Normalisation, measured, normalise
-from depthprune.data.dataset import Rows
-from depthprune.data.tfds import DataError, Records, Source, Split, count
-from depthprune.run.config import STRONGEST
+from depthprune.data.dataset import DataError, Rows, Split, count
+from depthprune.data.tfds import Records, Source
 
+STRONGEST = 30  # magnitude of RandAugment
 CENTRE = 7 / 8  # of the shorter side is seen in evaluation: 224 of 256 pixels
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop; ratio is width / height
 TRIES = 10

@@ -8,14 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.data import dataset as splits
-from depthprune.data import tfds as prepared
-from depthprune.data import tokens
+from depthprune.data import dataset, tfds, tokens
+from depthprune.data.dataset import DataError
 from depthprune.data.images import epoch_steps
-from depthprune.data.tfds import DataError
-from depthprune.data.tokens import Encoded, largest
-
-Text = str | tuple[str, str]
+from depthprune.data.tokens import Encoded, Text, largest
 
 _BLOCK = 1024
 
@@ -44,9 +40,9 @@ def kind_of(name: str, download: bool = False) -> Literal['images', 'text']:
   'images' also for a set of neither: `data.load` says what it expected. Raises
   DataError as `prepared.find`.
   """
-  if name in prepared.OWN:
+  if name in tfds.OWN:
     return 'images'
-  builder = prepared.find(name, download)
+  builder = tfds.find(name, download)
   images, texts, labels = _by_type(builder)
   return 'text' if texts and labels and not images else 'images'
 
@@ -61,11 +57,11 @@ def source(name: str, download: bool = False) -> Source:
   Raises DataError for a name nobody knows, a set that is not prepared on this machine,
   and a set that is not of one text, or two, and a class.
   """
-  builder = prepared.find(name, download)
+  builder = tfds.find(name, download)
   columns, label_key, pair = _columns(name, builder)
-  opened = {s: prepared.open_split(name, builder, s) for s in builder.info.splits}
+  opened = {s: tfds.open_split(name, builder, s) for s in builder.info.splits}
   found = {'train': opened['train']} if 'train' in opened else {}
-  if named := prepared.tested(opened, label_key):
+  if named := tfds.tested(opened, label_key):
     found['test'] = opened[named]
 
   def read(split, rows):
@@ -302,7 +298,7 @@ def load(
   if not texts.train:
     raise DataError(f"data {name!r}: expected a split 'train', got {[*texts.splits]}")
   sizes = texts.train, texts.test
-  rows = splits.divide(name, sizes, seed, held_out, subset, 'texts')
+  rows = dataset.divide(name, sizes, seed, held_out, subset, 'texts')
   parts = ('train', rows.train), ('train', rows.held_out), (rows.of, rows.test)
   read = [texts.read(of, chosen) for of, chosen in parts]
   pad = tokens.padding(tokenizer, tokenizer_path)

@@ -7,23 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-Split = dict[str, np.ndarray]
-"""{'image': uint8 [n, height, width, channels], 'label': int32 [n]}
-
-Where every pixel has a class, labels are uint8 [n, height, width]; where several tasks
-have one each, int32 [n, tasks]. A set that is streamed has {'record': int64 [n]}, which
-of its records are in the split."""
+from depthprune.data.dataset import DataError, Split
 
 BLOCK = 1024  # records that are decoded at once
 
 OWN = 'digits', 'multi_fashion'  # sets that TFDS does not have
-
-
-class DataError(ValueError):
-  """A data set that is not there, or is not one for what is asked of it."""
 
 
 class Source(NamedTuple):
@@ -69,11 +59,6 @@ class Records:
     beyond = number - len(self.train)
     record = self.train[number] if beyond < 0 else self.test[beyond]
     return record[self.image], int(record[self.label])
-
-
-def count(split: Any) -> int:
-  """How many examples a split has (or a batch), of whatever kind."""
-  return len(jax.tree.leaves(split)[0])
 
 
 def find(name: str, download: bool = False) -> Any:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.data.text import Text
-from depthprune.data.tfds import DataError
+from depthprune.data.dataset import DataError
+
+Text = str | tuple[str, str]
+"""A text, or a pair of texts whose relation is asked for."""
 
 _BLOCK = 8192
 _MULTIPLE = 8  # of tokens, that there is room for

@@ -1,8 +1,8 @@
 """Auxiliary overparameterization: a wider path helps to train, and is then dropped.
 
 Liu, Zhuang, Shen, Chen, Yin: "Training Compact Neural Networks via Auxiliary
-Overparameterization" (arXiv 1909.02214 v1). The path is `models.auxiliary_path`; gates on
-its connections, their price and a weight that decays are ours:
+Overparameterization" (arXiv 1909.02214 v1). The path is `models.auxiliary_path`; gates
+on its connections, their price and a weight that decays are ours:
 
   L        = CE(z, y) + a_t sum_k CE(z_k, y) + lambda sum_j c_j b(w_j)
   b(w)     = 1[w > 0] forward, db/dw = 1 backward        (gates.straight_through)
@@ -25,22 +25,30 @@ In the end all exits that only helped are dropped: what is left is the compact n
 its arrays untouched. The connection of the largest weight stays open whatever it is.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from etils import epy
 
-from depthprune.gates import straight_through
-from depthprune.methods.sidenet import measured
-from depthprune.program import cost
-from depthprune.program.coupling import Coupling
-from depthprune.run.config import Config
-from depthprune.train.method import Method, apart
-from depthprune.train.task import Tree
+from depthprune.train.method import Method, apart, exit_metrics
+from depthprune.train.options import ConfigError, Epochs, at_least, finite, one_of
+from depthprune.train.recipe import Chart, Recipe, Setting
+
+with epy.lazy_imports():
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  from depthprune import gates as gating
+  from depthprune.program import cost
+  from depthprune.program.coupling import Coupling
+  from depthprune.train.result import Result
+  from depthprune.train.task import Tree
 
 Decay = Literal['constant', 'linear', 'cosine']
 START = 0.1
@@ -56,22 +64,33 @@ def auxiliary(
   steps: int = 0,
   aside: Sequence[str] | None = None,
 ) -> Method:
-  """The method for a network with an exit 'main' and others that help to train it.
+  """Trains a compact network with the help of exits that are dropped afterwards.
 
-  Or, of several tasks, with an exit for each task, and others that answer all of them:
-  those must be named in `aside`.
-
-  Where connections of the path have gates (`models.auxiliary_path.beside(search=True)`),
-  they are trained too: the structure is searched.
+  The loss of the network's own answer is added to that of a wider path which reads its
+  features (`models.auxiliary_path.beside`), or of heads on its layers. `decide` drops
+  all of them: what is left is the compact network, its arrays untouched. Where the
+  path's connections have gates (`beside(..., search=True)`), they are trained too, so
+  that its structure is searched.
 
   Args:
-    coupling: of the network, from `couple`. weight: a. decay: of a over the steps.
-    price: lambda. gate_lr: eta. steps: T; needed where the weight decays or gates are
-    trained. aside: the exits that only help; None: all but 'main'.
+    coupling: what `couple` found in the network, which returns {exit: logits}.
+    weight: of the helping exits' loss; the network's own counts 1.
+    decay: how that weight goes to zero over the training: 'constant' (not at all),
+      'linear' or 'cosine'.
+    price: nats of loss that a connection of mean cost must be worth to stay open.
+    gate_lr: learning rate of the gates on connections.
+    steps: length of the training; needed where the weight decays or gates are trained.
+    aside: names of the exits that only help; None: all but 'main'. Of several tasks,
+      with an exit for each, it must be given.
 
-  Raises: ValueError without an exit that helps and one that is helped, for a weight,
-    price or rate that is negative or not finite, for an unknown decay, and without
-    steps where they are needed.
+  Returns:
+    The Method.
+
+  Raises:
+    ValueError: there is no exit that helps, or none that is helped; a weight, price or
+      rate is negative or not finite; the decay is unknown; steps are missing.
+
+  Source: Liu, Zhuang, Shen, Chen, Yin, arXiv 1909.02214 v1.
   """
   names = _aside(coupling, aside)
   _check(weight, decay, price, gate_lr, steps)
@@ -89,7 +108,7 @@ def auxiliary(
     others = jnp.stack([task.loss(outputs[name], batch) for name in names]).sum()
     own = says(task, outputs, theta)
     loss = task.loss(own, batch) + a_t(step) * others
-    return loss, measured(task, own, outputs, batch, names)
+    return loss, exit_metrics(task, own, outputs, batch, names)
 
   gates = connections(coupling, names)
   method = Method()
@@ -152,23 +171,10 @@ def opened(w: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   top = functools.reduce(jnp.maximum, w.values())
 
   def gate(one: jax.Array) -> jax.Array:
-    b = straight_through(one)
+    b = gating.straight_through(one)
     return b + jax.lax.stop_gradient(jnp.where(one >= top, 1.0, b) - b)
 
   return {path: gate(one) for path, one in w.items()}
-
-
-def configured(
-  config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
-) -> Method:
-  """The method as a run describes it; plain training of a network that is alone."""
-  del scores, whole
-  o = config.options
-  if o.structure == 'none':
-    return Method()
-  aside = [name for name in coupling.exits if name.startswith(ASIDE)]
-  given = o.weight, o.decay, o.price, o.gate_learning_rate
-  return auxiliary(coupling, *given, steps, aside)
 
 
 def _structure(w: Mapping[str, jax.Array], c: Mapping[str, float]) -> Tree:
@@ -210,3 +216,134 @@ def _check(weight: float, decay: str, price: float, gate_lr: float, steps: int) 
 def _check_steps(what: str, steps: int) -> None:
   if steps < 1:
     raise ValueError(f'auxiliary: {what} takes steps, got {steps}')
+
+
+# ---- runs and reports ----------------------------------------------------------------
+
+STRUCTURES = {
+  'all': 'a path that every tap feeds',
+  'search': 'a path whose connections were searched',
+  'deep-supervision': 'linear heads after its stages',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryOptions:
+  """A wider path beside a compact network, for training alone: dropped afterwards."""
+
+  structure: Literal['all', 'search', 'deep-supervision', 'none'] = 'all'
+  """all: every tap feeds the stage of the path that it belongs to. search: or any later
+  one, by gates that are trained. deep-supervision: a linear head at the end of every
+  stage instead of the path. none: the network alone."""
+
+  weight: float = 1.0
+  """Weight of the path's loss; the network's own counts 1 (the paper's: both 1)."""
+
+  decay: Literal['constant', 'linear', 'cosine'] = 'constant'
+  """How that weight goes to zero over the training, if it does."""
+
+  width: int = 64
+  """Channels of the path."""
+
+  price: float = 0.005
+  """Nats of loss that a connection of mean cost must be worth to stay open (search)."""
+
+  gate_learning_rate: float = 0.02
+  """Learning rate of the gates (search)."""
+
+  def __post_init__(self):
+    one_of(self, 'structure', (*STRUCTURES, 'none'))
+    one_of(self, 'decay', get_args(Decay))
+    at_least(self, 'width', 1)
+    for name in ('weight', 'price', 'gate_learning_rate'):
+      finite(self, name, positive=False)
+
+  @property
+  def label(self) -> str:
+    decay = '' if self.decay == 'constant' else f'-{self.decay}'
+    return f'{self.structure}-weight{self.weight:g}{decay}-width{self.width}'
+
+
+def _build(setting: Setting) -> Method:
+  """The method of a run; plain training of a network that is alone."""
+  o, coupling = setting.options, setting.coupling
+  if o.structure == 'none':
+    return Method()
+  return auxiliary(
+    coupling,
+    weight=o.weight,
+    decay=o.decay,
+    price=o.price,
+    gate_lr=o.gate_learning_rate,
+    steps=setting.steps,
+    aside=[name for name in coupling.exits if name.startswith(ASIDE)],
+  )
+
+
+def _check_config(config: Any) -> None:
+  if config.distill:
+    raise ConfigError(
+      'distill: expected False for auxiliary: the path teaches the network already'
+    )
+
+
+def _beside(o: AuxiliaryOptions, network: Any, heads: Any) -> Any:
+  """The network with what helps to train it on its taps, or on those of its trunk.
+
+  It may have heads of its own: of several tasks, or the exit that NetCut left.
+  """
+  if o.structure == 'none':
+    return network
+  own = getattr(network, 'heads', {})
+  trunk = network.trunk if own else network
+  classes = {name: head.classes for name, head in own.items()} or network.classes
+  if len(own) == 1:
+    (classes,) = classes.values()
+  fields = {'classes': classes, 'width': o.width, 'pool': trunk.pool}
+  read = [trunk.taps.index(head.tap) for head in own.values()]
+  taps = trunk.taps[: max(read) + 1] if read else trunk.taps
+  path = heads.beside(taps, o.structure == 'search', **fields)
+  if o.structure != 'deep-supervision':
+    return heads.add_heads(network, {ASIDE: path})
+  ends = [taps[-1] for taps in path.stages]
+  ends = ends[:-1] or ends  # the last of them is what the network's own head reads
+  linear = lambda tap: heads.Head(tap, classes, pool=trunk.pool)
+  dense = lambda tap: heads.Auxiliary(((tap,),), **fields)  # of pixels
+  head = linear if trunk.pool else dense
+  aside = {f'{ASIDE}{i}': head(tap) for i, tap in enumerate(ends, 1)}
+  return heads.add_heads(network, aside)
+
+
+def _sentence(result: Result) -> str:
+  """`trained beside a path ... (17 of 18 connections open), dropped after ...`."""
+  structure = result.options['structure']
+  if structure == 'none':
+    return 'trained alone, without a path beside it'
+  open_ = result.rounds[-1].learned.get('open', {}) if result.rounds else {}
+  count = sum(value > 0 for value in open_.values())
+  connections = f' ({count} of {len(open_)} connections open)' if open_ else ''
+  return (
+    f'trained beside {STRUCTURES[structure]}{connections}, dropped after training: '
+    f'{100 * result.flops.kept:.1f} % of the FLOPs are left'
+  )
+
+
+RECIPE = Recipe(
+  options=AuxiliaryOptions,
+  build=_build,
+  description=(
+    'Train a compact network beside a wider path that reads it everywhere, drop the '
+    'path, and report.'
+  ),
+  epochs={
+    'digits': Epochs(train=0, gates=40, finetune=0),
+    'fashion_mnist': Epochs(train=0, gates=20, finetune=0),
+    '': Epochs(train=0, gates=160, finetune=0),
+  },
+  peaks=(1.0, 0.1),
+  check=_check_config,
+  heads=_beside,
+  legend='before: with what helped to train it; after: the compact network alone',
+  sentence=_sentence,
+  charts=(Chart('Connections of the path', 'connections', 'weight', 'gate weight'),),
+)

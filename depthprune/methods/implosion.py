@@ -27,54 +27,80 @@ The loss of all candidates is found in one compiled call; `greedy` uses the same
 again. Of equal importance, the deeper unit goes first.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import tyro
+from etils import epy
 
-from depthprune.program.coupling import Coupling
-from depthprune.program.units import Unit, closing
-from depthprune.program.units import units as units_of
-from depthprune.run.config import Config
 from depthprune.train.method import Method, spare_closed
-from depthprune.train.task import Tree
+from depthprune.train.options import Epochs, at_least, one_of
+from depthprune.train.recipe import Chart, Recipe, Setting
 
-IMPORTANCE = ('priority', 'drop', 'greedy', 'random')
+with epy.lazy_imports():
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from depthprune.program import units as unit_search
+  from depthprune.program.coupling import Coupling
+  from depthprune.program.units import Unit
+  from depthprune.train.result import Result
+  from depthprune.train.task import Tree
+
+Importance = Literal['priority', 'drop', 'greedy', 'random']
 
 
 def implosion(
   coupling: Coupling,
   depth: int | None = None,
   per_round: int = 1,
-  importance: str = 'priority',
+  importance: Importance = 'priority',
   units: Sequence[str] | None = None,
   seed: int = 0,
 ) -> Method:
-  """The method for one network; `rounds` counts those that are left.
+  """Erases the residual units of the smallest importance, a few in every round.
+
+  A unit x + w F(x) has a trained scalar w, its priority, written into the model by
+  `gates.branch`. Repeat as often as `Method.rounds` says: train with `make_step`,
+  `decide`, `prune`, and make the method again for the smaller network; at last train
+  what is left.
 
   Args:
-    coupling: of the network, from `couple`.
+    coupling: what `couple` found in the network; `program.units.units(coupling)` lists
+      its units.
     depth: units that are to be left, of all that there are, erasable or not; by default
       three quarters of them.
-    per_round: k. importance: one of IMPORTANCE.
+    per_round: units that are erased between two trainings.
+    importance: which units go first. 'priority': those of the smallest |w|, the
+      paper's measure (of a layer with several branches their mean). 'drop': those
+      whose absence costs the least held-out loss. 'greedy': as 'drop', but measured
+      again after every erasure. 'random': a fixed number for every name, the control.
     units: names of those that may be erased; by default all that can be. (After a cut,
       the layers of a scanned stack are numbered anew.)
     seed: of 'random'.
 
-  Raises: ValueError for a network without units that can be erased, a depth that is
-    above the present one or that cannot be reached, a unit that there is not or that
-    cannot be erased, an unknown importance.
+  Returns:
+    The Method. `rounds` counts the rounds that are left, this one included.
+
+  Raises:
+    ValueError: no unit of the network can be erased; the depth is above the present one
+      or cannot be reached; a unit does not exist or cannot be erased; the importance is
+      unknown.
+
+  Source: Ida, Fujiwara, arXiv 1906.03826.
   """
-  if importance not in IMPORTANCE:
-    expected = ', '.join(IMPORTANCE)
+  if importance not in get_args(Importance):
+    expected = ', '.join(get_args(Importance))
     raise ValueError(f'importance={importance!r}: expected one of {expected}')
   if per_round < 1:
     raise ValueError(f'per_round: expected at least 1, got {per_round}')
-  present = units_of(coupling)
+  present = unit_search.units(coupling)
   erasable = _erasable(present, [u.name for u in present if not u.why_not])
   among = erasable if units is None else _erasable(present, units)
   excess = len(present) - _reachable(depth, present, among)
@@ -88,7 +114,7 @@ def implosion(
   def decide(theta, stats, evaluate):
     del stats
     gone = erasure(coupling, among, k, importance, theta, evaluate, seed)
-    return closing(gone, coupling)
+    return unit_search.closing(gone, coupling)
 
   def decayed(trained):
     whole = jax.tree.map(jnp.ones_like, trained)
@@ -97,7 +123,7 @@ def implosion(
   return Method(
     decide=decide,
     init=init,
-    forward=lambda theta, key, step: theta,
+    forward=lambda theta, key=None, step=None: theta,
     transform=lambda tx: spare_closed(tx, decayed),
     rounds=-(-excess // per_round),
     report=lambda theta: {'priority': {u.name: priority(u, theta) for u in erasable}},
@@ -125,7 +151,7 @@ def erasure(
 
   Args:
     coupling: of the network. among: units that can be erased.
-    importance: one of IMPORTANCE. theta: with the priorities.
+    importance: as for `implosion`. theta: with the priorities.
     evaluate: a Judge; only 'drop' and 'greedy' ask it. seed: of 'random'.
     gone: units that are closed already.
   """
@@ -137,51 +163,11 @@ def erasure(
     elif importance == 'random':
       scores = [_drawn(unit.name, seed) for unit in left]
     else:
-      keeps = [closing((*order, unit), coupling) for unit in left]
+      keeps = [unit_search.closing((*order, unit), coupling) for unit in left]
       keeps = jax.tree.map(lambda *kept: np.stack(kept), *keeps)
       scores = evaluate.each(keeps)['loss']
     order += _smallest(left, scores, at_once)
   return tuple(order[len(gone) :])
-
-
-def configured(
-  config: Config,
-  coupling: Coupling,
-  steps: int,
-  scores: Mapping[str, np.ndarray],
-  whole: Coupling,
-) -> Method:
-  """The method as a run describes it.
-
-  whole: coupling of the network before any cut, which the default depth and the names
-    of units are about.
-  """
-  del steps, scores
-  options: Any = config.options
-  before = units_of(whole)
-  _named_once(options, before)
-  named = {u.name for u in _erasable(before, options.units)} & {
-    u.name for u in units_of(coupling)
-  }
-  return implosion(
-    coupling,
-    options.depth or _three_quarters(before),
-    options.per_round,
-    options.importance,
-    sorted(named) if options.units else None,
-    config.seed,
-  )
-
-
-def _named_once(options: Any, present: Sequence[Unit]) -> None:
-  """Raises ValueError where layers of a stack are named and several rounds cut."""
-  layers = [u.name for u in present if u.name in options.units and u.layer is not None]
-  excess = len(present) - (options.depth or _three_quarters(present))
-  if layers and excess > options.per_round:
-    raise ValueError(
-      f'units: {layers[0]} is a layer of a stack, which every cut numbers anew: erase '
-      f'all of them in one round (--per-round {excess}), or leave scan off'
-    )
 
 
 def _three_quarters(present: Sequence[Unit]) -> int:
@@ -191,7 +177,9 @@ def _three_quarters(present: Sequence[Unit]) -> int:
 
 
 def _erasable(present: Sequence[Unit], names: Sequence[str]) -> tuple[Unit, ...]:
-  """The units of these names, in order of execution. Raises ValueError, see above."""
+  """The units of these names, in order of execution.
+
+  Raises: ValueError for a name that there is not, and a unit that cannot be erased."""
   by_name = {unit.name: unit for unit in present}
   for name in names:
     if name not in by_name:
@@ -207,7 +195,7 @@ def _erasable(present: Sequence[Unit], names: Sequence[str]) -> tuple[Unit, ...]
 def _reachable(
   depth: int | None, present: Sequence[Unit], among: Sequence[Unit]
 ) -> int:
-  """The depth, if erasing `among` leads there. Raises ValueError, see above."""
+  """The depth, if erasing `among` leads there; raises ValueError if it does not."""
   if not among:
     stay = [f'{unit.name}: {unit.why_not}' for unit in present]
     raise ValueError(
@@ -239,3 +227,96 @@ def _drawn(name: str, seed: int) -> float:
   """A number for a name: the same however many other units are left."""
   digest = hashlib.sha256(f'{seed}/{name}'.encode()).digest()
   return float(int.from_bytes(digest[:6], 'big'))
+
+
+# ---- runs and reports ----------------------------------------------------------------
+
+THREE_QUARTERS = tyro.conf.arg(
+  metavar='INT', help_behavior_hint='(default: three quarters of them)'
+)
+ANY = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: any)')
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplosionOptions:
+  """Network Implosion: residual units are erased by priority, the rest retrained."""
+
+  depth: Annotated[int | None, THREE_QUARTERS] = None
+  """Residual units (or layers of a scanned stack) that are to remain."""
+
+  per_round: int = 1
+  """Units erased between two retrainings."""
+
+  importance: Literal['priority', 'drop', 'greedy', 'random'] = 'priority'
+  """priority: |w| of a unit (the paper's). drop: held-out loss without it. greedy:
+  drop, scored again after every erasure. random: the control."""
+
+  units: Annotated[tuple[str, ...], ANY] = ()
+  """Units that may be erased, such as stage1/block3."""
+
+  def __post_init__(self):
+    one_of(self, 'importance', get_args(Importance))
+    for name in ('depth', 'per_round'):
+      at_least(self, name, 1)
+
+  @property
+  def label(self) -> str:
+    depth = 'default' if self.depth is None else self.depth
+    return f'depth{depth}by{self.per_round}-{self.importance}'
+
+
+def _build(setting: Setting) -> Method:
+  """The default depth and the names of units are about the network before any cut."""
+  o = setting.options
+  before = unit_search.units(setting.whole)
+  _named_once(o, before)
+  present = {u.name for u in unit_search.units(setting.coupling)}
+  named = {u.name for u in _erasable(before, o.units)} & present
+  return implosion(
+    setting.coupling,
+    depth=o.depth or _three_quarters(before),
+    per_round=o.per_round,
+    importance=o.importance,
+    units=sorted(named) if o.units else None,
+    seed=setting.seed,
+  )
+
+
+def _named_once(options: ImplosionOptions, present: Sequence[Unit]) -> None:
+  """Raises ValueError where layers of a stack are named and several rounds cut."""
+  layers = [u.name for u in present if u.name in options.units and u.layer is not None]
+  excess = len(present) - (options.depth or _three_quarters(present))
+  if layers and excess > options.per_round:
+    raise ValueError(
+      f'units: {layers[0]} is a layer of a stack, which every cut numbers anew: erase '
+      f'all of them in one round (--per-round {excess}), or leave scan off'
+    )
+
+
+def _sentence(result: Result) -> str:
+  """`erased 12 of 27 units in 3 rounds, chosen by priority`."""
+  rounds = result.rounds
+  before, after = rounds[0].units[0], rounds[-1].units[1]
+  importance = result.options.get('importance')
+  by = f', chosen by {importance}' if importance else ''
+  several = f'{len(rounds)} round{"s" if len(rounds) > 1 else ""}'
+  return f'erased {before - after} of {before} units in {several}{by}'
+
+
+RECIPE = Recipe(
+  options=ImplosionOptions,
+  build=_build,
+  description=(
+    'Train a residual network with a priority on every unit, erase the least '
+    'important, retrain, and so on down to the depth that was asked for, and report.'
+  ),
+  epochs={
+    'digits': Epochs(train=0, gates=20, finetune=8),
+    'fashion_mnist': Epochs(train=0, gates=12, finetune=4),
+    '': Epochs(train=0, gates=160, finetune=60),
+  },
+  erases_units=True,
+  legend='cut: right after the last erasure; after: retrained',
+  sentence=_sentence,
+  charts=(Chart('Priority of the units', 'units', 'priority', 'priority |w|'),),
+)

@@ -22,27 +22,36 @@ single head. That is not so of the two other aggregates, given for comparison: `
 is s = log sum_k w_k p_k, and `geometric` normalises s, which is gamma = 1.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+import tyro
+from etils import epy
 
-from depthprune import distributed as hosts
-from depthprune.program import cost as costs
-from depthprune.program.coupling import Coupling
-from depthprune.run.config import Config
-from depthprune.storage import directory as record
-from depthprune.timing import clock
 from depthprune.train.method import CutRefused, Method, apart
-from depthprune.train.task import Task, Tree, mean
+from depthprune.train.options import ConfigError, Epochs, finite, one_of
+from depthprune.train.recipe import Chart, Recipe, Setting
+
+with epy.lazy_imports():
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  from depthprune.program import cost as costs
+  from depthprune.program.coupling import Coupling
+  from depthprune.timing import clock
+  from depthprune.train import task as tasks
+  from depthprune.train.result import Result
+  from depthprune.train.task import Task, Tree
 
 Aggregate = Literal['log', 'linear', 'geometric']
-Cost = Literal['index', 'flops', 'params', 'milliseconds']
-BATCH = 128  # images that milliseconds are measured with
+DepthCost = Literal['index', 'flops', 'params', 'milliseconds']
+BATCH = 128  # examples in a call where milliseconds are measured
 
 
 def netcut(
@@ -50,29 +59,54 @@ def netcut(
   beta: float = 0.01,
   aggregate: Aggregate = 'log',
   gamma: float = 0.0,
-  cost: Cost | np.ndarray = 'index',
+  cost: DepthCost | np.ndarray = 'index',
   tolerance: float = 0.5,
   force: bool = False,
   importance_lr: float = 1e-3,
 ) -> Method:
-  """The method for one network with exits, such as `models.heads.every_tap` gives.
+  """Learns which of a network's exits to keep; the network is cut behind it.
+
+  Every exit is a candidate. While the weights are trained, a weight for every exit is
+  trained with them, and the loss pushes all of it onto one exit: deeper exits answer
+  better, and each unit of depth costs `beta`. Train with `make_step`, then
+  `prune(model, variables, method.decide(state.theta, state.stats, evaluate), example)`
+  with `evaluate` from `judge`.
 
   Args:
-    coupling: of the network, from `couple`; every exit is a candidate.
-    beta: as above, >= 0. aggregate: 'log' is the paper's. gamma: of 'log' alone.
-    cost: c, what it is measured in, or [exits] itself, from the first exit on.
-    tolerance: points of held-out accuracy that the cut may cost. force: cut anyway.
-    importance_lr: of v, which Adam trains.
+    coupling: what `couple` found in the network. The network returns {exit: logits
+      [batch, classes]}, at least two, in the order of their depth;
+      `models.heads.every_tap(model)` puts a linear head on every layer.
+    beta: price of a unit of cost (of one layer), in nats of cross-entropy, at least 0.
+      A deeper exit is kept only if it lowers the cross-entropy by more than that.
+    aggregate: how the answers of the exits are mixed while training. 'log' adds their
+      weighted log-probabilities, as in the paper; only it settles on one exit.
+      'linear' adds probabilities, 'geometric' normalises the sum of 'log'.
+    gamma: share of the mixture's normaliser in the loss of 'log'; 0 in the paper.
+    cost: what the depth of an exit costs: 'index' (1, 2, ...), 'flops' (1 MAC = 2
+      FLOPs), 'params', or 'milliseconds', measured on this device; all are scaled so
+      that the whole network costs its number of exits. Or the costs themselves, an
+      array [exits].
+    tolerance: percentage points of held-out accuracy that the cut may cost; a cut that
+      costs more is refused.
+    force: cut whatever it costs.
+    importance_lr: learning rate of the exits' weights, which Adam trains.
 
-  Raises: ValueError for fewer than two exits, and for a beta, gamma or cost that is
-    negative, not finite, or of another shape. `decide` raises CutRefused.
+  Returns:
+    The Method. Its `decide` keeps the exit of the largest weight.
+
+  Raises:
+    ValueError: fewer than two exits; a beta, gamma or cost that is negative, not finite
+      or of another shape.
+    CutRefused: from `decide`, where held-out accuracy falls by more than `tolerance`.
+
+  Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172.
   """
   exits = coupling.exits
   _check(exits, beta, aggregate, gamma)
   c = cost_of_exits(coupling, cost) if isinstance(cost, str) else np.asarray(cost)
   if c.shape != (len(exits),):
     raise ValueError(f'netcut: cost has shape {c.shape}, expected ({len(exits)},)')
-  _not_negative('cost', c)
+  _check_not_negative('cost', c)
   importance = lambda theta: jax.nn.softmax(theta['importance'])
   answer = partial(_mixture, exits, aggregate)
 
@@ -82,7 +116,7 @@ def netcut(
     if aggregate == 'log':
       loss = w @ jnp.stack([task.loss(outputs[e], batch) for e in exits])
       if gamma:
-        loss += gamma * mean(jax.nn.logsumexp(s, axis=-1), batch)
+        loss += gamma * tasks.mean(jax.nn.logsumexp(s, axis=-1), batch)
     else:
       loss = task.loss(s, batch)  # which normalises s
     return loss, {**task.metrics(s, batch), 'expected_cost': w @ jnp.float32(c)}
@@ -91,10 +125,27 @@ def netcut(
     del stats
     kept = exits[int(np.argmax(theta['importance']))]
     keep = {'exits': {name: name == kept for name in exits}}
-    _worth_it(report(theta), kept, evaluate, keep, tolerance, force)
+    before, after = (100 * evaluate(k)['accuracy'] for k in ({}, keep))
+    if before - after > tolerance and not force:
+      learned = report(theta)
+      raise CutRefused(
+        f'netcut: cut at {kept} (importance {learned["max_importance"]:.2f}, entropy '
+        f'{learned["entropy"]:.2f} of the possible), held-out accuracy falls from '
+        f'{before:.2f} to {after:.2f} %, by more than {tolerance:g} points: train '
+        "longer, use aggregate='log', or cut anyway: force=True (--force)"
+      )
     return keep
 
-  report = lambda theta: _said(exits, importance(theta), c)
+  def report(theta):
+    w = importance(theta)
+    entropy = -jnp.sum(w * jnp.log(jnp.maximum(w, 1e-30))) / np.log(len(exits))
+    return {
+      'importance': {name: w[k] for k, name in enumerate(exits)},
+      'cost': {name: jnp.float32(c[k]) for k, name in enumerate(exits)},
+      'max_importance': w.max(),
+      'entropy': entropy,
+    }
+
   return Method(
     objective=objective,
     decide=decide,
@@ -116,16 +167,21 @@ def _check(exits: tuple[str, ...], beta, aggregate: str, gamma) -> None:
   if aggregate not in get_args(Aggregate):
     expected = ', '.join(get_args(Aggregate))
     raise ValueError(f'netcut: aggregate={aggregate!r}: expected one of {expected}')
-  _not_negative('beta', beta)
-  _not_negative('gamma', gamma)
+  _check_not_negative('beta', beta)
+  _check_not_negative('gamma', gamma)
   if aggregate != 'log' and gamma:
     raise ValueError(
       f"netcut: gamma is for aggregate='log', got {aggregate!r}: leave gamma at 0"
     )
 
 
+def _check_not_negative(name: str, value) -> None:
+  if not (np.isfinite(value).all() and (np.asarray(value) >= 0).all()):
+    raise ValueError(f'netcut: {name} must be finite and not negative, got {value}')
+
+
 def _mixture(exits, aggregate: str, task: Task, outputs: Tree, theta: Tree):
-  """s, the network's answer."""
+  """s, the network's answer before the cut."""
   log_p = jnp.stack([task.log_probs(outputs[e]) for e in exits])
   if aggregate == 'linear':
     log_w = jax.nn.log_softmax(theta['importance'])
@@ -134,75 +190,32 @@ def _mixture(exits, aggregate: str, task: Task, outputs: Tree, theta: Tree):
   return jnp.tensordot(jax.nn.softmax(theta['importance']), log_p, 1)
 
 
-def cost_of_exits(coupling: Coupling, of: Cost) -> np.ndarray:
-  """c [exits] of the networks that end at each exit, float64, the last of them K.
+def cost_of_exits(coupling: Coupling, of: DepthCost) -> np.ndarray:
+  """The costs c of the networks that end at each exit, scaled so that the last is K.
 
-  of: 'index' (1, 2, ... K), 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds' on
-    this device, the medians of interleaved calls with BATCH images.
+  Args:
+    coupling: of a network with K exits.
+    of: 'index' (1, 2, ... K), 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds' on
+      this device: medians of interleaved calls with BATCH examples.
+
+  Returns:
+    float64 [K].
+
+  Raises:
+    ValueError: an unknown cost.
   """
   exits = coupling.exits
-  if of not in get_args(Cost):
-    raise ValueError(f'cost={of!r}: expected one of {", ".join(get_args(Cost))}')
+  if of not in get_args(DepthCost):
+    raise ValueError(f'cost={of!r}: expected one of {", ".join(get_args(DepthCost))}')
   if of == 'index':
     return np.arange(1.0, len(exits) + 1)
   if of == 'milliseconds':
     c = _milliseconds(coupling)
   else:
-    count: Callable = {'flops': costs.flops, 'params': costs.params}[of]
+    count = {'flops': costs.flops, 'params': costs.params}[of]
     only = lambda kept: {'exits': {name: name == kept for name in exits}}
     c = np.array([float(count(coupling, only(name))) for name in exits])
   return c * len(exits) / c[-1]
-
-
-def configured(
-  config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
-) -> Method:
-  """The method as a run describes it.
-
-  Milliseconds are measured once and kept in the run's folder: a run that is resumed
-  goes on with the costs that it began with.
-  """
-  del steps, scores, whole
-  o, known = config.options, config.path / 'costs.json'
-  measured = o.cost == 'milliseconds'
-  before = record.read(known) if measured else None
-  c = np.array(before[o.cost]) if before else cost_of_exits(coupling, o.cost)
-  c = hosts.agreed(c)
-  if measured:
-    record.write(known, {o.cost: c.tolist()})
-  return netcut(
-    coupling,
-    o.beta,
-    o.aggregate,
-    o.gamma,
-    c,
-    o.tolerance,
-    o.force,
-    o.importance_learning_rate,
-  )
-
-
-def _said(exits: tuple[str, ...], w: jax.Array, c: np.ndarray) -> Tree:
-  """Importance and cost by exit; the maximum; entropy as a share of the possible."""
-  entropy = -jnp.sum(w * jnp.log(jnp.maximum(w, 1e-30))) / np.log(len(exits))
-  return {
-    'importance': {name: w[k] for k, name in enumerate(exits)},
-    'cost': {name: jnp.float32(c[k]) for k, name in enumerate(exits)},
-    'max_importance': w.max(),
-    'entropy': entropy,
-  }
-
-
-def _worth_it(said: Tree, kept: str, evaluate, keep: Tree, tolerance, force) -> None:
-  """Raises CutRefused where held-out accuracy falls by more than the tolerance."""
-  before, after = (100 * evaluate(k)['accuracy'] for k in ({}, keep))
-  if before - after > tolerance and not force:
-    raise CutRefused(
-      f'netcut: cut at {kept} (importance {said["max_importance"]:.2f}, entropy '
-      f'{said["entropy"]:.2f} of the possible), held-out accuracy falls from '
-      f'{before:.2f} to {after:.2f} %, by more than {tolerance:g} points: train '
-      "longer, use aggregate='log', or cut anyway: force=True (--force)"
-    )
 
 
 def _milliseconds(coupling: Coupling) -> np.ndarray:
@@ -218,6 +231,126 @@ def _milliseconds(coupling: Coupling) -> np.ndarray:
   return np.median(clock.interleave(calls), axis=1)
 
 
-def _not_negative(name: str, value) -> None:
-  if not (np.isfinite(value).all() and (np.asarray(value) >= 0).all()):
-    raise ValueError(f'netcut: {name} must be finite and not negative, got {value}')
+# ---- runs and reports ----------------------------------------------------------------
+
+BY_MODEL = tyro.conf.arg(help_behavior_hint='(default: by model)')
+
+
+@dataclasses.dataclass(frozen=True)
+class NetCutOptions:
+  """NetCut: a head on every layer, and the network finds where to stop."""
+
+  beta: float = 0.01
+  """Nats of cross-entropy that a unit of cost (one layer) must be worth to be kept."""
+
+  aggregate: Literal['log', 'linear', 'geometric'] = 'log'
+  """How the heads' answers are mixed while training; only `log` settles on one."""
+
+  gamma: float = 0.0
+  """Share of the mixture's normaliser in the loss of `log` (0: the paper's)."""
+
+  cost: Literal['index', 'flops', 'params', 'milliseconds'] = 'index'
+  """What a depth costs, scaled so that the whole network costs its number of heads."""
+
+  tolerance: float = 0.5
+  """Points of held-out accuracy that the cut may cost; above it is refused."""
+
+  force: bool = False
+  """Cut whatever it costs."""
+
+  importance_learning_rate: float = 1e-3
+  """Learning rate of the heads' importance (Adam)."""
+
+  pool: Annotated[Literal['max', 'avg', 'cls', 'grid4'] | None, BY_MODEL] = None
+  """How a head turns positions into one vector."""
+
+  def __post_init__(self):
+    one_of(self, 'aggregate', get_args(Aggregate))
+    one_of(self, 'cost', get_args(DepthCost))
+    for name in ('beta', 'gamma', 'tolerance'):
+      finite(self, name, positive=False)
+    finite(self, 'importance_learning_rate', positive=True)
+    if self.gamma and self.aggregate != 'log':
+      raise ConfigError(
+        f'gamma: expected 0 for aggregate {self.aggregate!r}, got {self.gamma:g}'
+      )
+
+  @property
+  def label(self) -> str:
+    gamma = f'-gamma{self.gamma:g}' if self.gamma else ''
+    cost = '' if self.cost == 'index' else f'-{self.cost}'
+    return f'beta{self.beta:g}-{self.aggregate}{gamma}{cost}'
+
+
+def _build(setting: Setting) -> Method:
+  o, coupling = setting.options, setting.coupling
+  c = o.cost
+  if o.cost == 'milliseconds':
+    c = setting.remember(
+      measure=lambda: cost_of_exits(coupling, 'milliseconds'),
+      to_json=lambda c: {'milliseconds': c.tolist()},
+      from_json=lambda known: np.array(known['milliseconds']),
+    )
+  return netcut(
+    coupling,
+    beta=o.beta,
+    aggregate=o.aggregate,
+    gamma=o.gamma,
+    cost=c,
+    tolerance=o.tolerance,
+    force=o.force,
+    importance_lr=o.importance_learning_rate,
+  )
+
+
+def _sentence(result: Result) -> str:
+  """`kept exit 3 of 20 (exit03) at β = 0.01, cost index, aggregate log`."""
+  last, o = result.rounds[-1], result.options
+  exits = sorted(last.learned['importance'])  # their numbers are of one length
+  kept = last.exits[-1]
+  price = ''
+  if 'beta' in o:
+    gamma = f', γ = {o["gamma"]:g}' if o['gamma'] else ''
+    price = (
+      f' at β = {o["beta"]:g}, cost {o["cost"]}, aggregate {o["aggregate"]}{gamma}'
+    )
+  return f'kept exit {exits.index(kept) + 1} of {len(exits)} ({kept}){price}'
+
+
+def _remarks(result: Result) -> Sequence[str]:
+  """How decided the choice of the exit was."""
+  learned: dict[str, Any] = result.rounds[-1].learned
+  return [
+    f'largest importance w {learned["max_importance"]:.3f}, normalised entropy '
+    f'{learned["entropy"]:.3f} (0: one exit has it all, 1: all exits have the same)'
+  ]
+
+
+RECIPE = Recipe(
+  options=NetCutOptions,
+  build=_build,
+  description=(
+    'Train a network with a head on every layer, let it find the layer to stop at, cut '
+    'it there, and report.'
+  ),
+  epochs={
+    'digits': Epochs(train=0, gates=200, finetune=0),
+    'fashion_mnist': Epochs(train=0, gates=20, finetune=0),
+    '': Epochs(train=0, gates=150, finetune=0),
+  },
+  defaults={
+    'model': 'mlp20x200',
+    'augment': False,
+    'learning_rate': 1e-3,
+    'optimizer': 'adam',
+    'weight_decay': 0.0,
+  },
+  decides_only=('tolerance', 'force'),
+  heads=lambda o, network, heads: heads.every_tap(network, pool=o.pool),
+  own_exits=True,
+  deepest_answers=True,
+  legend='cut: right after surgery; after: at the end of the run',
+  sentence=_sentence,
+  remarks=_remarks,
+  charts=(Chart('Importance of the exits', 'exits', 'importance', 'importance w'),),
+)

@@ -14,38 +14,66 @@ SideNets, pooling to a grid and the regimes other than `frozen` are ours or of o
   y        labels;  CE their cross-entropy in nats
 
 Frozen: neither parameters nor batch statistics of the MainNet change, so its features
-can be computed once (`training.features`). Joint: all is trained together from the
-start. Mixed: the MainNet first, then all together; reported best by arXiv 2407.14320.
+can be computed once (`data.features`). Joint: all is trained together from the start.
+Mixed: the MainNet first, then all together; reported best by arXiv 2407.14320.
 """
 
-from collections.abc import Mapping
-from typing import Literal, get_args
+from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import optax
+import dataclasses
+from typing import Annotated, Any, Literal, get_args
 
-from depthprune.program.coupling import Coupling
-from depthprune.program.trace import Decision
-from depthprune.run.config import Config
-from depthprune.train.method import Method
-from depthprune.train.task import Task, Tree
+import tyro
+from etils import epy
+
+from depthprune.train.method import Method, exit_metrics
+from depthprune.train.options import (
+  FRACTION,
+  ConfigError,
+  Epochs,
+  at_least,
+  finite,
+  fraction,
+  inside,
+  one_of,
+)
+from depthprune.train.recipe import CascadePlan, Recipe, Setting
+
+with epy.lazy_imports():
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from depthprune.program import trace
+  from depthprune.program.coupling import Coupling
+  from depthprune.train.task import Tree
 
 Regime = Literal['frozen', 'joint']
 
 
 def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
-  """The method for a network with a 'main' exit and others, such as `WithHeads`.
+  """Trains small heads on a pretrained network, to answer easy examples early.
 
-  What 'main' does not read belongs to the SideNets, in any network.
+  Nothing is cut: `decide` keeps all exits. What comes after training is a cascade:
+  thresholds from held-out data (`cascade.thresholds`), and `cascade(...)`, in which an
+  example leaves at the first exit that is sure enough.
 
   Args:
-    coupling: of the network, from `couple`.
-    regime: 'frozen' trains the SideNets alone, 'joint' everything. Mixed is 'frozen',
-      then 'joint' from what it left.
+    coupling: what `couple` found in the network, which returns {'main': its own logits
+      [batch, classes], NAME: logits of each head}; `models.heads.WithHeads` has heads
+      on the taps of a network. What 'main' does not read belongs to the heads.
+    regime: 'frozen' trains the heads alone and leaves every parameter and statistic of
+      the network as it is, 'joint' trains everything. The mixed regime is 'frozen',
+      then 'joint' from what that left.
 
-  Raises: ValueError without 'main' and another exit, for an unknown regime, and where a
-    network in training mode is coupled: a MainNet is frozen in evaluation mode.
+  Returns:
+    The Method.
+
+  Raises:
+    ValueError: there is no exit 'main' and another one, the regime is unknown, or the
+      network was coupled in training mode (a frozen network runs in evaluation mode).
+
+  Source: Morisot, arXiv 2007.13512.
   """
   names = early(coupling)
   if regime not in get_args(Regime):
@@ -62,7 +90,7 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
   def objective(task, outputs, batch, theta, step):
     del theta, step
     loss = jnp.stack([task.loss(outputs[name], batch) for name in trained]).sum()
-    return loss, measured(task, outputs['main'], outputs, batch, names)
+    return loss, exit_metrics(task, outputs['main'], outputs, batch, names)
 
   return Method(
     objective=objective,
@@ -83,21 +111,11 @@ def early(coupling: Coupling) -> tuple[str, ...]:
   return names
 
 
-def measured(
-  task: Task, own: Tree, outputs: Tree, batch: Tree, names: tuple[str, ...]
-) -> dict:
-  """The metrics of the network's own logits, and of exits as '<metric>_<exit>'."""
-  metrics = task.metrics(own, batch)
-  for name in names:
-    found = task.metrics(outputs[name], batch)
-    metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
-  return metrics
-
-
 def side_paths(coupling: Coupling) -> frozenset[str]:
   """Paths of the parameters that 'main' does not read: those of the SideNets."""
-  main = Decision({}, {name: name == 'main' for name in coupling.exits})
-  return coupling.view.unneeded(main) - coupling.view.unneeded(Decision({}, {}))
+  main = trace.Decision({}, {name: name == 'main' for name in coupling.exits})
+  view = coupling.view
+  return view.unneeded(main) - view.unneeded(trace.Decision({}, {}))
 
 
 def only(
@@ -113,10 +131,164 @@ def only(
   return optax.multi_transform({'side': tx, 'main': optax.set_to_zero()}, labels)
 
 
-def configured(
-  config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
-) -> Method:
-  """The method as a run describes it: its first stage, where there are two."""
-  del steps, scores, whole
-  o = config.options
-  return sidenet(coupling, 'joint' if o.regime == 'joint' else 'frozen')
+# ---- runs and reports ----------------------------------------------------------------
+
+BY_INPUT = tyro.conf.arg(help_behavior_hint='(default: grid4 of images, avg of tokens)')
+SPREAD = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: five, spread)')
+NUMBER = tyro.conf.arg(metavar='NUMBER')
+
+REQUESTS = ('budget', 'milliseconds', 'threshold', 'risk')  # instead of a drop
+Confidence = Literal['probability', 'entropy', 'margin', 'patience', 'learned']
+
+
+@dataclasses.dataclass(frozen=True)
+class SideNetOptions:
+  """SideNet: small heads on a pretrained network, where sure answers leave early."""
+
+  taps: Annotated[tuple[str, ...], SPREAD] = ()
+  """Where heads are put, such as stage1/block5."""
+
+  hidden: int = 256
+  """Width of a head's hidden layer."""
+
+  pool: Annotated[Literal['max', 'avg', 'cls', 'grid4'] | None, BY_INPUT] = None
+  """How a head turns positions into one vector."""
+
+  regime: Literal['frozen', 'joint', 'mixed'] = 'frozen'
+  """frozen: the heads alone are trained (the paper's). joint: all together. mixed:
+  frozen, then all together for finetune_epochs."""
+
+  views: int = 2
+  """Augmented copies of every image whose features are kept (frozen, mixed)."""
+
+  dropout: float = 0.3
+  """Dropout in the heads."""
+
+  smoothing: float = 0.05
+  """Smoothing of the labels that heads learn from."""
+
+  head_learning_rate: float = 1e-3
+  """Learning rate of the heads, while nothing else is trained (Adam, cosine)."""
+
+  confidence: Confidence = 'probability'
+  """What an exit is judged sure by."""
+
+  drop: float = 0.5
+  """Points of accuracy that the cascade which is saved may lose against the network
+  alone, as it is after training."""
+
+  budget: Annotated[float | None, FRACTION] = None
+  """Save the best cascade for this part of the network's FLOPs, such as 0.6 or 60%,
+  instead of by drop."""
+
+  milliseconds: Annotated[float | None, NUMBER] = None
+  """Save the best cascade for this time of an example, in full batches, as measured
+  here on this device, instead of by drop."""
+
+  threshold: Annotated[float | None, NUMBER] = None
+  """Save the cascade with this threshold at every exit, instead of by drop."""
+
+  risk: Annotated[float | None, FRACTION] = None
+  """Save the cascade that is wrong where the network is right on at most this part of
+  all examples, guaranteed with confidence 1 - delta, instead of by drop."""
+
+  delta: float = 0.05
+  """How likely the guarantee may fail."""
+
+  decide_on: Literal['auto', 'train', 'test'] = 'auto'
+  """train: thresholds come from images held out of training. test: from the first half
+  of the test images, and the second half reports, because pretrained weights may have
+  seen all training images. auto: test where weights are pretrained, not trained on."""
+
+  def __post_init__(self):
+    one_of(self, 'regime', ('frozen', 'joint', 'mixed'))
+    one_of(self, 'decide_on', ('auto', 'train', 'test'))
+    one_of(self, 'confidence', get_args(Confidence))
+    at_least(self, 'hidden', 0)
+    at_least(self, 'views', 1)
+    finite(self, 'drop', positive=False)
+    finite(self, 'head_learning_rate', positive=True)
+    for name in ('dropout', 'smoothing'):
+      inside(self, name, 0, 1)
+    for name in ('budget', 'risk', 'delta'):
+      if isinstance(value := getattr(self, name), str):
+        object.__setattr__(self, name, fraction(value, name))
+      if value is not None:
+        inside(self, name, 0, 1, open_=True)
+    if self.milliseconds is not None:
+      finite(self, 'milliseconds', positive=True)
+    if self.threshold is not None:
+      finite(self, 'threshold', positive=False)
+    requests = [name for name in REQUESTS if getattr(self, name) is not None]
+    if len(requests) > 1:
+      raise ConfigError(
+        f'{", ".join(requests)}: expected one of them, got {len(requests)}'
+      )
+
+  @property
+  def request(self) -> tuple[str, float]:
+    """('drop', points), or one of REQUESTS and its value."""
+    values = ((name, getattr(self, name)) for name in REQUESTS)
+    return next((one for one in values if one[1] is not None), ('drop', self.drop))
+
+  @property
+  def label(self) -> str:
+    kind, value = self.request
+    much = 100 * value if kind in ('budget', 'risk') else value
+    return f'{self.regime}-{kind}{much:g}-{self.confidence}'
+
+
+def _build(setting: Setting) -> Method:
+  joint = setting.stage in ('joint', 'mixed')
+  return sidenet(setting.coupling, 'joint' if joint else 'frozen')
+
+
+def _check(config: Any) -> None:
+  if config.mixup and config.options.regime != 'joint':
+    raise ConfigError(
+      'mixup: leave it out for sidenet, where heads learn from features of whole images '
+      '(joint trains everything together, and may mix)'
+    )
+
+
+def _plan(o: SideNetOptions) -> CascadePlan:
+  return CascadePlan(
+    taps=o.taps,
+    hidden=o.hidden,
+    pool=o.pool,
+    frozen=o.regime != 'joint',
+    joint=o.regime != 'frozen',
+    views=o.views,
+    dropout=o.dropout,
+    smoothing=o.smoothing,
+    head_learning_rate=o.head_learning_rate,
+    confidence=o.confidence,
+    request=o.request,
+    delta=o.delta,
+    decide_on=o.decide_on,
+  )
+
+
+RECIPE = Recipe(
+  options=SideNetOptions,
+  build=_build,
+  description=(
+    'Put small heads on a pretrained network, find out how sure each must be, and save '
+    'the cascade in which sure answers leave early, and report.'
+  ),
+  epochs={
+    'digits': Epochs(train=30, gates=30, finetune=20),
+    'fashion_mnist': Epochs(train=12, gates=20, finetune=6),
+    '': Epochs(train=60, gates=20, finetune=10),
+  },
+  peaks=(1.0, 0.1),
+  decides_only=('drop', *REQUESTS, 'delta', 'confidence'),
+  check=_check,
+  own_exits=True,
+  cascade=_plan,
+  legend=(
+    'MainNet: the network alone; cascade: with early exits and their heads. FLOPs: of '
+    'an example in the mean; ideal if every stage runs on just those that reach it, '
+    'padded as executed, in batches of a few compiled sizes.'
+  ),
+)

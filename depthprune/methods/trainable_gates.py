@@ -32,25 +32,41 @@ back. Where widths are rounded, the gates are so in training too, with the same
 gradient.
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from etils import epy
 
-from depthprune import distributed as hosts
-from depthprune.gates import Surrogate, straight_through
-from depthprune.program import cost
-from depthprune.program.coupling import Coupling
-from depthprune.run.config import Config
-from depthprune.storage import directory as record
-from depthprune.timing import latency
-from depthprune.timing.layers import TIME, Cost, Milliseconds, Session, counted, session
 from depthprune.train.method import Method, apart, openness, spare_closed, supervised
-from depthprune.train.target import on_target, reachable
-from depthprune.train.task import Tree
+from depthprune.train.options import (
+  FRACTION,
+  ConfigError,
+  Epochs,
+  at_least,
+  finite,
+  fraction,
+  one_of,
+)
+from depthprune.train.recipe import COSTS, Chart, Recipe, Setting, Target
+
+with epy.lazy_imports():
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  from depthprune import gates as gating
+  from depthprune.gates import Surrogate
+  from depthprune.program import cost
+  from depthprune.program.coupling import Coupling
+  from depthprune.timing import latency, layers
+  from depthprune.timing.layers import Cost
+  from depthprune.train import target as targets
+  from depthprune.train.result import Result
+  from depthprune.train.task import Tree
 
 START = 0.1  # mean gate weight of a group at the start
 LEAST = 0.1  # of the mean price of a channel, where prices are measured
@@ -67,30 +83,54 @@ def trainable_gates(
   steps: int = 0,
   scores: Mapping[str, np.ndarray] | None = None,
 ) -> Method:
-  """The method for one network.
+  """Learns by gradient descent which channels of a network may go.
+
+  Every group of coupled channels gets a gate weight per channel; a channel is open where
+  it is positive. The weights are trained together with the network's own, with a
+  penalty on the distance of its cost to the target. Then
+  `prune(model, variables, method.decide(state.theta, {}, None), example)` cuts the
+  closed channels out. No code for it is in the model:
+
+    coupling = dp.couple(model, variables, example)
+    method = dp.trainable_gates(coupling, target=0.5, steps=1000)
+    tx = optax.sgd(0.05, momentum=0.9)
+    state = dp.init_state(model, method, tx, variables, coupling)
+    step = dp.make_step(model, method, dp.classification(10), tx, coupling)
 
   Args:
-    coupling: of the network, from `couple`.
-    target: rho in (0, 1], the fraction of the cost that is to remain.
-    of: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now on this
-      device for a batch of 128; for another,
+    coupling: what `couple` found in the network.
+    target: the part of the cost that is to remain, in (0, 1].
+    of: the cost: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now
+      on this device for a batch of 128; for another batch
       `milliseconds(coupling, batch, round_to=round_to)`.
-    strength: lambda. gate_lr: eta. surrogate: g.
-    round_to: widths are multiples of this.
-    steps: T, the length of the training; 0 asks for rho at once and lets no gate rest.
-    scores: {group: [n]} (`oneshot.rank`), which channels start nearer to closing; by
-      default they start in an arbitrary order.
+    strength: weight of the squared distance to the target in the loss.
+    gate_lr: learning rate of the gate weights.
+    surrogate: derivative of a gate by its weight in the backward pass: 'constant' (1),
+      or that of 'sigmoid' or 'tanh'.
+    round_to: widths are multiples of this (8 suits GPUs, 128 TPUs), counted in the
+      target.
+    steps: length of the training. The target is approached during its first half, and
+      gates rest in its last quarter. 0 asks for the target at once and lets no gate
+      rest.
+    scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
+      start nearer to closing. By default the order is arbitrary.
 
-  Raises: ValueError when no channel can be gated, or when the target is not in (0, 1]
-    or below the cost with one channel (one multiple of round_to) left per group.
+  Returns:
+    The Method. Its `decide` keeps the open channels, corrected to meet the target.
+
+  Raises:
+    ValueError: no channel can be gated, or the target is not in (0, 1] or below the
+      cost with one channel (one multiple of round_to) left per group.
+
+  Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
-  name, C = counted(coupling, of, round_to)
-  reachable(coupling, target, C, round_to)
+  name, C = layers.counted(coupling, of, round_to)
+  targets.reachable(coupling, target, C, round_to)
   rho = target
   start = coupling.gates()['channels']
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
   c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
-  if name == TIME:
+  if name == layers.TIME:
     c = _not_free(c)
 
   def forward(theta, key=None, step=None):
@@ -112,7 +152,7 @@ def trainable_gates(
 
   return Method(
     objective=objective,
-    decide=lambda theta, stats, evaluate: on_target(
+    decide=lambda theta, stats, evaluate: targets.on_target(
       coupling, theta['channels'], rho, C, round_to
     ),
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta)) ** 2,
@@ -131,61 +171,11 @@ def gate(
   Of the open gates the largest are left open, as many as make a width that can be
   built: a multiple of round_to, and at least one whatever their weights.
   """
-  b = straight_through(w, surrogate)
+  b = gating.straight_through(w, surrogate)
   width = cost.multiple(jnp.maximum(b.sum(), 1), w.size, round_to, jnp)
   rank = jnp.argsort(jnp.argsort(-w, stable=True), stable=True)
   built = (rank.astype(w.dtype) < width).astype(w.dtype)
   return b + jax.lax.stop_gradient(built - b)
-
-
-def configured(
-  config: Config, coupling: Coupling, steps: int, scores: Mapping, whole: Coupling
-) -> Method:
-  """The method as a run describes it."""
-  del whole
-  options = config.options
-  return trainable_gates(
-    coupling,
-    options.target,
-    _cost(config, coupling),
-    options.strength,
-    options.gate_learning_rate,
-    round_to=options.round_to,
-    steps=steps,
-    scores=scores,
-  )
-
-
-def _cost(config: Config, coupling: Coupling) -> str | Milliseconds:
-  """What the target counts.
-
-  Milliseconds are measured once, by process 0, and kept in the run's folder: a run that
-  is resumed goes on with the table that it began with.
-  """
-  options, known = config.options, config.path / 'costs.json'
-  if options.of != TIME:
-    return options.of
-  timed = session(coupling, options.latency_batch, options.round_to)
-  found = _kept(known, timed)
-  measured = hosts.agreed(timed.measure() if found is None else found)
-  if found is None:
-    table = [
-      {'layer': layer or 'network', 'widths': widths, TIME: float(taken)}
-      for (layer, widths), taken in zip(timed.rows, measured, strict=True)
-    ]
-    told = {'device': latency.device(), 'batch': timed.batch, 'table': table}
-    record.write(known, told)
-  return timed.cost(measured)
-
-
-def _kept(known: Path, timed: Session) -> np.ndarray | None:
-  """The table of a run that was stopped [rows]; None if it is of something else."""
-  told = record.read(known) or {}
-  table = told.get('table', [])
-  same = [row['widths'] for row in table] == [widths for _, widths in timed.rows]
-  if not same or told['batch'] != timed.batch:
-    return None
-  return np.array([row[TIME] for row in table])
 
 
 def _not_free(c: Tree) -> Tree:
@@ -218,3 +208,127 @@ def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:
     return {**updates, 'theta': theta}
 
   return optax.chain(optax.stateless(divided), optax.sgd(eta))
+
+
+# ---- runs and reports ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GateOptions:
+  """Trainable gates: which channels may go."""
+
+  target: Annotated[float, FRACTION] = 0.5
+  """Part of the network's cost that is to remain: 0.5, or 50%."""
+
+  of: Literal['flops', 'params', 'milliseconds'] = 'flops'
+  """The cost that the target counts. 1 MAC = 2 FLOPs; milliseconds are measured on this
+  device, layer by layer."""
+
+  latency_batch: int = 128
+  """Examples in a call, where the target counts milliseconds."""
+
+  round_to: int = 1
+  """Widths become multiples of this, counted in the target (8 suits GPU and TPU)."""
+
+  gate_learning_rate: float = 2e-4
+  """Learning rate of the gates."""
+
+  strength: float = 200.0
+  """Weight of the distance to the target in the loss."""
+
+  def __post_init__(self):
+    if isinstance(self.target, str):
+      object.__setattr__(self, 'target', fraction(self.target, 'target'))
+    if not 0 < self.target <= 1:
+      raise ConfigError(
+        f'target: expected a fraction in (0, 1], got {self.target:g}; '
+        'it is the part that remains, so 0.5 (or 50%) halves the network'
+      )
+    one_of(self, 'of', tuple(COSTS))
+    at_least(self, 'latency_batch', 1)
+    at_least(self, 'round_to', 1)
+    finite(self, 'strength', positive=False)
+    finite(self, 'gate_learning_rate', positive=True)
+
+  @property
+  def label(self) -> str:
+    batch = f'-batch{self.latency_batch}' if self.of == 'milliseconds' else ''
+    return f'{self.of}{100 * self.target:g}{batch}'
+
+
+def _build(setting: Setting) -> Method:
+  o = setting.options
+  return trainable_gates(
+    setting.coupling,
+    target=o.target,
+    of=_cost(setting) if o.of == layers.TIME else o.of,
+    strength=o.strength,
+    gate_lr=o.gate_learning_rate,
+    round_to=o.round_to,
+    steps=setting.steps,
+    scores=setting.scores,
+  )
+
+
+def _cost(setting: Setting) -> Cost:
+  """Milliseconds, measured once: a run that is resumed goes on with its first table."""
+  o = setting.options
+  timed = layers.session(setting.coupling, o.latency_batch, o.round_to)
+
+  def to_json(measured: np.ndarray) -> dict[str, Any]:
+    table = [
+      {'layer': layer or 'network', 'widths': widths, layers.TIME: float(taken)}
+      for (layer, widths), taken in zip(timed.rows, measured, strict=True)
+    ]
+    return {'device': latency.device(), 'batch': timed.batch, 'table': table}
+
+  def from_json(known: Mapping[str, Any]) -> np.ndarray | None:
+    table = known.get('table', [])
+    same = [row['widths'] for row in table] == [widths for _, widths in timed.rows]
+    if not same or known['batch'] != timed.batch:
+      return None
+    return np.array([row[layers.TIME] for row in table])
+
+  return timed.cost(setting.remember(timed.measure, to_json, from_json))
+
+
+def _target(options: Mapping[str, Any]) -> Target:
+  of = options.get('of', 'flops')
+  batch = options.get('latency_batch') if of == 'milliseconds' else None
+  return Target(of, options['target'], batch)
+
+
+def _sentence(result: Result) -> str:
+  """`requested 50.0 % of the FLOPs, reached 49.8 %`."""
+  of, fraction, _ = _target(result.options)
+  batch = ''
+  if of == 'milliseconds' and result.milliseconds:
+    batch = f' at batch {result.milliseconds.batch}'
+  cost = getattr(result, of)
+  return (
+    f'requested {100 * fraction:.1f} % of the {COSTS[of]}{batch}, reached '
+    f'{100 * cost.after / cost.before:.2f} %'
+  )
+
+
+RECIPE = Recipe(
+  options=GateOptions,
+  build=_build,
+  description=(
+    'Train a network, learn with trainable gates which channels may go, cut them out, '
+    'fine-tune the small network that remains, and report.'
+  ),
+  # Sized so that the stages reach their plateau: seconds for the digits, minutes to an
+  # hour on a CPU for the TFDS sets at 28x28, an accelerator for the rest.
+  epochs={
+    'digits': Epochs(train=20, gates=20, finetune=15),
+    'fashion_mnist': Epochs(train=12, gates=8, finetune=6),
+    '': Epochs(train=60, gates=40, finetune=30),
+  },
+  peaks=(0.5, 0.5),
+  target=_target,
+  round_to=lambda o: o.round_to,
+  legend='cut: right after surgery; after: fine-tuned',
+  sentence=_sentence,
+  charts=(Chart('Gates over time', 'channels', 'open', 'open channels'),),
+)

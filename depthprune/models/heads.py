@@ -12,7 +12,9 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, beneath, complete, within
-from depthprune.models.auxiliary_path import Auxiliary, AuxiliaryPath
+from depthprune.models.auxiliary_path import Auxiliary as Auxiliary
+from depthprune.models.auxiliary_path import AuxiliaryPath
+from depthprune.models.auxiliary_path import beside as beside
 from depthprune.models.layers import Classes, Pool, answer, hashable, he_normal, pooled
 from depthprune.models.stages import check_tap
 
@@ -244,6 +246,25 @@ def every_tap(
   digits = len(str(len(taps)))
   heads = {f'exit{i:0{digits}}': head(tap) for i, tap in enumerate(taps, 1)}
   return WithHeads(trunk, heads, FrozenDict({'exit/main': 0}))
+
+
+def add_heads(network: Any, heads: Mapping[str, Head | Auxiliary]) -> WithHeads:
+  """The network with more heads on its taps, or on those of its trunk if it has heads.
+
+  Args:
+    network: a model of this package, or one `WithHeads`.
+    heads: what to add, by name.
+
+  Raises:
+    ValueError: a head named like another one or like an output of the trunk, or on a
+      tap that it does not have.
+  """
+  own = getattr(network, 'heads', {})
+  if both := sorted({*own} & {*heads}):
+    raise ValueError(f'head {both[0]!r}: the network has an exit of that name')
+  if not own:
+    return WithHeads(network, heads)
+  return WithHeads(network.trunk, {**own, **heads}, network.arch)
 
 
 def multitask(trunk: Any, tasks: Mapping[str, int]) -> WithHeads:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import axes as sl
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.axes import Facts
@@ -156,11 +155,11 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
 
 def _written(view: View, others: Sequence[View], symbols: Mapping) -> dict:
   """The symbol of every literal that is the size of an input; see `anysize`."""
-  full = lambda v: [sl.mask(d, {}) for d in view.facts.dims[v]]
+  full = lambda v: [ax.mask(d, {}) for d in view.facts.dims[v]]
 
   def resized(e, number):
     sizes = dict.fromkeys(symbols, number)
-    return _resized(e, full, view.facts, lambda axis: sl.count(axis, {}, sizes))
+    return _resized(e, full, view.facts, lambda axis: ax.count(axis, {}, sizes))
 
   found = followers(view, others, resized)
   first, *more = dict.fromkeys(symbols.values())
@@ -176,7 +175,7 @@ def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
   kept: dict[ax.Var, np.ndarray] = {}
   for group, slices in keep.get('channels', {}).items():
     try:
-      sl.assign(view.groups[group], np.asarray(slices, bool), kept)
+      ax.assign(view.groups[group], np.asarray(slices, bool), kept)
     except ax.LayoutError as error:
       raise ValueError(
         f'{group}: {error}; couple() the function in this mode and at these shapes'
@@ -194,7 +193,7 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
     args.append(leaf)
     if v not in needed:
       continue
-    expected = tuple(sl.count(d, kept) for d in view.facts.dims[v])
+    expected = tuple(ax.count(d, kept) for d in view.facts.dims[v])
     if 0 in expected and leaf is None:  # all layers of a scan are gone
       args[-1] = jnp.zeros(expected, v.dtype)
     elif leaf is None:
@@ -208,7 +207,7 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
 
 def rebound(
   facts: Facts,
-  kept: sl.Keep,
+  kept: ax.Keep,
   symbols: Mapping[ax.Var, Any] = jx.NOTHING,
   written: Mapping[jx.Literal, Any] = jx.NOTHING,
 ) -> Callable:
@@ -219,7 +218,7 @@ def rebound(
   derived: dict[jx.Equation, Callable] = {}
 
   def masks(v: jx.Value) -> list[np.ndarray]:
-    return [sl.mask(d, kept) for d in facts.dims[v]]
+    return [ax.mask(d, kept) for d in facts.dims[v]]
 
   def run(program: jx.Program, args: Sequence) -> list:
     constants = {v: _take(c, masks(v)) for v, c in program.constants.items()}
@@ -231,7 +230,7 @@ def rebound(
     if e.name in rules.ANY_SHAPE:  # random bits of the full network, then its slices
       full = bind(e, ins, e.params, run)
       return [_take(x, m) for x, m in zip(full, outs, strict=True)]
-    params = _resized(e, masks, facts, lambda axis: sl.count(axis, kept, symbols))
+    params = _resized(e, masks, facts, lambda axis: ax.count(axis, kept, symbols))
     if e.name == 'scan' and params['length'] == 0:  # all layers are gone
       _, carry, _ = jx.scan_parts(e, ins)
       empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)
@@ -254,7 +253,7 @@ def _take(x, masks):
 
 
 def _derivative(
-  e: jx.Equation, facts: Facts, kept: sl.Keep, symbols: Mapping[ax.Var, Any]
+  e: jx.Equation, facts: Facts, kept: ax.Keep, symbols: Mapping[ax.Var, Any]
 ) -> Callable:
   """The derivative rule of a custom call at its new sizes."""
   program = derivative(e)
@@ -268,7 +267,7 @@ def _derivative(
   inside: dict[ax.Var, np.ndarray] = {}
   for outer, copied in memo.items():
     if outer in kept:
-      sl.assign(copied, kept[outer], inside)
+      ax.assign(copied, kept[outer], inside)
   copies = ((ax.norm(memo.get(v, v)), n) for v, n in symbols.items())
   named = {axis: n for axis, n in copies if isinstance(axis, ax.Var)}
   run = rebound(inner, inside, named)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from depthprune.program import jaxpr as jx
-from depthprune.program import layout as lay
+from depthprune.program import layout
 from depthprune.program.axes import (
   Axis,
   Dims,
@@ -82,7 +82,7 @@ def rule_of(name: str):
     return RULES[name]
   families = (
     (ELEMENTWISE, elementwise), (REDUCE, reduce), (ARGREDUCE, argreduce),
-    (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, lay.scatter),
+    (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, layout.scatter),
     (ANY_SHAPE, any_shape),
   )  # fmt: skip
   return next((rule for names, rule in families if name in names), opaque)
@@ -248,15 +248,15 @@ def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
 
 RULES = {
   'bitcast_convert_type': bitcast,
-  'broadcast_in_dim': lay.broadcast_in_dim, 'concatenate': lay.concatenate,
+  'broadcast_in_dim': layout.broadcast_in_dim, 'concatenate': layout.concatenate,
   'cond': cond, 'conv_general_dilated': conv_general_dilated,
   'custom_jvp_call': own_derivative,
   'custom_vjp_call': own_derivative, 'dot_general': dot_general,
-  'dynamic_slice': lay.dynamic_slice, 'dynamic_update_slice': lay.dynamic_update_slice,
-  'fft': lay.fft, 'gather': lay.gather, 'iota': lay.iota,
+  'dynamic_slice': layout.dynamic_slice, 'dynamic_update_slice': layout.dynamic_update_slice,
+  'fft': layout.fft, 'gather': layout.gather, 'iota': layout.iota,
   'optimization_barrier': unchanged,
-  'pad': lay.pad, 'reshape': lay.reshape, 'rev': lay.rev, 'scan': scan,
-  'slice': lay.slice_rule, 'sort': sort, 'split': lay.split_rule,
-  'squeeze': lay.squeeze, 'stack': lay.stack, 'tile': lay.tile, 'top_k': top_k,
-  'transpose': lay.transpose, 'unstack': lay.unstack, 'while': while_rule,
+  'pad': layout.pad, 'reshape': layout.reshape, 'rev': layout.rev, 'scan': scan,
+  'slice': layout.slice_rule, 'sort': sort, 'split': layout.split_rule,
+  'squeeze': layout.squeeze, 'stack': layout.stack, 'tile': layout.tile, 'top_k': top_k,
+  'transpose': layout.transpose, 'unstack': layout.unstack, 'while': while_rule,
 }  # fmt: skip

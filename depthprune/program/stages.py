@@ -19,8 +19,7 @@ import jax
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import cost
-from depthprune.program import jaxpr as evaluate
+from depthprune.program import cost, jaxpr
 from depthprune.program import jaxpr as jx
 from depthprune.program.axes import Facts, fresh
 from depthprune.program.deadcode import dependent
@@ -282,7 +281,7 @@ def _parts(view: View, names: Sequence[str]) -> list[_Part]:
 def _run(part: _Part) -> Run:
   def run(variables, crossed):
     leaves = jax.tree.leaves(variables)
-    outs = evaluate.run(part.program, [*(leaves[i] for i in part.places), *crossed])
+    outs = jaxpr.run(part.program, [*(leaves[i] for i in part.places), *crossed])
     n = part.tree.num_leaves
     return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from depthprune.report.numbers import in_order
-from depthprune.report.sentences import erased, first_names
+from depthprune.report.run_files import Run
 from depthprune.report.style import (
   FAINT,
   FIRST,
@@ -35,6 +35,9 @@ from depthprune.report.style import (
   styled,
   thin,
 )
+from depthprune.report.tables import erased, first_names
+from depthprune.train.recipe import Chart
+from depthprune.train.result import RoundResult
 
 COSTS = {
   'flops': 'FLOPs kept',
@@ -110,23 +113,46 @@ def training_curves(
   return figure
 
 
-def gate_map(
-  gates: Sequence[Mapping[str, Any]], widths: Mapping[str, tuple[int, int]]
-) -> Figure:
-  """Open channels of every layer over the gate stage, as a heat map.
+def draw(chart: Chart, run: Run) -> Figure | None:
+  """What a method wants drawn of what it learns; None where a run has nothing of it."""
+  if chart.kind == 'connections':
+    learned = run.result.rounds[-1].learned if run.result.rounds else {}
+    weights, open_ = learned.get(chart.key), learned.get('open')
+    return connections(weights, open_) if weights and open_ else None
+  lines = [line for line in run.gates if chart.key in line]
+  if not lines:
+    return None
+  if chart.kind == 'channels':
+    return channel_map(lines, run.result.widths, chart.key, chart.label)
+  if chart.kind == 'exits':
+    kept = run.result.rounds[-1].exits[-1]
+    return exit_map({'': (lines, kept)}, chart.key, chart.label)
+  return unit_map(lines, run.result.rounds, chart.key, chart.label)
 
-  `gates`: the lines of gates.jsonl; `widths`: {name: (before, after)}, for the sizes.
+
+def channel_map(
+  gates: Lines,
+  widths: Mapping[str, tuple[int, int]],
+  key: str = 'open',
+  label: str = 'open channels',
+) -> Figure:
+  """Open channels of every layer over training, as a heat map of shares.
+
+  Args:
+    gates: lines of gates.jsonl, with `key`: {layer: open channels}.
+    widths: {layer: (before, after)}, for the sizes.
+    key: which entry of the lines. label: of the scale.
   """
-  names = [name for name in widths if any(name in line['open'] for line in gates)]
+  names = [name for name in widths if any(name in line[key] for line in gates)]
   opened = np.array(
-    [[line['open'].get(name, np.nan) / widths[name][0] for line in gates]
+    [[line[key].get(name, np.nan) / widths[name][0] for line in gates]
      for name in names]
   ).reshape(len(names), len(gates))  # fmt: skip
   with styled():
     figure = Figure(figsize=(7.2, 1.0 + ROW * len(names)), layout='constrained')
     axes = figure.subplots()
     mesh = heat_map(axes, gates, opened, vmin=0, vmax=1)
-    axis = colour_bar(mesh, axes, 'open channels')
+    axis = colour_bar(mesh, axes, label)
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
     name_rows(axes, names)
     axes.set_xlabel('step of the gate stage')
@@ -157,47 +183,60 @@ Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 """{series: {'before' or 'after' retraining: {erased units: accuracies by seed}}}"""
 
 
-def importance_map(runs: Mapping[str, tuple[Lines, str]]) -> Figure:
-  """Importance w of every exit over training, a heat map for each run.
+def exit_map(
+  runs: Mapping[str, tuple[Lines, str]],
+  key: str = 'importance',
+  label: str = 'importance w',
+) -> Figure:
+  """The weight in [0, 1] of every exit over training, a heat map for each run.
 
-  runs: {title: (lines, kept)}; lines: of gates.jsonl, with 'importance': {exit: w};
-    kept: the exit that was kept, whose label is marked. All runs have the same exits.
+  Args:
+    runs: {title: (lines, kept)}. Lines of gates.jsonl with `key`: {exit: weight}, and
+      the exit that was kept, whose label is marked. All runs have the same exits.
+    key: which entry of the lines. label: of the scale.
   """
-  names = in_order(next(iter(runs.values()))[0][0]['importance'])
+  names = in_order(next(iter(runs.values()))[0][0][key])
   height, every = thin(len(names))
   with styled():
     figure = Figure(figsize=(7.2, 1.0 + height * len(names)), layout='constrained')
     grid = list(figure.subplots(1, len(runs), squeeze=False)[0])
     for axes, (title, (lines, kept)) in zip(grid, runs.items()):
-      w = np.array([[line['importance'][name] for line in lines] for name in names])
+      w = np.array([[line[key][name] for line in lines] for name in names])
       # The root, because all exits begin at 1 / exits, which is next to nothing.
       mesh = heat_map(axes, lines, w, norm=PowerNorm(0.5, 0, 1))
       name_rows(axes, names, every if axes is grid[0] else len(names), kept)
       axes.xaxis.set_major_locator(MaxNLocator(max(2, 9 // len(runs))))
       axes.set_title(title, size=9, color=INK)
       axes.set_xlabel('step')
-    axis = colour_bar(mesh, grid, 'importance w')
+    axis = colour_bar(mesh, grid, label)
     axis.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1], labels='0 .01 .05 .2 .5 1'.split())
   return figure
 
 
-def priority_map(gates: Lines, rounds: Sequence[Mapping[str, Any]]) -> Figure:
-  """Priority |w| of every unit over all rounds; its row ends where it was erased.
+def unit_map(
+  gates: Lines,
+  rounds: Sequence[RoundResult],
+  key: str = 'priority',
+  label: str = 'priority |w|',
+) -> Figure:
+  """The weight of every residual unit over all rounds; a row ends where it was erased.
 
-  gates: lines of gates.jsonl, with 'priority': {unit: |w|}, a stage for each round.
-  rounds: those of result.json, whose 'erased' names what went.
+  Args:
+    gates: lines of gates.jsonl, with `key`: {unit: weight}, a stage for each round.
+    rounds: those of a result, whose `erased` names what went.
+    key: which entry of the lines. label: of the scale.
   """
-  stages, gone = by_stage(gates), erased(rounds)
-  names = in_order(gates[0]['priority'])
-  priority = _priorities(stages, rounds, names)
+  stages, gone = by_stage(gates), erased(rounds, key)
+  names = in_order(gates[0][key])
+  weights = _weights_by_first_names(stages, rounds, names, key)
   borders = edges(steps_of(gates)).tolist()
   ends = list(accumulate(len(records) for _, records in stages.values()))
   height, every = thin(len(names))
   with styled():
     figure = Figure(figsize=(7.2, 1.2 + height * len(names)), layout='constrained')
     axes = figure.subplots()
-    mesh = heat_map(axes, gates, priority, vmin=0)
-    colour_bar(mesh, axes, 'priority |w|')
+    mesh = heat_map(axes, gates, weights, vmin=0)
+    colour_bar(mesh, axes, label)
     name_rows(axes, names, every)
     for end, units in zip(ends, gone):
       axes.axvline(borders[end], color=PAPER if end < ends[-1] else LINE, lw=1)
@@ -206,6 +245,57 @@ def priority_map(gates: Lines, rounds: Sequence[Mapping[str, Any]]) -> Figure:
     _number_rounds(axes, [borders[i] for i in (0, *ends[:-1])])
     axes.set_xlabel('step of the rounds; × erased')
   return figure
+
+
+def connections(weights: Mapping[str, float], open_: Mapping[str, float]) -> Figure:
+  """Taps against stages of a path: a full mark for an open gate, else a ring.
+
+  Args:
+    weights: {path of a connection, '.../STAGE/TAP/gate': weight of its gate}.
+    open_: the same, above 0 where the gate is open.
+  """
+  ends = {path: path.split('/')[-3:-1] for path in in_order(weights)}
+  stages = in_order({stage for stage, _ in ends.values()})
+  taps = in_order({tap for _, tap in ends.values()})
+  with styled():
+    height = 1.2 + ROW * len(taps)
+    figure = Figure(figsize=(7.2, height), layout='constrained')
+    axes = figure.subplots()
+    for path, (stage, tap) in ends.items():
+      at, is_open = (stages.index(stage), taps.index(tap)), open_[path] > 0
+      face, edge = (FIRST, FIRST) if is_open else (PAPER, MUTED)
+      axes.plot(*at, 'o', ms=7, mfc=face, mec=edge)
+      text = f'{weights[path]:.3f}'
+      axes.annotate(text, at, (9, -3), fontsize=7, color=MUTED, **OFFSET)
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_yticks(range(len(taps)), taps)
+    axes.set_xlim(-0.5, len(stages) - 0.3)
+    axes.set_ylim(len(taps) - 0.5, -0.5)
+    axes.set_xlabel('stage of the path that the tap feeds')
+  return figure
+
+
+def curve(*runs: Sequence[RoundResult]) -> dict[str, dict[int, list[float]]]:
+  """Held-out accuracy by number of erased units, before and after retraining.
+
+  Args:
+    *runs: the rounds of one result each; what lies before retraining has fresh batch
+      statistics.
+
+  Returns:
+    {'before' or 'after': {erased units: [accuracy of every run]}}, for `erased_curve`.
+  """
+  found: dict[str, dict[int, list[float]]] = {'before': {}, 'after': {}}
+  for rounds in runs:
+    units, full = rounds[0].units[0], rounds[0].held_out.before
+    points = [(units, full, full)]
+    for each in rounds:
+      accuracy = each.held_out
+      points.append((each.units[1], accuracy.recalibrated or 0, accuracy.after or 0))
+    for left, before, after in points:
+      found['before'].setdefault(units - left, []).append(before)
+      found['after'].setdefault(units - left, []).append(after)
+  return found
 
 
 def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
@@ -287,18 +377,19 @@ def _name_lines(axes: Axes, names: Sequence[str]) -> None:
   )
 
 
-def _priorities(
+def _weights_by_first_names(
   stages: Mapping[str, tuple[list, list]],
-  rounds: Sequence[Mapping[str, Any]],
+  rounds: Sequence[RoundResult],
   names: Sequence[str],
+  key: str,
 ) -> np.ndarray:
-  """|w| [units, lines], NaN where a unit is gone; by the names of the first round."""
+  """Weights [units, lines], NaN where a unit is gone; by the names of round one."""
   index = {name: i for i, name in enumerate(names)}
   columns = []
-  for (_, lines), first in zip(stages.values(), first_names(rounds)):
+  for (_, lines), first in zip(stages.values(), first_names(rounds, key)):
     for line in lines:
       column = np.full(len(names), np.nan)
-      for name, w in line['priority'].items():
+      for name, w in line[key].items():
         column[index[first[name]]] = w
       columns.append(column)
   return np.array(columns).T

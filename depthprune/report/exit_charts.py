@@ -26,14 +26,15 @@ from depthprune.report.style import (
   name_rows,
   styled,
 )
+from depthprune.train.result import Calibration, ExitCalibration, Result
 
 ACROSS = 3  # reliability diagrams in a row
 
 
-def reliability(calibration: Mapping[str, Mapping[str, Any]]) -> Figure:
+def reliability(calibration: Mapping[str, ExitCalibration]) -> Figure:
   """Accuracy against confidence before and after temperature, a panel for each exit.
 
-  calibration: {exit: of `calibration.report`}. On the diagonal confidence is right;
+  calibration: {exit: how calibrated it is}. On the diagonal confidence is right;
     faint bars, and the size of the marks, are the share of examples in each bin.
   """
   rows = -(-len(calibration) // ACROSS)
@@ -97,21 +98,21 @@ def leaving(
   return figure
 
 
-def _diagram(axes: Axes, name: str, found: Mapping[str, Any]) -> None:
-  every = found.get('all') or {}
-  before, after = every.get('before') or {}, every.get('after') or {}
+def _diagram(axes: Axes, name: str, found: ExitCalibration) -> None:
+  before = found.all.before if found.all else None
+  after = found.all.after if found.all else None
   axes.plot([0, 1], [0, 1], color=LINE, lw=1)
-  if after:
-    bins, n = after['bins'], max(1, sum(after['bins']['count']))
-    edges = np.array(bins['edges'], float)
-    share = np.array(bins['count']) / n
+  if after and after.bins:
+    bins, n = after.bins, max(1, sum(after.bins.count))
+    edges = np.array(bins.edges, float)
+    share = np.array(bins.count) / n
     axes.bar(edges[:-1], share, np.diff(edges), align='edge', color=FAINT)
-  temperature = found.get('temperature')
+  temperature = found.temperature
   scaled = temperature not in (None, 1)
   if scaled:
     _bins(axes, before, SECOND, 's')
   _bins(axes, after, FIRST, 'o')
-  errors = [part['ece'] for part in (before, after)[not scaled :] if part]
+  errors = [part.ece for part in (before, after)[not scaled :] if part]
   said = ' → '.join('–' if e is None else f'{100 * e:.1f}' for e in errors)
   axes.set_title(f'{name}, T {temperature:.2f}' if scaled else name, size=9, color=INK)
   if said:
@@ -123,15 +124,15 @@ def _diagram(axes: Axes, name: str, found: Mapping[str, Any]) -> None:
     axis.set_ticks([0, 0.5, 1])
 
 
-def _bins(axes: Axes, part: Mapping[str, Any], colour: str, marker: str) -> None:
+def _bins(axes: Axes, part: Calibration | None, colour: str, marker: str) -> None:
   """Accuracy over mean confidence of the bins that have examples.
 
   A mark is as large as its bin is full: few examples say little, and often zigzag.
   """
-  bins = part.get('bins')
-  if not bins:
+  bins = part.bins if part else None
+  if bins is None:
     return
-  rows = zip(bins['confidence'], bins['accuracy'], bins['count'])
+  rows = zip(bins.confidence, bins.accuracy, bins.count)
   x, y, n = np.array([row for row in rows if None not in row]).reshape(-1, 3).T
   axes.plot(x, y, color=colour, lw=0.8, alpha=0.6)
   size = 3 + 60 * n / max(1, n.sum())
@@ -160,21 +161,27 @@ class Series(NamedTuple):
   exits: Mapping[str, Curve] = {}
 
 
-def series(*results: Mapping[str, Any]) -> Series:
-  """Of one result.json for every seed, on test data."""
+def series(*results: Result) -> Series:
+  """Of one result for every seed, each with a cascade, on test data."""
   seeds, own, chosen = [], [], []
   exits: dict[str, list[tuple[float, float]]] = {}
   for result in results:
-    found, accuracy, flops = result['cascade'], result['accuracy'], result['flops']
-    whole = found['whole']
-    points = [p for p in found['curve'] if None not in (p['cost'], p['accuracy'])]
-    seeds.append([(p['cost'] / whole, p['accuracy']) for p in points])
-    own.append(accuracy['before'])
-    chosen.append((flops['after'] / flops['before'], accuracy['after']))
-    for name in found['exits'][:-1]:
-      reached = found['exit_accuracy'].get(name)
+    found = result.cascade
+    assert found is not None
+    whole, accuracy = found.whole, result.accuracy
+    seeds.append(
+      [
+        (p.cost / whole, p.accuracy)
+        for p in found.curve
+        if p.cost is not None and p.accuracy is not None
+      ]
+    )
+    own.append(accuracy.before)
+    chosen.append((result.flops.kept, accuracy.after))
+    for name in found.exits[:-1]:
+      reached = found.exit_accuracy.get(name)
       if reached is not None:
-        exits.setdefault(name, []).append((found['cost'][name] / whole, reached))
+        exits.setdefault(name, []).append((found.cost[name] / whole, reached))
   return Series(seeds, own, chosen, exits)
 
 

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NEEDED = ('accuracy', 'flops', 'params', 'widths', 'model', 'data')
-NAMED = ('options', 'rounds')  # where 'method' says which it is
-GATES = ('target', 'of')
+from depthprune.train.result import Result, from_json
 
 
 class RunError(ValueError):
@@ -14,10 +12,16 @@ class RunError(ValueError):
 
 
 class Run(NamedTuple):
-  """A finished run: result.json, history.jsonl and gates.jsonl, read."""
+  """A finished run: result.json, history.jsonl and gates.jsonl, read.
+
+  Attributes:
+    path: its directory. result: what it reached.
+    history: a line for every few steps of training. gates: what the method had learnt.
+    notes: what could not be read.
+  """
 
   path: Path
-  result: dict[str, Any]
+  result: Result
   history: list[dict[str, Any]]
   gates: list[dict[str, Any]]
   notes: list[str]
@@ -39,39 +43,25 @@ def read(path: str | Path) -> Run:
   result = _result(path / 'result.json')
   history, damaged = _lines(path / 'history.jsonl')
   gates, damaged_gates = _lines(path / 'gates.jsonl')
-  return Run(
-    path,
-    result,
-    _latest(history, 'stage', 'step'),
-    _latest(gates, 'stage', 'step'),
-    damaged + damaged_gates,
-  )
+  return Run(path, result, _latest(history), _latest(gates), damaged + damaged_gates)
 
 
-def _result(path: Path) -> dict[str, Any]:
+def _result(path: Path) -> Result:
   if not path.is_file():
     raise RunError(
       f'{path}: not there, so the run has not finished (or never began); '
       'start the same `depthprune run` again and it continues where it stopped'
     )
   try:
-    result = json.loads(path.read_text())
+    values = json.loads(path.read_text())
   except ValueError as error:
     raise RunError(f'{path}: expected JSON, got {error}; run it again') from error
-  needed = NEEDED + (NAMED if 'method' in result else GATES)
-  missing = [key for key in needed if key not in result]
-  if missing:
+  try:
+    return from_json(values)
+  except ValueError as error:
     raise RunError(
-      f'{path}: expected the keys {", ".join(needed)}, {", ".join(missing)} missing; '
-      'it was written by another program or version'
-    )
-  return result if 'method' in result else _named(result)
-
-
-def _named(result: dict[str, Any]) -> dict[str, Any]:
-  """A result from when there was one method: its options stood beside the rest."""
-  options = {key: result[key] for key in GATES}
-  return {**result, 'method': 'trainable_gates', 'options': options}
+      f'{path}: {error}; it was written by another program or version'
+    ) from error
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -86,9 +76,9 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
   return records, notes
 
 
-def _latest(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-  """One record per key, the last written; stages in order of appearance, by step."""
-  last = {tuple(record.get(key) for key in keys): record for record in records}
+def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """One record per step, the last written; stages in order of appearance, by step."""
+  last = {(record.get('stage'), record.get('step')): record for record in records}
   stages = {record.get('stage'): None for record in records}
   order = {stage: index for index, stage in enumerate(stages)}
   return sorted(

@@ -1,200 +1,272 @@
-"""What a run decided, in words and rows: a target met, an exit kept, units erased."""
+"""What a run decided and reached, in sentences."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from depthprune.report import asked, structure
-from depthprune.report.numbers import in_order, percent
+from depthprune import methods
+from depthprune.report.numbers import percent
+from depthprune.train.recipe import Recipe, Target
+from depthprune.train.result import CascadeResult, RequestResult, Result
 
-UNITS = {'flops': 'FLOPs', 'params': 'parameters', 'milliseconds': 'milliseconds'}
-STACKED = re.compile(r'(.*)\[(\d+)\]')  # a layer of a scanned stack
-
-
-class Exit(NamedTuple):
-  """The exit that a run kept.
-
-  Attributes:
-    name: of the exit. depth, exits: it is the depth-th of so many.
-    max_importance: the largest w, in [1 / exits, 1].
-    entropy: of w, divided by log(exits): 0 is decided, 1 is undecided.
-  """
-
-  name: str
-  depth: int
-  exits: int
-  max_importance: float
-  entropy: float
-
-
-class Round(NamedTuple):
-  """One line of the table of rounds; accuracies are of the held-out images."""
-
-  name: str
-  units: str
-  before: str
-  cut: str
-  recalibrated: str
-  after: str
-  flops: str
-  erased: str
-
-
-HEAD = Round(
-  'round', 'units', 'before', 'cut', 'recalibrated', 'after', 'FLOPs', 'erased'
+NONE = '–'
+KINDS = {'drop': 'drop', 'budget': 'cost', 'risk': 'risk', 'milliseconds': 'time'}
+READING = (
+  'Thresholds come from held-out data; reached, lost and saved are of test data, in '
+  'brackets their 95 % interval (paired bootstrap). Drop: points of accuracy; cost: of '
+  "the MainNet's FLOPs; risk: examples wrong where the MainNet is right; time: of an "
+  'example, executed.'
 )
+EXITS = (
+  'Cost: FLOPs up to the exit, all heads on the way included, of those of the MainNet. '
+  'Accuracy: if all left there. ECE: expected calibration error in 15 bins, before → '
+  'after temperature; AUROC: how well confidence tells right from wrong. Test data.'
+)
+CURVE = (
+  'Test data; the thresholds of every point were chosen on held-out data. At 100 % is '
+  'the MainNet alone; a cascade in which nobody leaves costs its heads more.'
+)
+LEAVING = 'Of the chosen cascade, on test data, with the accuracy of those that leave.'
+RELIABILITY = (
+  'All test examples at every exit: on the diagonal, confidence is the chance to be '
+  'right; below it the exit is too sure. T: the temperature, fitted on held-out data.'
+)
+ROUNDS = 'Accuracy of held-out images; FLOPs as part of the whole network.'
 
 
-def sentence(result: Mapping[str, Any]) -> str:
-  """What the method was asked for and what it chose."""
-  if 'cascade' in result:
-    return asked.sentence(result)
-  if 'structure' in result['options']:
-    return structure.sentence(result)
-  kept = exit_(result)
-  if kept:
-    return f'kept exit {kept.depth} of {kept.exits} ({kept.name}){_price(result)}'
-  if 'target' in result['options']:
-    return requested(result)
-  return _erased(result)
+def recipe_of(result: Result) -> Recipe:
+  """What the method's file says of its reports."""
+  return methods.recipe(result.method)
 
 
-def requested(result: Mapping[str, Any]) -> str:
-  """`requested 50.0 % of the FLOPs, reached 49.8 %`."""
-  target, of = result['options']['target'], result['options']['of']
-  reached = percent(result[of]['after'] / result[of]['before'], 2)
-  batch = f' at batch {result[of]["batch"]}' if of == 'milliseconds' else ''
-  return f'requested {percent(target)} of the {UNITS[of]}{batch}, reached {reached}'
+def target_of(result: Result) -> Target | None:
+  """The part of a cost that the run was asked for, if it was."""
+  return recipe_of(result).target(result.options)
 
 
-def exit_(result: Mapping[str, Any]) -> Exit | None:
-  """The exit that was kept; None where the method does not weigh exits."""
-  rounds = result.get('rounds', [])
-  learned = rounds[-1].get('learned', {}) if rounds else {}
-  if 'importance' not in learned:
-    return None
-  names, name = in_order(learned['importance']), rounds[-1]['exits'][-1]
-  certainty = float(learned['max_importance']), float(learned['entropy'])
-  return Exit(name, names.index(name) + 1, len(names), *certainty)
+def title(result: Result) -> str:
+  """`resnet20 on digits, seed 0`."""
+  seed = '' if result.seed is None else f', seed {result.seed}'
+  return f'{result.model} on {result.data}{seed}'
 
 
-def certainty(result: Mapping[str, Any]) -> str:
-  """How decided the choice of the exit was; nothing where there was none."""
-  kept = exit_(result)
-  if not kept:
+def decided(result: Result) -> str:
+  """What was asked for and what was decided, in the words of the method."""
+  if result.cascade is not None:
+    return _cascade(result, result.cascade)
+  sentence = recipe_of(result).sentence
+  return sentence(result) if sentence else ''
+
+
+def lead(result: Result) -> str:
+  """What was decided, and the accuracy on test data: the page's first paragraph."""
+  said = decided(result)
+  said = f'{said[:1].upper()}{said[1:]}. ' if said else ''
+  found = result.accuracy
+  if result.cascade is None:
+    before, after = percent(found.before), percent(found.after or 0)
+    return f'{said}Test accuracy {before} before, {after} after.'
+  own, early = percent(found.before, 2), percent(found.after or 0, 2)
+  original = result.cascade.original.get('test', found.before)
+  if original != found.before:
+    own += f' ({percent(original, 2)} before it was trained with its heads)'
+  return f'{said}Test accuracy: MainNet {own}, cascade {early}.'
+
+
+def all_of(result: Result) -> list[str]:
+  """The sentences that go with the numbers."""
+  cascade = result.cascade
+  lines = (
+    decided(result),
+    *recipe_of(result).remarks(result),
+    recalibrated(result),
+    executed(cascade) if cascade else proven(result),
+    measured_on(result),
+  )
+  return [line for line in lines if line]
+
+
+def recalibrated(result: Result) -> str:
+  """What fresh batch statistics alone did after the cut; nothing if not measured.
+
+  Nothing either for a network that has none and is not trained again.
+  """
+  found = result.accuracy
+  accuracy = found.recalibrated
+  if accuracy is None or accuracy == found.pruned == found.after:
     return ''
   return (
-    f'largest importance w {kept.max_importance:.3f}, normalised entropy '
-    f'{kept.entropy:.3f} (0: one exit has it all, 1: all exits have the same)'
+    f'test accuracy with fresh batch statistics, not yet tuned: {percent(accuracy)}'
   )
 
 
-def erasing(result: Mapping[str, Any]) -> bool:
-  """Whether the method erased units in rounds, so that there is a table of them."""
-  return any('priority' in each.get('learned', {}) for each in result.get('rounds', []))
+def proven(result: Result) -> str:
+  """How far the small network was from the masked one."""
+  proofs = [each.verify for each in result.rounds if each.verify]
+  last = result.verify or result.report.verify
+  proof = max(proofs, key=lambda found: found.difference, default=last)
+  if not proof:
+    return 'the small network was not compared with the masked one'
+  text = (
+    'largest difference between the masked and the small network: '
+    f'{proof.difference:.1e} of the output'
+  )
+  if proof.settled:
+    text += f'; rounding and emptied branches changed {proof.settled:.1e} before it'
+  return text
 
 
-def rounds(result: Mapping[str, Any]) -> Iterator[Round]:
-  """The rounds and, where there are several, their total."""
-  each = result['rounds']
-  full = each[0]['flops']['before']
-  for number, (round_, names) in enumerate(zip(each, erased(each)), 1):
-    yield _round(str(number), round_, ', '.join(names), full)
-  if len(each) > 1:
-    units = [each[0]['units'][0], each[-1]['units'][1]]
-    held_out = {
-      'before': each[0]['held_out']['before'],
-      'after': each[-1]['held_out']['after'],
+def measured_on(result: Result) -> str:
+  """Which device the times are of."""
+  measured = result.latency_ms or result.cascade
+  return f'measured on {result.device}' if measured and result.device else ''
+
+
+def removed(result: Result) -> list[str]:
+  """The branches and exits that are no longer there."""
+  parts = {**result.report.branches, **result.report.exits}
+  return [name for name, kept in parts.items() if not kept]
+
+
+def notes(result: Result) -> list[str]:
+  """Everything that the run has to say about itself: surgery and timing."""
+  found = list(result.report.notes)
+  for each in result.rounds:
+    found += each.notes
+  for measured in result.latency_ms.values():
+    found += measured.notes
+  return list(dict.fromkeys(found))
+
+
+# ---- cascades ------------------------------------------------------------------------
+
+
+def executed(cascade: CascadeResult) -> str:
+  """Whether what ran left where it was simulated to; nothing where none ran."""
+  found = cascade.executed
+  if found.differ is None:
+    return ''
+  broken = ''
+  if found.broken:
+    broken = f'; {found.broken:,} had an answer that is not finite, and went on'
+  if not found.differ:
+    return f'executed: all {found.n:,} examples left where simulated{broken}'
+  return (
+    f'executed: {found.differ:,} of {found.n:,} examples left elsewhere than '
+    f'simulated, {found.near:,} of them within 1e-5 of a threshold{broken}'
+  )
+
+
+def refused(cascade: CascadeResult) -> list[str]:
+  """Why requests cannot be met."""
+  return [
+    f'{asked(request)} was refused: {request.refused}'
+    for request in cascade.requests
+    if request.refused
+  ]
+
+
+def certified(cascade: CascadeResult) -> list[str]:
+  """What is guaranteed of the requests for a risk."""
+  found = [
+    (request, request.test.certificate if request.test else None)
+    for request in cascade.requests
+  ]
+  return [
+    f'{asked(request)} holds with probability {percent(1 - c["delta"])} for examples '
+    f'drawn as the held-out ones are: {c["losses"]:,} of {c["rows"]:,} that nothing '
+    f'was searched on; at most {percent(c["bound"], 2)} for these thresholds alone'
+    for request, c in found
+    if c
+  ]
+
+
+def cut_heads(cascade: CascadeResult) -> str:
+  """Which heads the saved cascade no longer has, and that the tables have them."""
+  left = {stage['exit'] for stage in cascade.stages}
+  gone = [name for name in cascade.exits if name not in left]
+  if not left or not gone:
+    return ''
+  verb = 'is' if len(gone) == 1 else 'are'
+  return (
+    f'Nobody leaves at {", ".join(gone)}, which {verb} cut away: the saved cascade '
+    'costs a little less than the tables, where every head is paid for.'
+  )
+
+
+def asked(request: RequestResult) -> str:
+  """`drop ≤ 0.5`, `cost ≤ 67 %`, `risk ≤ 2 %`, `time ≤ 0.8 ms`, `threshold 0.9`."""
+  kind, value = request.kind, request.requested
+  if kind == 'threshold':
+    return f'threshold {value:g}'
+  shown = {'drop': f'{value:g}', 'milliseconds': f'{value:g} ms'}
+  return f'{KINDS[kind]} ≤ {shown.get(kind, share(value))}'
+
+
+def reached(request: RequestResult) -> str:
+  """In the unit that was asked for, and whether it is more than that."""
+  test = request.test
+  values: Mapping[str, Any] = {}
+  if test is not None:
+    values = {
+      'drop': test.drop,
+      'budget': 1 - test.saved,
+      'risk': test.risk,
+      'milliseconds': test.milliseconds,
     }
-    total = {'units': units, 'held_out': held_out, 'flops': each[-1]['flops']}
-    yield _round('all', total, f'{units[0] - units[1]} units', full)
+  value = values.get(request.kind)
+  if value is None:
+    return NONE
+  shown = {'drop': f'{value:z.2f}', 'milliseconds': f'{value:.3g} ms'}
+  text = shown.get(request.kind, percent(value, 2))
+  return f'{text}, missed' if value > request.requested + 1e-9 else text
 
 
-def curve(*runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
-  """Held-out accuracy by number of erased units, `before` and `after` retraining.
-
-  runs: the rounds of one result.json each; what lies before retraining has fresh batch
-    statistics. {'before' or 'after': {erased units: [accuracy of every run]}}
-  """
-  found: dict[str, dict[int, list[float]]] = {'before': {}, 'after': {}}
-  for rounds in runs:
-    units, full = rounds[0]['units'][0], rounds[0]['held_out']['before']
-    points = [(units, full, full)]
-    for each in rounds:
-      accuracy = each['held_out']
-      points.append((each['units'][1], accuracy['recalibrated'], accuracy['after']))
-    for left, before, after in points:
-      found['before'].setdefault(units - left, []).append(before)
-      found['after'].setdefault(units - left, []).append(after)
-  return found
+def share(part: float) -> str:
+  """`0.5` as `50 %`."""
+  return f'{100 * part:g} %'
 
 
-def erased(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-  """The units that every round erased, by the names they had before the first."""
-  found = []
-  for round_, first in zip(rounds, first_names(rounds)):
-    found.append([first.get(name, name) for name in round_['erased']])
-  return found
+def points(number: float) -> str:
+  """The word that goes with a number of percentage points."""
+  return 'point' if 0 < number <= 1 else 'points'
 
 
-def first_names(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-  """For every round {name of a unit then: its name before the first round}.
-
-  The layers of a scanned stack are numbered anew when one of them goes: after
-  `blocks[1]` was erased, what is called `blocks[1]` was `blocks[2]`.
-  """
-  now = {name: name for name in in_order(rounds[0]['learned'].get('priority', {}))}
-  found = []
-  for round_ in rounds:
-    found.append(now)
-    left: dict[str, int] = {}
-    then = {}
-    for name, first in now.items():
-      stacked = STACKED.fullmatch(name)
-      if name in round_['erased']:
-        continue
-      if stacked:
-        stack = stacked[1]
-        name = f'{stack}[{left.setdefault(stack, 0)}]'
-        left[stack] += 1
-      then[name] = first
-    now = then
-  return found
-
-
-def _price(result: Mapping[str, Any]) -> str:
-  """` at β = 0.01, aggregate log, cost index`, as far as the options say so."""
-  options = result['options']
-  if 'beta' not in options:
-    return ''
-  gamma = f', γ = {options["gamma"]:g}' if options['gamma'] else ''
-  return (
-    f' at β = {options["beta"]:g}, cost {options["cost"]}, '
-    f'aggregate {options["aggregate"]}{gamma}'
-  )
+def _cascade(result: Result, cascade: CascadeResult) -> str:
+  """`asked to lose at most 0.5 point: loses 0.31 point and saves 35.2 % of ...`."""
+  lost, saved = _lost(result), _saved(result)
+  chosen: Sequence[RequestResult] = [r for r in cascade.requests if r.chosen]
+  if not chosen:
+    return f'{lost} and {saved}'
+  request = chosen[0]
+  kind, value = request.kind, request.requested
+  if kind == 'budget':
+    return (
+      f'asked to spend at most {share(value)} of the FLOPs: spends '
+      f'{percent(result.flops.kept)}, {lost}'
+    )
+  if kind == 'risk':
+    risk = request.test.risk if request.test else None
+    found = NONE if risk is None else percent(risk, 2)
+    return (
+      f'asked to be wrong where the MainNet is right in at most {share(value)} of the '
+      f'examples: is so in {found}, {lost} and {saved}'
+    )
+  if kind == 'threshold':
+    return f'asked for a {asked(request)}: {lost} and {saved}'
+  if kind == 'milliseconds':
+    took = reached(request)
+    return f'asked to take at most {value:g} ms an example: takes {took}, {lost}'
+  return f'asked to lose at most {value:g} {points(value)}: {lost} and {saved}'
 
 
-def _erased(result: Mapping[str, Any]) -> str:
-  each = result['rounds']
-  before, after = each[0]['units'][0], each[-1]['units'][1]
-  importance = result['options'].get('importance')
-  by = f', chosen by {importance}' if importance else ''
-  rounds = f'{len(each)} round{"s" if len(each) > 1 else ""}'
-  return f'erased {before - after} of {before} units in {rounds}{by}'
+def _lost(result: Result) -> str:
+  lost = round(100 * (result.accuracy.before - (result.accuracy.after or 0)), 2)
+  verb = 'loses' if lost >= 0 else 'gains'
+  return f'{verb} {abs(lost):.2f} {points(abs(lost))}'
 
 
-def _round(name: str, round_: Mapping[str, Any], erased: str, full: float) -> Round:
-  before, after = round_['units']
-  accuracy = round_['held_out']
-  at = lambda when: percent(accuracy[when], 2) if when in accuracy else ''
-  flops = percent(round_['flops']['after'] / full)
-  return Round(
-    name,
-    f'{before} → {after}',
-    at('before'),
-    at('pruned'),
-    at('recalibrated'),
-    at('after'),
-    flops,
-    erased,
-  )
+def _saved(result: Result) -> str:
+  saved = 1 - result.flops.kept
+  if saved < 0:
+    return f'spends {percent(-saved)} more FLOPs'
+  return f'saves {percent(saved)} of the FLOPs'

@@ -2,10 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cattrs
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Group
@@ -13,33 +14,35 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from depthprune.cascade.pareto import efficient
+from depthprune import methods
+from depthprune.cascades.pareto import efficient
 from depthprune.report.exit_charts import name_points
 from depthprune.report.numbers import count, spread
 from depthprune.report.run_files import RunError
-from depthprune.report.sentences import UNITS
+from depthprune.report.sentences import NONE
 from depthprune.report.style import FIRST, INK, LINE, MUTED, save, styled
 from depthprune.train.options import shown
+from depthprune.train.recipe import COSTS
+from depthprune.train.result import Accuracies, SweepResult
 
 SWEEP, PLOT = 'sweep.json', 'front.svg'
-NONE = '–'
 READING = (
   '★ on the front: no other setting costs less and is as good on held-out data. Of '
   'several seeds the mean ± standard deviation'
 )
 
 
-class Setting(NamedTuple):
+class SweptSetting(NamedTuple):
   """One setting of a sweep, over its seeds.
 
   Attributes:
     values: of the options that were swept, but for the seed.
-    results: of the runs that are finished, as sweep.json has them. runs: how many there
-      are to be. of: the cost that counts, 'flops' or 'params'.
+    results: of the runs that are finished. runs: how many there are to be.
+    of: the cost that counts, 'flops' or 'params'.
   """
 
   values: tuple[Any, ...]
-  results: tuple[Mapping[str, Any], ...]
+  results: tuple[SweepResult, ...]
   runs: int
   of: str
 
@@ -47,13 +50,14 @@ class Setting(NamedTuple):
   def name(self) -> str:
     return ' '.join(map(shown, self.values)) or 'all seeds'
 
-  def mean(self, key: str, when: str = 'after') -> float:
-    return statistics.mean(result[key][when] for result in self.results)
+  def mean(self, of: Callable[[SweepResult], float]) -> float:
+    """Of a value of every run."""
+    return statistics.mean(map(of, self.results))
 
   @property
   def share(self) -> float:
     """Of the cost that is left, in the mean."""
-    return statistics.mean(_share(result, self.of) for result in self.results)
+    return self.mean(lambda result: getattr(result, self.of).kept)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -68,24 +72,30 @@ def read(path: str | Path) -> dict[str, Any]:
     ) from error
 
 
-def settings(sweep: Mapping[str, Any]) -> list[Setting]:
+def settings(sweep: Mapping[str, Any]) -> list[SweptSetting]:
   """All settings of a sweep, in order; results are those of their seeds."""
-  options = sweep['config']['options']
-  of = options['of'] if options.get('of') in UNITS else 'flops'
+  config = sweep['config']
+  target = methods.recipe(config['method']).target(config['options'])
+  of = 'params' if target and target.cost == 'params' else 'flops'
   groups: dict[tuple, list[Mapping[str, Any]]] = {}
   for run in sweep['runs']:
     values = tuple(v for name, v in run['settings'].items() if name != 'seed')
     groups.setdefault(values, []).append(run)
   return [
-    Setting(values, tuple(r['result'] for r in runs if r['result']), len(runs), of)
+    SweptSetting(
+      values,
+      tuple(cattrs.structure(r['result'], SweepResult) for r in runs if r['result']),
+      len(runs),
+      of,
+    )
     for values, runs in groups.items()
   ]
 
 
-def front(found: Iterable[Setting]) -> list[Setting]:
+def front(found: Iterable[SweptSetting]) -> list[SweptSetting]:
   """Those that no other beats in cost and held-out accuracy, by falling cost."""
   there = [setting for setting in found if setting.results]
-  return efficient(there, lambda s: (s.share, -s.mean('held_out')))
+  return efficient(there, lambda s: (s.share, -s.mean(lambda r: _after(r.held_out))))
 
 
 def rows(sweep: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -129,18 +139,18 @@ def chart(sweep: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(7.2, 3.4), layout='constrained')
     axes = figure.subplots()
     for s in found:
-      points = [(_share(r, s.of), r['accuracy']['after']) for r in s.results]
+      points = [(getattr(r, s.of).kept, _after(r.accuracy)) for r in s.results]
       axes.plot(*zip(*points), '.', color=MUTED, ms=4, alpha=0.6)
-    at = lambda s: (s.share, s.mean('accuracy'))
+    at = lambda s: (s.share, s.mean(lambda r: _after(r.accuracy)))
     for s in found:
       filled = FIRST if s in best else 'none'
       axes.plot(*at(s), 'o', color=FIRST, mfc=filled, ms=6)
     if best:
       axes.plot(*zip(*map(at, best)), color=FIRST, lw=1.5, label='front')
-      before = statistics.mean(s.mean('accuracy', 'before') for s in found)
+      before = statistics.mean(s.mean(lambda r: r.accuracy.before) for s in found)
       axes.axhline(before, color=MUTED, lw=1, ls=(0, (4, 3)), label='before')
       axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    axes.set_xlabel(f'{UNITS[found[0].of] if found else "FLOPs"}, share that is left')
+    axes.set_xlabel(f'{COSTS[found[0].of] if found else "FLOPs"}, share that is left')
     axes.set_ylabel('test accuracy', color=INK)
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_formatter(PercentFormatter(1))
@@ -156,40 +166,37 @@ def draw(sweep: Mapping[str, Any], path: Path) -> Path:
   return path / PLOT
 
 
-def _row(s: Setting, mark: str) -> Sequence[str]:
-  of = lambda values, digits=2: spread(values, digits) if s.results else NONE
-  when = lambda key: of(100 * r[key]['after'] for r in s.results)
-  share = lambda key: of((100 * _share(r, key) for r in s.results), 1)
-  times = [t for r in s.results if (t := _speedup(r)) is not None]
+def _row(s: SweptSetting, mark: str) -> Sequence[str]:
+  of = lambda value, digits=2: (
+    spread(map(value, s.results), digits) if s.results else NONE
+  )
+  times = [r.latency_ms['128'].speedup for r in s.results if '128' in r.latency_ms]
+  finished = len(s.results)
   return (
     *map(shown, s.values),
-    when('accuracy'),
-    when('held_out'),
-    share('flops'),
-    share('params'),
+    of(lambda r: 100 * _after(r.accuracy)),
+    of(lambda r: 100 * _after(r.held_out)),
+    of(lambda r: 100 * r.flops.kept, 1),
+    of(lambda r: 100 * r.params.kept, 1),
     spread(times) if times else NONE,
-    f'{len(s.results)}' if len(s.results) == s.runs else f'{len(s.results)}/{s.runs}',
+    f'{finished}' if finished == s.runs else f'{finished}/{s.runs}',
     mark,
   )
 
 
 def _before(sweep: Mapping[str, Any]) -> str:
   """What the costs are shares of, and where speed was measured."""
-  results = [run['result'] for run in sweep['runs'] if run['result']]
+  results = [result for s in settings(sweep) for result in s.results]
   if not results:
     return ''
-  first, device = results[0], results[0]['device']
-  accuracy = 100 * statistics.mean(r['accuracy']['before'] for r in results)
-  flops, params = (count(first[key]['before']) for key in ('flops', 'params'))
+  first = results[0]
+  accuracy = 100 * statistics.mean(r.accuracy.before for r in results)
   return (
-    f'before: test accuracy {accuracy:.2f} %, {flops} FLOPs (1 MAC = 2), {params} '
-    f'parameters. All in %, but for speed-up: × at batch 128, {device}'
+    f'before: test accuracy {accuracy:.2f} %, {count(first.flops.before)} FLOPs (1 MAC '
+    f'= 2), {count(first.params.before)} parameters. All in %, but for speed-up: × at '
+    f'batch 128, {first.device}'
   )
 
 
-def _share(result: Mapping[str, Any], key: str) -> float:
-  return result[key]['after'] / result[key]['before']
-
-
-def _speedup(result: Mapping[str, Any]) -> float | None:
-  return result.get('latency_ms', {}).get('128', {}).get('speedup')
+def _after(found: Accuracies) -> float:
+  return found.after or 0.0

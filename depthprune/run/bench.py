@@ -15,24 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.cascade import race
-from depthprune.data.tfds import DataError
-from depthprune.export.networks import Saved, find
-from depthprune.export.stablehlo import function, probe
-from depthprune.options import NetCut
+from depthprune.cascades import race
+from depthprune.data.dataset import DataError, inputs_of
+from depthprune.exports.networks import Saved, find
+from depthprune.exports.stablehlo import function, probe
 from depthprune.program import cost
 from depthprune.program.coupling import couple
 from depthprune.program.stages import batched
 from depthprune.program.trace import runnable
-from depthprune.run import data as datasets
+from depthprune.run import data
 from depthprune.run.config import Config, from_json
 from depthprune.run.network import network as network_of
-from depthprune.storage import directory as record
+from depthprune.storage import directory
 from depthprune.surgery.prune import Pruned
 from depthprune.timing import latency, roofline
 from depthprune.timing.clock import made_up
 from depthprune.timing.latency import Network, Timing
-from depthprune.train.method import inputs_of
 
 BATCHES = (1, 8, 32, 128)
 
@@ -73,8 +71,8 @@ def bench(
     measured.append({'path': str(path), 'dtype': _dtype(saved), **told})
   return {
     'device': latency.device(),
-    'versions': record.versions(),
-    'command': record.command(),
+    'versions': directory.versions(),
+    'command': directory.command(),
     'peaks': {dtype: peak.to_json() for dtype, peak in peaks.items()},
     'networks': measured,
   }
@@ -90,7 +88,7 @@ def original(run: Path, after: Pruned) -> Original:
     config = dataclasses.replace(config, pretrained=None)  # arrays, which are made up
   classes = getattr(after.model, 'trunk', after.model).classes
   model, inputs = network_of(config, classes), after.coupling.inputs
-  told = after.model.exits if not isinstance(config.options, NetCut) else ()
+  told = () if config.recipe.deepest_answers else after.model.exits
   answers = [name for name in told if name in model.exits] or model.exits[-1:]
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   variables = jax.tree.map(lambda s: made_up(s.shape, s.dtype), shapes)
@@ -221,5 +219,5 @@ def _examples(saved: Saved, count: int) -> list[jax.Array]:
   """The first test examples of the run that a cascade is of."""
   if saved.run is None:
     raise DataError(f'{saved.folder} is not in the directory of a run')
-  images = datasets.read(_config(saved.run))
+  images = data.read(_config(saved.run))
   return [*inputs_of(next(iter(images.batches(images.test, count))))]

@@ -8,16 +8,17 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from depthprune.options import (
-  METHODS,
-  Auxiliary,
-  Gates,
-  Implosion,
-  NetCut,
-  Options,
-  SideNet,
+from depthprune import methods
+from depthprune.train.options import (
+  STRONGEST,
+  ConfigError,
+  Epochs,
+  at_least,
+  axes,
+  finite,
+  one_of,
 )
-from depthprune.train.options import ConfigError, Epochs, at_least, axes, finite, one_of
+from depthprune.train.recipe import Recipe
 
 BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
 ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
@@ -34,21 +35,23 @@ THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of 
 BY_SIZE = tyro.conf.arg(
   metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
 )
-STRONGEST = 30  # magnitude of RandAugment
-O = TypeVar('O', bound=Options)
-GATES: Any = Gates()
+TRAIN = 'train'  # the stage before anything of a method
+# What training does not depend on, and what the first stage does not besides.
+UNRELATED = ('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers')
+LATER = ('options', 'gate_epochs', 'finetune_epochs', 'distill')
+O = TypeVar('O')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Generic[O]):
   """Train a network, decide what may go, cut it out, fine-tune what is left.
 
-  `Config()` is trainable gates; RECIPES holds one for every method, with the settings
-  that suit it. Raises ConfigError for a value no run can use. Model and data set are
-  looked up when the run starts, where the nearest names are known.
+  `default(method)` is a config with the settings that suit a method. Raises ConfigError
+  for a value no run can use. Model and data set are looked up when the run starts,
+  where the nearest names are known.
   """
 
-  options: Annotated[O, tyro.conf.arg(name='method')] = GATES
+  options: Annotated[O, tyro.conf.arg(name='method')]
   """What the method lets you choose; their type says which method it is."""
 
   model: str = 'resnet20'
@@ -158,19 +161,17 @@ class Config(Generic[O]):
     if self.mesh is not None:
       axes(self.mesh)
     self._check_augmentation()
-    if self.options.cascades and self.distill:
+    recipe = self.recipe
+    if recipe.cascade and self.distill:
       raise ConfigError(
         f'distill: expected False for {self.method}, which cuts nothing'
       )
-    if isinstance(self.options, Auxiliary) and self.distill:
-      raise ConfigError(
-        'distill: expected False for auxiliary: the path teaches the network already'
-      )
-    if self.options.heads and self.train_epochs:
+    if recipe.heads and self.train_epochs:
       raise ConfigError(
         f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; the '
         'network and its heads are trained together, for gate_epochs'
       )
+    recipe.check(self)
 
   def _check_augmentation(self):
     if self.mixup is not None:
@@ -181,22 +182,21 @@ class Config(Generic[O]):
       )
     if (self.mixup or self.randaugment) and not self.augment:
       raise ConfigError('mixup, randaugment: leave them out, or pass --augment')
-    heads_alone = isinstance(self.options, SideNet) and self.options.regime != 'joint'
-    if self.mixup and heads_alone:
-      raise ConfigError(
-        f'mixup: leave it out for {self.method}, where heads learn from features of '
-        'whole images (joint trains everything together, and may mix)'
-      )
 
   @property
   def method(self) -> str:
     """The method's file."""
-    return self.options.method
+    return methods.name_of(self.options)
+
+  @property
+  def recipe(self) -> Recipe:
+    """How a run uses the method."""
+    return methods.recipe(self.method)
 
   @property
   def epochs(self) -> Epochs:
     """Passes per stage, with the data set's defaults where none were asked for."""
-    by_data = self.options.epochs
+    by_data = self.recipe.epochs
     defaults = by_data.get(self.data, by_data[''])
     if self.pretrained is not None:
       defaults = defaults._replace(train=0)
@@ -210,7 +210,8 @@ class Config(Generic[O]):
     """The run's directory: `workdir`, or one named after what is being run."""
     if self.workdir is not None:
       return Path(self.workdir)
-    words = (self.method, self.model, self.data, self.options.label, f'seed{self.seed}')
+    options: Any = self.options
+    words = (self.method, self.model, self.data, options.label, f'seed{self.seed}')
     return Path('runs') / '-'.join(words)
 
   def to_json(self) -> dict[str, Any]:
@@ -218,24 +219,40 @@ class Config(Generic[O]):
     return {'method': self.method, **dataclasses.asdict(self)}
 
 
-_DEPTH: Any = {'learning_rate': 1e-3, 'optimizer': 'adam', 'weight_decay': 0.0}
-RECIPES: dict[str, Config] = {
-  'trainable_gates': Config(),
-  'netcut': Config(NetCut(), 'mlp20x200', augment=False, **_DEPTH),
-  'implosion': Config(Implosion()),
-  'sidenet': Config(SideNet()),
-  'auxiliary': Config(Auxiliary()),
-}
+def default(method: str, options: Any = None, **fields) -> Config:
+  """The config that suits a method, with some of its options or fields set otherwise.
+
+  Args:
+    method: its file's name, or the last word of it: 'netcut', 'gates'.
+    options: an instance of its recipe's `options`; the defaults if None.
+    **fields: fields of Config.
+
+  Raises:
+    ValueError: no such method; names the nearest.
+    ConfigError: a value that no run can use.
+  """
+  recipe = methods.recipe(method)
+  return Config(options or recipe.options(), **{**recipe.defaults, **fields})
 
 
 def from_json(values: Mapping[str, Any]) -> Config:
   """The Config whose `to_json()` gave `values`; fields added since get defaults."""
   values = dict(values)
-  kind = METHODS.get(values.pop('method', ''))
-  if kind is None:
-    raise ConfigError(f'config: expected a method out of {", ".join(METHODS)}')
-  options = _made(kind, values.pop('options', {}))
-  return dataclasses.replace(_made(Config, values), options=options)
+  try:
+    recipe = methods.recipe(values.pop('method', ''))
+  except ValueError as error:
+    raise ConfigError(f'config: {error}') from error
+  return _made(Config, {**values, 'options': _made(recipe.options, values['options'])})
+
+
+def relevant(values: Mapping[str, Any], stage: str = '') -> dict[str, Any]:
+  """What of `Config.to_json()` training depends on, or the stage of that name."""
+  if stage == TRAIN:
+    return {k: v for k, v in values.items() if k not in (*UNRELATED, *LATER)}
+  decides_only = methods.recipe(values['method']).decides_only
+  options = {k: v for k, v in values['options'].items() if k not in decides_only}
+  rest = {k: v for k, v in values.items() if k not in UNRELATED}
+  return {**rest, 'options': options}
 
 
 def _made(kind: type, values: Mapping[str, Any]) -> Any:

@@ -8,12 +8,11 @@ import numpy as np
 
 from depthprune.data import images as data
 from depthprune.data import text
-from depthprune.data import text as sentences
+from depthprune.data.dataset import DataError
 from depthprune.data.images import Dataset
 from depthprune.data.streaming import Streamed
 from depthprune.data.text import Texts
-from depthprune.data.tfds import DataError
-from depthprune.export import networks as checkpoint
+from depthprune.exports import networks
 from depthprune.models import pretrained
 from depthprune.run.config import Config
 from depthprune.storage import checkpoint as store
@@ -28,7 +27,7 @@ def read(config: Config) -> Dataset | Streamed | Texts:
   `normalisation` does.
   """
   # Not all that is not text is images: what it is instead is said where it is read.
-  if sentences.kind_of(config.data) == 'text':
+  if text.kind_of(config.data) == 'text':
     return _texts(config)
   images = data.load(
     config.data,
@@ -72,7 +71,7 @@ def normalisation(path: str) -> data.Normalisation | None:
   if not Path(path).is_dir():
     found = pretrained.normalisation(path)
     return None if found is None else data.Normalisation(*found)
-  record = store.read_record(Path(path), checkpoint.RECORD)
+  record = store.read_record(Path(path), networks.RECORD)
   found = record['report'].get('normalisation')
   if found is None:
     return None

@@ -1,40 +1,36 @@
-"""One command's whole job for early exits: a network goes in, a cascade comes out.
+"""A whole run of a method with early exits: a network goes in, a cascade comes out.
 
-Heads are trained (`sides`); held-out data gives temperatures and thresholds
-(`deciding`); the exits that are used become the cascade that is saved; test data says
-what it reaches (`reached`), and decides nothing.
+Heads are trained (`run.heads`); held-out data gives temperatures and thresholds; the
+exits that are used become the cascade that is saved; test data says what it reaches,
+and decides nothing.
 """
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from depthprune import distributed as hosts
-from depthprune.cascade import calibration, thresholds
-from depthprune.cascade import confidence as sure
-from depthprune.cascade.cascade import Cascade, cascade
-from depthprune.cascade.predictions import Predictions, drop, leave, losses, saved
-from depthprune.cascade.race import exit_milliseconds, race
-from depthprune.cascade.risk import halves
-from depthprune.cascade.thresholds import Choice
+from depthprune import distributed
+from depthprune.cascades import calibration, thresholds
+from depthprune.cascades import confidence as sure
+from depthprune.cascades.cascade import Cascade, cascade
+from depthprune.cascades.predictions import Predictions, drop, leave, losses, saved
+from depthprune.cascades.race import exit_milliseconds, race
+from depthprune.cascades.risk import halves
+from depthprune.cascades.thresholds import Choice
+from depthprune.data.dataset import DataError, count, inputs_of, real_rows
 from depthprune.data.streaming import Streamed
-from depthprune.data.tfds import DataError, count
-from depthprune.export.networks import save_cascade
+from depthprune.exports.networks import save_cascade
 from depthprune.program.stages import Stages, split
-from depthprune.run import result as results
-from depthprune.run.config import Config
-from depthprune.run.heads import Answers, Trained, train
-from depthprune.run.job import Job, prepare
+from depthprune.run.heads import Answers, Trained, cascade_plan, train
+from depthprune.run.job import Job, record_config
 from depthprune.run.result import described
-from depthprune.storage import directory as record
 from depthprune.surgery.prune import Pruned, prune
 from depthprune.timing import latency
-from depthprune.train.method import inputs_of, real_rows
+from depthprune.train.result import Result, from_json
 from depthprune.train.task import Tree
 
 # What else is asked of the held-out data, to be shown beside what was asked for: points
@@ -66,10 +62,34 @@ class Decided(NamedTuple):
   test: Predictions
 
 
+def run(job: Job) -> Result:
+  """Trains, decides, saves the cascade in `cascade/` and measures it.
+
+  Raises: DataError for data that have no class each, ValueError for a request that
+    cannot be met.
+  """
+  if len(job.labels) != 1:
+    raise DataError(
+      f'data {job.images.name!r}: a cascade tells one class per example, got labels '
+      f'{list(job.labels)}: use another method, or a data set with one class each'
+    )
+  job = splits(job)
+  record_config(job)
+  trained = train(job)
+  decided = decide(job, trained)
+  pruned, early = assembled(job, trained, decided)
+  reached = measure(job, trained, decided, pruned, early)
+  tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
+  save_cascade(
+    job.folder / 'cascade', early, pruned, job.images.normalisation, tokenizer
+  )
+  return from_json(reached)
+
+
 def splits(job: Job) -> Job:
   """The job, its held-out data replaced where the options say `decide_on` test data."""
   config, test = job.config, job.images.test
-  asked = config.options.decide_on
+  asked = cascade_plan(config).decide_on
   seen = config.pretrained is not None and not config.epochs.train
   if asked == 'train' or (asked == 'auto' and not seen):
     return job
@@ -88,7 +108,7 @@ def decide(job: Job, trained: Trained) -> Decided:
 
   Raises: ValueError for a budget or risk that cannot be met.
   """
-  o, held_out = job.config.options, trained.held_out
+  plan, held_out = cascade_plan(job.config), trained.held_out
   stages = split(trained.model, trained.variables, *job.inputs, exits=trained.exits)
   some, _ = halves(len(held_out.labels))
   part = Answers(held_out.logits[:, some], held_out.labels[some])
@@ -96,25 +116,25 @@ def decide(job: Job, trained: Trained) -> Decided:
   scale = np.asarray(scale, np.float32)
   tempered = lambda logits: logits / np.append(scale, np.float32(1))[:, None, None]
   weights = None
-  if o.confidence == 'learned':
+  if plan.confidence == 'learned':
     weights = sure.learn(tempered(part.logits), part.labels)
 
   def seen(answers: Answers, examples: Tree) -> Predictions:
-    scores = sure.scores(o.confidence, tempered(answers.logits), weights)
+    scores = sure.scores(plan.confidence, tempered(answers.logits), weights)
     return Predictions(trained.exits, *answers, scores, *costs(job, stages, examples))
 
   decides = seen(held_out, job.images.held_out)
   reports = seen(trained.test, job.images.test)
-  kind, requested = o.asked
+  kind, requested = plan.request
   priced = decides
   if kind == 'milliseconds':
     early = cascade(
       trained.model, trained.variables, *job.inputs,
-      exits=trained.exits, confidence=o.confidence, weights=weights,
+      exits=trained.exits, confidence=plan.confidence, weights=weights,
     )  # fmt: skip
-    cost, whole = hosts.agreed(exit_milliseconds(early, *usual(job)))
+    cost, whole = distributed.agreed(exit_milliseconds(early, *usual(job)))
     priced = decides._replace(cost=cost, whole=float(whole))
-  chosen = choose(priced, kind, requested, o.delta)
+  chosen = choose(priced, kind, requested, plan.delta)
   return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
 
 
@@ -170,6 +190,38 @@ def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> 
 
 
 NEAR = 1e-5  # a decision closer to its threshold than this may go either way
+
+
+def assembled(job: Job, trained: Trained, decided: Decided) -> tuple[Pruned, Cascade]:
+  """The network without the exits that nobody takes, cut, and its cascade.
+
+  Where no exit is used, the deepest stays, with a threshold that nobody passes; where
+  confidence is patience all stay, as each of them is asked.
+  """
+  early, taken = trained.exits[:-1], np.isfinite(decided.chosen.thresholds)
+  taken |= decided.chosen.thresholds < 0
+  if cascade_plan(job.config).confidence == 'patience':
+    taken[:] = True
+  if not taken.any():
+    taken[-1] = True
+  model, variables = trained.model, trained.variables
+  keep = {'exits': {name: bool(kept) for name, kept in zip(early, taken)}}
+  pruned = prune(model, variables, keep, job.inputs)
+  of = lambda values: {e: float(v) for e, v, k in zip(early, values, taken) if k}
+  weights = decided.weights
+  return pruned, cascade(
+    pruned.apply,
+    pruned.variables,
+    *job.inputs,
+    thresholds=of(decided.chosen.thresholds),
+    exits=(*of(taken), 'main'),
+    temperatures=of(decided.temperatures),
+    confidence=cascade_plan(job.config).confidence,
+    weights=None if weights is None else weights[taken],
+  )
+
+
+# ---- on test data --------------------------------------------------------------------
 
 
 def measure(
@@ -334,67 +386,3 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
 
 def _plain(value: float) -> float | None:
   return value if math.isfinite(value) else None
-
-
-def run(config: Config, show: bool = True) -> dict[str, Any]:
-  """The whole job, with arguments and files as those of `recipe.run`, which calls it.
-
-  `cascade/` holds the cascade; `inference.saved.load_cascade` reads it.
-  """
-  started = time.monotonic()
-  job = splits(_one_class(prepare(config, show)))
-  record.write(
-    job.folder / 'config.json',
-    {'config': config.to_json(), **results.surroundings(), 'command': record.command()},
-  )
-  trained = train(job)
-  decided = decide(job, trained)
-  pruned, early = assembled(job, trained, decided)
-  result = measure(job, trained, decided, pruned, early)
-  result['wall_seconds'] = time.monotonic() - started
-  result = hosts.gathered(result)[0]
-  images = job.images
-  tokenizer = getattr(images, 'tokenizer', None)  # of texts
-  folder = job.folder / 'cascade'
-  save_cascade(folder, early, pruned, images.normalisation, tokenizer)
-  record.write(job.folder / 'result.json', result)
-  return result
-
-
-def _one_class(job: Job) -> Job:
-  shape = job.labels
-  if len(shape) != 1:
-    raise DataError(
-      f'data {job.images.name!r}: a cascade tells one class per example, got labels '
-      f'{list(shape)}: use another method, or a data set with one class each'
-    )
-  return job
-
-
-def assembled(job: Job, trained: Trained, decided: Decided) -> tuple[Pruned, Cascade]:
-  """The network without the exits that nobody takes, cut, and its cascade.
-
-  Where no exit is used, the deepest stays, with a threshold that nobody passes; where
-  confidence is patience all stay, as each of them is asked.
-  """
-  early, taken = trained.exits[:-1], np.isfinite(decided.chosen.thresholds)
-  taken |= decided.chosen.thresholds < 0
-  if job.config.options.confidence == 'patience':
-    taken[:] = True
-  if not taken.any():
-    taken[-1] = True
-  model, variables = trained.model, trained.variables
-  keep = {'exits': {name: bool(kept) for name, kept in zip(early, taken)}}
-  pruned = prune(model, variables, keep, job.inputs)
-  of = lambda values: {e: float(v) for e, v, k in zip(early, values, taken) if k}
-  weights = decided.weights
-  return pruned, cascade(
-    pruned.apply,
-    pruned.variables,
-    *job.inputs,
-    thresholds=of(decided.chosen.thresholds),
-    exits=(*of(taken), 'main'),
-    temperatures=of(decided.temperatures),
-    confidence=job.config.options.confidence,
-    weights=None if weights is None else weights[taken],
-  )

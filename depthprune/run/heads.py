@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from depthprune import methods
+from depthprune.data.dataset import count, inputs_of, real_rows
 from depthprune.data.features import FeatureSet, collect
-from depthprune.data.tfds import count
-from depthprune.methods.sidenet import sidenet
+from depthprune.distributed import fetch
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.layers import Pool
 from depthprune.program.coupling import couple
 from depthprune.program.trace import runnable
 from depthprune.run.config import Config
 from depthprune.run.job import Job, stage
-from depthprune.run.network import network, start
+from depthprune.run.network import initial_variables, network
 from depthprune.train import mesh
 from depthprune.train import task as tasks
-from depthprune.train.method import inputs_of, plain, real_rows
+from depthprune.train.method import plain
+from depthprune.train.recipe import CascadePlan
 from depthprune.train.task import Tree
 
 SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth: where heads are put
@@ -58,26 +60,33 @@ class Trained(NamedTuple):
 
 def train(job: Job) -> Trained:
   """Trains the network where that is asked for, and its heads, by the regime."""
-  config, epochs = job.config, job.config.epochs
+  config, epochs, plan = job.config, job.config.epochs, cascade_plan(job.config)
   trunk = network(config, job.images.classes)
-  variables = start(job, trunk)
-  model = with_sides(config, trunk, job)
-  joint = config.options.regime == 'joint'
-  if epochs.train and not joint:
-    peak = config.learning_rate
-    given = trunk, plain(), variables
-    state = stage(job, 'train', *given, epochs=epochs.train, peak=peak)
-    variables = state.variables
-  whole = with_trunk(job, model, variables)
-  if joint:
+  variables = initial_variables(job, trunk)
+  model = with_sides(plan, trunk, job)
+  if not plan.frozen:
+    whole = with_trunk(job, model, variables)
     original = alone(job, trunk, variables) if config.pretrained else {}
     count = epochs.train + epochs.gates
     return together(job, 'joint', model, whole, count, original)
-  frozen = fit_heads(job, model, whole)
-  if config.options.regime == 'frozen':
+  if epochs.train:
+    peak = config.learning_rate
+    state = stage(
+      job, 'train', trunk, plain(), variables, epochs=epochs.train, peak=peak
+    )
+    variables = state.variables
+  frozen = fit_heads(job, model, with_trunk(job, model, variables))
+  if not plan.joint:
     return frozen
-  given = frozen.variables, epochs.finetune, frozen.original
-  return together(job, 'mixed', model, *given)
+  return together(
+    job, 'mixed', model, frozen.variables, epochs.finetune, frozen.original
+  )
+
+
+def cascade_plan(config: Config) -> CascadePlan:
+  """How the run's method puts exits on a network, trains and uses them."""
+  assert config.recipe.cascade is not None
+  return config.recipe.cascade(config.options)
 
 
 def alone(job: Job, trunk: Any, variables: Tree) -> dict[str, float]:
@@ -87,23 +96,23 @@ def alone(job: Job, trunk: Any, variables: Tree) -> dict[str, float]:
   return {name: measure(variables, of)['accuracy'] for name, of in splits.items()}
 
 
-def with_sides(config: Config, trunk: Any, job: Job) -> WithHeads:
-  """The trunk with the heads that the config asks for: exit1, exit2, ... by depth.
+def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
+  """The trunk with the heads that the plan asks for: exit1, exit2, ... by depth.
 
   Raises: ValueError for a tap that there is not, and a trunk without two taps.
   """
-  o, taps = config.options, trunk.taps
-  chosen = sorted(set(o.taps), key=lambda t: taps.index(t) if t in taps else -1)
+  taps = trunk.taps
+  chosen = sorted(set(plan.taps), key=lambda t: taps.index(t) if t in taps else -1)
   if not chosen:
     numbers = sorted({max(1, int(len(taps) * part)) for part in SPREAD})
     chosen = [taps[i - 1] for i in numbers if i < len(taps)]
   if not chosen:
     raise ValueError(
-      f'sidenet: {type(trunk).__name__} has the taps {", ".join(taps) or "none"}: too '
+      f'{job.config.method}: {type(trunk).__name__} has the taps {", ".join(taps) or "none"}: too '
       'few for an exit before its own'
     )
-  pool = o.pool or pool_of(trunk, job)
-  head = lambda tap: Head(tap, job.images.classes, o.hidden, pool, o.dropout)
+  pool = plan.pool or pool_of(trunk, job)
+  head = lambda tap: Head(tap, job.images.classes, plan.hidden, pool, plan.dropout)
   return WithHeads(trunk, {f'exit{i}': head(tap) for i, tap in enumerate(chosen, 1)})
 
 
@@ -142,20 +151,27 @@ def fit_heads(
 
   features: of the trunk, where there are some already, such as those of another seed.
   """
-  config, o, heads = job.config, job.config.options, model.alone
+  config, plan, heads = job.config, cascade_plan(job.config), model.alone
   features = features or feature_set(job, model, variables)
   mine = {'params': {k: v for k, v in variables['params'].items() if k != 'trunk'}}
   own = job._replace(
     config=dataclasses.replace(config, optimizer='adamw'),
     images=features,
     train=features.on_device(functools.partial(mesh.whole, job.mesh)),
-    task=tasks.classification(job.images.classes, o.smoothing),
+    task=tasks.classification(job.images.classes, plan.smoothing),
   )
   # There is no trunk here to keep in evaluation mode; heads have dropout.
-  method = sidenet(couple(heads, mine, *features.example()))
-  method = method._replace(trunk_train=True)
-  given, epochs = (heads, method, mine), config.epochs.gates
-  state = stage(own, 'heads', *given, epochs=epochs, peak=o.head_learning_rate)
+  coupling = couple(heads, mine, *features.example())
+  method = methods.build(config.options, coupling, stage='heads')
+  state = stage(
+    own,
+    'heads',
+    heads,
+    method._replace(trunk_train=True),
+    mine,
+    epochs=config.epochs.gates,
+    peak=plan.head_learning_rate,
+  )
   params = {**variables['params'], **state.params}
   says = lambda split: answers(own, heads, state.variables, model, split)
   splits = {'held_out': says(features.held_out), 'test': says(features.test)}
@@ -173,10 +189,11 @@ def together(
   original: dict[str, float],
 ) -> Trained:
   """Network and heads trained as one."""
-  first, later = job.config.options.peaks
+  first, later = job.config.recipe.peaks
   peak = (first if name == 'joint' else later) * job.config.learning_rate
-  method = sidenet(couple(model, variables, *job.inputs), 'joint')
-  task = tasks.classification(job.images.classes, job.config.options.smoothing)
+  coupling = couple(model, variables, *job.inputs)
+  method = methods.build(job.config.options, coupling, stage=name)
+  task = tasks.classification(job.images.classes, cascade_plan(job.config).smoothing)
   smoothed, given = job._replace(task=task), (model, method, variables)
   state = stage(smoothed, name, *given, epochs=epochs, peak=peak)
   says = lambda split: answers(job, model, state.variables, model, split)
@@ -197,7 +214,7 @@ def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Ans
   variables = job.on_mesh(variables)
   for batch in job.own_batches(split):
     inputs = mesh.by_rows(job.mesh, inputs_of(batch))
-    found = mesh.fetch(apply(variables, *inputs))
+    found = fetch(apply(variables, *inputs))
     real = real_rows(batch)
     logits.append(np.stack([found[name][real] for name in names]))
     labels.append(np.asarray(batch['label'])[real])
@@ -217,7 +234,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   about = {**job.relevant(), 'arrays': arrays}
   variables = job.on_mesh(variables)
   augments = job.config.augment and hasattr(images, 'augment')  # texts do not
-  views = job.config.options.views if augments else 1
+  views = cascade_plan(job.config).views if augments else 1
   sources = {
     'train': (_views(job, views), views * count(images.train)),
     'held_out': (job.batches(images.held_out), count(images.held_out)),

@@ -15,20 +15,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from depthprune import distributed as hosts
+from depthprune import distributed
 from depthprune.data import images as data
+from depthprune.data.dataset import count
 from depthprune.data.streaming import Streamed
 from depthprune.data.text import Texts
-from depthprune.data.tfds import count
 from depthprune.run import data as datasets
-from depthprune.run import interrupts as preemption
-from depthprune.run.config import Config
+from depthprune.run import interrupts
+from depthprune.run.config import Config, relevant
 from depthprune.run.interrupts import Preempted
-from depthprune.run.relevant import relevant
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as record
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.keeper import SHARED, Keeper, same_config
-from depthprune.timing import throughput
+from depthprune.timing import latency, throughput
 from depthprune.train import mesh as meshes
 from depthprune.train import task as tasks
 from depthprune.train.distill import Teacher
@@ -87,7 +85,7 @@ def historian(folder: Path, stage: str) -> Callback:
   def write(state: State, row: Row) -> None:
     del state
     line = {'stage': stage, 'flops': None, **row, 'step': int(row['step'])}
-    record.append(folder / 'history.jsonl', line)
+    directory.append(folder / 'history.jsonl', line)
 
   return write
 
@@ -107,7 +105,7 @@ def saver(
     nonlocal last
     step = int(row['step'])
     due = step == steps or time.monotonic() - last >= every_s
-    due, ends = hosts.anywhere(due and hosts.writes(), told.is_set())
+    due, ends = distributed.anywhere(due and distributed.writes(), told.is_set())
     if due or ends:
       keeper.save(step, state, score=row['loss'])
       last = time.monotonic()
@@ -129,9 +127,9 @@ def learnt(folder: Path, stage: str, method: Method) -> Callback:
     line = {
       'stage': stage,
       'step': int(row['step']),
-      **record.plain(report(state.theta)),
+      **directory.plain(report(state.theta)),
     }
-    record.append(folder / 'gates.jsonl', line)
+    directory.append(folder / 'gates.jsonl', line)
 
   return write
 
@@ -228,34 +226,63 @@ def prepare(config: Config, show: bool = True) -> Job:
   """Joins the other processes, reads the data and makes the run's directory ready.
 
   Raises: HostError where processes have other configs, versions or data, or one of them
-    failed; ConfigError as `mesh.of` does; CheckpointError where the directory belongs
+    failed; ConfigError as `mesh.of`
+    does; CheckpointError where the directory belongs
     to a run of another config, and DataError as `datasets.read` does.
   """
-  hosts.join()
-  told = {**store.paths(config.to_json()), **record.versions()}
-  hosts.alike('config', told, 'Start all of them by the same command')
-  mesh = meshes.of(config)
-  images = hosts.together(lambda: datasets.read(config))
+  distributed.join()
+  told = {**checkpoint.paths(config.to_json()), **directory.versions()}
+  distributed.alike('config', told, 'Start all of them by the same command')
+  mesh = meshes.of(config.mesh, config.batch)
+  images = distributed.together(lambda: datasets.read(config))
   told = datasets.digests(images) if jax.process_count() > 1 else {}
-  hosts.alike(f'data {config.data!r}', told, 'Copy the files from one to all')
+  distributed.alike(f'data {config.data!r}', told, 'Copy the files from one to all')
   task, folder = tasks.of(images), config.path
   train = images.on_device(partial(meshes.whole, mesh))
-  job = Job(config, folder, images, train, task, mesh, show and hosts.writes())
+  job = Job(config, folder, images, train, task, mesh, show and distributed.writes())
   begun = any((folder / name).exists() for name in ('history.jsonl', *CACHED))
-  hosts.alike(str(folder), {'begun': begun}, SHARED)
+  distributed.alike(str(folder), {'begun': begun}, SHARED)
   if config.resume:
     # Damaged, it is written anew; every state has its own. Of one in which nothing was
     # trained a mistake in the command may be mended.
-    stored = record.read(folder / 'config.json') if begun else None
+    stored = directory.read(folder / 'config.json') if begun else None
     if stored is not None:
       same_config(relevant(stored['config']), job.relevant(), str(folder))
-  elif hosts.writes() and (folder / 'config.json').is_file():
+  elif distributed.writes() and (folder / 'config.json').is_file():
     for name in WRITTEN:
       (folder / name).unlink(missing_ok=True)
     for name in (*CACHED, 'cascade', 'pruned'):
       shutil.rmtree(folder / name, ignore_errors=True)
-  hosts.wait()
+  distributed.wait()
   return job
+
+
+def record_config(job: Job) -> None:
+  """Writes config.json: what is run, with what, and the command."""
+  values = {
+    'config': job.config.to_json(),
+    'versions': directory.versions(),
+    'device': latency.device(),
+    'command': directory.command(),
+  }
+  directory.write(job.folder / 'config.json', values)
+
+
+def remembering(path: Path) -> Callable[..., np.ndarray]:
+  """The `remember` of a `Setting`, which keeps what was measured in the file `path`.
+
+  Of several processes the first one measures for all.
+  """
+
+  def remember(measure, to_json, from_json):
+    known = directory.read(path)
+    found = None if known is None else from_json(known)
+    measured = distributed.agreed(measure() if found is None else found)
+    if found is None:
+      directory.write(path, to_json(measured))
+    return measured
+
+  return remember
 
 
 def stage(
@@ -290,35 +317,37 @@ def stage(
   restored = keeper.restore_latest(state)
   if restored is not None:
     state = jax.tree.map(jnp.asarray, restored.state)
-  apply = teacher.apply if teacher else None
+  apply, taught = None, None
+  if teacher is not None:
+    apply, taught = teacher.apply, job.on_mesh(teacher.variables)
   step = make_step(
     model, method, job.task, tx, coupling, apply, job.on_mesh, job.config.remat
   )
-  taught = job.on_mesh(teacher.variables) if teacher else None
+  key = job.key(name)
   if isinstance(job.images, Streamed) and int(state.step) < steps:
-    given = batch_at, job.train, step, state, job.key(name), taught
-    line = throughput.tell(throughput.measure(*given), name, job.show)
-    record.append(job.folder / 'input.jsonl', line)
-  learns = [learnt(job.folder, name, method)] if state.theta else []
-  train = partial(
-    fit, step, state, job.key(name), batch_at, job.train,
-    steps=steps, every=max(1, min(100, steps // LINES)), teacher=taught,
-    label=name, show=job.show,
-  )  # fmt: skip
-  return meshes.local(_recorded(job, name, keeper, steps, learns, train))
-
-
-def _recorded(
-  job: Job, name: str, keeper: Keeper, steps: int, learns: list, train: Callable
-) -> State:
-  """train(callbacks=...), its history and states on disk, ended by SIGTERM."""
-  every_s = job.config.checkpoint_every_s
+    rates = throughput.measure(batch_at, job.train, step, state, key, taught)
+    line = throughput.tell(rates, name, job.show)
+    directory.append(job.folder / 'input.jsonl', line)
+  callbacks = [historian(job.folder, name)]
+  if state.theta:
+    callbacks.append(learnt(job.folder, name, method))
   try:
-    with preemption.noticed() as told:
-      writes = historian(job.folder, name)
-      saves = saver(keeper, name, steps, every_s, told)
-      state = train(callbacks=[writes, *learns, saves])
+    with interrupts.noticed() as told:
+      every_s = job.config.checkpoint_every_s
+      state = fit(
+        step,
+        state,
+        key,
+        batch_at,
+        job.train,
+        steps=steps,
+        every=max(1, min(100, steps // LINES)),
+        teacher=taught,
+        callbacks=[*callbacks, saver(keeper, name, steps, every_s, told)],
+        label=name,
+        show=job.show,
+      )
       keeper.wait()
   finally:
     keeper.rest()
-  return state
+  return distributed.local(state)

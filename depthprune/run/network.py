@@ -6,20 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 
-from depthprune import distributed as hosts
-from depthprune import models
-from depthprune.data import images as overlaid
-from depthprune.data import tokens
-from depthprune.data.tfds import DataError
-from depthprune.export import networks as checkpoint
-from depthprune.methods.auxiliary import ASIDE
-from depthprune.models import pretrained
+from depthprune import distributed, methods, models
+from depthprune.data import images, tokens
+from depthprune.data.dataset import DataError
+from depthprune.exports import networks
+from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
-from depthprune.models.auxiliary_path import Auxiliary, beside
-from depthprune.models.heads import Head, WithHeads, every_tap, multitask
-from depthprune.options import NetCut
+from depthprune.models.heads import WithHeads, multitask
 from depthprune.run.config import Config
 from depthprune.run.job import Job
 from depthprune.storage import checkpoint as store
@@ -33,7 +27,7 @@ def as_thin(model: Any, path: str | Path) -> Any:
   Raises: CheckpointError where the folder holds none, or not of this model; how many
     classes it has, and the type it computes in, may differ.
   """
-  record = store.read_record(Path(path), checkpoint.RECORD)
+  record = store.read_record(Path(path), networks.RECORD)
   stored, arch, _ = _compact(record)
   if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut: with its exit
     there = models.build(stored['name'], **stored['fields'])
@@ -56,7 +50,7 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 
   Raises: CheckpointError for another number of classes, and for arrays that do not fit.
   """
-  leaves, record = store.read(Path(path), checkpoint.RECORD)
+  leaves, record = store.read(Path(path), networks.RECORD)
   stored, _, inside = _compact(record)
   leaves = {name.replace(inside, '/', 1): leaf for name, leaf in leaves.items()}
   ours = _described(models.describe(model)).get('classes')
@@ -74,7 +68,7 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 
 def heads_of(path: str | Path) -> tuple[str, ...]:
   """Names of the heads that the network in a folder has besides its trunk's own."""
-  stored, _, _ = _compact(store.read_record(Path(path), checkpoint.RECORD))
+  stored, _, _ = _compact(store.read_record(Path(path), networks.RECORD))
   return _heads(stored)
 
 
@@ -86,19 +80,19 @@ def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str
   """(model, arch, what its arrays lie in) of a record, '/' if in nothing.
 
   Heads that were dropped, such as an auxiliary path, are not among them; of a trunk
-  whose heads were all dropped they are those of the trunk.
+  whose left were all dropped they are those of the trunk.
   """
   model, arch = record['model'], record['arch']
   if model.get('name') != 'heads.WithHeads':
     return model, arch, '/'
   fields, gone = model['fields'], lambda name: arch.get(f'exit/{name}', 1) == 0
-  heads = {name: head for name, head in fields['heads'].items() if not gone(name)}
-  if not heads and not gone('main'):
+  left = {name: head for name, head in fields['heads'].items() if not gone(name)}
+  if not left and not gone('main'):
     return fields['trunk'], within(arch, 'trunk'), '/trunk/'
-  dropped = {*fields['heads']} - {*heads}
+  dropped = {*fields['heads']} - {*left}
   mine = lambda key: key.split('/')[0].removeprefix('head_') not in dropped
   arch = {k: v for k, v in arch.items() if mine(k.removeprefix('exit/'))}
-  return {**model, 'fields': {**fields, 'heads': heads}}, arch, '/'
+  return {**model, 'fields': {**fields, 'heads': left}}, arch, '/'
 
 
 def _described(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +112,7 @@ def _described(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def network(config: Config, classes: int) -> Any:
-  """The model of a run, with the heads that its method needs.
+  """The model of a run, with the exits that its method needs.
 
   Where the data have several tasks, of `classes` each, it has a head for each. Where it
   starts from a pruned network, a folder, the model has that one's `arch`, and if NetCut
@@ -131,63 +125,39 @@ def network(config: Config, classes: int) -> Any:
   model = models.build(
     config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
   )
-  if tasks := overlaid.tasks(config.data):
+  if tasks := images.tasks(config.data):
     _check_several(config, model, tasks)
     model = multitask(model, dict.fromkeys(tasks, classes))
   if config.pretrained is not None and Path(config.pretrained).is_dir():
     model = as_thin(model, config.pretrained)
   _check_exits(config, model)
-  return with_heads(model, config) if config.options.heads else model
-
-
-def with_heads(model: Any, config: Config) -> Any:
-  """The model with what the method wants on its taps, or those of its trunk."""
-  o = config.options
-  if isinstance(o, NetCut):
-    return every_tap(model, pool=o.pool)
-  if o.structure == 'none':
+  if config.recipe.heads is None:
     return model
-  own = getattr(model, 'heads', {})  # of several tasks, or of a network that was cut
-  trunk = model.trunk if own else model
-  classes = {name: head.classes for name, head in own.items()} or model.classes
-  if not overlaid.tasks(config.data) and own:
-    (classes,) = classes.values()
-  fields = {'classes': classes, 'width': o.width, 'pool': trunk.pool}
-  read = [trunk.taps.index(head.tap) for head in own.values()]
-  taps = trunk.taps[: max(read) + 1] if read else trunk.taps
-  path = beside(taps, o.structure == 'search', **fields)
-  if o.structure != 'deep-supervision':
-    heads = {ASIDE: path}
-  else:
-    ends = [taps[-1] for taps in path.stages]
-    ends = ends[:-1] or ends  # the last of them is what the network's own head reads
-    linear = lambda tap: Head(tap, classes, pool=trunk.pool)
-    dense = lambda tap: Auxiliary(((tap,),), **fields)  # of pixels
-    head = linear if trunk.pool else dense
-    heads = {f'{ASIDE}{i}': head(tap) for i, tap in enumerate(ends, 1)}
-  return WithHeads(trunk, {**own, **heads}, model.arch if own else FrozenDict())
+  return config.recipe.heads(config.options, model, heads)
 
 
 def _check_several(config: Config, model: Any, tasks: Sequence[str]) -> None:
-  if config.method in ('netcut', 'sidenet') or getattr(model, 'pool', None) is None:
+  if config.recipe.own_exits or getattr(model, 'pool', None) is None:
+    able = [
+      methods.word(name) for name, each in methods.all().items() if not each.own_exits
+    ]
     raise DataError(
       f'data {config.data!r} has several tasks ({", ".join(tasks)}): expected the '
-      'method gates, implosion or auxiliary and a network with taps that classifies, '
-      f'such as resnet20, got {config.method} and {config.model}'
+      f'method {", ".join(able)} and a network with taps that classifies, such as '
+      f'resnet20, got {config.method} and {config.model}'
     )
 
 
 def _check_exits(config: Config, model: Any) -> None:
   exits = model.exits if hasattr(model, 'trunk') else ()
-  helped = any(name.startswith(ASIDE) for name in exits)
-  if exits and (config.method in ('netcut', 'sidenet') or helped):
+  if exits and config.recipe.own_exits:
     raise CheckpointError(
       f'{config.pretrained}: expected a network that {config.method} can put exits on, '
       f'got one that has {", ".join(exits)}'
     )
 
 
-def start(job: Job, model: Any) -> Tree:
+def initial_variables(job: Job, model: Any) -> Tree:
   """The first variables of a run: random, or the trunk read from a file or a folder.
 
   Of several processes all have those of the first.
@@ -195,11 +165,11 @@ def start(job: Job, model: Any) -> Tree:
   Raises: ValueError for a file, CheckpointError for a folder, that does not fit, and
     DataError for the tokenizer of another network.
   """
-  found = hosts.together(lambda: _start(job, model))
-  return jax.tree.map(jnp.asarray, hosts.agreed(found))
+  found = distributed.together(lambda: _read_or_made(job, model))
+  return jax.tree.map(jnp.asarray, distributed.agreed(found))
 
 
-def _start(job: Job, model: Any) -> Tree:
+def _read_or_made(job: Job, model: Any) -> Tree:
   path = job.config.pretrained
   tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
   if tokenizer is not None:
@@ -232,7 +202,7 @@ def _known(job: Job, path: str, model: Any) -> Tree:
 
 def check_answer(job: Job, model: Any) -> None:
   """Raises DataError unless the model has an answer of the kind that the labels are."""
-  if overlaid.tasks(job.config.data):
+  if images.tasks(job.config.data):
     return  # `tasks.several` names those that are missing
   given = jax.eval_shape(model.init_with_output, job.key('shapes'), *job.inputs)[0]
   said = {name: tuple(given[name].shape) for name in model.exits}

@@ -7,75 +7,68 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from depthprune import distributed as hosts
-from depthprune.data.tfds import count
+from depthprune import distributed
+from depthprune.data.dataset import count
 from depthprune.program.trace import runnable
 from depthprune.run.job import Job
-from depthprune.storage import directory as record
+from depthprune.storage import directory
 from depthprune.timing import latency
-from depthprune.train.method import as_dict
+from depthprune.train.result import Accuracies, Change, Proof, Result, RoundResult
+from depthprune.train.result import from_json as from_json
+from depthprune.train.task import as_dict
 
 if TYPE_CHECKING:
-  from depthprune.run.rounds import Round, Shrunk
+  from depthprune.run.rounds import Shrunk
 
 LATENCY_BATCHES = (1, 128)
 SPLITS = ('train', 'held_out', 'test')
 
 
-def surroundings() -> dict[str, Any]:
-  """The versions and the device that a result depends on."""
-  return {'versions': record.versions(), 'device': latency.device()}
-
-
-def measure(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
-  """Everything that result.json says, but for the time it took.
+def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
+  """Everything that result.json says of a network and its cuts, but for the time.
 
   Args:
-    model: the network before pruning.
+    job: the run. model: the network before pruning. small: what became of it.
   """
-  reports = [found.report for found in small.rounds]
   full, thin = job.scores(model, small.answer), job.scores(small.model)
-  scores = lambda split: {
-    'before': full(small.before, split),
-    'pruned': thin(small.pruned.variables, split),
-    'recalibrated': thin(small.recalibrated, split),
-    'after': thin(small.variables, split),
-  }
-  test, held_out = scores(job.images.test), scores(job.images.held_out)
-  accuracy = lambda found: {when: each['accuracy'] for when, each in found.items()}
+  test, held_out = (
+    {
+      'before': full(small.before, split),
+      'pruned': thin(small.pruned.variables, split),
+      'recalibrated': thin(small.recalibrated, split),
+      'after': thin(small.variables, split),
+    }
+    for split in (job.images.test, job.images.held_out)
+  )
+  accuracies = lambda found: Accuracies(**{k: v['accuracy'] for k, v in found.items()})
+  reports = small.reports
   cost = lambda name: {
     'before': reports[0][name]['before'],
     'after': reports[-1][name]['after'],
   }
-  result = {
+  values = {
     **described(job),
-    'accuracy': accuracy(test),
-    'held_out': accuracy(held_out),
-    'scores': {when: finite(test[when]) for when in ('before', 'after')},
-    'flops': cost('flops'),
-    'params': cost('params'),
-    'peak_bytes': cost('peak_bytes'),
-    **(_times(job, model, small) if hosts.writes() else {}),
+    **{name: cost(name) for name in ('flops', 'params', 'peak_bytes')},
+    **(_times(job, model, small) if distributed.writes() else {}),
+    'accuracy': dataclasses.asdict(accuracies(test)),
+    'held_out': dataclasses.asdict(accuracies(held_out)),
+    'scores': {when: _finite(test[when]) for when in ('before', 'after')},
     'verify': reports[-1]['verify'],
     'widths': _widths(reports),
-    'rounds': [_told(found) for found in small.rounds],
+    'rounds': [dataclasses.asdict(each) for each in small.rounds],
     'report': reports[-1],
   }
-  return result
-
-
-def finite(scores: dict[str, float]) -> dict[str, float | None]:
-  """All scores; None for one of nothing, as the IoU of a class that is not there."""
-  return {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
+  return from_json(values)
 
 
 def described(job: Job) -> dict[str, Any]:
-  """What was run, on what, with what."""
+  """What was run, on what, with what: entries of a result."""
   config = job.config
   return {
     'config': config.to_json(),
-    **surroundings(),
-    'command': record.command(),
+    'versions': directory.versions(),
+    'device': latency.device(),
+    'command': directory.command(),
     'mesh': {**job.mesh.shape, 'processes': jax.process_count()},
     'seed': config.seed,
     'model': config.model,
@@ -87,20 +80,21 @@ def described(job: Job) -> dict[str, Any]:
   }
 
 
-def _told(found: 'Round') -> dict[str, Any]:
-  """One round, without the arrays of its report."""
-  keys = ('flops', 'params')
-  kept = [name for name, kept in found.report['exits'].items() if kept]
-  return {
-    'units': list(found.units),
-    'erased': list(found.erased),
-    'exits': kept,
-    'learned': found.learned,
-    **{key: found.report[key] for key in keys},
-    'verify': found.report['verify'],
-    'notes': found.report['notes'],
-    'held_out': found.held_out,
-  }
+def round_from(report: dict[str, Any], **known: Any) -> RoundResult:
+  """One cut, of which surgery says `report`; known: the fields that it does not say."""
+  return RoundResult(
+    exits=[name for name, kept in report['exits'].items() if kept],
+    flops=Change(**report['flops']),
+    params=Change(**report['params']),
+    verify=Proof(**report['verify']),
+    notes=report['notes'],
+    **known,
+  )
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float | None]:
+  """All scores; None for one of nothing, as the IoU of a class that is not there."""
+  return {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
 
 
 def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
@@ -110,21 +104,19 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     latency.Network(_answering(small.model, job.task.answer), small.variables),
   )
   seconds = [latency.compile_seconds(network, *job.inputs) for network in networks]
-  options, asked = job.config.options, {}
-  of_time = getattr(options, 'of', '') == 'milliseconds'
-  batches = (*LATENCY_BATCHES, *((options.latency_batch,) if of_time else ()))
+  values: dict[str, Any] = {'compile_s': dict(zip(('before', 'after'), seconds))}
+  target = job.config.recipe.target(dataclasses.asdict(job.config.options))
+  asked = target.batch if target else None  # where the target counts milliseconds
+  batches = (*LATENCY_BATCHES, *((asked,) if asked else ()))
   measured = latency.compare(*networks, *job.inputs, batches=batches)
-  told = latency.to_json(measured)
-  if of_time:
-    here = next(m for m in measured if m.batch == options.latency_batch)
-    told[str(here.batch)]['notes'] += latency.missed(here, options.target)
+  values['latency_ms'] = latency.to_json(measured)
+  if target and asked:
+    here = next(m for m in measured if m.batch == asked)
+    missed = latency.missed(here, target.fraction)
+    values['latency_ms'][str(asked)]['notes'] += missed
     medians = {'before': here.before.median, 'after': here.after.median}
-    asked = {'milliseconds': {'batch': here.batch, **medians}}
-  return {
-    'latency_ms': told,
-    **asked,
-    'compile_s': dict(zip(('before', 'after'), seconds)),
-  }
+    values['milliseconds'] = {'batch': asked, **medians}
+  return values
 
 
 def _answering(model: Any, answer: Callable):

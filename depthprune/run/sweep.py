@@ -25,14 +25,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from depthprune import distributed as hosts
-from depthprune.run import interrupts as preemption
-from depthprune.run import rounds as recipe
-from depthprune.run.config import Config
+from depthprune import distributed
+from depthprune.run import interrupts, rounds
+from depthprune.run.config import TRAIN, Config, relevant
 from depthprune.run.interrupts import speaks
-from depthprune.run.relevant import TRAIN, relevant
-from depthprune.storage import directory as disk
-from depthprune.storage import directory as record
+from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.directory import WriteError
 from depthprune.storage.keeper import same_config
@@ -111,7 +108,7 @@ def _alone(config: Config, work: Work, device: int, shared: bool, tell: Connecti
   if shared:
     os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   config.path.mkdir(parents=True, exist_ok=True)
-  with Path(config.path / OUTPUT).open('a') as file, preemption.ends():
+  with Path(config.path / OUTPUT).open('a') as file, interrupts.ends():
     for stream in (sys.stdout, sys.stderr):
       os.dup2(file.fileno(), stream.fileno())
     try:
@@ -135,7 +132,7 @@ def _answer(ended: Busy) -> str | None:
 @contextlib.contextmanager
 def _ending(busy: list[Busy]) -> Iterator[None]:
   """Ends all that are busy, however this ends; SIGTERM is an end as any other."""
-  with preemption.ends():
+  with interrupts.ends():
     try:
       yield
     finally:
@@ -207,7 +204,7 @@ def run(planned: Plan, at_once: int | None = None, show: bool = True) -> dict[st
   runs, refused = planned.runs, {}
   for config in runs:
     if not config.resume:
-      disk.empty(config.path)
+      directory.empty(config.path)
   missing = [config for config in runs if finished(config) is None]
   for config, error in _attempts(planned, missing, at_once, show):
     if error is not None:
@@ -224,8 +221,8 @@ def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
   or needs more memory than the device has."""
   inherit(config, runs)
   try:
-    recipe.run(config, show)
-  except disk.WriteError:
+    rounds.run(config, show)
+  except directory.WriteError:
     raise
   except Exception as error:
     if FULL in str(error):
@@ -239,7 +236,7 @@ def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
 def finished(config: Config) -> dict[str, Any] | None:
   """The result of a run, if it is there."""
   path = config.path / 'result.json'
-  result = record.read(path)
+  result = directory.read(path)
   if result is None:
     return None
   what = lambda values: {k: v for k, v in values.items() if k not in ABOUT}
@@ -304,9 +301,9 @@ def _attempts(
       work = functools.partial(attempt, runs=runs, show=False)
       yield from over(missing, work, many, devices, ready)
       return
-  hosts.join()
+  distributed.join()
   if jax.process_count() > 1:
-    raise hosts.HostError(
+    raise distributed.HostError(
       f'sweep: expected one process, got {jax.process_count()}: it spreads runs over '
       'GPUs itself; for runs over several hosts start `depthprune run` for each'
     )
@@ -320,11 +317,11 @@ def _write(planned: Plan, refused: Mapping[str, str]) -> dict[str, Any]:
   found = {
     'config': planned.runs[0].to_json(),
     'swept': planned.swept,
-    'versions': record.versions(),
-    'command': record.command(),
+    'versions': directory.versions(),
+    'command': directory.command(),
     'runs': [_row(planned, config, refused) for config in planned.runs],
   }
-  record.write(planned.folder / FILE, found)
+  directory.write(planned.folder / FILE, found)
   return found
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
-from depthprune import distributed as hosts
-from depthprune.storage import directory as disk
+from depthprune import distributed
+from depthprune.storage import directory
 
 
 def kind(leaf: Any) -> str:
@@ -96,7 +96,7 @@ def begin(
   """
   if tensors:
     whole = folder / TENSORS
-    if hosts.writes():
+    if distributed.writes():
       save_tensors(whole, arrays)
     return lambda: whole
   # Orbax refuses empty arrays; who reads them knows their shapes.
@@ -177,7 +177,7 @@ def write(
   Raises CheckpointError where the folder holds something else, and WriteError where
   there is no room; what was there is then still there.
   """
-  hosts.together(start(folder, name, tree, record, tensors).result)
+  distributed.together(start(folder, name, tree, record, tensors).result)
 
 
 def start(
@@ -207,16 +207,16 @@ def start(
     'leaves': {path: described(leaves[path], array) for path, array in arrays.items()},
   }
   fresh = folder.with_name(f'.unfinished-{folder.name}')
-  hosts.together(lambda: _emptied(fresh) if hosts.writes() else None)
+  distributed.together(lambda: _emptied(fresh) if distributed.writes() else None)
 
   def finish():
     where = written()
-    if hosts.writes():
+    if distributed.writes():
       content['files'] = checksums(where)
       content['crc32'] = zlib.crc32(_json(content).encode())
       (fresh / name).write_text(_json(content) + '\n')
       if folder.exists():
-        disk.discard(folder)
+        directory.discard(folder)
       fresh.rename(folder)
       then()
 
@@ -235,12 +235,12 @@ def _room(fresh: Path) -> Iterator[None]:
     yield
   except Exception as error:  # orbax and tensorstore raise whatever they meet
     shutil.rmtree(fresh, ignore_errors=True)
-    raise disk.failed(fresh, error) from error
+    raise directory.failed(fresh, error) from error
 
 
 def _emptied(folder: Path) -> None:
   shutil.rmtree(folder, ignore_errors=True)
-  with disk.writing(folder):
+  with directory.writing(folder):
     folder.mkdir(parents=True)
 
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from depthprune import distributed as hosts
+from depthprune import distributed
 
 LOCK = '.lock'
 # Mistakes in a path, or rights that are missing; all else may be over the next time.
@@ -104,7 +104,7 @@ def held(folder: Path) -> Iterator[None]:
   Raises: InUse where a live run has it, PathError where it cannot be made; of several
     processes all do. Where a file system has no locks a warning says so.
   """
-  lock = hosts.together(lambda: _locked(folder) if hosts.writes() else None)
+  lock = distributed.together(lambda: _locked(folder) if distributed.writes() else None)
   try:
     yield
   finally:
@@ -159,7 +159,7 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
 
   Raises: WriteError where there is no room.
   """
-  if not hosts.writes():
+  if not distributed.writes():
     return
   scratch = path.with_suffix('.partial')
   with writing(path):
@@ -185,7 +185,7 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
   Raises: WriteError where there is no room.
   """
-  if not hosts.writes():
+  if not distributed.writes():
     return
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from depthprune import distributed as hosts
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as disk
+from depthprune import distributed
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 
 RECORD = 'state.json'
@@ -62,19 +61,19 @@ class Keeper:
       there is then still there.
     """
     self.wait()
-    if hosts.writes():
+    if distributed.writes():
       for left in Path(self.folder).glob('.*-*'):  # of a write that was killed
         shutil.rmtree(left, ignore_errors=True)
     record = {'step': step, 'config': dict(self.config), 'meta': dict(meta or {})}
     given = self._at(step), RECORD, state, {**record, 'score': score}
     with self._whole():
-      self._begun.append(store.start(*given, then=lambda: self._retain(step)))
+      self._begun.append(checkpoint.start(*given, then=lambda: self._retain(step)))
 
   def wait(self) -> None:
     """Until all that was saved is on disk; raises WriteError where it is not."""
     while self._begun:
       with self._whole():
-        hosts.together(self._begun.pop().result)
+        distributed.together(self._begun.pop().result)
 
   def rest(self) -> None:
     """Until this process writes no more, whatever became of it.
@@ -107,19 +106,19 @@ class Keeper:
     return self._there()
 
   def _restore(self, like: Any, order: list[int]) -> Restored | None:
-    hosts.alike(str(self.folder), {'steps': order}, SHARED)
+    distributed.alike(str(self.folder), {'steps': order}, SHARED)
     broken: list[tuple[int, CheckpointError]] = []
     for step in order:
       try:
-        leaves, record = store.read(self._at(step), RECORD)
+        leaves, record = checkpoint.read(self._at(step), RECORD)
       except CheckpointError as error:
         broken.append((step, error))
         continue
       same_config(record['config'], self.config, str(self.folder))
-      state = store.matched(like, leaves, str(self._at(step)))
+      state = checkpoint.matched(like, leaves, str(self._at(step)))
       for bad, error in broken:
         aside = self._at(bad).with_suffix('.damaged')
-        if hosts.writes():
+        if distributed.writes():
           shutil.rmtree(aside, ignore_errors=True)
           self._at(bad).rename(aside)
         warnings.warn(f'{error}; going on from step {step}', stacklevel=2)
@@ -136,9 +135,9 @@ class Keeper:
     """Names the step from which a run can go on that finds no room for another."""
     try:
       yield
-    except disk.WriteError as error:
+    except directory.WriteError as error:
       last = ''.join(f' (step {step})' for step in self._there()[-1:])
-      raise disk.WriteError(f'{error}{last}') from error
+      raise directory.WriteError(f'{error}{last}') from error
 
   def _there(self) -> list[int]:
     found = Path(self.folder).glob('*')
@@ -148,7 +147,7 @@ class Keeper:
     found = {}
     for step in steps:
       with suppress(CheckpointError):
-        found[step] = store.read_record(self._at(step), RECORD).get('score')
+        found[step] = checkpoint.read_record(self._at(step), RECORD).get('score')
     return {step: score for step, score in found.items() if score is not None}
 
   def _retain(self, step: int) -> None:
@@ -158,7 +157,7 @@ class Keeper:
     best = min(scores, key=lambda s: scores[s], default=None)
     for s in steps:
       if s not in (*kept[-self.keep :], best):
-        disk.discard(self._at(s))
+        directory.discard(self._at(s))
 
   def _at(self, step: int) -> Path:
     return Path(self.folder) / f'{step:08d}'

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from depthprune.program import axes as sl
+from depthprune.program import axes as ax
 from depthprune.program import cost
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import paths_of
@@ -115,7 +115,7 @@ def norms(
   written = [m for m in members if m not in coupling.reads] or members
   total = np.zeros(size)
   for path, axis in written or coupling.groups[group].members:
-    at = sl.index_of(coupling.axes[path][axis], variable)
+    at = ax.index_of(coupling.axes[path][axis], variable)
     weight = np.abs(np.asarray(leaves[path], np.float64)) ** power
     others = tuple(i for i in range(weight.ndim) if i != axis)
     np.add.at(total, at[at >= 0], weight.sum(axis=others)[at >= 0])

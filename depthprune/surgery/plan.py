@@ -11,7 +11,6 @@ import numpy as np
 from jax.core import Tracer
 
 from depthprune.program import axes as ax
-from depthprune.program import axes as sl
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import GONE, paths_of, without
 
@@ -29,7 +28,7 @@ def index_plan(coupling: Coupling, keep: Mapping) -> Plan:
     kept[coupling.axis(group)] = np.asarray(slices)
   dead = coupling.decision(keep).dead
   plan = {
-    path: tuple(sl.mask(d, kept) for d in dims)
+    path: tuple(ax.mask(d, kept) for d in dims)
     for path, dims in coupling.axes.items()
     if path not in dead and not path.startswith('branches/')
   }

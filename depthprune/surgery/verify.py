@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import axes as sl
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.gating import plug
@@ -166,7 +165,7 @@ def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]
   }
   for path, leaf in leaves.items():
     for i, d in enumerate(coupling.axes[path]):
-      kept = sl.mask(d, zeroed)
+      kept = ax.mask(d, zeroed)
       if not kept.all():
         shape = [-1 if j == i else 1 for j in range(leaf.ndim)]
         leaf = leaf * kept.reshape(shape).astype(leaf.dtype)
@@ -179,7 +178,7 @@ def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
   """The slices of the outputs that the small network returns, without dropped exits."""
   kept = {coupling.axis(g): np.asarray(k) for g, k in keep['channels'].items()}
   leaves = [
-    take(x, tuple(sl.mask(d, kept) for d in coupling.view.facts.dims[v]))
+    take(x, tuple(ax.mask(d, kept) for d in coupling.view.facts.dims[v]))
     for x, v in zip(jax.tree.leaves(outputs), coupling.view.program.outputs)
   ]
   outputs = jax.tree.unflatten(jax.tree.structure(outputs), leaves)

@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import axes as sl
 from depthprune.program import cost
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
@@ -331,7 +330,7 @@ def _call(view: View, program: jx.Program, size: Mapping, widths: Widths, array)
   """A call of the program at its new sizes, with arrays for arguments."""
   keep = {g: np.arange(n) < widths.get(g, n) for g, n in size.items()}
   kept = decided(view, {'channels': keep})
-  shape = lambda v: tuple(sl.count(d, kept) for d in view.facts.dims[v])
+  shape = lambda v: tuple(ax.count(d, kept) for d in view.facts.dims[v])
   arrays = [array(shape(v), v.dtype) for v in program.inputs]
   run = jax.jit(lambda *arrays: rebound(view.facts, kept)(program, arrays))
   return lambda: run(*arrays)

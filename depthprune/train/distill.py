@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from depthprune.train.method import Method, as_dict, inputs_of
-from depthprune.train.task import Task, Tree, main, mean
+from depthprune.data.dataset import inputs_of
+from depthprune.train.method import Method
+from depthprune.train.task import Task, Tree, as_dict, main, mean
 
 
 class Teacher(NamedTuple):

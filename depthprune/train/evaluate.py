@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.train.mesh import fetch
-from depthprune.train.method import as_dict, inputs_of
+from depthprune.data.dataset import inputs_of
+from depthprune.distributed import fetch
 from depthprune.train.step import apply_of, gated
-from depthprune.train.task import Task, Tree
+from depthprune.train.task import Task, Tree, as_dict
 
 
 def evaluate(

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune import distributed as hosts
+from depthprune import distributed
+from depthprune.data.dataset import inputs_of
 from depthprune.train.evaluate import COLLECTION, added, recalibrate, totals
-from depthprune.train.method import Method, as_dict, inputs_of
+from depthprune.train.method import Method
 from depthprune.train.step import State, branches_of, gated
-from depthprune.train.task import Task, Tree
+from depthprune.train.task import Task, Tree, as_dict
 
 
 class Decisions(NamedTuple):
@@ -65,7 +66,7 @@ def masked(
 ) -> Masked:
   """The programs of a network as a method has trained it; arguments as for `judge`."""
   run, variables = gated(model, coupling), state.variables
-  given = method.forward(state.theta, jax.random.key(0), state.step)
+  given = method.forward(state.theta, None, state.step)
   gates = {
     'channels': given.get('channels', {}),
     'branches': {**branches_of(variables), **given.get('branches', {})},
@@ -86,14 +87,14 @@ def _measure(run, task, answer, variables, gates, theta, how, exits, decisions, 
   def one(d: Decisions):
     arrays = variables if d.stats is None else {**variables, COLLECTION: d.stats}
     says = partial(answer, theta, exits, d.exit)
-    return totals(run, task, says, arrays, _closed(gates, d.keep), batch)
+    return totals(run, task, says, arrays, kept_gates(gates, d.keep), batch)
 
   return _over(how, one, decisions)
 
 
 def _statistics(run, variables, gates, how, decisions, batch):
   def one(d: Decisions):
-    closed = _closed(gates, d.keep)
+    closed = kept_gates(gates, d.keep)
     apply = lambda variables, *args, **kwargs: run(variables, closed, *args, **kwargs)
     return recalibrate(apply, variables, [batch])[COLLECTION]
 
@@ -107,15 +108,22 @@ def _answer(method: Method, task: Task, theta, exits, exit, outputs: Tree) -> ja
   return logits[0] if len(exits) == 1 else jnp.stack(logits)[exit]
 
 
-def _closed(gates: Tree, keep: Tree) -> Tree:
-  """The trained gates, closed where keep says so."""
-  trained = gates['branches']
+def kept_gates(gates: Tree, keep: Tree) -> Tree:
+  """The values of gates that a decision leaves, 0 where it closes them.
+
+  A channel that is kept although its gate is closed (to meet a target) counts as open.
+
+  Args:
+    gates: {'channels': {group: [n]}, 'branches': {path: ()}}, as trained.
+    keep: the same, bool or 0 and 1; what is not named is as trained.
+  """
+  channels, branches = dict(gates.get('channels', {})), gates.get('branches', {})
+  for group, kept in keep.get('channels', {}).items():
+    gate = channels.get(group, 1.0)
+    channels[group] = jnp.where(gate > 0, gate, 1.0) * kept
   # A path that is not among them is refused where the gates are put in place.
-  branches = {p: trained.get(p, 1.0) * k for p, k in keep.get('branches', {}).items()}
-  return {
-    'channels': {**gates['channels'], **keep.get('channels', {})},
-    'branches': {**trained, **branches},
-  }
+  closed = {p: branches.get(p, 1.0) * k for p, k in keep.get('branches', {}).items()}
+  return {'channels': channels, 'branches': {**branches, **closed}}
 
 
 def _over(how: str, one: Callable[[Decisions], Tree], decisions: Decisions) -> Tree:
@@ -242,7 +250,7 @@ class Judge:
         first = _rows(decisions, slice(few)), _rows(self.held_out[0], slice(images))
         program = lambda how: self.network.measure(how, exits, *first)
         ms = {how: _milliseconds(partial(program, how)) for how in ('vmap', 'map')}
-        faster = hosts.agreed(np.bool_(ms['vmap'] <= ms['map']))
+        faster = distributed.agreed(np.bool_(ms['vmap'] <= ms['map']))
         self.vectorised['by'] = 'vmap' if faster else 'map'
         self.vectorised.update({f'{how}_ms': taken for how, taken in ms.items()})
     return self.vectorised['by']

@@ -10,13 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from depthprune.run.config import Config
 from depthprune.train.options import ConfigError, axes
 
 AXES = ('data', 'model')
@@ -24,35 +22,38 @@ ROWS = P('data')
 Tree = Any
 
 
-def of(config: Config) -> Mesh:
-  """The mesh that a config asks for: one device, or of several processes all, unless.
+def of(asked: str | None, batch: int) -> Mesh:
+  """The mesh that is asked for, such as 'data=4,model=2'.
+
+  None is one device or, of several processes, all. `batch` is how many examples are
+  split over it.
 
   Raises: ConfigError for more devices than there are, fewer than all where there are
     several processes, and a batch that the data axis does not divide.
   """
   devices, processes = jax.devices(), jax.process_count()
-  data, model = axes(config.mesh or ('data' if processes > 1 else 'data=1'))
+  data, model = axes(asked or ('data' if processes > 1 else 'data=1'))
   data = data or max(1, len(devices) // model)
-  asked, there = data * model, len(devices)
-  if asked > there:
+  size, there = data * model, len(devices)
+  if size > there:
     most = f'data={there // model}' if model <= there else f'model={there}'
     raise ConfigError(
-      f'mesh: data={data},model={model} takes {asked} devices, there are {there} '
+      f'mesh: data={data},model={model} takes {size} devices, there are {there} '
       f'({devices[0].device_kind}): ask for at most {most}, or leave the number out'
     )
-  if processes > 1 and asked < there:
+  if processes > 1 and size < there:
     raise ConfigError(
-      f'mesh: data={data},model={model} takes {asked} devices, but {processes} '
+      f'mesh: data={data},model={model} takes {size} devices, but {processes} '
       f'processes have {there} and all must take part: choose numbers whose product '
       f'is {there}'
     )
-  if config.batch % data:
+  if batch % data:
     raise ConfigError(
       f'batch: expected a multiple of {data}, as the mesh splits a batch over {data} '
-      f'devices, got {config.batch}: the nearest is {nearest(config.batch, data)}'
+      f'devices, got {batch}: the nearest is {nearest(batch, data)}'
     )
   kinds = (AxisType.Auto, AxisType.Auto)
-  return jax.make_mesh((data, model), AXES, axis_types=kinds, devices=devices[:asked])
+  return jax.make_mesh((data, model), AXES, axis_types=kinds, devices=devices[:size])
 
 
 def nearest(number: int, of: int) -> int:
@@ -121,22 +122,6 @@ def _laid(tree: Tree, sharding: Callable[[Any], NamedSharding]) -> Tree:
     return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
   return jax.tree.map(one, tree)
-
-
-def fetch(tree: Tree) -> Tree:
-  """numpy arrays of what lies anywhere on a mesh, the same on every process."""
-
-  def one(x):
-    if getattr(x, 'is_fully_addressable', True) or x.is_fully_replicated:
-      return x
-    return jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
-
-  return jax.device_get(jax.tree.map(one, tree))
-
-
-def local(tree: Tree) -> Tree:
-  """The arrays on this process's own first device, out of any mesh."""
-  return jax.tree.map(jnp.array, fetch(tree))
 
 
 class Sharded(NamedTuple):

@@ -6,22 +6,21 @@ besides the weights (often the gates themselves), and the trainable tree that th
 optimizer sees is always `{'params': weights, 'theta': theta}`.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from etils import epy
 
-from depthprune.program.coupling import Coupling
-from depthprune.program.gating import expand
-from depthprune.train.task import Task as Task
-from depthprune.train.task import Tree as Tree
-from depthprune.train.task import main as main
+with epy.lazy_imports():  # the command line reads the files of methods for its help
+  import jax
+  import jax.numpy as jnp
+  import optax
 
-INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
-"""What of a batch a network may read, in the order in which it takes them."""
+  from depthprune.program import gating
+  from depthprune.program.coupling import Coupling
+  from depthprune.train.task import Task, Tree
 
 
 class CutRefused(ValueError):
@@ -33,6 +32,17 @@ def supervised(task: Task, outputs: Tree, batch: Tree, theta: Tree, step: jax.Ar
   del theta, step
   logits = task.answer(outputs)
   return task.loss(logits, batch), task.metrics(logits, batch)
+
+
+def exit_metrics(
+  task: Task, own: Tree, outputs: Tree, batch: Tree, names: Sequence[str]
+) -> dict[str, jax.Array]:
+  """The metrics of the network's own logits, and of exits as '<metric>_<exit>'."""
+  metrics = task.metrics(own, batch)
+  for name in names:
+    found = task.metrics(outputs[name], batch)
+    metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
+  return metrics
 
 
 def answer_of_task(task: Task, outputs: Tree, theta: Tree) -> Tree:
@@ -56,7 +66,7 @@ def no_theta(gates: Tree, outputs: Tree) -> Tree:
   return {}
 
 
-def no_gates(theta: Tree, key: jax.Array, step: jax.Array) -> Tree:
+def no_gates(theta: Tree, key: jax.Array | None, step: jax.Array) -> Tree:
   del theta, key, step
   return {}
 
@@ -78,7 +88,8 @@ class Method(NamedTuple):
       through optax. None: no penalty.
     init: (gates, outputs) -> theta; outputs are abstract, their names say which exits
       there are.
-    forward: (theta, key, step) -> gates that the forward pass uses.
+    forward: (theta, key, step) -> gates that the forward pass uses. Without a key
+      (None) those of evaluation: the judge, the cut and folding use no noise.
     observe: (gates, gate_grads, outputs, batch) -> stats, averaged over steps.
     transform: (tx) -> tx for {'params', 'theta'}: own learning rates, frozen parts.
     trunk_train: False runs the network in evaluation mode (stored batch statistics, no
@@ -92,7 +103,7 @@ class Method(NamedTuple):
   decide: Callable[[Tree, Tree, Callable[[Tree], Any]], Tree] = keep_everything
   penalty: Callable[[Tree, jax.Array], jax.Array] | None = None
   init: Callable[[Tree, Tree], Tree] = no_theta
-  forward: Callable[[Tree, jax.Array, jax.Array], Tree] = no_gates
+  forward: Callable[[Tree, jax.Array | None, jax.Array], Tree] = no_gates
   observe: Callable[[Tree, Tree, Tree, Tree], Tree] = no_stats
   transform: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
     lambda tx: tx
@@ -127,37 +138,6 @@ def apart(
   """An optimizer for {'params', 'theta'} that treats the two each in its own way."""
   parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
   return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})
-
-
-def inputs_of(batch: Mapping[str, Tree]) -> tuple[Tree, ...]:
-  """What the network reads of a batch: `apply(variables, *inputs_of(batch))`.
-
-  Of images: (image [batch, height, width, channels],). Of texts: (tokens int32
-  [batch, length], mask bool [batch, length]) and, of pairs, types int32 [batch,
-  length]. Of precomputed features: ({name: [batch, n]},).
-
-  Raises: ValueError for a batch without any of them.
-  """
-  found = tuple(batch[name] for name in INPUTS if name in batch)
-  if not found:
-    raise ValueError(
-      f'batch: expected an entry for the network to read ({", ".join(INPUTS)}), got '
-      f'{", ".join(batch) or "none"}'
-    )
-  return found
-
-
-def real_rows(batch: Mapping[str, Tree]) -> np.ndarray:
-  """Which examples of a batch are no padding: bool [batch]."""
-  weight = batch.get('weight')
-  return (
-    np.ones(len(batch['label']), bool) if weight is None else np.asarray(weight) > 0
-  )
-
-
-def as_dict(outputs: Any) -> dict[str, Any]:
-  """A network's outputs by name; a single array is 'main'."""
-  return dict(outputs) if hasattr(outputs, 'keys') else {'main': outputs}
 
 
 class PenaltyState(NamedTuple):
@@ -240,7 +220,7 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     product = jnp.ones((), jnp.float32)
     for i, axis in enumerate(coupling.axes[f'params/{name}']):
-      gate = expand(axis, weights)
+      gate = gating.expand(axis, weights)
       if gate is not None:
         product = product * gate.reshape(
           [-1 if k == i else 1 for k in range(leaf.ndim)]

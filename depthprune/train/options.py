@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
+STRONGEST = 30  # magnitude of RandAugment
+
 
 class ConfigError(ValueError):
   """A value of the configuration that no run can use: which, got, what to do."""

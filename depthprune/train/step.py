@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from depthprune.data.dataset import inputs_of
 from depthprune.program.gating import plug, with_branches
 from depthprune.program.trace import paths_of, runnable
 from depthprune.train.distill import with_teacher
-from depthprune.train.method import Method, as_dict, inputs_of, no_stats, optimizer
-from depthprune.train.task import Task, Tree
+from depthprune.train.method import Method, no_stats, optimizer
+from depthprune.train.task import Task, Tree, as_dict
 
 
 @flax.struct.dataclass
@@ -225,7 +226,7 @@ def _no_stats_yet(model, method: Method, variables, theta, batch):
 
   def seen(variables, theta, batch):
     outputs = as_dict(runnable(model)(variables, *inputs_of(batch), train=False))
-    gates = method.forward(theta, jax.random.key(0), jnp.zeros((), jnp.int32))
+    gates = method.forward(theta, None, jnp.zeros((), jnp.int32))
     return method.observe(gates, gates, outputs, batch)
 
   shapes = jax.eval_shape(seen, variables, theta, batch)

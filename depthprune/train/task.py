@@ -25,6 +25,11 @@ def main(outputs: Tree) -> jax.Array:
   )
 
 
+def as_dict(outputs: Any) -> dict[str, Any]:
+  """A network's outputs by name; a single array is 'main'."""
+  return dict(outputs) if hasattr(outputs, 'keys') else {'main': outputs}
+
+
 class Task(NamedTuple):
   """Logits are an array, or of several tasks a dict of them.
 

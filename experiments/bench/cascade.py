@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.cascade.cascade import Cascade, cascade
-from depthprune.cascade.race import race
+from depthprune.cascades.cascade import Cascade, cascade
+from depthprune.cascades.race import race
 from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads
 from depthprune.program.stages import split

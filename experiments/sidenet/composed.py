@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 import depthprune as dp
 from depthprune.data.features import FeatureSet
-from depthprune.export import networks as checkpoint
+from depthprune.exports import networks as checkpoint
 from depthprune.options import SideNet
 from depthprune.run import early_exit as reached
 from depthprune.run import heads as sides

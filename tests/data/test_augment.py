@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.data import images as data
+from depthprune.data import images
 from depthprune.data.augment import Augment, mixed
 from depthprune.train.task import classification
 
@@ -28,7 +28,7 @@ def test_mixup_blends_images_and_their_labels_alike():
 
 
 def test_images_in_memory_are_mixed_too():
-  digits = data.load('digits', subset=32)
+  digits = images.load('digits', subset=32)
   digits = digits._replace(augment=Augment(mixup=0.4))
   sampler = digits.sampler(jax.random.key(0), 8, True)
   plain = digits.sampler(jax.random.key(0), 8, False)(digits.train, 3)

@@ -5,8 +5,7 @@ import builtins
 import numpy as np
 import pytest
 
-from depthprune.data import images as catalogue
-from depthprune.data import images as data
+from depthprune.data import images
 from depthprune.data import tfds as prepared
 from depthprune.data.images import Augment, DataError
 
@@ -14,7 +13,7 @@ tfds = pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[data
 
 
 def test_fashion_mnist_is_what_was_published(tfds_data):
-  source = catalogue.source('fashion_mnist')
+  source = images.source('fashion_mnist')
   assert source[:5] == (60000, 10000, (28, 28, 1), 10, 255.0)
   few = source.read('train', np.arange(3000))
   assert few['image'].shape == (3000, 28, 28, 1) and few['image'].dtype == np.uint8
@@ -23,7 +22,7 @@ def test_fashion_mnist_is_what_was_published(tfds_data):
 
 
 def test_only_chosen_rows_are_read_and_in_their_order(tfds_data):
-  read = catalogue.source('cifar10').read
+  read = images.source('cifar10').read
   some = read('train', np.array([5, 1, 49999]))
   one = read('train', np.array([1]))
   np.testing.assert_array_equal(some['image'][1], one['image'][0])
@@ -31,16 +30,16 @@ def test_only_chosen_rows_are_read_and_in_their_order(tfds_data):
 
 
 def test_a_small_share_of_a_set(tfds_data):
-  small = data.load('fashion_mnist', subset=200, held_out=50)
+  small = images.load('fashion_mnist', subset=200, held_out=50)
   assert [len(s['label']) for s in (small.train, small.held_out)] == [200, 50]
   assert len(small.test['label']) == 10000
   assert small.augment == Augment(4, True)
-  with_version = data.load('fashion_mnist:3.0.1', subset=200, held_out=50)
+  with_version = images.load('fashion_mnist:3.0.1', subset=200, held_out=50)
   np.testing.assert_array_equal(small.train['image'], with_version.train['image'])
 
 
 def test_resize_scales_the_shorter_side_and_cuts_the_middle(tfds_data):
-  read = catalogue.source('fashion_mnist', resize=14).read
+  read = images.source('fashion_mnist', resize=14).read
   assert read('test', np.arange(2))['image'].shape == (2, 14, 14, 1)
   wide = np.zeros((4, 8, 3), np.uint8)
   wide[:, 2:6] = 200
@@ -49,17 +48,17 @@ def test_resize_scales_the_shorter_side_and_cuts_the_middle(tfds_data):
 
 def test_an_unknown_name_gets_the_nearest_ones_and_not_all(tfds_data):
   with pytest.raises(DataError) as error:
-    data.load('fashon_mnist')
+    images.load('fashon_mnist')
   assert 'Nearest names: fashion_mnist' in str(error.value)
   assert len(str(error.value)) < 500
   with pytest.raises(DataError, match='Nearest names: digits'):
-    data.load('digit')
+    images.load('digit')
 
 
 def test_a_set_that_is_not_there_says_where_and_how(tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   with pytest.raises(DataError) as error:
-    data.load('mnist')
+    images.load('mnist')
   text = str(error.value)
   assert f'Looked for {tmp_path}/mnist/3.0.1 (TFDS_DATA_DIR is {tmp_path})' in text
   assert "builder('mnist', file_format='array_record').download_and_prepare()" in text
@@ -75,7 +74,7 @@ def test_a_download_that_fails_says_why(tmp_path, monkeypatch):
     tfds.core.DatasetBuilder, 'download_and_prepare', offline, raising=True
   )
   with pytest.raises(DataError, match='failed: ConnectionError: no route to host'):
-    data.load('mnist', download=True)
+    images.load('mnist', download=True)
 
 
 @pytest.mark.parametrize('name', ['glue/sst2', 'ag_news_subset'])
@@ -83,7 +82,7 @@ def test_what_is_not_image_classification_is_refused(tfds_data, name):
   if not (tfds_data / name).exists():
     pytest.skip(f'{name} is not in {tfds_data}')
   with pytest.raises(DataError, match=f"'{name}': expected an 8-bit image and a class"):
-    data.load(name)
+    images.load(name)
 
 
 def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch):
@@ -96,4 +95,4 @@ def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch):
 
   monkeypatch.setattr(builtins, '__import__', fails)
   with pytest.raises(DataError, match=r"pip install 'depthprune\[data\]'"):
-    data.load('cifar10')
+    images.load('cifar10')

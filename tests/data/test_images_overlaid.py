@@ -8,10 +8,11 @@ import pytest
 
 from depthprune.data import images as data
 from depthprune.data import images as overlaid
-from depthprune.data.tfds import DataError, Source
+from depthprune.data.dataset import DataError
+from depthprune.data.tfds import Source
 from depthprune.run import data as datasets
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES, Config
+from depthprune.run import rounds
+from depthprune.run.config import Config, default
 from depthprune.train import task as tasks
 
 
@@ -74,12 +75,12 @@ def test_it_is_made_of_fashion_mnist_within_every_split(tfds_data):
 
 def test_a_cascade_of_two_labels_is_refused(tfds_data, tmp_path):
   config = dataclasses.replace(
-    RECIPES['sidenet'], data='multi_fashion', subset=30, workdir=str(tmp_path)
+    default('sidenet'), data='multi_fashion', subset=30, workdir=str(tmp_path)
   )
   with pytest.raises(
     DataError, match='several tasks .left, right.: expected the method'
   ):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
 
 
 def test_a_config_names_it_and_its_task_has_both(tfds_data):

@@ -15,16 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depthprune.data import dataset as memories
+from depthprune.data import dataset, tfds
 from depthprune.data import images as data
-from depthprune.data import tfds as prepared
 from depthprune.data.augment import Augment, Normalisation, normalise
+from depthprune.data.dataset import DataError
 from depthprune.data.streaming import Share, Streamed
-from depthprune.data.tfds import DataError
+from depthprune.methods.trainable_gates import GateOptions
 from depthprune.models import pretrained
-from depthprune.options import Gates
 from depthprune.run import data as datasets
-from depthprune.run import rounds as recipe
+from depthprune.run import rounds
 from depthprune.run.config import Config
 
 pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[stream]'")
@@ -73,7 +72,7 @@ def same(found, expected) -> None:
 def test_it_is_a_data_set_like_those_in_memory(imagenet):
   assert imagenet.classes == 1000 and imagenet.shape == (SIDE, SIDE, 3)
   splits = imagenet.train, imagenet.held_out, imagenet.test
-  assert [prepared.count(split) for split in splits] == [TRAIN - 6, 6, TEST]
+  assert [tfds.count(split) for split in splits] == [TRAIN - 6, 6, TEST]
   (batch,) = many(imagenet, range(1))
   assert batch['image'].shape == (8, SIDE, SIDE, 3)
   assert (batch['image'].dtype, batch['label'].dtype) == (np.float32, np.int32)
@@ -167,23 +166,23 @@ def test_what_fills_half_of_the_memory_is_streamed(made, monkeypatch):
   size = (TRAIN + TEST) * SIDE * SIDE * 3
   for memory, kind in ((2 * size, data.Dataset), (2 * size - 2, Streamed)):
     pages = {'SC_PAGE_SIZE': 1, 'SC_PHYS_PAGES': memory}
-    monkeypatch.setattr(memories.os, 'sysconf', pages.__getitem__)
+    monkeypatch.setattr(dataset.os, 'sysconf', pages.__getitem__)
     assert isinstance(data.load('imagenet2012', **given), kind)
   with pytest.raises(DataError, match='expected at most half.*pass subset=N'):
     data.load('imagenet2012', **given, stream=False)
 
 
 def test_memory_is_what_a_container_leaves_and_a_device_has(tmp_path, monkeypatch):
-  machine = memories.of_process()
-  assert memories.of_device() == machine
+  machine = dataset.of_process()
+  assert dataset.of_device() == machine
   limits = [tmp_path / name for name in ('max', 'none', 'absent')]
   limits[0].write_text('4096\n')
   limits[1].write_text('max\n')
-  monkeypatch.setattr(memories, 'LIMITS', limits)
-  assert memories.of_process() == 4096
+  monkeypatch.setattr(dataset, 'LIMITS', limits)
+  assert dataset.of_process() == 4096
   device = types.SimpleNamespace(memory_stats=lambda: {'bytes_limit': 1024})
-  monkeypatch.setattr(memories.jax, 'local_devices', lambda: [device])
-  assert memories.of_device() == 1024
+  monkeypatch.setattr(dataset.jax, 'local_devices', lambda: [device])
+  assert dataset.of_device() == 1024
 
 
 def test_evaluation_decodes_every_image_once_and_fills_its_last_batch(imagenet):
@@ -313,11 +312,11 @@ def test_a_run_that_was_killed_goes_on_with_the_same_batches(one, imagenet, tmp_
 
 def test_a_whole_run_says_what_it_reads(imagenet, tmp_path, capsys):
   config = Config(
-    Gates(0.5), 'mlp', 'imagenet2012', resize=8, stream='always', randaugment=5,
+    GateOptions(0.5), 'mlp', 'imagenet2012', resize=8, stream='always', randaugment=5,
     batch=4, train_epochs=0, gate_epochs=1, finetune_epochs=1, learning_rate=0.01,
     workdir=str(tmp_path),
   )  # fmt: skip
-  result = recipe.run(config)
+  result = rounds.run(config)
   assert result['images'] == {'train': 27, 'held_out': 3, 'test': TEST}
   assert 'read from disk' in result['data_notes'][0]
   said = capsys.readouterr().out

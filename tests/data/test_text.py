@@ -14,20 +14,19 @@ import optax
 import pytest
 
 from depthprune.data import text, tokens
-from depthprune.data import text as sentences
 from depthprune.data import tfds as prepared
+from depthprune.data.dataset import DataError, inputs_of
 from depthprune.data.images import Dataset
 from depthprune.data.text import Source
-from depthprune.data.tfds import DataError
-from depthprune.export.networks import load_cascade
-from depthprune.options import NetCut, SideNet
-from depthprune.run import data as datasets
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES, Config
+from depthprune.exports.networks import load_cascade
+from depthprune.methods.netcut import NetCutOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.run import data, rounds
+from depthprune.run.config import Config, default
 from depthprune.run.job import prepare
 from depthprune.train.evaluate import evaluate
 from depthprune.train.loop import fit
-from depthprune.train.method import inputs_of, plain
+from depthprune.train.method import plain
 from depthprune.train.step import init_state, make_step
 from depthprune.train.task import classification
 
@@ -61,7 +60,7 @@ def given(monkeypatch, train, test, pair=False) -> None:
 
   sizes, names = (len(texts['train']), len(texts['test'])), ('text',)
   found = Source(*sizes, pair, 2, names, ('train', 'test'), read)
-  monkeypatch.setattr(sentences, 'source', lambda *_: found)
+  monkeypatch.setattr(text, 'source', lambda *_: found)
 
 
 def some(n: int, seed: int = 0) -> list[str]:
@@ -235,17 +234,17 @@ def test_pairs_are_found_by_type_and_the_test_by_its_labels(monkeypatch):
   hidden = [record(-1, premise='?', hypothesis='?')]
   splits = {'validation_matched': rows, 'test_matched': hidden, 'train': rows * 4}
   on_disk(monkeypatch, ('premise', 'hypothesis'), **splits)
-  source = sentences.source('glue/mnli')
+  source = text.source('glue/mnli')
   assert (source.pair, source.classes, source.train, source.test) == (True, 3, 4, 1)
   words, labels = source.read('test', np.arange(1))
   assert words == [('it rains', 'it is wet')] and labels.tolist() == [2]
-  assert sentences.kind_of('glue/mnli') == 'text'
+  assert text.kind_of('glue/mnli') == 'text'
 
 
 def test_a_title_goes_in_front_of_the_text_that_is_classified(monkeypatch):
   rows = [record(1, title='War', description='It is over.')]
   on_disk(monkeypatch, ('description', 'title'), ('description', 'label'), test=rows)
-  source = sentences.source('news')
+  source = text.source('news')
   assert not source.pair and source.read('test', [0] * np.arange(1))[0] == [
     'War It is over.'
   ]
@@ -254,7 +253,7 @@ def test_a_title_goes_in_front_of_the_text_that_is_classified(monkeypatch):
 def test_more_than_two_texts_are_refused(monkeypatch):
   on_disk(monkeypatch, ('a', 'b', 'c'), train=[record(0, a='', b='', c='')])
   with pytest.raises(DataError, match='expected one text, or two, and a class'):
-    sentences.source('many')
+    text.source('many')
 
 
 def test_sst2_is_reported_on_validation_because_its_test_is_unlabelled(
@@ -263,7 +262,7 @@ def test_sst2_is_reported_on_validation_because_its_test_is_unlabelled(
   config = Config(
     data='glue/sst2', subset=200, tokenizer=str(made(tmp_path)), length=16
   )
-  found = datasets.read(config)
+  found = data.read(config)
   assert isinstance(found, text.Texts) and found.classes == 2
   assert len(found.test['label']) == 872 and len(found.held_out['label']) == 5000
   assert len(found.train['label']) == 200 and set(found.test['label']) == {0, 1}
@@ -273,7 +272,7 @@ def test_sst2_is_reported_on_validation_because_its_test_is_unlabelled(
 def test_ag_news_has_only_a_test_split_here(tfds_data, tmp_path):
   if not (tfds_data / 'ag_news_subset').exists():
     pytest.skip(f'no ag_news_subset in {tfds_data}')
-  source = sentences.source('ag_news_subset')
+  source = text.source('ag_news_subset')
   assert (source.train, source.test, source.classes) == (0, 7600, 4)
   words, labels = source.read('test', np.arange(2))
   assert words[0].startswith("Carolina's Davis Done for the Season  CHARLOTTE")
@@ -283,19 +282,19 @@ def test_ag_news_has_only_a_test_split_here(tfds_data, tmp_path):
 
 
 def test_the_name_says_whether_images_or_texts(tfds_data, tmp_path):
-  assert isinstance(datasets.read(Config()), Dataset)
-  kinds = [sentences.kind_of(n) for n in ('digits', 'cifar10', 'glue/sst2')]
+  assert isinstance(data.read(default('gates')), Dataset)
+  kinds = [text.kind_of(n) for n in ('digits', 'cifar10', 'glue/sst2')]
   assert kinds == ['images', 'images', 'text']
   with pytest.raises(DataError, match='need the tokenizer.json.*pass --tokenizer'):
-    datasets.read(Config(data='glue/sst2'))
+    data.read(Config(data='glue/sst2'))
   with pytest.raises(DataError, match='resize is for images, got resize=8'):
-    datasets.read(Config(data='glue/sst2', tokenizer='x', resize=8))
+    data.read(Config(data='glue/sst2', tokenizer='x', resize=8))
   with pytest.raises(DataError, match='mixup, stream: for images, these are texts'):
     given = {'mixup': 0.2, 'augment': True, 'stream': 'always'}
-    datasets.read(Config(data='glue/sst2', tokenizer='x', **given))
+    data.read(Config(data='glue/sst2', tokenizer='x', **given))
   weights = made(tmp_path).with_name('model.safetensors')
   given = Config(data='glue/sst2', pretrained=str(weights))
-  assert datasets.tokenizer(given) == tmp_path / 'tokenizer.json'
+  assert data.tokenizer(given) == tmp_path / 'tokenizer.json'
 
 
 # ---- training ------------------------------------------------------------------------
@@ -352,7 +351,7 @@ def test_what_a_split_is_worth_does_not_depend_on_the_batches(texts):
 @pytest.mark.slow
 def test_a_bert_is_cut_to_depth_on_sst2(tfds_data, tmp_path):
   config = Config(
-    NetCut(force=True),
+    NetCutOptions(force=True),
     model='bert_tiny',
     data='glue/sst2',
     tokenizer=str(made(tmp_path)),
@@ -366,7 +365,7 @@ def test_a_bert_is_cut_to_depth_on_sst2(tfds_data, tmp_path):
   )
   assert len(prepare(config, show=False).inputs) == 2
   with jax.numpy_dtype_promotion('standard'):  # as a user has it; optax.adam needs it
-    result = recipe.run(config, show=False)
+    result = rounds.run(config, show=False)
   assert result['images'] == {'train': 128, 'held_out': 5000, 'test': 872}
   assert 'texts were cut to 16 tokens' in result['data_notes'][0]
   assert 0.3 < result['accuracy']['after'] < 1
@@ -378,10 +377,10 @@ def test_a_bert_is_cut_to_depth_on_sst2(tfds_data, tmp_path):
 def test_texts_leave_a_bert_early(tmp_path, monkeypatch, regime):
   """The whole of `run sidenet`: lengths have their own stages, costs and thresholds."""
   given(monkeypatch, some(300), some(90, 1))
-  monkeypatch.setattr(sentences, 'kind_of', lambda _: 'text')
+  monkeypatch.setattr(text, 'kind_of', lambda _: 'text')
   config = dataclasses.replace(
-    RECIPES['sidenet'],
-    options=SideNet(('layer0',), hidden=8, regime=regime, threshold=0.5),
+    default('sidenet'),
+    options=SideNetOptions(('layer0',), hidden=8, regime=regime, threshold=0.5),
     model='bert_tiny',
     data='made/up',
     tokenizer=str(made(tmp_path)),
@@ -395,7 +394,7 @@ def test_texts_leave_a_bert_early(tmp_path, monkeypatch, regime):
     workdir=str(tmp_path / 'run'),
   )
   with jax.numpy_dtype_promotion('standard'):
-    result = recipe.run(config, show=False)
+    result = rounds.run(config, show=False)
   found, executed = result['cascade'], result['cascade']['executed']
   assert executed['n'] == 90 and executed['differ'] == executed['near']
   assert found['thresholds'] == {'exit1': 0.5}

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from depthprune.data import text as buckets
+from depthprune.data import text
+from depthprune.data.dataset import DataError
 from depthprune.data.text import TextSampler
-from depthprune.data.tfds import DataError
 
 KEY = jax.random.key(0)
 
 
-def numbered(lengths, room: int) -> buckets.Split:
+def numbered(lengths, room: int) -> text.Split:
   """A text of each length, whose tokens and label are its own number."""
   lengths = np.asarray(lengths)
   mask = np.arange(room) < lengths[:, None]
@@ -19,7 +19,7 @@ def numbered(lengths, room: int) -> buckets.Split:
   return {'tokens': label[:, None] * mask, 'mask': mask, 'label': label}
 
 
-def varied(n: int, room: int = 64, seed: int = 0) -> buckets.Split:
+def varied(n: int, room: int = 64, seed: int = 0) -> text.Split:
   return numbered(np.random.RandomState(seed).randint(2, room + 1, n), room)
 
 
@@ -35,7 +35,7 @@ def whole(batch) -> None:
   [(5, (5,)), (8, (8,)), (72, (8, 16, 32, 64, 72)), (128, (8, 16, 32, 64, 128))],
 )
 def test_buckets_double_up_to_the_room_there_is(length, expected):
-  assert buckets.buckets(length) == expected
+  assert text.buckets(length) == expected
 
 
 def test_every_text_comes_once_an_epoch_in_an_order_of_its_own():
@@ -77,7 +77,7 @@ def test_a_batch_is_as_long_as_the_smallest_bucket_that_holds_it():
   shapes, real = [b['tokens'].shape[1] for b in batches], 0
   for batch, width in zip(batches, shapes, strict=True):
     longest = int(batch['mask'].sum(1).max())
-    smaller = [b for b in buckets.buckets(64) if b < width]
+    smaller = [b for b in text.buckets(64) if b < width]
     assert max(smaller, default=0) < longest <= width
     real += int(batch['mask'].sum())
   assert set(shapes) == {8, 16, 32, 64}
@@ -87,7 +87,7 @@ def test_a_batch_is_as_long_as_the_smallest_bucket_that_holds_it():
 
 def test_evaluation_sees_every_text_once_from_short_to_long():
   split = varied(101)
-  batches = list(buckets.batches(split, 8))
+  batches = list(text.batches(split, 8))
   shapes = [b['tokens'].shape for b in batches]
   assert {rows for rows, _ in shapes} == {8}
   assert shapes == sorted(shapes) and {n for _, n in shapes} == {8, 16, 32, 64}
@@ -100,8 +100,8 @@ def test_evaluation_sees_every_text_once_from_short_to_long():
 
 
 def test_evaluation_of_nothing_and_of_one():
-  assert list(buckets.batches(numbered([], 8), 4)) == []
-  (batch,) = buckets.batches(numbered([3], 8), 4)
+  assert list(text.batches(numbered([], 8), 4)) == []
+  (batch,) = text.batches(numbered([3], 8), 4)
   assert batch['weight'].tolist() == [1, 0, 0, 0]
   with pytest.raises(DataError, match='at least one text in a batch, got 0'):
-    list(buckets.batches(numbered([3], 8), 0))
+    list(text.batches(numbered([3], 8), 0))

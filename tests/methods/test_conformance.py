@@ -9,7 +9,7 @@ import pytest
 
 from depthprune import methods
 from depthprune.program.coupling import couple
-from depthprune.run.config import RECIPES
+from depthprune.run.config import default
 from depthprune.surgery.oneshot import rank
 from depthprune.surgery.prune import prune
 from depthprune.train.method import Method
@@ -43,7 +43,7 @@ def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
   variables = net.init(KEY, IMAGES[:1])
   coupling = couple(net, variables, IMAGES[:1])
   scores = rank(coupling, variables, 'l1')
-  method = methods.build(RECIPES[name], coupling, 10, scores)
+  method = methods.build(default(name), coupling, 10, scores)
   assert isinstance(method, Method)
   tx = optax.sgd(0.05)
   state = init_state(net, method, tx, variables, coupling, BATCH)

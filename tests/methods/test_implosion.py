@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.methods.implosion import configured, erasure, implosion
+from depthprune.methods.implosion import (
+  ImplosionOptions,
+  configured,
+  erasure,
+  implosion,
+)
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
-from depthprune.options import Implosion
 from depthprune.program.coupling import couple
 from depthprune.program.units import units
 from depthprune.train.judge import judge
@@ -324,7 +328,7 @@ def test_only_named_units_go():
 
 
 def run(**options):
-  return SimpleNamespace(options=Implosion(**options), seed=3)
+  return SimpleNamespace(options=ImplosionOptions(**options), seed=3)
 
 
 def test_a_run_says_depth_and_units_of_the_whole_network():

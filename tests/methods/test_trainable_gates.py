@@ -6,12 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.methods.trainable_gates import START, configured, gate, trainable_gates
-from depthprune.options import Gates
+from depthprune.methods.trainable_gates import (
+  START,
+  GateOptions,
+  configured,
+  gate,
+  trainable_gates,
+)
 from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
 from depthprune.run.config import Config
-from depthprune.timing import layers as timing
+from depthprune.timing import layers
 from depthprune.timing.layers import counted
 from depthprune.train.method import optimizer
 from depthprune.train.task import classification
@@ -51,7 +56,7 @@ def share(n, m):
 
 def timed(first, both, last):
   """A cost in milliseconds, of layers that are made to take so long."""
-  session = timing.session(COUPLING, batch=2)
+  session = layers.session(COUPLING, batch=2)
 
   def took(layer, widths):
     n, m = widths.get('first:1'), widths.get('second:1')
@@ -239,25 +244,27 @@ def test_a_target_that_time_does_not_allow_is_refused_with_what_remains():
 
 def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch):
   mine = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
-  monkeypatch.setattr(timing.Session, 'measure', mine)
+  monkeypatch.setattr(layers.Session, 'measure', mine)
   monkeypatch.setattr('depthprune.distributed.agreed', lambda measured: 2 * measured)
-  options = Gates(0.5, 'milliseconds', latency_batch=4)
+  options = GateOptions(0.5, 'milliseconds', latency_batch=4)
   configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
-  session = timing.session(COUPLING, batch=4)
+  session = layers.session(COUPLING, batch=4)
   told = json.loads((tmp_path / 'costs.json').read_text())
   found = [row['milliseconds'] for row in told['table']]
   np.testing.assert_array_equal(found, 2 * mine(session))
   # Of another batch it is another table.
-  options = Gates(0.5, 'milliseconds', latency_batch=8)
+  options = GateOptions(0.5, 'milliseconds', latency_batch=8)
   configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
   assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 8
 
 
 def test_a_table_that_is_damaged_is_measured_anew(tmp_path, monkeypatch):
   measured = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
-  monkeypatch.setattr(timing.Session, 'measure', measured)
+  monkeypatch.setattr(layers.Session, 'measure', measured)
   (tmp_path / 'costs.json').write_text('{"batch": 4, "ta')
-  config = Config(Gates(0.5, 'milliseconds', latency_batch=4), workdir=str(tmp_path))
+  config = Config(
+    GateOptions(0.5, 'milliseconds', latency_batch=4), workdir=str(tmp_path)
+  )
   with pytest.warns(UserWarning, match=r'costs\.json: damaged, and not looked at'):
     configured(config, COUPLING, 0, {}, COUPLING)
   assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 4

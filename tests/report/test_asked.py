@@ -2,8 +2,7 @@
 
 import pytest
 
-from depthprune.report import asked
-from depthprune.report import sentences as decision
+from depthprune.report import asked, sentences
 from tests.report.cascades import NO_BUDGET, WHOLE
 
 
@@ -18,7 +17,7 @@ def choose(result: dict, kind: str) -> dict:
 
 def test_the_sentence_says_what_was_asked_lost_and_saved(sidenet):
   said = 'asked to lose at most 0.5 point: loses 0.31 point and saves 35.2 % of the '
-  assert decision.sentence(sidenet) == asked.sentence(sidenet) == f'{said}FLOPs'
+  assert sentences.sentence(sidenet) == asked.sentence(sidenet) == f'{said}FLOPs'
 
 
 def test_a_gain_is_no_loss_and_dearer_is_no_saving(sidenet):

@@ -6,7 +6,6 @@ import pytest
 from rich.console import Console
 
 from depthprune.report import cascade, tables
-from depthprune.report import tables as screen
 from tests.report.cascades import made_up_sidenet
 
 LONG = 'encoder/stage{}/transformer/block{}/attention_output'
@@ -14,7 +13,7 @@ LONG = 'encoder/stage{}/transformer/block{}/attention_output'
 
 def screen_of(result, width: int = 80) -> str:
   console = Console(width=width, record=True, file=io.StringIO())
-  console.print(screen.screen(result))
+  console.print(tables.screen(result))
   return console.export_text()
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from depthprune.report import charts as depth
-from depthprune.report import sentences as decision
+from depthprune.report import charts, sentences
 
 
 def values(axes: Axes) -> np.ndarray:
@@ -19,7 +18,7 @@ def labels(axes: Axes) -> list[str]:
 
 def test_importance_map_has_a_row_per_exit_and_marks_the_kept_one(netcut):
   _, gates = netcut
-  axes, bar = depth.importance_map({'': (gates, 'exit03')}).axes
+  axes, bar = charts.importance_map({'': (gates, 'exit03')}).axes
   w = values(axes)
   assert w.shape == (20, 51)
   np.testing.assert_allclose(w[:, 0], 1 / 20)
@@ -33,7 +32,7 @@ def test_importance_map_has_a_row_per_exit_and_marks_the_kept_one(netcut):
 def test_importance_maps_of_several_runs_share_a_scale(netcut):
   _, gates = netcut
   runs = {f'β = {beta:g}': (gates, 'exit03') for beta in (0, 0.01)}
-  first, second, _ = depth.importance_map(runs).axes
+  first, second, _ = charts.importance_map(runs).axes
   assert [a.get_title() for a in (first, second)] == list(runs)
   limits = [next(iter(a.collections)).get_clim() for a in (first, second)]
   assert limits == [(0, 1), (0, 1)]
@@ -43,10 +42,10 @@ def test_importance_maps_of_several_runs_share_a_scale(netcut):
 def test_priority_map_ends_a_row_where_its_unit_was_erased(implosion):
   result, gates = implosion
   rounds = result['rounds']
-  axes, _ = depth.priority_map(gates, rounds).axes
+  axes, _ = charts.priority_map(gates, rounds).axes
   names, w = labels(axes), values(axes)
   assert w.shape == (25, 60)
-  assert names == decision.in_order(rounds[0]['learned']['priority'])
+  assert names == sentences.in_order(rounds[0]['learned']['priority'])
   drawn = dict(zip(names, (~np.isnan(w)).sum(1)))
   for number, round_ in enumerate(rounds, 1):
     assert {drawn[unit] for unit in round_['erased']} == {20 * number}
@@ -56,7 +55,7 @@ def test_priority_map_ends_a_row_where_its_unit_was_erased(implosion):
 
 def test_priority_map_crosses_out_every_erased_unit_once(implosion):
   result, gates = implosion
-  axes, _ = depth.priority_map(gates, result['rounds']).axes
+  axes, _ = charts.priority_map(gates, result['rounds']).axes
   crosses = [line for line in axes.lines if line.get_marker() == 'x']
   names = labels(axes)
   crossed = [[names[y] for y in np.asarray(line.get_ydata())] for line in crosses]
@@ -76,7 +75,7 @@ def test_priority_map_follows_the_layers_of_a_scanned_stack():
     {'learned': {'priority': priority}, 'erased': ['blocks[1]']},
     {'learned': {'priority': priority}, 'erased': ['blocks[1]']},
   ]
-  axes, _ = depth.priority_map(lines, rounds).axes
+  axes, _ = charts.priority_map(lines, rounds).axes
   nan = np.nan
   expected = [[0.1] * 4, [0.2, 0.2, nan, nan], [0.3] * 4]
   np.testing.assert_array_equal(values(axes), expected)
@@ -91,8 +90,8 @@ def drawn(axes: Axes) -> list[tuple[str, list, list]]:
 
 
 def test_erased_curve_dashes_what_was_not_retrained(implosion):
-  curve = decision.curve(implosion[0]['rounds'])
-  figure = depth.erased_curve({'': curve}, 'held-out accuracy')
+  curve = sentences.curve(implosion[0]['rounds'])
+  figure = charts.erased_curve({'': curve}, 'held-out accuracy')
   (axes,) = figure.axes
   (before, _, low), (after, _, high) = drawn(axes)
   assert (before, after) == ('--', '-')
@@ -108,7 +107,7 @@ def test_erased_curves_of_one_kind_are_solid_and_named():
     'priority': {'before': {1: [0.8], 0: [0.9]}},
     'random': {'before': {0: [0.9, 0.9], 1: [0.5, 0.7]}},
   }
-  figure = depth.erased_curve(curves)
+  figure = charts.erased_curve(curves)
   (axes,) = figure.axes
   assert drawn(axes) == [
     ('-', [0, 1], [0.9, 0.8]),
@@ -121,7 +120,7 @@ def test_erased_curves_of_one_kind_are_solid_and_named():
 
 def test_a_series_without_a_colour_is_refused():
   with pytest.raises(ValueError, match='at most 4 series, got 0, 1, 2, 3, 4'):
-    depth.erased_curve({str(i): {'before': {0: [0.9]}} for i in range(5)})
+    charts.erased_curve({str(i): {'before': {0: [0.9]}} for i in range(5)})
 
 
 def row(beta: float, seed: int, kept: int) -> dict:
@@ -141,7 +140,7 @@ def row(beta: float, seed: int, kept: int) -> dict:
 
 def test_against_beta_has_accuracy_cost_and_depth_at_every_beta():
   rows = [row(0.1, 0, 1), row(0.0, 0, 4), row(0.0, 1, 6)]
-  accuracy, cost, kept = depth.against_beta(rows).axes
+  accuracy, cost, kept = charts.against_beta(rows).axes
   assert [t.get_text() for t in accuracy.get_xticklabels()] == ['0', '0.1']
   means = [y for axes in (accuracy, cost, kept) for _, _, y in drawn(axes)]
   assert means == [

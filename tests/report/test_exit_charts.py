@@ -5,8 +5,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from depthprune.report import exit_charts as curves
-from depthprune.report import style
+from depthprune.report import exit_charts, style
 from tests.report.cascades import OWN, WHOLE, made_up_sidenet
 
 
@@ -25,7 +24,7 @@ def names(axes: Axes) -> list[str]:
 
 
 def test_one_run_is_its_candidates_the_chosen_one_and_the_single_exits(sidenet):
-  figure = curves.compute_curve({'': curves.series(sidenet)})
+  figure = exit_charts.compute_curve({'': exit_charts.series(sidenet)})
   whole, near = figure.axes
   (curve,) = (line for line in whole.lines if len(line.get_xdata()) == 30)
   points = sidenet['cascade']['curve'][::-1]
@@ -43,15 +42,15 @@ def test_one_run_is_its_candidates_the_chosen_one_and_the_single_exits(sidenet):
 
 
 def test_the_mainnet_is_a_dashed_line_at_its_accuracy(sidenet):
-  (axes, _) = curves.compute_curve({'': curves.series(sidenet)}).axes
+  (axes, _) = exit_charts.compute_curve({'': exit_charts.series(sidenet)}).axes
   dashed = [line for line in axes.lines if line.get_linestyle() == '--']
   assert [set(line.get_ydata()) for line in dashed] == [{OWN}]
 
 
 def test_seeds_are_a_mean_and_a_band_where_all_of_them_reach():
   seeds = [[(0.2, 0.5), (1.0, 0.9)], [(0.4, 0.7), (1.2, 0.9)]]
-  series = curves.Series(seeds, [0.9, 0.9])
-  (axes, _) = curves.compute_curve({'frozen': series}).axes
+  series = exit_charts.Series(seeds, [0.9, 0.9])
+  (axes, _) = exit_charts.compute_curve({'frozen': series}).axes
   (band,) = axes.collections
   corners = band.get_paths()[0].vertices
   assert corners.min(0) == pytest.approx([0.4, 0.6])
@@ -62,9 +61,9 @@ def test_seeds_are_a_mean_and_a_band_where_all_of_them_reach():
 
 
 def test_regimes_have_colours_of_their_own_and_one_mainnet_if_it_is_the_same(sidenet):
-  series = curves.series(sidenet, sidenet, made_up_sidenet())
+  series = exit_charts.series(sidenet, sidenet, made_up_sidenet())
   same = {'frozen': series, 'entropy': series}
-  figure = curves.compute_curve(same)
+  figure = exit_charts.compute_curve(same)
   assert explained(figure)[:2] == ['frozen', 'entropy']
   assert len(drawn(figure.axes[0], '*')) == 6
   assert names(figure.axes[0]) == []
@@ -74,26 +73,26 @@ def test_regimes_have_colours_of_their_own_and_one_mainnet_if_it_is_the_same(sid
   assert dashed(figure) == {style.MUTED}
   other = {**same, 'joint': series._replace(own=[0.95] * 3)}
   colours = {style.FIRST, style.SECOND, style.THIRD}
-  assert dashed(curves.compute_curve(other)) == colours
+  assert dashed(exit_charts.compute_curve(other)) == colours
 
 
 def test_more_series_than_colours_are_refused(sidenet):
-  series = curves.series(sidenet)
+  series = exit_charts.series(sidenet)
   with pytest.raises(ValueError, match='expected at most 4 series, got a, b, c, d, e'):
-    curves.compute_curve(dict.fromkeys('abcde', series))
+    exit_charts.compute_curve(dict.fromkeys('abcde', series))
 
 
 def test_what_lies_near_the_mainnet_needs_no_closer_look():
-  series = curves.Series([[(0.7, 0.93), (1.01, 0.94)]], [0.94])
-  figure = curves.compute_curve({'': series})
+  series = exit_charts.Series([[(0.7, 0.93), (1.01, 0.94)]], [0.94])
+  figure = exit_charts.compute_curve({'': series})
   assert len(figure.axes) == 1
   assert explained(figure) == ['cascades', 'MainNet']
 
 
 def test_names_that_would_cover_each_other_are_left_out():
   exits = {f'exit{k}': [(0.5 + k / 1000, 0.7)] for k in range(1, 9)}
-  series = curves.Series([[(0.2, 0.5), (1.0, 0.9)]], [0.9], exits=exits)
-  (axes, _) = curves.compute_curve({'': series}).axes
+  series = exit_charts.Series([[(0.2, 0.5), (1.0, 0.9)]], [0.9], exits=exits)
+  (axes, _) = exit_charts.compute_curve({'': series}).axes
   assert names(axes) == ['exit1']
   assert len(drawn(axes, 'o')) == 8
 
@@ -101,7 +100,7 @@ def test_names_that_would_cover_each_other_are_left_out():
 def test_points_without_a_number_are_left_out(sidenet):
   sidenet['cascade']['curve'][3]['accuracy'] = None
   sidenet['cascade']['exit_accuracy']['exit2'] = None
-  series = curves.series(sidenet)
+  series = exit_charts.series(sidenet)
   assert len(series.seeds[0]) == 29
   assert list(series.exits) == ['exit1', 'exit3', 'exit4', 'exit5']
-  assert style.svg(curves.compute_curve({'': series})).startswith('<svg')
+  assert style.svg(exit_charts.compute_curve({'': series})).startswith('<svg')

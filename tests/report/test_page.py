@@ -6,8 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthprune.report import asked, cascade, page, style, tables
-from depthprune.report import run_files as artifacts
+from depthprune.report import asked, cascade, page, run_files, style, tables
 from tests.report.cascades import made_up_sidenet
 
 VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}
@@ -135,7 +134,7 @@ def test_every_role_of_a_chart_is_a_variable_of_the_page(html):
 
 
 def test_the_same_run_gives_the_same_page(read_only_run, html):
-  assert page.page(artifacts.read(read_only_run)) == html
+  assert page.page(run_files.read(read_only_run)) == html
 
 
 def test_a_cascade_shows_requests_curve_exits_and_reliability(sidenet_run, sidenet):
@@ -158,7 +157,7 @@ def test_the_page_of_a_cascade_asks_for_nothing_either(sidenet_run):
   html = page.write(sidenet_run).read_text(encoding='utf-8')
   assert all(a.startswith(('#', 'data:')) for a in read(html).addresses)
   assert not re.search(r'@import|<script|<link|url\((?!#)', html)
-  assert page.page(artifacts.read(sidenet_run)) == html
+  assert page.page(run_files.read(sidenet_run)) == html
 
 
 @pytest.mark.parametrize('exits', [1, 8])

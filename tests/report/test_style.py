@@ -5,19 +5,18 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from depthprune.report import charts as plots
-from depthprune.report import style, tables
+from depthprune.report import charts, style, tables
 
 
 def test_svg_is_well_formed_takes_the_page_s_colours_and_is_repeatable(result):
   widths = tables.widths(result)
-  element = style.svg(plots.width_chart(widths))
+  element = style.svg(charts.width_chart(widths))
   assert ElementTree.fromstring(element).tag.endswith('svg')
   for colour in (style.INK, style.FIRST, style.FAINT):
     bare = element.replace(f'var(--{style.ROLES[colour]}, {colour})', '')
     assert colour not in bare
     assert bare != element
-  assert element == style.svg(plots.width_chart(widths))
+  assert element == style.svg(charts.width_chart(widths))
 
 
 def test_no_two_roles_share_a_colour():
@@ -54,7 +53,7 @@ def test_names_of_stages_are_left_out_where_they_would_overlap():
 def test_a_saved_chart_needs_no_page_and_no_font(result, tmp_path):
   widths = tables.widths(result)
   for name in ('first.svg', 'second.svg'):
-    style.save(plots.width_chart(widths), tmp_path / name)
+    style.save(charts.width_chart(widths), tmp_path / name)
   text = (tmp_path / 'first.svg').read_text()
   assert 'var(--' not in text
   assert '<text' not in text

@@ -6,7 +6,6 @@ import re
 from rich.console import Console
 
 from depthprune.report import tables
-from depthprune.report import tables as screen
 
 
 def test_summary_has_accuracy_cost_and_measured_latency(result):
@@ -71,7 +70,7 @@ def test_the_screen_shows_every_layer_and_everything_to_note(result):
 
 def screen_of(result, width: int = 120) -> str:
   console = Console(width=width, record=True, file=io.StringIO())
-  console.print(screen.screen(result))
+  console.print(tables.screen(result))
   return console.export_text()
 
 

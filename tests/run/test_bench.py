@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprune.cascade.cascade import cascade
-from depthprune.export import networks as checkpoint
-from depthprune.export.networks import save_cascade
+from depthprune.cascades.cascade import cascade
+from depthprune.exports import networks
+from depthprune.exports.networks import save_cascade
+from depthprune.methods.netcut import NetCutOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.methods.trainable_gates import GateOptions
 from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads, every_tap, multitask
-from depthprune.options import Gates, NetCut, SideNet
 from depthprune.program.coupling import couple
-from depthprune.run import bench as b
+from depthprune.run import bench
 from depthprune.run.config import Config
 from depthprune.surgery.oneshot import oneshot
 from depthprune.surgery.prune import prune
@@ -41,15 +43,15 @@ def cut(model, keep=None, target='50%', x=DIGITS):
 
 def run_of(folder, options=None, **fields):
   folder.mkdir(parents=True)
-  config = Config(options or Gates(), **{'model': 'mlp', **fields})
+  config = Config(options or GateOptions(), **{'model': 'mlp', **fields})
   (folder / 'config.json').write_text(json.dumps({'config': config.to_json()}))
   return folder
 
 
 def test_a_network_takes_turns_with_what_its_run_began_with(tmp_path):
   small = cut(TRUNK)
-  checkpoint.save(run_of(tmp_path / 'run') / 'pruned', small)
-  result = b.bench([tmp_path / 'run'], batches=[4, 1, 4], seconds=0.02)
+  networks.save(run_of(tmp_path / 'run') / 'pruned', small)
+  result = bench.bench([tmp_path / 'run'], batches=[4, 1, 4], seconds=0.02)
   assert json.loads(json.dumps(result)) == result
   (told,) = result['networks']
   assert result['device'].startswith('CPU') and result['peaks'] == {
@@ -69,15 +71,15 @@ def test_a_network_takes_turns_with_what_its_run_began_with(tmp_path):
 
 
 def test_without_its_run_a_network_is_alone(tmp_path):
-  checkpoint.save(tmp_path / 'small', cut(TRUNK))
-  (told,) = b.bench([tmp_path / 'small'], batches=[2], seconds=0.01)['networks']
+  networks.save(tmp_path / 'small', cut(TRUNK))
+  (told,) = bench.bench([tmp_path / 'small'], batches=[2], seconds=0.01)['networks']
   assert told['flops']['before'] is None and told['notes'] == []
   assert 'before_ms' not in told['batches']['2']
 
 
 def test_what_cannot_be_built_any_more_is_said(tmp_path):
-  checkpoint.save(run_of(tmp_path / 'run', model='mlpx') / 'pruned', cut(TRUNK))
-  (told,) = b.bench([tmp_path / 'run'], batches=[2], seconds=0.01)['networks']
+  networks.save(run_of(tmp_path / 'run', model='mlpx') / 'pruned', cut(TRUNK))
+  (told,) = bench.bench([tmp_path / 'run'], batches=[2], seconds=0.01)['networks']
   assert "cannot be built: no model 'mlpx'" in told['notes'][0]
   assert 'before_ms' not in told['batches']['2']
 
@@ -86,7 +88,7 @@ def test_before_a_cut_there_was_the_network_to_its_last_exit(tmp_path):
   whole = every_tap(TRUNK)
   last = whole.exits[-1]
   small = cut(whole, {'exits': {name: name == whole.exits[0] for name in whole.exits}})
-  before = b.original(run_of(tmp_path / 'run', NetCut()), small)
+  before = bench.original(run_of(tmp_path / 'run', NetCutOptions()), small)
   said = before.network.apply(before.network.variables, DIGITS)
   assert [*said] == [last] and said[last].shape == (1, 10)
   assert np.isfinite(said[last]).all()
@@ -106,8 +108,8 @@ def early(tmp_path):
 
 def test_a_cascade_runs_on_the_test_data_of_its_run(tmp_path, early):
   network, found = early
-  save_cascade(run_of(tmp_path / 'run', SideNet()) / 'cascade', found, network)
-  (told,) = b.bench([tmp_path / 'run'], batches=[8], seconds=0.02)['networks']
+  save_cascade(run_of(tmp_path / 'run', SideNetOptions()) / 'cascade', found, network)
+  (told,) = bench.bench([tmp_path / 'run'], batches=[8], seconds=0.02)['networks']
   line = told['batches']['8']
   assert told['kind'] == 'cascade' and told['flops']['before'] == found.stages.whole
   assert told['exits'] == dict(zip(found.exits, found.stages.flops))
@@ -118,7 +120,7 @@ def test_a_cascade_runs_on_the_test_data_of_its_run(tmp_path, early):
 def test_without_data_a_cascade_is_timed_at_each_exit(tmp_path, early):
   network, found = early
   save_cascade(tmp_path / 'it', found, network)
-  (told,) = b.bench([tmp_path / 'it'], batches=[8], seconds=0.02)['networks']
+  (told,) = bench.bench([tmp_path / 'it'], batches=[8], seconds=0.02)['networks']
   assert told['batches'] == {} and [*told['exits_ms']] == ['alone', 'exit1', 'main']
   assert all(ms > 0 for ms in told['exits_ms'].values())
   assert 'not in the directory of a run' in told['notes'][0]
@@ -135,13 +137,13 @@ def test_without_data_a_cascade_is_timed_at_each_exit(tmp_path, early):
 )
 def test_nothing_to_measure_is_refused(words, said):
   with pytest.raises(ValueError, match=said):
-    b.bench(**{'paths': ['x'], **words})
+    bench.bench(**{'paths': ['x'], **words})
 
 
 def test_several_tasks_are_several_answers_before_too(tmp_path):
   model = multitask(TRUNK, {'left': 10, 'right': 10})
   small = cut(model)
-  before = b.original(run_of(tmp_path / 'run', data='multi_fashion'), small)
+  before = bench.original(run_of(tmp_path / 'run', data='multi_fashion'), small)
   said = before.network.apply(before.network.variables, DIGITS)
   assert {*said} == {'left', 'right'}
   assert before.flops == small.report['flops']['before']

@@ -11,23 +11,21 @@ import pytest
 
 import depthprune as dp
 from depthprune import models
-from depthprune.cascade.predictions import leave
-from depthprune.cascade.race import race
-from depthprune.export import networks as checkpoint
-from depthprune.options import SideNet
-from depthprune.run import early_exit as cascading
-from depthprune.run import early_exit as reached
+from depthprune.cascades.predictions import leave
+from depthprune.cascades.race import race
+from depthprune.exports import networks
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.run import early_exit, rounds
 from depthprune.run import heads as sides
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES
+from depthprune.run.config import default
 from depthprune.run.job import Job, prepare
 
 # qwix 0.1.8 asks flax for a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed")
 
 CONFIG = dataclasses.replace(
-  RECIPES['sidenet'],
-  options=SideNet(hidden=16, budget=0.8, views=1, decide_on='train'),
+  default('sidenet'),
+  options=SideNetOptions(hidden=16, budget=0.8, views=1, decide_on='train'),
   model='mlp',
   subset=128,
   batch=64,
@@ -60,7 +58,7 @@ def pruned(digits):
   coupling = dp.couple(model, variables, *job.inputs)
   keep = dp.oneshot(coupling, variables, 0.6)
   small = dp.prune(model, variables, keep, job.inputs, coupling=coupling)
-  checkpoint.save(job.folder / 'pruned', small, job.images.normalisation)
+  networks.save(job.folder / 'pruned', small, job.images.normalisation)
   config = dataclasses.replace(
     CONFIG,
     pretrained=str(job.folder / 'pruned'),
@@ -73,9 +71,9 @@ def pruned(digits):
     return kept[0]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(reached, 'race', partial(race, seconds=0.1))
-    patch.setattr(cascading, 'train', train)
-    result = recipe.run(config, show=False)
+    patch.setattr(early_exit, 'race', partial(race, seconds=0.1))
+    patch.setattr(early_exit, 'train', train)
+    result = rounds.run(config, show=False)
   return small, kept[0], result
 
 

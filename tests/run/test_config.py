@@ -5,9 +5,12 @@ import json
 
 import pytest
 
-from depthprune.options import Gates, Implosion, NetCut, SideNet
-from depthprune.run.config import RECIPES, Config, from_json
-from depthprune.run.relevant import relevant
+from depthprune.methods.implosion import ImplosionOptions
+from depthprune.methods.netcut import NetCutOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.methods.trainable_gates import GateOptions
+from depthprune.run.config import Config, default, from_json, relevant
+
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import same_config
 from depthprune.train.options import ConfigError, Epochs, fraction
@@ -30,7 +33,7 @@ def test_fraction_refuses_the_rest_with_an_example(given):
 
 
 def test_a_percentage_is_stored_as_the_fraction():
-  assert Gates('50%') == Gates(0.5)
+  assert GateOptions('50%') == GateOptions(0.5)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_target_outside_its_range(target):
   with pytest.raises(
     ConfigError, match=r'target: expected a fraction in \(0, 1\], got'
   ):
-    Gates(target)
+    GateOptions(target)
 
 
 @pytest.mark.parametrize(
@@ -65,24 +68,24 @@ def test_target_outside_its_range(target):
 )
 def test_every_error_names_its_field_and_what_it_got(name, value):
   with pytest.raises(ConfigError, match=rf'^{name}: expected .*got {value!r}'):
-    dataclasses.replace(Config(), **{name: value})
+    dataclasses.replace(default('gates'), **{name: value})
 
 
 @pytest.mark.parametrize(
   ('kind', 'name', 'value'),
   [
-    (Gates, 'of', 'latency'),
-    (Gates, 'round_to', 0),
-    (Gates, 'round_to', 2.5),
-    (Gates, 'strength', float('inf')),
-    (NetCut, 'beta', -0.1),
-    (NetCut, 'beta', float('nan')),
-    (NetCut, 'gamma', float('inf')),
-    (NetCut, 'aggregate', 'mean'),
-    (NetCut, 'cost', 'joules'),
-    (Implosion, 'depth', 0),
-    (Implosion, 'per_round', 0),
-    (Implosion, 'importance', 'magnitude'),
+    (GateOptions, 'of', 'latency'),
+    (GateOptions, 'round_to', 0),
+    (GateOptions, 'round_to', 2.5),
+    (GateOptions, 'strength', float('inf')),
+    (NetCutOptions, 'beta', -0.1),
+    (NetCutOptions, 'beta', float('nan')),
+    (NetCutOptions, 'gamma', float('inf')),
+    (NetCutOptions, 'aggregate', 'mean'),
+    (NetCutOptions, 'cost', 'joules'),
+    (ImplosionOptions, 'depth', 0),
+    (ImplosionOptions, 'per_round', 0),
+    (ImplosionOptions, 'importance', 'magnitude'),
   ],
 )
 def test_so_does_every_error_of_a_methods_options(kind, name, value):
@@ -93,33 +96,35 @@ def test_so_does_every_error_of_a_methods_options(kind, name, value):
 def test_augmentation_is_asked_for_where_there_is_some():
   for given in ({'mixup': 0.2}, {'randaugment': 9}):
     with pytest.raises(ConfigError, match='leave them out, or pass --augment'):
-      dataclasses.replace(Config(), augment=False, **given)
+      dataclasses.replace(default('gates'), augment=False, **given)
   with pytest.raises(ConfigError, match='mixup: leave it out for sidenet, where heads'):
-    dataclasses.replace(RECIPES['sidenet'], mixup=0.2)
-  joint = SideNet(regime='joint')
-  assert dataclasses.replace(RECIPES['sidenet'], options=joint, mixup=0.2).mixup == 0.2
+    dataclasses.replace(default('sidenet'), mixup=0.2)
+  joint = SideNetOptions(regime='joint')
+  assert dataclasses.replace(default('sidenet'), options=joint, mixup=0.2).mixup == 0.2
 
 
 def test_a_run_of_before_there_was_streaming_is_the_same_run():
   """What is added to a config is None or off, so that older directories go on."""
-  old = {k: v for k, v in Config().to_json().items() if k not in STREAMING}
+  old = {k: v for k, v in default('gates').to_json().items() if k not in STREAMING}
   same_config({k: v for k, v in old.items() if k != 'remat'}, old, 'here')
-  same_config(relevant(old), relevant(Config().to_json()), 'here')
-  more = dataclasses.replace(Config(), workers=4)
+  same_config(relevant(old), relevant(default('gates').to_json()), 'here')
+  more = dataclasses.replace(default('gates'), workers=4)
   same_config(relevant(old), relevant(more.to_json()), 'here')
   with pytest.raises(CheckpointError, match=r"stream \(asked for 'always', there None"):
-    other = dataclasses.replace(Config(), stream='always')
+    other = dataclasses.replace(default('gates'), stream='always')
     same_config(relevant(old), relevant(other.to_json()), 'here')
 
 
 def test_heads_and_network_are_trained_together():
   with pytest.raises(ConfigError, match=r'train_epochs: expected 0 for netcut, got 2'):
-    Config(NetCut(), train_epochs=2)
-  assert Config(NetCut(), train_epochs=0).epochs.train == 0
+    Config(NetCutOptions(), train_epochs=2)
+  assert Config(NetCutOptions(), train_epochs=0).epochs.train == 0
 
 
 def test_what_is_pretrained_is_not_trained_first_unless_asked():
-  assert Config(pretrained='resnet.npz').epochs == Config().epochs._replace(train=0)
+  assert Config(pretrained='resnet.npz').epochs == default('gates').epochs._replace(
+    train=0
+  )
   assert Config(pretrained='resnet.npz', train_epochs=2).epochs.train == 2
 
 
@@ -129,7 +134,7 @@ def test_no_epochs_at_all_is_allowed():
 
 
 def test_epochs_follow_the_data_set_until_they_are_given():
-  digits, fashion = Config(), Config(data='fashion_mnist')
+  digits, fashion = default('gates'), Config(data='fashion_mnist')
   assert digits.epochs != fashion.epochs
   assert dataclasses.replace(digits, data='fashion_mnist').epochs == fashion.epochs
   asked = dataclasses.replace(fashion, gate_epochs=3).epochs
@@ -141,9 +146,11 @@ def test_the_directory_is_named_after_the_run_or_given():
     Config(options, seed=seed).path
     for seed in (0, 1)
     for options in (
-      *(Gates(target, of) for target in (0.5, 0.25) for of in ('flops', 'params')),
-      *(NetCut(beta, 'log', gamma) for beta in (0, 0.1) for gamma in (0, 1)),
-      *(Implosion(depth, 1, 'drop') for depth in (None, 3)),
+      *(
+        GateOptions(target, of) for target in (0.5, 0.25) for of in ('flops', 'params')
+      ),
+      *(NetCutOptions(beta, 'log', gamma) for beta in (0, 0.1) for gamma in (0, 1)),
+      *(ImplosionOptions(depth, 1, 'drop') for depth in (None, 3)),
     )
   }
   assert len(paths) == 2 * 10
@@ -153,9 +160,9 @@ def test_the_directory_is_named_after_the_run_or_given():
 @pytest.mark.parametrize(
   'config',
   [
-    *RECIPES.values(),
-    Config(Gates(0.25), data='fashion_mnist', subset=1000, bfloat16=True),
-    Config(Implosion(units=('stage1/block1', 'stage1/block2'))),
+    *default.values(),
+    Config(GateOptions(0.25), data='fashion_mnist', subset=1000, bfloat16=True),
+    Config(ImplosionOptions(units=('stage1/block1', 'stage1/block2'))),
   ],
 )
 def test_json_round_trip(config):
@@ -164,7 +171,7 @@ def test_json_round_trip(config):
 
 def test_json_of_another_version_names_the_field():
   with pytest.raises(ConfigError, match='unknown field momentum; it was written by'):
-    from_json({**Config().to_json(), 'momentum': 0.9})
+    from_json({**default('gates').to_json(), 'momentum': 0.9})
   with pytest.raises(ConfigError, match='unknown field price'):
     from_json({'method': 'netcut', 'options': {'price': 0.1}})
   with pytest.raises(ConfigError, match='a method out of trainable_gates, netcut'):

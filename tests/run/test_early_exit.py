@@ -9,12 +9,10 @@ import optax
 import pytest
 
 from depthprune.data.features import FeatureSet
-from depthprune.export.networks import load_cascade
-from depthprune.options import SideNet
-from depthprune.run import early_exit as cascading
-from depthprune.run import heads as sides
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES
+from depthprune.exports.networks import load_cascade
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.run import early_exit, heads, rounds
+from depthprune.run.config import default
 from depthprune.run.early_exit import ALSO, splits
 from depthprune.run.job import prepare
 from depthprune.storage.checkpoint import CheckpointError
@@ -22,8 +20,8 @@ from depthprune.train.step import init_state, make_step
 from depthprune.train.task import classification
 
 SMALL = dataclasses.replace(
-  RECIPES['sidenet'],
-  options=SideNet(hidden=16, drop=3.0),
+  default('sidenet'),
+  options=SideNetOptions(hidden=16, drop=3.0),
   model='mlp',
   subset=256,
   batch=64,
@@ -47,12 +45,12 @@ def ran(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
 
     def train(job):
-      kept.append(sides.train(job))
+      kept.append(heads.train(job))
       return kept[-1]
 
-    patch.setattr(cascading, 'train', train)
+    patch.setattr(early_exit, 'train', train)
     config = dataclasses.replace(SMALL, workdir=str(tmp_path_factory.mktemp('sidenet')))
-    return config, recipe.run(config, show=False), kept[0]
+    return config, rounds.run(config, show=False), kept[0]
 
 
 def test_the_result_says_what_was_asked_and_what_was_reached(ran):
@@ -124,21 +122,21 @@ def test_a_saved_cascade_needs_nothing_but_its_folder(ran):
 
 def test_a_run_that_is_started_again_goes_on_to_the_same_end(ran):
   config, result, _ = ran
-  again = recipe.run(config, show=False)
+  again = rounds.run(config, show=False)
   for key in ('accuracy', 'held_out', 'flops', 'params'):
     assert again[key] == result[key]
   for key in ('thresholds', 'temperatures', 'curve', 'requests'):
     assert again['cascade'][key] == result['cascade'][key]
   with pytest.raises(CheckpointError, match='options'):
     options = dataclasses.replace(config.options, hidden=8)
-    recipe.run(dataclasses.replace(config, options=options), show=False)
+    rounds.run(dataclasses.replace(config, options=options), show=False)
 
 
 def test_mixed_trains_the_network_too(ran, tmp_path):
   config, _, frozen = ran
   options = dataclasses.replace(config.options, regime='mixed', confidence='learned')
   mixed = dataclasses.replace(config, options=options, workdir=str(tmp_path))
-  result = recipe.run(mixed, show=False)
+  result = rounds.run(mixed, show=False)
   assert result['cascade']['confidence'] == 'learned'
   found = load_cascade(tmp_path / 'cascade')
   kernel = lambda tree: np.asarray(tree['params']['trunk']['layer0']['dense']['kernel'])
@@ -153,17 +151,17 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
     seen.update(model=model, method=method, task=job.task)
     raise StopIteration
 
-  monkeypatch.setattr(sides, 'stage', stage)
+  monkeypatch.setattr(heads, 'stage', stage)
   options = dataclasses.replace(config.options, dropout=0.9, smoothing=0.5)
   job = prepare(config, show=False)
   job = job._replace(config=dataclasses.replace(config, options=options))
-  model = sides.with_sides(job.config, trained.model.trunk, job)
+  model = heads.with_sides(job.config, trained.model.trunk, job)
   batch = {'features': {n: np.ones((8, 200), np.float32) for n in ('exit1',)}}
   batch |= {'label': np.arange(8, dtype=np.int32)}
   batch['features']['main'] = np.ones((8, 10), np.float32)
   features = FeatureSet('x', batch, batch, batch, 10)
   with pytest.raises(StopIteration):
-    sides.fit_heads(job, model, trained.variables, features)
+    heads.fit_heads(job, model, trained.variables, features)
   tx = optax.sgd(0.0)
   mine = {
     'params': {k: v for k, v in trained.variables['params'].items() if k != 'trunk'}
@@ -183,7 +181,7 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
 def test_another_request_goes_on_from_the_same_heads(ran):
   config, result, _ = ran
   options = dataclasses.replace(config.options, drop=50.0, confidence='patience')
-  again = recipe.run(dataclasses.replace(config, options=options), show=False)
+  again = rounds.run(dataclasses.replace(config, options=options), show=False)
   assert again['cascade']['confidence'] == 'patience'
   assert again['cascade']['exit_accuracy'] == result['cascade']['exit_accuracy']
   decided = json.loads((config.path / 'cascade' / 'cascade.json').read_text())
@@ -196,7 +194,7 @@ def test_which_images_decide(ran):
   assert (
     splits(job).images.test is job.images.test
   )  # trained here: held out of training
-  for options in (SideNet(decide_on='test'), SideNet()):
+  for options in (SideNetOptions(decide_on='test'), SideNetOptions()):
     mine = dataclasses.replace(
       config,
       options=options,
@@ -213,16 +211,16 @@ def test_which_images_decide(ran):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (SideNet(taps=('layer9',)), r"no tap 'layer9'.*All: layer0, layer1"),
-    (SideNet(budget=0.01), 'below the floor: exit exit1'),
-    (SideNet(risk=0.0001), 'reached by no thresholds'),
+    (SideNetOptions(taps=('layer9',)), r"no tap 'layer9'.*All: layer0, layer1"),
+    (SideNetOptions(budget=0.01), 'below the floor: exit exit1'),
+    (SideNetOptions(risk=0.0001), 'reached by no thresholds'),
   ],
 )
 def test_requests_that_cannot_be_met(ran, options, message, tmp_path):
   config, _, trained = ran
   if options.taps:
     with pytest.raises(ValueError, match=message):
-      recipe.run(
+      rounds.run(
         dataclasses.replace(config, options=options, workdir=str(tmp_path)), show=False
       )
     return

@@ -7,20 +7,17 @@ import numpy as np
 import pytest
 
 from depthprune import models
-from depthprune.cascade.risk import halves
-from depthprune.export.networks import load_cascade
-from depthprune.options import SideNet
-from depthprune.run import early_exit as deciding
-from depthprune.run import early_exit as reached
-from depthprune.run import heads as sides
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES, ConfigError
+from depthprune.cascades.risk import halves
+from depthprune.exports.networks import load_cascade
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.run import early_exit, heads, rounds
+from depthprune.run.config import ConfigError, default
 from depthprune.run.early_exit import decide, splits
 from depthprune.run.job import prepare
 
 SMALL = dataclasses.replace(
-  RECIPES['sidenet'],
-  options=SideNet(('layer0', 'layer1'), hidden=32, drop=3.0),
+  default('sidenet'),
+  options=SideNetOptions(('layer0', 'layer1'), hidden=32, drop=3.0),
   model='mlp',
   subset=256,
   batch=64,
@@ -36,7 +33,7 @@ def trained(tmp_path_factory):
   config = dataclasses.replace(SMALL, workdir=str(tmp_path_factory.mktemp('requests')))
   job = splits(prepare(config, show=False))
   with jax.numpy_dtype_promotion('standard'):
-    return job, sides.train(job)
+    return job, heads.train(job)
 
 
 def decided(trained, **changes):
@@ -49,7 +46,7 @@ def decided(trained, **changes):
 
 def mine(found):
   """The request that was asked for, as the result has it."""
-  return next(row for row in reached.requests(found, 1.25) if row['chosen'])
+  return next(row for row in early_exit.requests(found, 1.25) if row['chosen'])
 
 
 def test_a_threshold_is_taken_as_it_is_given(trained):
@@ -65,14 +62,14 @@ def test_milliseconds_are_measured_and_kept_to(trained, monkeypatch):
   clock = np.array([1.0, 2.0, 4.0]), 3.5
   seen = []
   monkeypatch.setattr(
-    deciding, 'exit_milliseconds', lambda *given: seen.append(given) or clock
+    early_exit, 'exit_milliseconds', lambda *given: seen.append(given) or clock
   )
   found = decided(trained, milliseconds=2.5)
   early, *inputs = seen[0]
   assert early.exits == ('exit1', 'exit2', 'main') and inputs[0].shape == (64, 8, 8, 1)
   assert found.chosen.held_out.cost <= 2.5
   row = mine(found)
-  shares = np.array(deciding.thresholds.achieved(found.chosen, found.test).exits)
+  shares = np.array(early_exit.thresholds.achieved(found.chosen, found.test).exits)
   assert row['test']['milliseconds'] == 1.25  # as executed
   # Besides, it is told in FLOPs, as everything else.
   assert row['test']['cost'] == pytest.approx(shares @ found.test.cost)
@@ -97,7 +94,7 @@ def test_what_was_asked_for_is_certified_as_it_was_asked(trained):
 )
 def test_requests_that_make_no_sense(options, message):
   with pytest.raises(ConfigError, match=message):
-    SideNet(**options)
+    SideNetOptions(**options)
 
 
 @pytest.mark.parametrize('confidence', ['probability', 'learned'])
@@ -111,7 +108,7 @@ def test_an_answer_that_is_no_number_stays_and_is_told(trained, confidence):
   )
   found = decided((job, broken), threshold=0.0, confidence=confidence)
   assert np.isfinite(found.temperatures).all()
-  behaviour = reached.behaviour(found, 1.0)
+  behaviour = early_exit.behaviour(found, 1.0)
   calibrated = behaviour['calibration']['exit1']
   n = len(network.test.labels)
   assert calibrated['all']['n'] == calibrated['exited']['n'] == n - 7
@@ -125,7 +122,7 @@ def test_an_answer_that_is_no_number_stays_and_is_told(trained, confidence):
 def test_joint_trains_everything_at_once(tmp_path):
   options = dataclasses.replace(SMALL.options, regime='joint')
   config = dataclasses.replace(SMALL, options=options, workdir=str(tmp_path))
-  result = recipe.run(config, show=False)
+  result = rounds.run(config, show=False)
   # Nothing was trained before, so there is nothing to compare with.
   assert result['cascade']['original'] == {}
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['joint']
@@ -138,7 +135,7 @@ def test_what_the_network_was_before_is_kept(trained, tmp_path):
   says = {'held_out': frozen.held_out.accuracy, 'test': frozen.test.accuracy}
   assert frozen.original == says
   trunk = {name: tree['trunk'] for name, tree in frozen.variables.items()}
-  assert sides.alone(job, frozen.model.trunk, trunk) == pytest.approx(says)
+  assert heads.alone(job, frozen.model.trunk, trunk) == pytest.approx(says)
 
 
 # ---- who decides what ----------------------------------------------------------------
@@ -167,7 +164,7 @@ def test_test_data_chooses_nothing(trained):
   other = network._replace(test=scrambled(network.test, every))
   a, b = decided(trained), decided((job, other))
   assert a.chosen.thresholds.tolist() == b.chosen.thresholds.tolist()
-  lines = [reached.curve(found) for found in (a, b)]
+  lines = [early_exit.curve(found) for found in (a, b)]
   costs = [[(p['cost_held_out'], p['cost']) for p in line] for line in lines]
   assert costs[0] == costs[1] and len(costs[0]) > 1
   assert [p['accuracy'] for p in lines[0]] != [p['accuracy'] for p in lines[1]]
@@ -178,7 +175,7 @@ def test_test_data_chooses_nothing(trained):
 
 def test_heads_see_the_data_as_it_is_and_augmented(trained):
   job, network = trained
-  features = sides.feature_set(job, network.model, network.variables)
+  features = heads.feature_set(job, network.model, network.variables)
   assert len(features.train['label']) == 2 * 256  # views
   first, second = features.train['features']['exit1'][: 2 * 256].reshape(2, 256, -1)
   assert np.abs(first - second).max() > 0.1
@@ -188,8 +185,8 @@ def test_heads_see_the_data_as_it_is_and_augmented(trained):
 
 def test_positions_are_pooled_to_what_heads_can_use(trained):
   job, network = trained
-  assert sides.pool_of(network.model.trunk, job) == 'avg'
-  assert sides.pool_of(models.build('resnet8', classes=10), job) == 'grid4'
+  assert heads.pool_of(network.model.trunk, job) == 'avg'
+  assert heads.pool_of(models.build('resnet8', classes=10), job) == 'grid4'
 
 
 def test_what_is_trained_already_moves_slowly(trained, monkeypatch):
@@ -200,8 +197,8 @@ def test_what_is_trained_already_moves_slowly(trained, monkeypatch):
     seen[name] = epochs, peak
     raise StopIteration
 
-  monkeypatch.setattr(sides, 'stage', stage)
+  monkeypatch.setattr(heads, 'stage', stage)
   for name, rate in (('mixed', 0.1), ('joint', 1.0)):
     with pytest.raises(StopIteration):
-      sides.together(job, name, network.model, network.variables, 3, {})
+      heads.together(job, name, network.model, network.variables, 3, {})
     assert seen[name] == (3, pytest.approx(rate * job.config.learning_rate))

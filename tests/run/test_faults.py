@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 
 from depthprune import cli
-from depthprune.options import Auxiliary, Implosion, NetCut, SideNet
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES, Config
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as disk
+from depthprune.methods.auxiliary import AuxiliaryOptions
+from depthprune.methods.implosion import ImplosionOptions
+from depthprune.methods.netcut import NetCutOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.run import rounds
+from depthprune.run.config import Config, default
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.directory import InUse
 from tests.train.test_mesh import ended, launch
 
@@ -40,22 +42,22 @@ NO_TRAINING = {'train_epochs': 0}
 METHODS = {
   'trainable_gates': {'model': 'mlp'},
   'netcut': {
-    'model': 'mlp', 'options': NetCut(beta=0.001, force=True), **NO_TRAINING
+    'model': 'mlp', 'options': NetCutOptions(beta=0.001, force=True), **NO_TRAINING
   },
   'implosion': {
-    'model': 'resnet14', 'options': Implosion(depth=4), 'learning_rate': 0.01,
+    'model': 'resnet14', 'options': ImplosionOptions(depth=4), 'learning_rate': 0.01,
     **NO_TRAINING,
   },
-  'sidenet': {'model': 'mlp', 'options': SideNet(hidden=16, regime='mixed')},
+  'sidenet': {'model': 'mlp', 'options': SideNetOptions(hidden=16, regime='mixed')},
   'auxiliary': {
-    'model': 'mlp', 'options': Auxiliary(structure='search'), **NO_TRAINING
+    'model': 'mlp', 'options': AuxiliaryOptions(structure='search'), **NO_TRAINING
   },
 }  # fmt: skip
 
 
 def config_of(method: str, folder: Path) -> Config:
   given = {**BRIEF, **METHODS[method]}
-  return dataclasses.replace(RECIPES[method], **given, workdir=str(folder))
+  return dataclasses.replace(default(method), **given, workdir=str(folder))
 
 
 def left(folder: Path) -> dict[str, np.ndarray]:
@@ -63,11 +65,11 @@ def left(folder: Path) -> dict[str, np.ndarray]:
   found = {}
   for stage in sorted((folder / 'checkpoints').iterdir()):
     newest = sorted(stage.glob('[0-9]*'))[-1]
-    leaves, _ = store.read(newest, 'state.json')
+    leaves, _ = checkpoint.read(newest, 'state.json')
     found |= {f'{stage.name}/{newest.name}/{k}': v for k, v in leaves.items()}
   (arch,) = [*folder.glob('pruned/arch.json'), *folder.glob('cascade/*/arch.json')]
-  leaves, record = store.read(arch.parent, 'arch.json')
-  keep = store.paths(record['keep'])
+  leaves, record = checkpoint.read(arch.parent, 'arch.json')
+  keep = checkpoint.paths(record['keep'])
   return found | leaves | {f'keep/{k}': np.asarray(v) for k, v in keep.items()}
 
 
@@ -86,12 +88,12 @@ def forks(tmp_path_factory):
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     patch.setenv('PYTHONPATH', str(ROOT))
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([recipe.__name__])
+    context.set_forkserver_preload([rounds.__name__])
     yield context
 
 
 def started(forks, config: Config):
-  process = forks.Process(target=recipe.run, args=(config, False))
+  process = forks.Process(target=rounds.run, args=(config, False))
   process.start()
   return process
 
@@ -133,7 +135,7 @@ LONG = 40  # epochs of ten steps
 
 def long_config(folder: Path, **changes) -> Config:
   given = {**BRIEF, **METHODS['trainable_gates'], 'gate_epochs': LONG, **changes}
-  return dataclasses.replace(RECIPES['trainable_gates'], **given, workdir=str(folder))
+  return dataclasses.replace(default('trainable_gates'), **given, workdir=str(folder))
 
 
 def command(folder: Path, every_s: float = 0.0) -> list[str]:
@@ -173,8 +175,8 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeyp
   def none(*_):
     raise OSError(errno.ENOLCK, 'No locks available')
 
-  monkeypatch.setattr(disk.fcntl, 'flock', none)
-  with pytest.warns(UserWarning, match='start no second run'), disk.held(tmp_path):
+  monkeypatch.setattr(directory.fcntl, 'flock', none)
+  with pytest.warns(UserWarning, match='start no second run'), directory.held(tmp_path):
     pass
 
 
@@ -182,7 +184,7 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeyp
 def whole(tmp_path_factory) -> Path:
   """A run that nothing happened to."""
   folder = tmp_path_factory.mktemp('whole')
-  recipe.run(long_config(folder), show=False)
+  rounds.run(long_config(folder), show=False)
   return folder
 
 
@@ -207,7 +209,7 @@ def test_told_to_end_a_run_saves_and_the_same_command_continues(whole, tmp_path)
   said = rf'^error: .*: File too large\. .* \(step {step}\)$'
   assert re.search(said, done.stderr, re.MULTILINE)
   assert saved(tmp_path) == [step]
-  recipe.run(long_config(tmp_path), show=False)
+  rounds.run(long_config(tmp_path), show=False)
   assert sorted({*logged(tmp_path)}) == logged(whole)
   assert logged(tmp_path).count(step) == 1
   assert_same(left(tmp_path), left(whole))
@@ -216,7 +218,7 @@ def test_told_to_end_a_run_saves_and_the_same_command_continues(whole, tmp_path)
 HOLD = """
 import sys, time
 from pathlib import Path
-from depthprune.storage import directory as disk
+from depthprune.storage import directory
 
 with disk.held(Path(sys.argv[1])):
   print('held', flush=True)
@@ -230,14 +232,14 @@ def test_a_directory_is_of_one_live_run_and_a_dead_one_lets_go(tmp_path, capsys)
     try:
       assert process.stdout is not None and process.stdout.readline() == 'held\n'
       with pytest.raises(InUse, match=rf'alive: .*"process": {process.pid}.*--workdir'):
-        recipe.run(config_of('netcut', tmp_path), show=False)
+        rounds.run(config_of('netcut', tmp_path), show=False)
       assert cli.main([*command(tmp_path)[2:], '--no-resume']) == cli.WRONG_INPUT
       assert f'error: {tmp_path}: in use' in capsys.readouterr().err
     finally:
       process.kill()
-  assert [path.name for path in tmp_path.iterdir()] == [disk.LOCK]
+  assert [path.name for path in tmp_path.iterdir()] == [directory.LOCK]
   for _ in range(2):
-    with disk.held(tmp_path), pytest.raises(InUse), disk.held(tmp_path):
+    with directory.held(tmp_path), pytest.raises(InUse), directory.held(tmp_path):
       pass
 
 
@@ -267,7 +269,7 @@ def test_when_one_of_two_processes_is_gone_the_other_says_so(tmp_path, gone, how
     re.MULTILINE,
   )
   kept = saved(tmp_path)[-1]
-  result = recipe.run(long_config(tmp_path), show=False)
+  result = rounds.run(long_config(tmp_path), show=False)
   assert result['mesh'] == {'data': 1, 'model': 1, 'processes': 1}
   again = logged(tmp_path)
   assert [again.count(step) for step in (8, kept, 400)] == [1, 1, 1]

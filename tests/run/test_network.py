@@ -8,21 +8,26 @@ import pytest
 
 import depthprune as dp
 from depthprune import models
+from depthprune.data.dataset import DataError
 from depthprune.data.images import Normalisation
-from depthprune.data.tfds import DataError
+from depthprune.methods.auxiliary import AuxiliaryOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.methods.trainable_gates import GateOptions
 from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import WithHeads, every_tap
-from depthprune.options import Auxiliary, Gates, SideNet
-from depthprune.run import data as datasets
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES
+from depthprune.run import data, rounds
+from depthprune.run.config import default
 from depthprune.run.job import prepare
 from depthprune.run.network import network, start
 from depthprune.storage.checkpoint import CheckpointError
 
 NORMALISATION = Normalisation((0.25,), (0.5,), 16.0)
 CONFIG = dataclasses.replace(
-  RECIPES['sidenet'], options=SideNet(hidden=8), model='resnet8', subset=64, batch=32
+  default('sidenet'),
+  options=SideNetOptions(hidden=8),
+  model='resnet8',
+  subset=64,
+  batch=32,
 )
 EXAMPLE = np.zeros((1, 8, 8, 1), np.float32)
 
@@ -66,7 +71,7 @@ def test_a_run_starts_from_the_network_of_a_folder(saved, tmp_path):
 def test_a_method_that_weighs_exits_puts_its_own_on_that_network(saved, tmp_path):
   folder, small = saved
   config = dataclasses.replace(
-    RECIPES['netcut'], model='resnet8', pretrained=str(folder), workdir=str(tmp_path)
+    default('netcut'), model='resnet8', pretrained=str(folder), workdir=str(tmp_path)
   )
   job = prepare(dataclasses.replace(config, subset=64), show=False)
   model = network(config, 10)
@@ -79,9 +84,9 @@ def test_a_method_that_weighs_exits_puts_its_own_on_that_network(saved, tmp_path
 def test_a_network_without_normalisation_has_that_of_the_data(tmp_path):
   dp.save(tmp_path / 'pruned', cut(models.build('mlp'), EXAMPLE))
   config = config_of(tmp_path / 'pruned', tmp_path, model='mlp')
-  assert datasets.normalisation(str(tmp_path / 'pruned')) is None
+  assert data.normalisation(str(tmp_path / 'pruned')) is None
   plain = dataclasses.replace(config, pretrained=None)
-  found, expected = (datasets.read(c).normalisation for c in (config, plain))
+  found, expected = (data.read(c).normalisation for c in (config, plain))
   assert found == expected
 
 
@@ -114,7 +119,7 @@ def test_a_function_of_someone_else_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):
-  for call in (network, lambda config, classes: datasets.read(config)):
+  for call in (network, lambda config, classes: data.read(config)):
     with pytest.raises(CheckpointError, match=r'no file arch\.json'):
       call(config_of(tmp_path, tmp_path), 10)
 
@@ -144,19 +149,19 @@ def test_a_network_of_several_tasks_loses_its_path_and_goes_on(tmp_path, tfds_da
   fields = {'data': 'multi_fashion', 'model': 'resnet8', 'resize': 12, 'subset': 64}
   fields |= {'gate_epochs': 1, 'finetune_epochs': 0, 'batch': 32}
   config = dataclasses.replace(
-    RECIPES['auxiliary'],
-    options=Auxiliary('search', width=4),
+    default('auxiliary'),
+    options=AuxiliaryOptions('search', width=4),
     workdir=str(tmp_path / 'wide'),
     **fields,
   )
-  result = recipe.run(config, show=False)
+  result = rounds.run(config, show=False)
   assert {'accuracy_left', 'accuracy_right'} <= {*result['scores']['after']}
   folder = tmp_path / 'wide' / 'pruned'
   stripped = dp.load(folder)
   config = dataclasses.replace(
-    RECIPES['trainable_gates'],
+    default('trainable_gates'),
     pretrained=str(folder),
-    options=Gates(target=0.8),
+    options=GateOptions(target=0.8),
     workdir=str(tmp_path / 'thin'),
     train_epochs=0,
     **fields,
@@ -167,19 +172,19 @@ def test_a_network_of_several_tasks_loses_its_path_and_goes_on(tmp_path, tfds_da
   variables = start(job, model)
   same = jax.tree.map(np.array_equal, variables['params'], stripped.variables['params'])
   assert jax.tree.all(same)
-  result = recipe.run(config, show=False)
+  result = rounds.run(config, show=False)
   assert result['flops']['after'] < 0.82 * result['flops']['before']
-  netcut = dataclasses.replace(RECIPES['netcut'], data='multi_fashion')
+  netcut = dataclasses.replace(default('netcut'), data='multi_fashion')
   with pytest.raises(DataError, match='several tasks .left, right.: expected the meth'):
     network(netcut, 10)
 
 
 def test_a_model_of_another_kind_than_the_labels(tmp_path):
   config = dataclasses.replace(
-    RECIPES['auxiliary'], model='segnet8', subset=64, workdir=str(tmp_path)
+    default('auxiliary'), model='segnet8', subset=64, workdir=str(tmp_path)
   )
   with pytest.raises(DataError, match='a class of every image.*segnet8 answers'):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
 
 
 def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
@@ -192,8 +197,8 @@ def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
   cut_at = dp.prune(heads, variables, keep, EXAMPLE)
   dp.save(tmp_path / 'cut', cut_at, NORMALISATION)
   wide = dataclasses.replace(
-    RECIPES['auxiliary'],
-    options=Auxiliary(width=4),
+    default('auxiliary'),
+    options=AuxiliaryOptions(width=4),
     pretrained=str(tmp_path / 'cut'),
     workdir=str(tmp_path / 'wide'),
     gate_epochs=1,
@@ -206,24 +211,24 @@ def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
   given = cut_at.variables['params']
   same = jax.tree.map(np.array_equal, {k: variables['params'][k] for k in given}, given)
   assert jax.tree.all(same)
-  result = recipe.run(wide, show=False)
+  result = rounds.run(wide, show=False)
   assert result['params']['after'] == dp.cost.params(
     dp.couple(cut_at.apply, cut_at.variables, EXAMPLE)
   )
   thin = dataclasses.replace(
-    RECIPES['trainable_gates'],
-    options=Gates(target=0.7),
+    default('trainable_gates'),
+    options=GateOptions(target=0.7),
     pretrained=str(tmp_path / 'wide' / 'pruned'),
     workdir=str(tmp_path / 'thin'),
     train_epochs=0,
     gate_epochs=1,
     **fields,
   )
-  found = recipe.run(thin, show=False)
+  found = rounds.run(thin, show=False)
   assert found['flops']['after'] < 0.72 * found['flops']['before']
   for method in ('netcut', 'sidenet'):
     again = dataclasses.replace(
-      RECIPES[method], model='resnet8', pretrained=str(tmp_path / 'cut')
+      default(method), model='resnet8', pretrained=str(tmp_path / 'cut')
     )
     with pytest.raises(
       CheckpointError, match='can put exits on, got one that has exit2'

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune import distributed as hosts
+from depthprune import distributed
 from depthprune.data.images import Augment, Dataset, Normalisation
 from depthprune.run import rounds
 from depthprune.run.config import Config
@@ -49,7 +49,9 @@ def images() -> Dataset:
 def test_rounds_are_repeated_and_held_out_data_decides(tmp_path, monkeypatch):
   """Closes half of the gated units in each of two rounds, the better half kept."""
   set_, asked, agreed = images(), [], []
-  monkeypatch.setattr(hosts, 'agreed', lambda tree: (agreed.append(tree), tree)[1])
+  monkeypatch.setattr(
+    distributed, 'agreed', lambda tree: (agreed.append(tree), tree)[1]
+  )
 
   def build(coupling, steps, scores, whole):
     assert whole.groups.keys() == coupling.groups.keys()

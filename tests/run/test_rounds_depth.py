@@ -15,17 +15,17 @@ import optax
 import pytest
 
 from depthprune import methods
-from depthprune.export import networks as checkpoint
-from depthprune.methods.netcut import netcut
+from depthprune.exports import networks
+from depthprune.methods.implosion import ImplosionOptions
+from depthprune.methods.netcut import NetCutOptions, netcut
 from depthprune.models.heads import every_tap
 from depthprune.models.mlp import MLP
-from depthprune.options import Implosion, NetCut
 from depthprune.program.coupling import couple
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES, Config
+from depthprune.run import rounds
+from depthprune.run.config import Config, default
 from depthprune.run.interrupts import Preempted
 from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as record
+from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import Keeper
 from depthprune.train.method import CutRefused, plain
@@ -34,16 +34,16 @@ from depthprune.train.step import init_state
 ROOT = Path(__file__).parents[2]
 SMALL = {'subset': 512, 'batch': 32, 'checkpoint_every_s': 0.0}
 NETCUT = dataclasses.replace(
-  RECIPES['netcut'],
+  default('netcut'),
   # A price that only the first layer is worth.
-  options=NetCut(beta=1.0, importance_learning_rate=0.05),
+  options=NetCutOptions(beta=1.0, importance_learning_rate=0.05),
   model='mlp',
   gate_epochs=6,
   **SMALL,
 )
 IMPLOSION = dataclasses.replace(
-  RECIPES['implosion'],
-  options=Implosion(depth=4),
+  default('implosion'),
+  options=ImplosionOptions(depth=4),
   model='resnet14',
   gate_epochs=2,
   finetune_epochs=1,
@@ -64,7 +64,7 @@ def adam():
 @pytest.fixture(scope='module')
 def cut(tmp_path_factory) -> tuple[Config, dict]:
   config = dataclasses.replace(NETCUT, workdir=str(tmp_path_factory.mktemp('netcut')))
-  return config, recipe.run(config, show=False)
+  return config, rounds.run(config, show=False)
 
 
 def test_netcut_ends_with_a_shorter_network(cut):
@@ -87,7 +87,7 @@ def test_netcut_ends_with_a_shorter_network(cut):
 
 def test_the_cut_network_is_saved_and_loads_as_a_module(cut):
   config, _ = cut
-  pruned = checkpoint.load(config.path / 'pruned')
+  pruned = networks.load(config.path / 'pruned')
   assert pruned.model.exits == ('exit1',)
   assert set(pruned.variables['params']) == {'trunk', 'head_exit1'}
   assert set(pruned.variables['params']['trunk']) == {'layer0'}
@@ -101,17 +101,17 @@ def test_the_cut_network_is_saved_and_loads_as_a_module(cut):
 def test_a_cut_that_costs_too_much_is_refused_until_forced(tmp_path, monkeypatch):
   config = dataclasses.replace(
     NETCUT,
-    options=NetCut(beta=0.0, gamma=1.0, tolerance=0.0),
+    options=NetCutOptions(beta=0.0, gamma=1.0, tolerance=0.0),
     gate_epochs=1,
     workdir=str(tmp_path),
   )
   with pytest.raises(CutRefused, match=r'held-out accuracy falls from .*--force'):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
   assert not (tmp_path / 'result.json').exists()
   # The same command with --force goes on from there, without training again.
   monkeypatch.setattr('depthprune.train.loop._one_by_one', None)
   forced = dataclasses.replace(config.options, force=True)
-  result = recipe.run(dataclasses.replace(config, options=forced), show=False)
+  result = rounds.run(dataclasses.replace(config, options=forced), show=False)
   assert result['held_out']['pruned'] < result['held_out']['before']
 
 
@@ -119,8 +119,8 @@ def test_what_was_trained_with_heads_teaches_what_is_left(tmp_path):
   config = dataclasses.replace(
     NETCUT, distill=True, gate_epochs=2, finetune_epochs=1, workdir=str(tmp_path)
   )
-  config = dataclasses.replace(config, options=NetCut(force=True))
-  recipe.run(config, show=False)
+  config = dataclasses.replace(config, options=NetCutOptions(force=True))
+  rounds.run(config, show=False)
   rows = lines(tmp_path / 'history.jsonl')
   assert {r['stage']: 'distillation' in r for r in rows} == {
     'gates': False,
@@ -130,9 +130,9 @@ def test_what_was_trained_with_heads_teaches_what_is_left(tmp_path):
 
 def test_milliseconds_are_measured_once_per_run(tmp_path, monkeypatch):
   config = dataclasses.replace(
-    NETCUT, options=NetCut(cost='milliseconds'), workdir=str(tmp_path)
+    NETCUT, options=NetCutOptions(cost='milliseconds'), workdir=str(tmp_path)
   )
-  model = recipe.network(config, 10)
+  model = rounds.network(config, 10)
   x = jnp.ones((1, 8, 8, 1))
   coupling = couple(model, model.init(jax.random.key(0), x), x)
   first = methods.build(config, coupling, 0, {})
@@ -146,7 +146,7 @@ def test_a_network_without_taps_has_no_depth_to_find(tmp_path):
   config = dataclasses.replace(
     NETCUT, model='resnet8', scan=True, workdir=str(tmp_path)
   )
-  assert len(recipe.network(config, 10).exits) == 3
+  assert len(rounds.network(config, 10).exits) == 3
   with pytest.raises(ValueError, match=r'tap'):
     every_tap(MLP(hidden=()))
 
@@ -209,7 +209,7 @@ def imploded(tmp_path_factory) -> tuple[Config, dict]:
   config = dataclasses.replace(
     IMPLOSION, workdir=str(tmp_path_factory.mktemp('erased'))
   )
-  return config, recipe.run(config, show=False)
+  return config, rounds.run(config, show=False)
 
 
 def test_implosion_erases_the_smallest_priority_of_each_round(imploded):
@@ -228,7 +228,7 @@ def test_implosion_erases_the_smallest_priority_of_each_round(imploded):
   # Retrained between: the accuracy behind the first round is that before the second.
   assert first['held_out']['after'] == second['held_out']['before']
   assert result['flops']['after'] < result['flops']['before']
-  arch = checkpoint.load(config.path / 'pruned').model.arch
+  arch = networks.load(config.path / 'pruned').model.arch
   assert dict(arch) == {f'{unit}/branch': 0 for unit in gone}
 
 
@@ -247,7 +247,7 @@ def test_implosion_goes_on_in_the_second_round_with_what_is_left(
 ):
   """Told to end amid retraining a network from which a unit was erased."""
   config = dataclasses.replace(imploded[0], workdir=str(tmp_path), checkpoint_every_s=9)
-  append = record.append
+  append = directory.append
 
   def told(path, line):
     append(path, line)
@@ -255,10 +255,10 @@ def test_implosion_goes_on_in_the_second_round_with_what_is_left(
       signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr(record, 'append', told)
+    patch.setattr(directory, 'append', told)
     with pytest.raises(Preempted, match='gates-2: .* saved at step 2 of'):
-      recipe.run(config, show=False)
-  recipe.run(config, show=False)
+      rounds.run(config, show=False)
+  rounds.run(config, show=False)
   steps = [
     [(row['stage'], row['step']) for row in lines(path / 'history.jsonl')]
     for path in (tmp_path, imploded[0].path)
@@ -271,15 +271,21 @@ def test_implosion_goes_on_in_the_second_round_with_what_is_left(
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (Implosion(depth=9), r'depth=9: the network has 6 units.* expected 2 to 6'),
-    (Implosion(units=('stage2/block0',)), r'stage2/block0 cannot be erased: .*16.*32'),
-    (Implosion(units=('stage2/blok1',)), "no unit 'stage2/blok1'; nearest: stage2/bl"),
+    (ImplosionOptions(depth=9), r'depth=9: the network has 6 units.* expected 2 to 6'),
+    (
+      ImplosionOptions(units=('stage2/block0',)),
+      r'stage2/block0 cannot be erased: .*16.*32',
+    ),
+    (
+      ImplosionOptions(units=('stage2/blok1',)),
+      "no unit 'stage2/blok1'; nearest: stage2/bl",
+    ),
   ],
 )
 def test_what_cannot_be_erased_is_said_before_any_training(options, message, tmp_path):
   config = dataclasses.replace(IMPLOSION, options=options, workdir=str(tmp_path))
   with pytest.raises(ValueError, match=message):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
   assert not (tmp_path / 'checkpoints').exists()
 
 
@@ -290,4 +296,4 @@ def test_weights_of_another_network_are_refused_with_the_difference(tmp_path):
     IMPLOSION, pretrained=str(weights), workdir=str(tmp_path / 'run')
   )
   with pytest.raises(ValueError, match=r'resnet\.npz: does not fit'):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthprune.data.tfds import DataError
-from depthprune.export import networks as checkpoint
-from depthprune.options import Gates
-from depthprune.run import rounds as recipe
+from depthprune.data.dataset import DataError
+from depthprune.exports import networks
+from depthprune.methods.trainable_gates import GateOptions
+from depthprune.run import rounds
 from depthprune.run.config import Config
 from depthprune.run.job import prepare
 from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as record
+from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
-from depthprune.timing import layers as timing
+from depthprune.timing import layers
 from depthprune.train.evaluate import evaluator
 from depthprune.train.loop import NonFiniteLoss
 
@@ -41,7 +41,7 @@ CONFIG = Config(
 def finished(tmp_path_factory) -> tuple[Config, dict]:
   folder = tmp_path_factory.mktemp('finished')
   config = dataclasses.replace(CONFIG, workdir=str(folder))
-  return config, recipe.run(config, show=False)
+  return config, rounds.run(config, show=False)
 
 
 def lines(path: Path) -> list[dict]:
@@ -83,7 +83,7 @@ def test_a_run_writes_what_the_report_reads(finished):
 
 def test_the_saved_network_is_the_one_that_was_measured(finished):
   config, result = finished
-  pruned = checkpoint.load(config.path / 'pruned')
+  pruned = networks.load(config.path / 'pruned')
   job = prepare(config, show=False)
   measured = evaluator(pruned.apply, job.task)(
     pruned.variables, job.batches(job.images.test)
@@ -100,7 +100,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     raise AssertionError('a step was taken')
 
   monkeypatch.setattr('depthprune.train.loop._one_by_one', train_again)
-  again = recipe.run(config, show=False)
+  again = rounds.run(config, show=False)
   assert again['accuracy'] == result['accuracy']
   assert again['widths'] == result['widths']
 
@@ -108,14 +108,16 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
 def test_a_directory_of_another_run_is_refused(finished):
   config, _ = finished
   with pytest.raises(CheckpointError, match='options .*seed|seed.* options'):
-    recipe.run(dataclasses.replace(config, options=Gates(0.6), seed=1), show=False)
+    rounds.run(
+      dataclasses.replace(config, options=GateOptions(0.6), seed=1), show=False
+    )
 
 
 def test_a_command_that_was_mended_may_have_the_directory(tmp_path):
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path), batch=513)
   with pytest.raises(DataError, match='batch: expected 1 to 512, .* got 513'):
-    recipe.run(config, show=False)
-  assert record.read(tmp_path / 'config.json')
+    rounds.run(config, show=False)
+  assert directory.read(tmp_path / 'config.json')
   prepare(dataclasses.replace(config, batch=32))
 
 
@@ -124,24 +126,24 @@ def test_a_command_that_was_mended_may_have_the_directory(tmp_path):
   [
     ({'model': 'mlpp'}, "no model 'mlpp'"),
     ({'data': 'digit'}, 'digits'),
-    ({'options': Gates(1e-4)}, 'cannot be reached'),
+    ({'options': GateOptions(1e-4)}, 'cannot be reached'),
   ],
 )
 def test_wrong_input_is_found_before_any_training(change, said, tmp_path, monkeypatch):
-  monkeypatch.setattr(recipe, 'stage', None)
+  monkeypatch.setattr(rounds, 'stage', None)
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path / 'run'), **change)
   with pytest.raises(ValueError, match=said):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
 
 
 def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkeypatch):
   """A slice of any layer is made to take a millisecond."""
   measured = lambda session: np.array([sum(n.values()) for _, n in session.rows], float)
-  monkeypatch.setattr(timing.Session, 'measure', measured)
+  monkeypatch.setattr(layers.Session, 'measure', measured)
   config = dataclasses.replace(
-    CONFIG, options=Gates(0.7, 'milliseconds', 16), workdir=str(tmp_path)
+    CONFIG, options=GateOptions(0.7, 'milliseconds', 16), workdir=str(tmp_path)
   )
-  result = recipe.run(config, show=False)
+  result = rounds.run(config, show=False)
   kept = sum(after for _, after in result['widths'].values())
   assert abs(kept / 400 - 0.7) <= 0.01
   here = result['latency_ms']['16']
@@ -155,8 +157,8 @@ def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkey
   def again(session):
     raise AssertionError('what is known was measured again')
 
-  monkeypatch.setattr(timing.Session, 'measure', again)
-  assert recipe.run(config, show=False)['widths'] == result['widths']
+  monkeypatch.setattr(layers.Session, 'measure', again)
+  assert rounds.run(config, show=False)['widths'] == result['widths']
 
 
 def start(config: Config) -> subprocess.Popen:
@@ -199,7 +201,7 @@ def test_a_config_that_a_dying_machine_broke_is_written_anew(finished, monkeypat
   file.write_bytes(bytes(100))
   monkeypatch.setattr('depthprune.train.loop._one_by_one', None)
   with pytest.warns(UserWarning, match=r'config\.json: damaged, and not looked at'):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
   assert json.loads(file.read_text())['config'] == before['config']
 
 
@@ -207,7 +209,7 @@ def test_distillation_is_an_option_of_a_run(finished, tmp_path):
   config = dataclasses.replace(
     finished[0], distill=True, workdir=str(tmp_path), train_epochs=1, gate_epochs=2
   )
-  recipe.run(config, show=False)
+  rounds.run(config, show=False)
   rows = lines(tmp_path / 'history.jsonl')
   assert all('distillation' in r for r in rows if r['stage'] != 'train')
 
@@ -215,7 +217,7 @@ def test_distillation_is_an_option_of_a_run(finished, tmp_path):
 def test_a_run_that_diverges_keeps_its_last_good_state(tmp_path):
   config = dataclasses.replace(CONFIG, learning_rate=1e6, workdir=str(tmp_path))
   with pytest.raises(NonFiniteLoss, match=r'train: .* at step \d+'):
-    recipe.run(config, show=False)
+    rounds.run(config, show=False)
   kept = sorted((tmp_path / 'checkpoints' / 'train').glob('0*'))
   for folder in kept:
     leaves, _ = store.read(folder, 'state.json')
@@ -231,8 +233,8 @@ def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
   mine.write_text('not of a run')
   prepare(config)
   assert mine.exists()
-  record.write(tmp_path / 'config.json', {'config': finished[0].to_json()})
-  record.append(tmp_path / 'history.jsonl', {'step': 1})
+  directory.write(tmp_path / 'config.json', {'config': finished[0].to_json()})
+  directory.append(tmp_path / 'history.jsonl', {'step': 1})
   (tmp_path / 'pruned').mkdir()
   prepare(dataclasses.replace(config, seed=7))
   assert not (tmp_path / 'history.jsonl').exists()
@@ -242,11 +244,11 @@ def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
 def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):
   config = dataclasses.replace(
     CONFIG,
-    options=Gates(of='params', round_to=8),
+    options=GateOptions(of='params', round_to=8),
     bfloat16=True,
     workdir=str(tmp_path),
   )
-  result = recipe.run(config, show=False)
+  result = rounds.run(config, show=False)
   assert all(after % 8 == 0 for _, after in result['widths'].values())
   params = result['params']
   assert abs(params['after'] / params['before'] - 0.5) <= 0.03

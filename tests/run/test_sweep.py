@@ -10,15 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from depthprune.options import Gates, NetCut, SideNet
+from depthprune.methods.netcut import NetCutOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run import result as results
-from depthprune.run import rounds as recipe
-from depthprune.run import sweep
-from depthprune.run import sweep as spread
-from depthprune.run.config import RECIPES, Config
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as disk
-from depthprune.storage import directory as record
+from depthprune.run import rounds, sweep
+from depthprune.run.config import Config, default
+from depthprune.storage import checkpoint, directory
 from depthprune.train.loop import NonFiniteLoss
 from depthprune.train.options import ConfigError
 
@@ -36,7 +34,7 @@ SMALL = Config(
 def over(workdir: Path, *targets: float, seeds=(0,), **fields) -> list[Config]:
   config = dataclasses.replace(SMALL, workdir=str(workdir), **fields)
   return [
-    dataclasses.replace(config, options=Gates(target), seed=seed)
+    dataclasses.replace(config, options=GateOptions(target), seed=seed)
     for target in targets
     for seed in seeds
   ]
@@ -59,9 +57,9 @@ def ran(monkeypatch) -> list[str]:
     begun.append(config.path.name)
     if config.options.target == 0.1:
       raise NonFiniteLoss('the loss is nan')
-    record.write(config.path / 'result.json', made_up(config))
+    directory.write(config.path / 'result.json', made_up(config))
 
-  monkeypatch.setattr(recipe, 'run', run)
+  monkeypatch.setattr(rounds, 'run', run)
   return begun
 
 
@@ -84,8 +82,8 @@ def test_a_sweep_has_a_folder_named_after_what_is_swept_and_no_slash_too_many():
 @pytest.mark.parametrize(
   ('configs', 'said'),
   [
-    ([Config()], 'an option with several values, each of them once'),
-    ([Config(Gates('50%')), Config(Gates(0.5))], 'each of them once'),
+    ([default('gates')], 'an option with several values, each of them once'),
+    ([Config(GateOptions('50%')), Config(GateOptions(0.5))], 'each of them once'),
     ([Config(seed=0), Config(seed=1), Config(seed=0)], 'each of them once'),
     ([Config(workdir='a'), Config(workdir='b')], 'workdir: expected one for the whole'),
     ([Config(mesh='data=1'), Config(mesh='data=2')], 'mesh: expected one'),
@@ -140,7 +138,7 @@ def test_a_sweep_without_any_result_is_an_error(tmp_path, ran):
 
 
 def test_a_mistake_of_ours_ends_the_sweep(tmp_path, monkeypatch):
-  monkeypatch.setattr(recipe, 'run', lambda config, show: [][1])
+  monkeypatch.setattr(rounds, 'run', lambda config, show: [][1])
   with pytest.raises(IndexError):
     sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
 
@@ -149,21 +147,21 @@ def test_a_full_disk_ends_the_sweep_and_a_full_device_one_run(tmp_path, monkeypa
   def run(config, show):
     if config.options.target == 0.3:
       raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nand more')
-    raise disk.failed(config.path, OSError(errno.ENOSPC, 'No space left'))
+    raise directory.failed(config.path, OSError(errno.ENOSPC, 'No space left'))
 
-  monkeypatch.setattr(recipe, 'run', run)
-  with pytest.raises(disk.WriteError, match=r'target0\.5: .*No space left'):
+  monkeypatch.setattr(rounds, 'run', run)
+  with pytest.raises(directory.WriteError, match=r'target0\.5: .*No space left'):
     sweep.run(sweep.plan(over(tmp_path, 0.3, 0.5)), at_once=1)
-  told = record.read(tmp_path / 'sweep.json')
+  told = directory.read(tmp_path / 'sweep.json')
   assert told and told['runs'][0]['refused'] == 'RESOURCE_EXHAUSTED: Out of memory'
 
 
 def test_nothing_is_taken_from_a_live_run(tmp_path, ran):
   planned = sweep.plan(over(tmp_path, 0.3, 0.5, resume=False))
   first = planned.runs[0].path
-  with disk.held(first):
+  with directory.held(first):
     (first / 'history.jsonl').touch()
-    with pytest.raises(disk.InUse, match='in use by a run that is alive'):
+    with pytest.raises(directory.InUse, match='in use by a run that is alive'):
       sweep.run(planned, at_once=1)
   assert (first / 'history.jsonl').exists() and not ran
 
@@ -178,7 +176,7 @@ def test_a_damaged_result_is_found_anew(tmp_path, ran):
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
-  return store.read(folder / 'pruned', 'arch.json')[0]
+  return checkpoint.read(folder / 'pruned', 'arch.json')[0]
 
 
 def test_what_runs_share_is_trained_once_and_changes_no_bit(tmp_path, monkeypatch):
@@ -186,7 +184,7 @@ def test_what_runs_share_is_trained_once_and_changes_no_bit(tmp_path, monkeypatc
   planned = sweep.plan(over(tmp_path / 'sweep', 0.4, 0.6))
   found = sweep.run(planned, at_once=1, show=False)
   (alone,) = over(tmp_path / 'alone', 0.6)
-  result = recipe.run(alone, show=False)
+  result = rounds.run(alone, show=False)
   assert found['runs'][1]['result']['accuracy'] == result['accuracy']
   mine, theirs = arrays(planned.runs[1].path), arrays(alone.path)
   assert mine.keys() == theirs.keys()
@@ -202,14 +200,22 @@ def test_what_runs_share_is_trained_once_and_changes_no_bit(tmp_path, monkeypatc
 @pytest.mark.parametrize(
   ('one', 'other', 'parts'),
   [
-    (Config(), Config(Gates(0.3)), ('checkpoints/train',)),
-    (Config(), Config(gate_epochs=3, distill=True), ('checkpoints/train',)),
-    (Config(), Config(seed=1), ()),
-    (Config(), Config(train_epochs=3), ()),
-    (Config(pretrained='a'), Config(Gates(0.3), pretrained='a'), ()),
-    (RECIPES['netcut'], dataclasses.replace(RECIPES['netcut'], options=NetCut(0)), ()),
-    (Config(SideNet()), Config(SideNet(budget=0.5)), sweep.WHOLE),
-    (Config(SideNet()), Config(SideNet(hidden=8)), ('checkpoints/train',)),
+    (default('gates'), Config(GateOptions(0.3)), ('checkpoints/train',)),
+    (default('gates'), Config(gate_epochs=3, distill=True), ('checkpoints/train',)),
+    (default('gates'), Config(seed=1), ()),
+    (default('gates'), Config(train_epochs=3), ()),
+    (Config(pretrained='a'), Config(GateOptions(0.3), pretrained='a'), ()),
+    (
+      default('netcut'),
+      dataclasses.replace(default('netcut'), options=NetCutOptions(0)),
+      (),
+    ),
+    (Config(SideNetOptions()), Config(SideNetOptions(budget=0.5)), sweep.WHOLE),
+    (
+      Config(SideNetOptions()),
+      Config(SideNetOptions(hidden=8)),
+      ('checkpoints/train',),
+    ),
   ],
 )
 def test_what_runs_share_follows_from_their_configs(one, other, parts):
@@ -236,32 +242,32 @@ def test_nobody_trains_beside_a_run_what_can_be_inherited_from_it(tmp_path):
 def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
   here, dies = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
   for config in (here, dies):
-    record.write(config.path / 'result.json', made_up(config))
+    directory.write(config.path / 'result.json', made_up(config))
   (dies.path / 'result.json').write_text('{}')
   # What a process can be sent is a function of the library: this one reads a file.
-  both = spread.over([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
+  both = sweep.over([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
   told = {config.path.name: found for config, found in both}
   assert told['target0.3'] == made_up(here)
-  output = dies.path / spread.OUTPUT
+  output = dies.path / sweep.OUTPUT
   assert told['target0.5'] == f'ended with exit code 1, see {output}'
   assert "KeyError: 'config'" in output.read_text()
 
 
 def test_a_spread_run_may_have_processes_of_its_own_and_tells_of_a_full_disk(tmp_path):
   (config, _) = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
-  begun = spread._begun(config, sweep.finished, 0, 1, 1)  # pyright: ignore
+  begun = sweep._begun(config, sweep.finished, 0, 1, 1)  # pyright: ignore
   begun.process.join()
   assert not begun.process.daemon and begun.told.recv() is None
   told, tell = multiprocessing.Pipe(duplex=False)
-  tell.send(disk.WriteError('no room'))
-  with pytest.raises(disk.WriteError, match='no room'):
-    spread._answer(begun._replace(told=told))
+  tell.send(directory.WriteError('no room'))
+  with pytest.raises(directory.WriteError, match='no room'):
+    sweep._answer(begun._replace(told=told))
 
 
 @pytest.mark.slow
 def test_cascades_at_several_budgets_share_all_that_is_trained(tmp_path):
   config = Config(
-    SideNet(hidden=8), 'resnet8', subset=256, train_epochs=1, gate_epochs=1,
+    SideNetOptions(hidden=8), 'resnet8', subset=256, train_epochs=1, gate_epochs=1,
     workdir=str(tmp_path),
   )  # fmt: skip
   budgets = [dataclasses.replace(config.options, budget=b) for b in (0.7, 0.9)]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprune.storage import checkpoint as store
+from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import CheckpointError
 
 TREE = {'w': jnp.arange(64, dtype=jnp.bfloat16).reshape(8, 8), 'n': [np.int64(3), 0.5]}
@@ -23,7 +23,7 @@ def files_of(folder: Path) -> list[Path]:
 def whole(tmp_path_factory, request):
   folder = tmp_path_factory.mktemp('whole') / 'one'
   tensors = request.param == 'safetensors'
-  store.write(folder, 'arch.json', TREE, {'arch': {'a': 1}}, tensors)
+  checkpoint.write(folder, 'arch.json', TREE, {'arch': {'a': 1}}, tensors)
   assert (folder / 'weights.safetensors').is_file() == tensors
   return {path.relative_to(folder): path.read_bytes() for path in files_of(folder)}
 
@@ -36,8 +36,8 @@ def lay_out(files, folder):
 
 def test_whole_is_whole(whole, tmp_path):
   lay_out(whole, tmp_path)
-  leaves, record = store.read(tmp_path, 'arch.json')
-  back = store.matched(TREE, leaves, '')
+  leaves, record = checkpoint.read(tmp_path, 'arch.json')
+  back = checkpoint.matched(TREE, leaves, '')
   assert back['n'] == TREE['n'] and back['w'].dtype == jnp.bfloat16
   assert np.asarray(back['w']).tobytes() == np.asarray(TREE['w']).tobytes()
   assert record['arch'] == {'a': 1}
@@ -71,35 +71,37 @@ def test_a_file_that_is_not_what_was_written_is_an_error(whole, tmp_path, damage
     if content is not None:
       lay_out({target: content}, folder)
     with pytest.raises(CheckpointError, match=target.name):
-      store.read(folder, 'arch.json')
+      checkpoint.read(folder, 'arch.json')
 
 
 def test_safetensors_hold_what_strides_say_and_arrays_of_nothing(tmp_path):
   tree = {'t': np.arange(6.0).reshape(2, 3).T, 'none': np.zeros((0, 4))}
-  store.write(tmp_path / 'it', 'arch.json', tree, {}, tensors=True)
-  leaves, _ = store.read(tmp_path / 'it', 'arch.json')
+  checkpoint.write(tmp_path / 'it', 'arch.json', tree, {}, tensors=True)
+  leaves, _ = checkpoint.read(tmp_path / 'it', 'arch.json')
   for name, array in tree.items():
     np.testing.assert_array_equal(leaves[name], array)
 
 
 def test_a_foreign_folder_and_a_newer_format_say_what_to_do(tmp_path):
   with pytest.raises(CheckpointError, match='expected a checkpoint, got no file arch'):
-    store.read(tmp_path / 'nowhere', 'arch.json')
+    checkpoint.read(tmp_path / 'nowhere', 'arch.json')
   (tmp_path / 'arch.json').write_text('{"layers": [1, 2]}')
   with pytest.raises(CheckpointError, match='arch.json is not a record'):
-    store.read(tmp_path, 'arch.json')
-  store.write(tmp_path / 'new', 'arch.json', {}, {'format': store.FORMAT + 1})
+    checkpoint.read(tmp_path, 'arch.json')
+  checkpoint.write(tmp_path / 'new', 'arch.json', {}, {'format': checkpoint.FORMAT + 1})
   with pytest.raises(CheckpointError, match='expected format 1, got 2 by depthprune'):
-    store.read(tmp_path / 'new', 'arch.json')
+    checkpoint.read(tmp_path / 'new', 'arch.json')
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):
   (tmp_path / 'thesis.txt').write_text('years of work')
   with pytest.raises(CheckpointError, match='got other files'):
-    store.write(tmp_path, 'arch.json', {'w': np.zeros(1)}, {})
+    checkpoint.write(tmp_path, 'arch.json', {'w': np.zeros(1)}, {})
   assert (tmp_path / 'thesis.txt').read_text() == 'years of work'
 
 
 def test_paths_that_collide_are_refused(tmp_path):
   with pytest.raises(CheckpointError, match='2 different paths, got 1'):
-    store.write(tmp_path / 'a', 'r', {'a': {'b': np.zeros(1)}, 'a/b': np.zeros(1)}, {})
+    checkpoint.write(
+      tmp_path / 'a', 'r', {'a': {'b': np.zeros(1)}, 'a/b': np.zeros(1)}, {}
+    )

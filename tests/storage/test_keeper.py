@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.storage import checkpoint as arrays
+from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import CheckpointError, kind
 from depthprune.storage.directory import WriteError
 from depthprune.storage.keeper import Keeper, same_config
@@ -122,8 +122,10 @@ def test_the_best_is_kept_besides_the_newest(tmp_path):
 
 def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
   """Nothing is there before the write has ended, and it is of the state as it was."""
-  keeper, go_on, checksums = Keeper(tmp_path), threading.Event(), arrays.checksums
-  monkeypatch.setattr(arrays, 'checksums', lambda f: (go_on.wait(60), checksums(f))[1])
+  keeper, go_on, checksums = Keeper(tmp_path), threading.Event(), checkpoint.checksums
+  monkeypatch.setattr(
+    checkpoint, 'checksums', lambda f: (go_on.wait(60), checksums(f))[1]
+  )
   state = {'host': np.arange(4.0), 'device': jnp.arange(4.0)}
   keeper.save(1, state)
   state['host'] += 1
@@ -143,8 +145,8 @@ FULL = OSError(errno.ENOSPC, 'No space left on device')
   ('where', 'name'),
   [
     (Path, 'mkdir'),
-    (arrays.ocp.AsyncCheckpointer, 'save'),
-    (arrays, 'checksums'),
+    (checkpoint.ocp.AsyncCheckpointer, 'save'),
+    (checkpoint, 'checksums'),
     (Path, 'write_text'),
     (Path, 'rename'),
   ],

@@ -11,7 +11,7 @@ from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
 from depthprune.surgery.oneshot import oneshot, rank
 from depthprune.surgery.settle import settle
-from depthprune.timing import layers as timing
+from depthprune.timing import layers
 from tests import zoo
 
 X = jnp.asarray([[1.0, 2.0, -1.0]])
@@ -200,8 +200,8 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_a_target_in_milliseconds_counts_what_was_measured(monkeypatch):
   """Where only the units of A take time, half of it is half of them."""
   took = lambda session: np.array([1.0 + n.get('a:1', 0) for _, n in session.rows])
-  monkeypatch.setattr(timing.Session, 'measure', lambda session, seconds: took(session))
-  for of in ('milliseconds', timing.milliseconds(COUPLING, batch=4)):
+  monkeypatch.setattr(layers.Session, 'measure', lambda session, seconds: took(session))
+  for of in ('milliseconds', layers.milliseconds(COUPLING, batch=4)):
     keep = oneshot(COUPLING, ARRAYS, 0.6, of=of)
     assert widths(keep)['a:1'] == 2
   with pytest.raises(ValueError, match=r'is 1.5 milliseconds.* the floor is 2 '):

@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune import distributed as hosts
-from depthprune import methods
+from depthprune import distributed, methods
 from depthprune.data import images as data
 from depthprune.data.features import FeatureSampler
 from depthprune.data.text import TextSampler
-from depthprune.options import Gates
+from depthprune.distributed import fetch
+from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run import rounds
 from depthprune.run.config import Config
 from depthprune.run.job import Job, optimizer, prepare, stage
-from depthprune.storage import checkpoint as store
+from depthprune.storage import checkpoint
 from depthprune.train import mesh as meshes
 from depthprune.train.loop import fit
 from depthprune.train.method import plain
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 def config(folder: Path, mesh: str | None) -> Config:
   return Config(
-    Gates(0.6, gate_learning_rate=0.01),
+    GateOptions(0.6, gate_learning_rate=0.01),
     batch=16,
     subset=16 * STEPS,
     learning_rate=0.05,
@@ -70,13 +70,13 @@ def train(folder: Path, mesh: str | None) -> None:
   build: Any = functools.partial(methods.build, job.config)
   small = rounds.shrink(job, Net(), state.variables, build)
   test = job.scores(small.model)(small.variables, job.images.test)
-  arrays = store.paths(jax.device_get((state, small.variables)))
+  arrays = checkpoint.paths(jax.device_get((state, small.variables)))
   sums = {path: zlib.crc32(np.ascontiguousarray(x)) for path, x in arrays.items()}
   (folder / f'sums{jax.process_index()}.json').write_text(json.dumps(sums))
   fused, same = as_one_program(job, variables), batches_of_the_host(job)
-  if hosts.writes():
-    np.savez(folder / 'state.npz', **store.paths(jax.device_get(state)))
-    np.savez(folder / 'fused.npz', **store.paths(meshes.fetch(fused)))
+  if distributed.writes():
+    np.savez(folder / 'state.npz', **checkpoint.paths(jax.device_get(state)))
+    np.savez(folder / 'fused.npz', **checkpoint.paths(fetch(fused)))
     kernel = fused.params['conv1']['kernel']
     (image,) = {shard.data.shape for shard in image_of(job).addressable_shards}
     (part,) = {shard.data.shape for shard in kernel.addressable_shards}
@@ -112,7 +112,7 @@ def batches_of_the_host(job: Job) -> dict[str, bool]:
   found = {}
   for name, (sampler, split) in samplers.items():
     batch = meshes.Sharded(sampler, job.mesh).stepwise()(split, 2)
-    there, whole = meshes.fetch(batch), jax.device_get(sampler(split, 2))
+    there, whole = fetch(batch), jax.device_get(sampler(split, 2))
     equal = jax.tree.all(jax.tree.map(np.array_equal, there, whole))
     found[name] = equal and batch['label'].sharding.spec == meshes.ROWS
   return found
@@ -136,16 +136,16 @@ def streams(folder: Path, mesh: str | None) -> None:
   (folder / f'own{jax.process_index()}.json').write_text(json.dumps(own))
   split = {batch[name].sharding.spec for name in ('image', 'label')}
   assert split == {meshes.ROWS} or job.mesh.size == 1, split
-  batch = meshes.fetch(batch)
-  if hosts.writes():
+  batch = fetch(batch)
+  if distributed.writes():
     np.savez(folder / 'batch.npz', **batch)
-    np.savez(folder / 'state.npz', **store.paths(jax.device_get(state)))
+    np.savez(folder / 'state.npz', **checkpoint.paths(jax.device_get(state)))
     np.savez(folder / 'test.npz', **test)
 
 
 def strangers(folder: Path, mesh: str | None) -> None:
   """What processes that do not belong together are told, each by itself."""
-  hosts.join()
+  distributed.join()
   me, said = jax.process_index(), {}
 
   def told(name, call):
@@ -155,7 +155,7 @@ def strangers(folder: Path, mesh: str | None) -> None:
       said[name] = f'{type(error).__name__}: {error}'
 
   mine = config(folder, mesh)
-  other = Config(Gates(0.6 + me / 10), batch=16 + me, workdir=mine.workdir)
+  other = Config(GateOptions(0.6 + me / 10), batch=16 + me, workdir=mine.workdir)
   told('config', lambda: prepare(other, show=False))
   load = data.load
   data.load = lambda *args, **kwargs: darker(load(*args, **kwargs), me)
@@ -164,13 +164,13 @@ def strangers(folder: Path, mesh: str | None) -> None:
   told('failed', lambda: prepare(mine, show=False))
   data.load = load
   apart = folder / f'host{me}'
-  store.write(folder / 'whole', 'state.json', {'w': jnp.zeros(2)}, {})
+  checkpoint.write(folder / 'whole', 'state.json', {'w': jnp.zeros(2)}, {})
   (apart / 'checkpoints' / 'ten' / '00000003').mkdir(parents=True) if me else None
   job = prepare(config(folder, mesh), show=False)._replace(folder=apart)
   told('folder', lambda: ten(job, Net().init(job.key('init'), *job.inputs)))
   told('few', lambda: meshes.of(config(folder, 'data=1')))
   odd = {'kept': np.arange(5) > me, 'x': np.array([-0.0, 1 / (3 + me)], np.float32)}
-  said['agreed'] = [x.tobytes().hex() for x in hosts.agreed(odd).values()]
+  said['agreed'] = [x.tobytes().hex() for x in distributed.agreed(odd).values()]
   (folder / f'said{me}.json').write_text(json.dumps(said))
 
 

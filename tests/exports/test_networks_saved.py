@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprune.cascade.cascade import cascade
-from depthprune.cascade.race import exit_milliseconds, race
-from depthprune.cascade.thresholds import for_budget
-from depthprune.export.networks import RECORD, load_cascade, save_cascade
+from depthprune.cascades.cascade import cascade
+from depthprune.cascades.race import exit_milliseconds, race
+from depthprune.cascades.thresholds import for_budget
+from depthprune.exports.networks import RECORD, load_cascade, save_cascade
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.storage.checkpoint import CheckpointError

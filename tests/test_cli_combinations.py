@@ -2,7 +2,7 @@
 
 import pytest
 
-from depthprune.words import several
+from depthprune.cli import combinations
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ from depthprune.words import several
   ],
 )
 def test_every_combination_is_a_run(words, runs):
-  assert several(words.split()) == [run.split() for run in runs]
+  assert combinations(words.split()) == [run.split() for run in runs]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascade import confidence as sure
-from depthprune.cascade import executor as bucketed
-from depthprune.cascade.cascade import Cascade, cascade
-from depthprune.cascade.executor import sizes
-from depthprune.cascade.predictions import leave
+from depthprune.cascades import confidence as sure
+from depthprune.cascades import executor
+from depthprune.cascades.cascade import Cascade, cascade
+from depthprune.cascades.executor import sizes
+from depthprune.cascades.predictions import leave
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
 from depthprune.program.stages import split
@@ -152,7 +152,7 @@ def test_one_example_and_the_answer_that_a_budget_allows():
 def test_one_program_per_batch_size_serves_every_rate_of_exits():
   @chex.assert_max_traces(n=5)
   def run(*arguments):
-    return bucketed.run(CASCADE.stages, 'probability', 8, *arguments)
+    return executor.run(CASCADE.stages, 'probability', 8, *arguments)
 
   program, draw = jax.jit(run, static_argnums=3), np.random.default_rng(3)
   for _ in range(20):

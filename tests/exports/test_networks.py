@@ -9,7 +9,7 @@ from flax import nnx
 
 from depthprune import models
 from depthprune.data.images import Normalisation
-from depthprune.export.networks import load, save
+from depthprune.exports.networks import load, save
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.vit import ViT
 from depthprune.program.coupling import couple

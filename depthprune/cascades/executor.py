@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from depthprune.cascade import confidence as sure
+from depthprune.cascades import confidence as sure
 from depthprune.program.stages import Crossing, Stages
 
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import bdtr, betaincinv
 
-from depthprune.cascade import predictions as pr
-from depthprune.cascade.pareto import Point, front
-from depthprune.cascade.predictions import Predictions
+from depthprune.cascades import predictions as pr
+from depthprune.cascades.pareto import Point, front
+from depthprune.cascades.predictions import Predictions
 
 
 class Certificate(NamedTuple):

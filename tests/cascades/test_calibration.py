@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from depthprune.cascade import calibration as cal
+from depthprune.cascades import calibration
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 
@@ -18,7 +18,7 @@ CORRECT = [False, True, True, False, True]
 
 
 def test_a_reliability_diagram_by_hand():
-  edges, mean, accuracy, count = cal.reliability(CONFIDENCE, CORRECT, bins=2)
+  edges, mean, accuracy, count = calibration.reliability(CONFIDENCE, CORRECT, bins=2)
   assert edges.tolist() == [0, 0.5, 1]
   assert count.tolist() == [2, 3]  # the right end belongs to the bin: .5 to the first
   assert mean == pytest.approx([0.3, 2.5 / 3])
@@ -27,19 +27,19 @@ def test_a_reliability_diagram_by_hand():
 
 def test_the_calibration_error_by_hand():
   by_hand = 2 / 5 * (0.5 - 0.3) + 3 / 5 * (2.5 / 3 - 2 / 3)
-  assert cal.ece(CONFIDENCE, CORRECT, bins=2) == pytest.approx(by_hand)
+  assert calibration.ece(CONFIDENCE, CORRECT, bins=2) == pytest.approx(by_hand)
 
 
 def test_an_empty_bin_has_no_accuracy_and_no_error():
-  _, mean, accuracy, count = cal.reliability([0.0, 1.0], [False, True])
+  _, mean, accuracy, count = calibration.reliability([0.0, 1.0], [False, True])
   assert count.tolist() == [1] + [0] * 13 + [1]
   assert np.isnan(mean[1:-1]).all()
   assert np.isnan(accuracy[1:-1]).all()
-  assert cal.ece([0.0, 1.0], [False, True]) == 0
+  assert calibration.ece([0.0, 1.0], [False, True]) == 0
 
 
 def test_confident_and_wrong_is_the_largest_error():
-  assert cal.ece([1.0, 1.0], [False, False]) == 1
+  assert calibration.ece([1.0, 1.0], [False, False]) == 1
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_confident_and_wrong_is_the_largest_error():
 )
 def test_a_confidence_that_is_none_is_refused(arguments, said):
   with pytest.raises(ValueError, match=said):
-    cal.ece(*arguments)
+    calibration.ece(*arguments)
 
 
 def nll(logits, labels, t):
@@ -69,7 +69,7 @@ def test_a_known_temperature_is_found(true):
   logits = rng.normal(0, 2, (20_000, 4))
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
   labels = (rng.uniform(size=(20_000, 1)) > p.cumsum(1)).sum(1)
-  found = cal.temperature(true * logits, labels)
+  found = calibration.temperature(true * logits, labels)
   assert found == pytest.approx(true, rel=0.03)
 
 
@@ -78,7 +78,7 @@ def test_a_known_temperature_is_found(true):
 def test_no_other_temperature_is_more_likely(seed, scale):
   rng = np.random.default_rng(seed)
   logits, labels = rng.normal(0, scale, (30, 3)), rng.integers(0, 3, 30)
-  found = cal.temperature(logits, labels)
+  found = calibration.temperature(logits, labels)
   other = minimize_scalar(
     lambda log_t: nll(logits, labels, np.exp(log_t)),
     bounds=(np.log(0.05), np.log(20)),
@@ -91,13 +91,13 @@ SURE = 5 * np.eye(3)
 
 
 def test_answers_all_right_or_all_wrong_end_at_the_clip():
-  assert cal.temperature(SURE, [0, 1, 2]) == 0.05
-  assert cal.temperature(SURE, [1, 2, 0]) == 20
-  assert cal.temperature(1e6 * SURE, [1, 2, 0]) == 20
+  assert calibration.temperature(SURE, [0, 1, 2]) == 0.05
+  assert calibration.temperature(SURE, [1, 2, 0]) == 20
+  assert calibration.temperature(1e6 * SURE, [1, 2, 0]) == 20
 
 
 def test_logits_that_say_nothing_stay_as_they_are():
-  assert cal.temperature(np.ones((4, 3)), [0, 1, 2, 0]) == 1
+  assert calibration.temperature(np.ones((4, 3)), [0, 1, 2, 0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,17 +113,17 @@ def test_logits_that_say_nothing_stay_as_they_are():
 )
 def test_logits_and_labels_that_do_not_fit_are_refused(logits, labels, said):
   with pytest.raises(ValueError, match=said):
-    cal.temperature(logits, labels)
+    calibration.temperature(logits, labels)
 
 
 def test_the_area_by_hand():
   # right: .9 .5 .5, wrong: .5 .1; pairs won 1 1 | 1/2 1 | 1/2 1
-  assert cal.auroc([0.9, 0.5, 0.5, 0.5, 0.1], [1, 1, 1, 0, 0]) == 5 / 6
+  assert calibration.auroc([0.9, 0.5, 0.5, 0.5, 0.1], [1, 1, 1, 0, 0]) == 5 / 6
 
 
 def test_the_area_of_one_class_is_not_known():
-  assert np.isnan(cal.auroc([0.1, 0.2], [True, True]))
-  assert np.isnan(cal.auroc([0.1, 0.2], [False, False]))
+  assert np.isnan(calibration.auroc([0.1, 0.2], [True, True]))
+  assert np.isnan(calibration.auroc([0.1, 0.2], [False, False]))
 
 
 @SETTINGS
@@ -139,7 +139,7 @@ def test_the_area_is_the_share_of_pairs_won(pairs):
   rank = np.where(np.isnan(score), -1, score)
   won = [(a > b) + (a == b) / 2 for a in rank[correct] for b in rank[~correct]]
   expected = np.mean(won) if won else np.nan
-  assert cal.auroc(score, correct) == pytest.approx(expected, nan_ok=True)
+  assert calibration.auroc(score, correct) == pytest.approx(expected, nan_ok=True)
 
 
 def reported(left=(0, 0, 1), **changes):
@@ -151,7 +151,7 @@ def reported(left=(0, 0, 1), **changes):
     'temperatures': [2.0, 1.0],
     'exits': ('side', 'main'),
   }
-  return cal.report(**{**given, **changes})
+  return calibration.report(**{**given, **changes})
 
 
 def test_the_report_of_an_exit_by_hand():

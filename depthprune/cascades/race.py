@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from depthprune.cascade.cascade import Cascade, Cost
+from depthprune.cascades.cascade import Cascade, Cost
 from depthprune.timing import clock, latency
 from depthprune.timing.latency import Timing
 

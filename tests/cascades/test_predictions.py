@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascade import predictions as pr
-from tests.cascade.answers import answers, drawn
+from depthprune.cascades import predictions as pr
+from tests.cascades.answers import answers, drawn
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 NAN, INF = np.nan, np.inf

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.cascade import confidence as sure
-from depthprune.cascade import executor as bucketed
-from depthprune.cascade.executor import Answer, Settings
-from depthprune.cascade.predictions import Predictions
-from depthprune.cascade.thresholds import Choice
+from depthprune.cascades import confidence as sure
+from depthprune.cascades import executor
+from depthprune.cascades.executor import Answer, Settings
+from depthprune.cascades.predictions import Predictions
+from depthprune.cascades.thresholds import Choice
 from depthprune.program.stages import Stages, split
 
 
@@ -145,7 +145,7 @@ class Cascade:
 
   def sizes(self, batch: int) -> tuple[int, ...]:
     """What later stages are compiled for: 0, ... batch."""
-    return bucketed.sizes(batch, self.steps)
+    return executor.sizes(batch, self.steps)
 
   def _fits(self, inputs: tuple) -> None:
     expected, got = [x.shape for x in self.stages.inputs], [np.shape(x) for x in inputs]
@@ -191,7 +191,7 @@ def cascade(
   _named(early, 'temperature', temperatures)
   if any(not 0 < t < np.inf for t in temperatures.values()):
     raise ValueError(f'cascade: temperatures are above 0, got {dict(temperatures)}')
-  said = {name: bucketed.logits(stages, name) for name in stages.exits}
+  said = {name: executor.logits(stages, name) for name in stages.exits}
   shapes = {(x.shape, x.dtype) for x in said.values()}
   if len(shapes) > 1 or any(len(s) != 2 or s[1] < 2 for s, _ in shapes):
     raise ValueError(
@@ -202,7 +202,7 @@ def cascade(
     raise ValueError(f'confidence: {confidence!r}: expected {", ".join(sure.KINDS)}')
   if steps < 1:
     raise ValueError(f'cascade: expected steps >= 1, got {steps}')
-  run = functools.partial(bucketed.run, stages, confidence, steps)
+  run = functools.partial(executor.run, stages, confidence, steps)
   return Cascade(
     stages,
     variables,

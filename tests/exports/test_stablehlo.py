@@ -12,12 +12,11 @@ import pytest
 from jax import export as jax_export
 from safetensors.numpy import load_file
 
-from depthprune.cascade.cascade import cascade
-from depthprune.export import networks as checkpoint
-from depthprune.export import onnx
-from depthprune.export.networks import find, load_cascade, save_cascade
-from depthprune.export.onnx import ExportError
-from depthprune.export.stablehlo import export
+from depthprune.cascades.cascade import cascade
+from depthprune.exports import networks, onnx
+from depthprune.exports.networks import find, load_cascade, save_cascade
+from depthprune.exports.onnx import ExportError
+from depthprune.exports.stablehlo import export
 from depthprune.models import build
 from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import Head, WithHeads
@@ -118,7 +117,7 @@ def test_a_pruned_network_of_every_family_is_the_same_elsewhere(tmp_path, family
   for name in model.exits:
     close(run(tmp_path / 'it', name, *inputs), expected[name])
     close(run_onnx(tmp_path / 'it', name, *inputs)['logits'], expected[name])
-  back = checkpoint.load(tmp_path / 'it' / 'network')
+  back = networks.load(tmp_path / 'it' / 'network')
   assert back.arch == network.arch != {}
   jax.tree.map(np.testing.assert_array_equal, back.variables, network.variables)
 
@@ -261,7 +260,7 @@ def test_an_export_is_a_saved_cascade_and_network(exported, tmp_path):
 def test_find_looks_where_runs_and_exports_write(tmp_path):
   network, found = early()
   save_cascade(tmp_path / 'side' / 'cascade', found, network)
-  checkpoint.save(tmp_path / 'thin' / 'pruned', network)
+  networks.save(tmp_path / 'thin' / 'pruned', network)
   for run_of in ('side', 'thin'):
     (tmp_path / run_of / 'config.json').write_text('{}')
   side, thin = find(tmp_path / 'side'), find(tmp_path / 'thin' / 'pruned')

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from depthprune.cascade.predictions import Predictions
+from depthprune.cascades.predictions import Predictions
 
 
 def answers(right, scores, cost=None, whole=None, seed=0) -> Predictions:

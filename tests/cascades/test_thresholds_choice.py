@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from depthprune.cascade import predictions as pr
-from depthprune.cascade import thresholds as made
-from depthprune.cascade import thresholds as th
-from tests.cascade.answers import answers, drawn
+from depthprune.cascades import predictions as pr
+from depthprune.cascades import thresholds
+from tests.cascades.answers import answers, drawn
 
 HELD_OUT, TEST = drawn(400), drawn(500, seed=1)
 INF = np.inf
@@ -28,25 +27,25 @@ def both(one, other):
 
 
 def test_a_choice_says_what_it_gives_on_the_data_it_was_made_on():
-  chosen = th.fixed(HELD_OUT, 0.7)
-  assert chosen.held_out == made.measured(chosen, HELD_OUT)
-  assert chosen.held_out == made.measured([0.7, 0.7], HELD_OUT)
+  chosen = thresholds.fixed(HELD_OUT, 0.7)
+  assert chosen.held_out == thresholds.measured(chosen, HELD_OUT)
+  assert chosen.held_out == thresholds.measured([0.7, 0.7], HELD_OUT)
   assert chosen.thresholds.dtype == np.float32
   assert chosen.exits == HELD_OUT.exits
   assert chosen.risk is None
 
 
 def test_test_data_gives_a_number_by_hand():
-  chosen = th.fixed(HELD_OUT, 0.7)
+  chosen = thresholds.fixed(HELD_OUT, 0.7)
   exits = [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
   test = answers(exits, [[0.9, 0.1, 0.7], [0.9, 0.8, 0.7]], [1, 2, 4], seed=5)
   # 0 leaves first and is right, 1 second and is right, 2 is at the threshold, stays
-  assert made.achieved(chosen, test) == pr.Measured(2 / 3, 7 / 3, (1 / 3,) * 3)
+  assert thresholds.achieved(chosen, test) == pr.Measured(2 / 3, 7 / 3, (1 / 3,) * 3)
 
 
-@pytest.mark.parametrize('measure', [made.achieved, made.bootstrap])
+@pytest.mark.parametrize('measure', [thresholds.achieved, thresholds.bootstrap])
 def test_data_that_chose_is_refused_as_test_data(measure):
-  chosen = th.fixed(HELD_OUT, 0.7)
+  chosen = thresholds.fixed(HELD_OUT, 0.7)
   for again in (
     HELD_OUT,
     rows(HELD_OUT, np.random.default_rng(0).permutation(400)),
@@ -60,30 +59,34 @@ def test_data_that_chose_is_refused_as_test_data(measure):
 
 
 def test_test_data_may_share_some_samples_with_what_chose():
-  chosen = th.fixed(HELD_OUT, 0.7)
+  chosen = thresholds.fixed(HELD_OUT, 0.7)
   half = both(rows(HELD_OUT, range(50)), rows(TEST, range(50)))
-  assert made.achieved(chosen, half) == made.measured(chosen, half)
-  assert made.achieved(chosen, TEST) == made.measured(chosen, TEST)
+  assert thresholds.achieved(chosen, half) == thresholds.measured(chosen, half)
+  assert thresholds.achieved(chosen, TEST) == thresholds.measured(chosen, TEST)
 
 
-@pytest.mark.parametrize('measure', [made.achieved, made.bootstrap, made.measured])
+@pytest.mark.parametrize(
+  'measure', [thresholds.achieved, thresholds.bootstrap, thresholds.measured]
+)
 def test_data_of_other_exits_is_refused(measure):
   other = TEST._replace(exits=('exit0', 'another', 'main'))
   with pytest.raises(ValueError, match='for the exits exit0, exit1, main, got .*other'):
-    measure(th.fixed(HELD_OUT, 0.7), other)
+    measure(thresholds.fixed(HELD_OUT, 0.7), other)
 
 
-@pytest.mark.parametrize('measure', [made.achieved, made.bootstrap, made.measured])
+@pytest.mark.parametrize(
+  'measure', [thresholds.achieved, thresholds.bootstrap, thresholds.measured]
+)
 def test_data_that_does_not_fit_is_refused(measure):
   with pytest.raises(ValueError, match='cost: expected'):
-    measure(th.fixed(HELD_OUT, 0.7), TEST._replace(cost=[1, 2]))
+    measure(thresholds.fixed(HELD_OUT, 0.7), TEST._replace(cost=[1, 2]))
 
 
 def test_intervals_are_those_of_the_normal_limit():
   test = drawn(4000, seed=1)._replace(whole=2.9)
-  chosen = th.fixed(HELD_OUT, 0.7)
-  drop, saved = made.bootstrap(chosen, test, resamples=2000)
-  found = made.measured(chosen, test)
+  chosen = thresholds.fixed(HELD_OUT, 0.7)
+  drop, saved = thresholds.bootstrap(chosen, test, resamples=2000)
+  found = thresholds.measured(chosen, test)
   left, wrong = pr.leave(test.scores, chosen.thresholds), pr.losses(test, 'error')
   lost = 100 * (wrong[left, np.arange(4000)].astype(int) - wrong[-1])
   share = 1 - test.cost[left] / 2.9
@@ -101,23 +104,24 @@ def test_a_cascade_that_answers_as_the_network_has_lost_nothing_for_certain():
   # paired: the same samples are wrong by both, so no resample shows a difference
   right = np.repeat(np.arange(100)[None] % 3 > 0, 3, axis=0)
   test = answers(right, np.full((2, 100), 0.9), cost=[1, 2, 4], seed=5)
-  found = made.bootstrap(th.fixed(HELD_OUT, 0.7), test, resamples=50)
-  assert found == made.Intervals((0, 0), (0.75, 0.75))
+  found = thresholds.bootstrap(thresholds.fixed(HELD_OUT, 0.7), test, resamples=50)
+  assert found == thresholds.Intervals((0, 0), (0.75, 0.75))
 
 
 def test_the_same_seed_draws_the_same():
   one, two, other = (
-    made.bootstrap(th.fixed(HELD_OUT, 0.7), TEST, 50, seed) for seed in (0, 0, 1)
+    thresholds.bootstrap(thresholds.fixed(HELD_OUT, 0.7), TEST, 50, seed)
+    for seed in (0, 0, 1)
   )
   assert one == two != other
 
 
 def test_intervals_need_labels_and_resamples():
-  chosen = th.fixed(HELD_OUT, 0.7)
+  chosen = thresholds.fixed(HELD_OUT, 0.7)
   with pytest.raises(ValueError, match='needs labels'):
-    made.bootstrap(chosen, TEST._replace(labels=None))
+    thresholds.bootstrap(chosen, TEST._replace(labels=None))
   with pytest.raises(ValueError, match='resamples=0'):
-    made.bootstrap(chosen, TEST, resamples=0)
+    thresholds.bootstrap(chosen, TEST, resamples=0)
 
 
 def unlabelled(p):
@@ -127,28 +131,28 @@ def unlabelled(p):
 @pytest.mark.parametrize(
   'chosen',
   [
-    th.fixed(HELD_OUT, 0.9),
-    th.fixed(HELD_OUT, INF),
-    th.for_budget(HELD_OUT, 1.0),
-    th.for_risk(HELD_OUT, 0.1),
-    th.for_risk(unlabelled(HELD_OUT), 0.2, risk='disagreement'),
+    thresholds.fixed(HELD_OUT, 0.9),
+    thresholds.fixed(HELD_OUT, INF),
+    thresholds.for_budget(HELD_OUT, 1.0),
+    thresholds.for_risk(HELD_OUT, 0.1),
+    thresholds.for_risk(unlabelled(HELD_OUT), 0.2, risk='disagreement'),
   ],
   ids=['fixed', 'never', 'budget', 'risk', 'unlabelled'],
 )
 def test_json_and_back_is_the_same_to_the_last_bit(chosen):
-  text = json.dumps(made.to_json(chosen), allow_nan=False)
-  back = made.from_json(json.loads(text))
+  text = json.dumps(thresholds.to_json(chosen), allow_nan=False)
+  back = thresholds.from_json(json.loads(text))
   for field in chosen._fields:
     was, now = getattr(chosen, field), getattr(back, field)
     np.testing.assert_equal(now, was)
     assert type(now) is type(was)
   assert back.thresholds.dtype == np.float32
   with pytest.raises(ValueError, match='never chooses'):
-    made.achieved(back, HELD_OUT)
+    thresholds.achieved(back, HELD_OUT)
 
 
 def test_json_is_made_for_reading():
-  entry = made.to_json(th.for_budget(HELD_OUT, 1.0))
+  entry = thresholds.to_json(thresholds.for_budget(HELD_OUT, 1.0))
   assert entry['thresholds'] == ['-inf', 'inf']
   assert (entry['kind'], entry['requested']) == ('budget', 1)
   assert entry['held_out']['exits'] == [1, 0, 0]

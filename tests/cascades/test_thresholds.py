@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascade import predictions as pr
-from depthprune.cascade import risk
-from depthprune.cascade import thresholds as th
-from tests.cascade.answers import answers, drawn
+from depthprune.cascades import predictions as pr
+from depthprune.cascades import risk
+from depthprune.cascades import thresholds as th
+from tests.cascades.answers import answers, drawn
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=50)
 P = pr.validate(drawn(600))

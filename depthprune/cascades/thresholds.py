@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.cascade import predictions as pr
-from depthprune.cascade import risk as ltt
-from depthprune.cascade.pareto import Point, front
-from depthprune.cascade.predictions import Measured, Predictions, leave
-from depthprune.cascade.risk import Certificate
+from depthprune.cascades import predictions as pr
+from depthprune.cascades import risk as ltt
+from depthprune.cascades.pareto import Point, front
+from depthprune.cascades.predictions import Measured, Predictions, leave
+from depthprune.cascades.risk import Certificate
 
 # Of the rows of test data: that many may be held-out rows, by chance or duplication.
 SHARED = 0.5

@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune import distributed as hosts
-from depthprune import models
-from depthprune.cascade.cascade import Cascade, cascade
+from depthprune import distributed, models
+from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.data.images import Normalisation
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as record
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError, kind
 from depthprune.storage.keeper import Keeper as Keeper
 from depthprune.storage.keeper import Restored as Restored
@@ -51,7 +49,7 @@ def save(
   """
   path, coupling = Path(path), pruned.coupling
   expected = _small(coupling, pruned.keep)
-  store.matched(expected, store.paths(pruned.variables), f'{path}: not saved')
+  checkpoint.matched(expected, checkpoint.paths(pruned.variables), f'{path}: not saved')
   report = dict(pruned.report)
   if normalisation is not None:
     report['normalisation'] = normalisation._asdict()
@@ -68,7 +66,7 @@ def save(
     'variables': _abstract(coupling.variables),
     'report': report,
   }
-  store.write(path, RECORD, pruned.variables, record, tensors)
+  checkpoint.write(path, RECORD, pruned.variables, record, tensors)
 
 
 def load(
@@ -90,7 +88,7 @@ def load(
   has another shape or dtype (naming it).
   """
   path = Path(path)
-  leaves, record = store.read(path, RECORD)
+  leaves, record = checkpoint.read(path, RECORD)
   model = _model(record, path, model)
   if example is not None:
     inputs = example if isinstance(example, tuple) else (example,)
@@ -108,7 +106,7 @@ def load(
     raise CheckpointError(
       f'{path}: the model that was given is not the one that was pruned: {error}'
     ) from error
-  arrays = store.matched(small, leaves, str(path))
+  arrays = checkpoint.matched(small, leaves, str(path))
   apply = slim(model, coupling, keep)
   if record['arch']:
     model = model.clone(arch=type(model.arch)(record['arch']))
@@ -143,7 +141,7 @@ def _uncut(key: str, value: int, coupling: Coupling) -> int:
     return int(value or key.removeprefix('exit/') in coupling.exits)
   if key in coupling.groups:  # what is no last axis of a kernel, as heads are
     return coupling.axis(key).size
-  leaves = store.paths(coupling.variables)
+  leaves = checkpoint.paths(coupling.variables)
   if key in coupling.branches:
     return int(np.prod(leaves[f'branches/{key}'].shape))
   kernel = leaves.get(f'params/{key}/kernel')
@@ -264,11 +262,11 @@ def save_cascade(
   if not all(a is b or np.array_equal(a, b) for a, b in arrays):
     raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
   text = None if tokenizer is None else Path(tokenizer).read_text()
-  if hosts.writes():
+  if distributed.writes():
     (path / CASCADE_RECORD).unlink(missing_ok=True)  # until all of it is there again
     (path / TOKENIZER).unlink(missing_ok=True)
   save(path / 'network', network, normalisation, tensors)
-  if text is not None and hosts.writes():
+  if text is not None and distributed.writes():
     (path / TOKENIZER).write_text(text)
   early = saved.exits[:-1]
   plain = lambda values: {e: _finite(v) for e, v in zip(early, values.tolist())}
@@ -283,7 +281,7 @@ def save_cascade(
     'flops': list(saved.stages.flops),
     'whole': saved.stages.whole,
   }
-  record.write(path / CASCADE_RECORD, decided)
+  directory.write(path / CASCADE_RECORD, decided)
 
 
 def load_cascade(path: str | Path, model: Any = None) -> Cascade:

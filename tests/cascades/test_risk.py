@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from depthprune.cascade import predictions as pr
-from depthprune.cascade import risk
-from depthprune.cascade.pareto import front
-from depthprune.cascade.risk import Certificate
-from tests.cascade.answers import answers, drawn
+from depthprune.cascades import predictions as pr
+from depthprune.cascades import risk
+from depthprune.cascades.pareto import front
+from depthprune.cascades.risk import Certificate
+from tests.cascades.answers import answers, drawn
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
 

@@ -23,21 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from depthprune.cascade import executor as bucketed
-from depthprune.cascade.cascade import Cascade
-from depthprune.cascade.executor import Settings
-from depthprune.export import networks as checkpoint
-from depthprune.export import onnx as converter
-from depthprune.export.networks import save_cascade
-from depthprune.export.onnx import ExportError
+from depthprune.cascades import executor
+from depthprune.cascades.cascade import Cascade
+from depthprune.cascades.executor import Settings
+from depthprune.exports import networks
+from depthprune.exports import onnx as converter
+from depthprune.exports.networks import save_cascade
+from depthprune.exports.onnx import ExportError
 from depthprune.program import jaxpr as jx
 from depthprune.program.jaxpr import run
 from depthprune.program.stages import batched, split
 from depthprune.program.trace import runnable
 from depthprune.storage import checkpoint as files
 from depthprune.storage import checkpoint as store
-from depthprune.storage import directory as disk
-from depthprune.storage import directory as record
+from depthprune.storage import directory
 from depthprune.surgery.prune import Pruned
 
 CASCADE = 'cascade'
@@ -86,7 +85,7 @@ def programs(
   def early(flat, *inputs):
     chosen = Settings(*(flat.get(f'{CASCADE}/{name}') for name in Settings._fields))
     kind, steps, end = cascade.confidence, cascade.steps, len(stages)
-    answer = bucketed.run(stages, kind, steps, pack(flat), chosen, inputs, end)
+    answer = executor.run(stages, kind, steps, pack(flat), chosen, inputs, end)
     return answer._asdict()
 
   return {**found, CASCADE: Program(early, arrays | settings(cascade))}
@@ -197,7 +196,7 @@ def export(
     _save(fresh, network, cascade, tokenizer)
     told = _write(fresh, network, cascade, onnx, batch, platforms)
     if path.exists():
-      disk.discard(path)
+      directory.discard(path)
     fresh.rename(path)
   return told
 
@@ -223,9 +222,9 @@ def _write(
     'programs': told,
     'platforms': list(platforms),
     'normalisation': network.report.get('normalisation'),
-    'versions': record.versions(),
+    'versions': directory.versions(),
   }
-  record.write(folder / RECORD, content)
+  directory.write(folder / RECORD, content)
   return content
 
 
@@ -236,7 +235,7 @@ def _save(
   folder: Path, network: Pruned, cascade: Cascade | None, tokenizer: Any
 ) -> None:
   if cascade is None:
-    checkpoint.save(folder / 'network', network, tensors=True)
+    networks.save(folder / 'network', network, tensors=True)
     return
   save_cascade(folder, cascade, network, tokenizer=tokenizer, tensors=True)
   files.save_tensors(folder / SETTINGS, settings(cascade))

@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from depthprune.cascade import predictions as pr
-from depthprune.cascade.predictions import Measured, Predictions
+from depthprune.cascades import predictions as pr
+from depthprune.cascades.predictions import Measured, Predictions
 
 T = TypeVar('T')
 
