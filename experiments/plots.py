@@ -1,50 +1,43 @@
 """Draws the committed result files of the depth methods; nothing is typed.
 
-python -m experiments.plots
+  python -m experiments.plots
 
 writes SVG files beside the JSON: for NetCut accuracy, cost and depth against beta, and
 the importance of the exits over training; for Network Implosion accuracy against the
-number of erased units; for SideNet accuracy against FLOPs, and how calibrated its
-exits are.
+number of erased units; for SideNet accuracy against FLOPs, and how calibrated its exits
+are. Only the charts that the README shows are committed.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from depthprune.report import curves, decision, depth, exits, style
-from experiments.found import files
-from experiments.implosion.table import by_importance
+from experiments.implosion.oneshot import by_importance
+from experiments.result_files import Row, files_with
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Row]
 
 
 def figures() -> Iterator[tuple[Path, Figure]]:
-  """(where it goes, chart) for every result file that there is."""
-  for path, found in files('netcut', 'beta').items():
+  """(path, chart) for every result file that there is."""
+  for path, content in files_with('netcut', 'beta').items():
     # The method of the paper; its ablations are in the table.
-    rows = [r for r in found['rows'] if r.get('aggregate') == 'log' and not r['gamma']]
+    rows = content['rows']
+    rows = [r for r in rows if r.get('aggregate') == 'log' and not r['gamma']]
     yield _beside(path, 'beta'), depth.against_beta(rows)
     yield _beside(path, 'importance'), depth.importance_map(histories(rows))
-  for path, found in files('implosion', 'importance', 'erased').items():
-    by_name = by_importance(found['rows'])
+  for path, content in files_with('implosion', 'importance', 'erased').items():
+    by_name = by_importance(content['rows'])
     chart = depth.erased_curve({name: {'before': c} for name, c in by_name.items()})
     yield _beside(path, 'erased'), chart
-  for path, found in files('implosion', 'method', 'rounds').items():
-    chart = depth.erased_curve(retrained(found['rows']), 'held-out accuracy')
+  for path, content in files_with('implosion', 'method', 'rounds').items():
+    chart = depth.erased_curve(retrained(content['rows']), 'held-out accuracy')
     yield _beside(path, 'erased'), chart
-  for path, found in files('sidenet', 'regime', 'curve').items():
-    by_regime: dict[str, list[dict[str, Any]]] = {}
-    for row in found['rows']:
-      by_regime.setdefault(row['regime'], []).append(row)
-    results = {
-      regime: curves.series(*({**row, 'cascade': row} for row in rows))
-      for regime, rows in by_regime.items()
-    }
-    yield _beside(path, 'curve'), curves.compute_curve(results)
-    first = found['rows'][0]
+  for path, content in files_with('sidenet', 'regime', 'curve').items():
+    yield _beside(path, 'curve'), curves.compute_curve(cascades(content['rows']))
+    first = content['rows'][0]
     yield _beside(path, 'reliability'), exits.reliability(first['calibration'])
 
 
@@ -74,8 +67,18 @@ def retrained(rows: Rows) -> depth.Curves:
   return {method: decision.curve(*rounds) for method, rounds in runs.items()}
 
 
-def _beside(path: Path, what: str) -> Path:
-  return path.with_name(f'{path.stem}_{what}.svg')
+def cascades(rows: Rows) -> dict:
+  """{regime: accuracy by cost, over the seeds}."""
+  regimes = dict.fromkeys(row['regime'] for row in rows)
+  of = lambda regime: [row for row in rows if row['regime'] == regime]
+  return {
+    regime: curves.series(*({**row, 'cascade': row} for row in of(regime)))
+    for regime in regimes
+  }
+
+
+def _beside(path: Path, chart: str) -> Path:
+  return path.with_name(f'{path.stem}_{chart}.svg')
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ from depthprune.training import recipe, record, results
 from depthprune.training.optimizers import optimizer
 from depthprune.training.stage import prepare, stage
 from depthprune.training.train import init_state, make_step
-from experiments.netcut.mlp_fashion_mnist import FULL
+from experiments.netcut.configs import MLP_FASHION_MNIST
 
 RESULT = Path(__file__).parent / 'results' / 'netcut.json'
 EPOCHS, STEPS = 20, 20  # STEPS: of training, in one turn of the comparison
@@ -105,7 +105,7 @@ if __name__ == '__main__':
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {0})
   folder = tempfile.mkdtemp()  # nothing to resume from
-  config = dataclasses.replace(FULL, gate_epochs=EPOCHS, workdir=folder)
+  config = dataclasses.replace(MLP_FASHION_MNIST, gate_epochs=EPOCHS, workdir=folder)
   job = prepare(config)
   started = time.perf_counter()
   model = recipe.network(config, job.images.classes)

@@ -26,7 +26,7 @@ from depthprune.config import RECIPES, Config
 from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
 from depthprune.training import recipe
 from experiments.imagenet import generated
-from experiments.pieces import within
+from experiments.run import within
 
 COMMON: dict[str, Any] = {
   'model': 'resnet50',

@@ -1,4 +1,4 @@
-"""One-shot curves: what is done is not done again, and nothing else is left out."""
+"""One-shot curves: what is done is not done again, and nothing is left out."""
 
 import json
 from types import SimpleNamespace
@@ -9,8 +9,9 @@ import pytest
 
 from depthprune.methods.implosion import implosion
 from depthprune.program.couple import couple
-from experiments.implosion.curve import KEYS, curve, order
-from experiments.pieces import Rows
+from experiments.implosion.oneshot import KEYS, cases, curve_row, order
+from experiments.result_files import Rows
+from experiments.run import Arguments, fill
 
 UNITS = [f'unit{i}' for i in range(4)]
 
@@ -72,12 +73,26 @@ def test_orders_of_two_seeds_are_apart(network):
 
 
 def test_a_curve_has_a_row_for_every_number_of_erased_units_once(network):
-  to = network.job.folder / 'rows.json'
-  gone = order(network, 3, 'drop')
-  curve(Rows(to, {}, KEYS), network, gone[:2], 'drop')
-  curve(Rows(to, {}, KEYS), network, gone, 'drop')
-  rows = json.loads(to.read_text())['rows']
+  path = network.job.folder / 'rows.json'
+  every = [case for case in cases(3, [('drop', 0)]) if case['erased']]
+  make = lambda case: curve_row(network, case, 3)
+  for some in (every[:2], every):
+    left = fill(Rows(path, {}, KEYS), lambda some=some: some, make, Arguments())
+    assert left == []
+  rows = json.loads(path.read_text())['rows']
   assert [row['erased'] for row in rows] == [1, 2, 3]
-  assert [row['unit'] for row in rows] == names(gone)
+  assert [row['unit'] for row in rows] == names(order(network, 3, 'drop'))
   assert np.all(np.diff([row['flops'] for row in rows]) < 0)
   assert {row['accuracy'] for row in rows} == {0.5}
+
+
+def test_every_curve_is_whole_and_that_of_greedy_ends_with_a_cut():
+  uncut, *curve = cases(2, [('random', 1), ('greedy', 0)])
+  assert uncut == {'importance': 'none', 'seed': 0, 'erased': 0}
+  assert [(*case.values(),) for case in curve] == [
+    ('random', 1, 1),
+    ('random', 1, 2),
+    ('greedy', 0, 1),
+    ('greedy', 0, 2),
+    ('greedy', 0, 2, True),
+  ]
