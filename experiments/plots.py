@@ -1,55 +1,49 @@
 """Draws the committed result files of the depth methods; nothing is typed.
 
-python -m experiments.plots
+  python -m experiments.plots
 
 writes SVG files beside the JSON: for NetCut accuracy, cost and depth against beta, and
 the importance of the exits over training; for Network Implosion accuracy against the
-number of erased units; for SideNet accuracy against FLOPs, and how calibrated its
-exits are.
+number of erased units; for SideNet accuracy against FLOPs, and how calibrated its exits
+are. Only the charts that the README shows are committed.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import cattrs
 from matplotlib.figure import Figure
 
-from depthprune.report import charts as depth
-from depthprune.report import exit_charts as curves
-from depthprune.report import exit_charts as exits
-from depthprune.report import sentences as decision
-from depthprune.report import style
-from experiments.found import files
-from experiments.implosion.table import by_importance
+from depthprune.report import charts, exit_charts, style
+from depthprune.train.result import CascadeResult, Result, RoundResult, from_json
+from experiments.implosion.oneshot import by_importance
+from experiments.result_files import Row, files_with
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Row]
 
 
 def figures() -> Iterator[tuple[Path, Figure]]:
-  """(where it goes, chart) for every result file that there is."""
-  for path, found in files('netcut', 'beta').items():
+  """(path, chart) for every result file that there is."""
+  for path, content in files_with('netcut', 'beta').items():
     # The method of the paper; its ablations are in the table.
-    rows = [r for r in found['rows'] if r.get('aggregate') == 'log' and not r['gamma']]
-    yield _beside(path, 'beta'), depth.against_beta(rows)
-    yield _beside(path, 'importance'), depth.importance_map(histories(rows))
-  for path, found in files('implosion', 'importance', 'erased').items():
-    by_name = by_importance(found['rows'])
-    chart = depth.erased_curve({name: {'before': c} for name, c in by_name.items()})
+    rows = content['rows']
+    rows = [r for r in rows if r.get('aggregate') == 'log' and not r['gamma']]
+    yield _beside(path, 'beta'), charts.against_beta(rows)
+    yield _beside(path, 'importance'), charts.exit_map(histories(rows))
+  for path, content in files_with('implosion', 'importance', 'erased').items():
+    by_name = by_importance(content['rows'])
+    chart = charts.erased_curve({name: {'before': c} for name, c in by_name.items()})
     yield _beside(path, 'erased'), chart
-  for path, found in files('implosion', 'method', 'rounds').items():
-    chart = depth.erased_curve(retrained(found['rows']), 'held-out accuracy')
+  for path, content in files_with('implosion', 'method', 'rounds').items():
+    chart = charts.erased_curve(retrained(content['rows']), 'held-out accuracy')
     yield _beside(path, 'erased'), chart
-  for path, found in files('sidenet', 'regime', 'curve').items():
-    by_regime: dict[str, list[dict[str, Any]]] = {}
-    for row in found['rows']:
-      by_regime.setdefault(row['regime'], []).append(row)
-    results = {
-      regime: curves.series(*({**row, 'cascade': row} for row in rows))
-      for regime, rows in by_regime.items()
-    }
-    yield _beside(path, 'curve'), curves.compute_curve(results)
-    first = found['rows'][0]
-    yield _beside(path, 'reliability'), exits.reliability(first['calibration'])
+  for path, content in files_with('sidenet', 'regime', 'curve').items():
+    yield _beside(path, 'curve'), exit_charts.compute_curve(cascades(content['rows']))
+    first = content['rows'][0]
+    yield (
+      _beside(path, 'reliability'),
+      exit_charts.reliability(as_cascade(first).calibration),
+    )
 
 
 def histories(rows: Rows) -> dict[str, tuple[list[dict], str]]:
@@ -69,17 +63,36 @@ def histories(rows: Rows) -> dict[str, tuple[list[dict], str]]:
   }
 
 
-def retrained(rows: Rows) -> depth.Curves:
+def retrained(rows: Rows) -> charts.Curves:
   """{method: {'before', 'after'}} over rounds; the control from scratch has none."""
   runs: dict[str, list] = {}
   for row in rows:
     if row.get('rounds'):
-      runs.setdefault(row['method'], []).append(row['rounds'])
-  return {method: decision.curve(*rounds) for method, rounds in runs.items()}
+      rounds = cattrs.structure(row['rounds'], list[RoundResult])
+      runs.setdefault(row['method'], []).append(rounds)
+  return {method: charts.curve(*rounds) for method, rounds in runs.items()}
 
 
-def _beside(path: Path, what: str) -> Path:
-  return path.with_name(f'{path.stem}_{what}.svg')
+def cascades(rows: Rows) -> dict:
+  """{regime: accuracy by cost, over the seeds}."""
+  regimes = dict.fromkeys(row['regime'] for row in rows)
+  of = lambda regime: [row for row in rows if row['regime'] == regime]
+  return {regime: exit_charts.series(*map(as_result, of(regime))) for regime in regimes}
+
+
+def as_result(row: Row) -> Result:
+  """A row of a table of cascades as the result of its run."""
+  about = {'method': 'sidenet', 'options': {}, 'model': '', 'data': ''}
+  return from_json({**about, 'widths': {}, 'rounds': [], **row, 'cascade': row})
+
+
+def as_cascade(row: Row) -> CascadeResult:
+  """The cascade in such a row."""
+  return cattrs.structure(row, CascadeResult)
+
+
+def _beside(path: Path, chart: str) -> Path:
+  return path.with_name(f'{path.stem}_{chart}.svg')
 
 
 if __name__ == '__main__':

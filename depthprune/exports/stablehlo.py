@@ -34,9 +34,7 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.jaxpr import run
 from depthprune.program.stages import batched, split
 from depthprune.program.trace import runnable
-from depthprune.storage import checkpoint as files
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory
+from depthprune.storage import checkpoint, directory
 from depthprune.surgery.prune import Pruned
 
 CASCADE = 'cascade'
@@ -80,7 +78,7 @@ def programs(
   stages, inputs = cascade.stages, network.coupling.inputs
   if batch is None:
     stages = split(fn, network.variables, *inputs, exits=cascade.exits)
-  arrays, pack = store.paths(network.variables), _packing(network.variables)
+  arrays, pack = checkpoint.paths(network.variables), _packing(network.variables)
 
   def early(flat, *inputs):
     chosen = Settings(*(flat.get(f'{CASCADE}/{name}') for name in Settings._fields))
@@ -95,7 +93,7 @@ def _exits(fn: Callable, network: Pruned) -> dict[str, Program]:
   inputs, pack = network.coupling.inputs, _packing(network.variables)
   said = jax.eval_shape(fn, network.variables, *inputs)
   names = [*said] if isinstance(said, Mapping) else ['main']
-  arrays = dict(sorted(store.paths(network.variables).items()))
+  arrays = dict(sorted(checkpoint.paths(network.variables).items()))
 
   def program(name: str) -> Program:
     def call(flat, *inputs):
@@ -112,7 +110,7 @@ def _exits(fn: Callable, network: Pruned) -> dict[str, Program]:
 
 def _packing(variables: Any) -> Callable[[dict], Any]:
   """(arrays by path) -> the tree of variables; zeros for those that are absent."""
-  leaves, structure = store.paths(variables), jax.tree.structure(variables)
+  leaves, structure = checkpoint.paths(variables), jax.tree.structure(variables)
   absent = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
   return lambda flat: jax.tree.unflatten(
     structure, [flat[p] if p in flat else absent(leaf) for p, leaf in leaves.items()]
@@ -218,7 +216,7 @@ def _write(
   described = zip(names, map(_kind, shapes), strict=True)
   content = {
     'inputs': [{'name': name, **kind} for name, kind in described],
-    'weights': f'network/{files.TENSORS}',
+    'weights': f'network/{checkpoint.TENSORS}',
     'programs': told,
     'platforms': list(platforms),
     'normalisation': network.report.get('normalisation'),
@@ -238,7 +236,7 @@ def _save(
     networks.save(folder / 'network', network, tensors=True)
     return
   save_cascade(folder, cascade, network, tokenizer=tokenizer, tensors=True)
-  files.save_tensors(folder / SETTINGS, settings(cascade))
+  checkpoint.save_tensors(folder / SETTINGS, settings(cascade))
 
 
 def _stablehlo(
@@ -267,7 +265,9 @@ def _onnx(
   arrays = jax.tree.map(np.asarray, program.arrays)
 
   def call(*inputs):
-    said = store.paths(program.call(arrays, *inputs))  # of one array the path is empty
+    said = checkpoint.paths(
+      program.call(arrays, *inputs)
+    )  # of one array the path is empty
     return {_file(path or 'logits'): x for path, x in said.items()}
 
   content, far = converter.convert(call, inputs, names, probe(inputs))

@@ -15,7 +15,7 @@ from depthprune.data.text import Texts
 from depthprune.exports import networks
 from depthprune.models import pretrained
 from depthprune.run.config import Config
-from depthprune.storage import checkpoint as store
+from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import kind
 
 
@@ -59,7 +59,7 @@ def digests(images: Any) -> dict[str, str]:
   if isinstance(images, Streamed):
     splits |= {'records': images.probe()}
   crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
-  return {k: f'{kind(x)} {crc32(x):08x}' for k, x in store.paths(splits).items()}
+  return {k: f'{kind(x)} {crc32(x):08x}' for k, x in checkpoint.paths(splits).items()}
 
 
 def normalisation(path: str) -> data.Normalisation | None:
@@ -71,7 +71,7 @@ def normalisation(path: str) -> data.Normalisation | None:
   if not Path(path).is_dir():
     found = pretrained.normalisation(path)
     return None if found is None else data.Normalisation(*found)
-  record = store.read_record(Path(path), networks.RECORD)
+  record = checkpoint.read_record(Path(path), networks.RECORD)
   found = record['report'].get('normalisation')
   if found is None:
     return None

@@ -257,14 +257,18 @@ def prepare(config: Config, show: bool = True) -> Job:
   return job
 
 
-def record_config(job: Job) -> None:
-  """Writes config.json: what is run, with what, and the command."""
-  values = {
-    'config': job.config.to_json(),
+def surroundings() -> dict[str, Any]:
+  """What a result depends on besides its config: versions, device and command."""
+  return {
     'versions': directory.versions(),
     'device': latency.device(),
     'command': directory.command(),
   }
+
+
+def record_config(job: Job) -> None:
+  """Writes config.json: what is run, with what, and the command."""
+  values = {'config': job.config.to_json(), **surroundings()}
   directory.write(job.folder / 'config.json', values)
 
 

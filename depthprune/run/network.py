@@ -16,7 +16,7 @@ from depthprune.models.arch import within
 from depthprune.models.heads import WithHeads, multitask
 from depthprune.run.config import Config
 from depthprune.run.job import Job
-from depthprune.storage import checkpoint as store
+from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.train.task import Tree
 
@@ -27,7 +27,7 @@ def as_thin(model: Any, path: str | Path) -> Any:
   Raises: CheckpointError where the folder holds none, or not of this model; how many
     classes it has, and the type it computes in, may differ.
   """
-  record = store.read_record(Path(path), networks.RECORD)
+  record = checkpoint.read_record(Path(path), networks.RECORD)
   stored, arch, _ = _compact(record)
   if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut: with its exit
     there = models.build(stored['name'], **stored['fields'])
@@ -50,7 +50,7 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 
   Raises: CheckpointError for another number of classes, and for arrays that do not fit.
   """
-  leaves, record = store.read(Path(path), networks.RECORD)
+  leaves, record = checkpoint.read(Path(path), networks.RECORD)
   stored, _, inside = _compact(record)
   leaves = {name.replace(inside, '/', 1): leaf for name, leaf in leaves.items()}
   ours = _described(models.describe(model)).get('classes')
@@ -63,12 +63,12 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
   shapes = dict(jax.eval_shape(model.init, jax.random.key(0), *inputs))
   gates = {k: shapes.pop(k) for k in ('branches',) if k in shapes}
   opened = jax.tree.map(lambda gate: jnp.ones(gate.shape, gate.dtype), gates)
-  return {**store.matched(shapes, leaves, str(path)), **opened}
+  return {**checkpoint.matched(shapes, leaves, str(path)), **opened}
 
 
 def heads_of(path: str | Path) -> tuple[str, ...]:
   """Names of the heads that the network in a folder has besides its trunk's own."""
-  stored, _, _ = _compact(store.read_record(Path(path), networks.RECORD))
+  stored, _, _ = _compact(checkpoint.read_record(Path(path), networks.RECORD))
   return _heads(stored)
 
 

@@ -10,8 +10,7 @@ import jax
 from depthprune import distributed
 from depthprune.data.dataset import count
 from depthprune.program.trace import runnable
-from depthprune.run.job import Job
-from depthprune.storage import directory
+from depthprune.run.job import Job, surroundings
 from depthprune.timing import latency
 from depthprune.train.result import Accuracies, Change, Proof, Result, RoundResult
 from depthprune.train.result import from_json as from_json
@@ -52,7 +51,7 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
     **(_times(job, model, small) if distributed.writes() else {}),
     'accuracy': dataclasses.asdict(accuracies(test)),
     'held_out': dataclasses.asdict(accuracies(held_out)),
-    'scores': {when: _finite(test[when]) for when in ('before', 'after')},
+    'scores': {when: finite(test[when]) for when in ('before', 'after')},
     'verify': reports[-1]['verify'],
     'widths': _widths(reports),
     'rounds': [dataclasses.asdict(each) for each in small.rounds],
@@ -66,9 +65,7 @@ def described(job: Job) -> dict[str, Any]:
   config = job.config
   return {
     'config': config.to_json(),
-    'versions': directory.versions(),
-    'device': latency.device(),
-    'command': directory.command(),
+    **surroundings(),
     'mesh': {**job.mesh.shape, 'processes': jax.process_count()},
     'seed': config.seed,
     'model': config.model,
@@ -92,7 +89,7 @@ def round_from(report: dict[str, Any], **known: Any) -> RoundResult:
   )
 
 
-def _finite(scores: dict[str, float]) -> dict[str, float | None]:
+def finite(scores: dict[str, float]) -> dict[str, float | None]:
   """All scores; None for one of nothing, as the IoU of a class that is not there."""
   return {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
 

@@ -251,11 +251,11 @@ class CascadeResult:
   exits: list[str]
   cost: dict[str, float]
   whole: float
-  thresholds: dict[str, float | None]
-  shares: dict[str, float]
   exit_accuracy: dict[str, float]
-  requests: list[RequestResult]
   curve: list[CurvePoint]
+  thresholds: dict[str, float | None] = dataclasses.field(default_factory=dict)
+  shares: dict[str, float] = dataclasses.field(default_factory=dict)
+  requests: list[RequestResult] = dataclasses.field(default_factory=list)
   taps: dict[str, str] = dataclasses.field(default_factory=dict)
   stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   confidence: str = 'probability'

@@ -13,25 +13,21 @@ About 6 minutes on 2 cores. Expected: training at most 1.1 times what the FLOPs 
 stripped within 10 % of one.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
 from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import WithHeads
 from depthprune.program.trace import runnable
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing import clock, latency
 from depthprune.train import task as tasks
 from depthprune.train.method import plain
-from experiments.bench.gates import stepper
+from experiments.bench import measure
 
-RESULTS = Path(__file__).parent / 'results'
 # model: (side, batch, width of the path)
 CASES = {'resnet20': (32, 128, 64), 'segnet8': (64, 16, 32)}
 STRUCTURES = {'all': False, 'search': True}
@@ -39,29 +35,32 @@ SECONDS = 30
 
 
 def case(name: str) -> dict[str, Any]:
+  """The rows of one network, beside what it was measured on."""
   side, size, width = CASES[name]
   trunk = dp.models.build(name, classes=10)
+  labels = (size,) if trunk.pool else (size, side, side)
   rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32)
-  shape = (size,) if trunk.pool else (size, side, side)
-  batch = {'image': images, 'label': jnp.asarray(rng.integers(0, 10, shape))}
+  batch = measure.random_batch(rng, (size, side, side, 3), labels)
   task = (tasks.classification if trunk.pool else tasks.segmentation)(10)
-  found: dict[str, Any] = {'side': side, 'batch': size, 'width': width}
+  content: dict[str, Any] = {'side': side, 'batch': size, 'width': width}
   for structure, search in STRUCTURES.items():
     fields = {'classes': 10, 'width': width, 'pool': trunk.pool}
     wide = WithHeads(trunk, {'aux': beside(trunk.taps, search, **fields)})
-    found[structure] = compared(trunk, wide, task, images, batch)
-  return found
+    content[structure] = compared(trunk, wide, task, batch)
+  return content
 
 
-def compared(trunk: Any, wide: Any, task: Any, images: Any, batch: Any) -> dict:
+def compared(
+  trunk: Any, wide: Any, task: Any, batch: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+  """A step of `wide` over one of `trunk`, and both without the path in evaluation."""
+  images = batch['image']
   alone = jax.jit(trunk.init)(jax.random.key(0), images[:1])
-  variables = jax.jit(wide.init)(jax.random.key(0), images[:1])
-  coupling = dp.couple(wide, variables, images[:1])
+  _, variables, coupling = measure.initialised(wide, images)
   method = dp.auxiliary(coupling, steps=10**6)
   calls = [
-    stepper(trunk, alone, plain(), None, batch, task),
-    stepper(wide, variables, method, coupling, batch, task),
+    measure.training_step(trunk, alone, plain(), None, batch, task),
+    measure.training_step(wide, variables, method, coupling, batch, task),
   ]
   times = clock.interleave(calls, seconds=SECONDS, least=11, most=101)
   keep = method.decide({}, {}, lambda keep: None)
@@ -75,13 +74,13 @@ def compared(trunk: Any, wide: Any, task: Any, images: Any, batch: Any) -> dict:
     seconds=SECONDS,
   )
   flops = pruned.report['flops']
-  said, ratio = flops['before'] / flops['after'], np.median(times[1] / times[0])
+  expected, ratio = flops['before'] / flops['after'], np.median(times[1] / times[0])
   return {
     'plain_ms': float(np.median(times[0])),
     'beside_ms': float(np.median(times[1])),
     'ratio': float(ratio),
-    'flop_ratio': said,
-    'over_flops': float(ratio / said),
+    'flop_ratio': expected,
+    'over_flops': float(ratio / expected),
     'turns': len(times[0]),
     'stripped_ms': latency.to_json(stripped),
   }
@@ -89,8 +88,6 @@ def compared(trunk: Any, wide: Any, task: Any, images: Any, batch: Any) -> dict:
 
 if __name__ == '__main__':
   rows = {name: case(name) for name in CASES}
-  found = {'command': record.command(), **results.surroundings()}
-  path = RESULTS / f'auxiliary_{jax.default_backend()}.json'
-  record.write(path, {**found, 'models': rows})
+  measure.write(f'auxiliary_{jax.default_backend()}', {'models': rows})
   for name, row in rows.items():
     print(name, row)

@@ -15,7 +15,6 @@ Expected: excess at most 1.25.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,11 +27,9 @@ from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads
 from depthprune.program.stages import split
 from depthprune.program.trace import runnable
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing import clock
+from experiments.bench import measure
 
-RESULT = Path(__file__).parent / 'results' / 'cascade.json'
 BATCH, TOKENS, LEAVE, SECONDS = 256, 8, 0.7, 40
 BERT = {'classes': 2, 'vocab': 1000, 'depth': 12}
 SIZES = {
@@ -51,15 +48,15 @@ def transformer(name: str) -> tuple[Any, tuple]:
 
 
 def resnet() -> tuple[Any, tuple]:
+  """(network with an exit after a third, images)."""
   model = WithHeads(
     build('resnet56'), {'early': Head('stage1/block8', hidden=256, pool='grid4')}
   )
-  images = np.random.default_rng(0).normal(size=(BATCH, 32, 32, 3))
-  return model, (jnp.asarray(images, jnp.float32),)
+  return model, (measure.random_images(BATCH, 32, 32, 3),)
 
 
-def made(model: Any, inputs: tuple) -> Cascade:
-  """The cascade that LEAVE of these inputs leave early."""
+def build_cascade(model: Any, inputs: tuple) -> Cascade:
+  """The cascade that a part LEAVE of these inputs leave early."""
   one = [x[:1] for x in inputs]
   variables = jax.jit(model.init)(jax.random.key(0), *one)
   stages = split(model, variables, *one)
@@ -70,10 +67,10 @@ def made(model: Any, inputs: tuple) -> Cascade:
 
 
 def raced(model: Any, inputs: tuple) -> dict[str, Any]:
-  """The race, and what it should have been."""
-  found = made(model, inputs)
-  timed = race(found, *inputs, seconds=SECONDS)
-  answer = found(*inputs)
+  """Cascade and network by turns, beside the ideal cost of the cascade."""
+  early = build_cascade(model, inputs)
+  timed = race(early, *inputs, seconds=SECONDS)
+  answer = early(*inputs)
   ideal = timed.cost.ideal / timed.cost.whole
   return {
     **timed.to_json(),
@@ -89,10 +86,10 @@ def raced(model: Any, inputs: tuple) -> dict[str, Any]:
 
 def trapped(model: Any, inputs: tuple) -> dict[str, Any]:
   """Cascade, network, and vmap of cond, by turns."""
-  found = made(model, inputs)
+  early = build_cascade(model, inputs)
   run = runnable(model)
-  first, rest = found.stages.runs(1)
-  limit = jnp.float32(found.thresholds[0])
+  first, rest = early.stages.runs(1)
+  limit = jnp.float32(early.thresholds[0])
 
   def one(variables, *row):
     logits, crossed = first(variables, [x[None] for x in row])
@@ -103,12 +100,13 @@ def trapped(model: Any, inputs: tuple) -> dict[str, Any]:
   trap = jax.jit(lambda v, *x: jax.vmap(functools.partial(one, v))(*x))
   whole = jax.jit(lambda v, *x: run(v, *x)['main'])
   calls = [
-    lambda: found(*inputs),
-    lambda: whole(found.variables, *inputs),
-    lambda: trap(found.variables, *inputs),
+    lambda: early(*inputs),
+    lambda: whole(early.variables, *inputs),
+    lambda: trap(early.variables, *inputs),
   ]
   taken = np.median(clock.interleave(calls, SECONDS, least=5, warmup=2), axis=1)
-  gap = np.abs(np.asarray(found(*inputs).logits - trap(found.variables, *inputs))).max()
+  logits = early(*inputs).logits
+  gap = np.abs(np.asarray(logits - trap(early.variables, *inputs))).max()
   names = ('cascade_ms', 'whole_ms', 'vmap_cond_ms')
   return {**dict(zip(names, taken.tolist())), 'difference': float(gap)}
 
@@ -120,7 +118,6 @@ if __name__ == '__main__':
     'transformer': raced(*transformer('transformer')),
   }
   sizes = {'batch': BATCH, 'tokens': TOKENS, 'leave': LEAVE, 'bert': BERT, **SIZES}
-  found = {'command': record.command(), **results.surroundings(), 'config': sizes}
-  record.write(RESULT, {**found, **rows})
+  measure.write('cascade', {'config': sizes, **rows})
   for name, row in rows.items():
     print(name, {k: v for k, v in row.items() if not isinstance(v, list)})

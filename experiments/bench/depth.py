@@ -10,26 +10,22 @@ About 5 minutes on 2 cores. Expected: parameters 84,730, 414,362 and 1,727,962; 
 of latencies within 10 % of one.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import depthprune as dp
 from depthprune.models.heads import WithHeads, every_tap
 from depthprune.program.trace import runnable
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing import latency
+from experiments.bench import measure
 
-RESULT = Path(__file__).parent / 'results' / 'depth.json'
 BLOCKS, BATCHES = (18, 36, 54), (1, 128)
 
 
-def cut(model, variables, coupling, images, blocks: int) -> tuple[Any, Any]:
+def cut(network: measure.Network, images: jax.Array, blocks: int) -> tuple[Any, Any]:
   """(cut network, network of that depth built from scratch)."""
+  model, variables, coupling = network
   keep = {'exits': {e: i == blocks for i, e in enumerate(coupling.exits, 1)}}
   pruned = dp.prune(model, variables, keep, images[:1], coupling=coupling)
   (name,) = pruned.model.exits
@@ -40,7 +36,8 @@ def cut(model, variables, coupling, images, blocks: int) -> tuple[Any, Any]:
   return pruned, latency.Network(runnable(scratch), init)
 
 
-def row(pruned, scratch, images) -> dict[str, Any]:
+def row(pruned: Any, scratch: Any, images: jax.Array) -> dict[str, Any]:
+  """What one depth costs, and both networks by turns."""
   small = latency.Network(runnable(pruned.model), pruned.variables)
   timed = latency.compare(scratch, small, images, batches=BATCHES, seconds=20)
   return {
@@ -52,17 +49,13 @@ def row(pruned, scratch, images) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-  trunk = dp.models.build('resnet110', classes=10)
-  model = every_tap(trunk)
-  rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(128, 32, 32, 3)), jnp.float32)
-  variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-  coupling = dp.couple(model, variables, images[:1])
+  images = measure.random_images(128, 32, 32, 3)
+  model = every_tap(dp.models.build('resnet110', classes=10))
+  network = measure.initialised(model, images)
   rows = {}
   for blocks in BLOCKS:
-    rows[str(blocks)] = row(*cut(model, variables, coupling, images, blocks), images)
+    rows[str(blocks)] = row(*cut(network, images, blocks), images)
     print(blocks, {k: v for k, v in rows[str(blocks)].items() if k != 'latency_ms'})
   for each in rows.values():
     each['flop_ratio'] = rows['54']['flops'] / each['flops']
-  found = {'command': record.command(), **results.surroundings(), 'model': 'resnet110'}
-  record.write(RESULT, {**found, 'blocks': rows})
+  measure.write('depth', {'model': 'resnet110', 'blocks': rows})

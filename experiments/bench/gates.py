@@ -12,60 +12,37 @@ About 2 minutes on 2 cores. Expected: gating at most 1.05; speedup below the FLO
 of 2 (memory-bound layers and narrow channels do not shrink in proportion).
 """
 
-from pathlib import Path
-
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 import depthprune as dp
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing import clock, latency
-from depthprune.train import task as tasks
-from depthprune.train.method import Method, plain
-from depthprune.train.step import init_state
+from depthprune.train.method import plain
+from experiments.bench import measure
 
-RESULT = Path(__file__).parent / 'results' / 'gates.json'
 BATCH, SHAPE = 128, (32, 32, 3)
 
 
-def stepper(
-  model, variables, method: Method, coupling, batch, task=tasks.classification(10)
-):
-  """A function without arguments that does the next training step."""
-  tx = optax.sgd(0.1, momentum=0.9, nesterov=True)
-  state = init_state(model, method, tx, variables, coupling, batch)
-  step = dp.make_step(model, method, task, tx, coupling)
-
-  def advance():
-    nonlocal state
-    state, metrics = step(state, batch, jax.random.key(0))
-    return metrics
-
-  return advance
-
-
-def gating(model, variables, coupling, batch) -> dict:
+def gating(network: measure.Network, batch: dict[str, jax.Array]) -> dict:
   """Median milliseconds of both steps and the ratio of every pair of turns."""
+  model, variables, coupling = network
+  method = dp.trainable_gates(coupling, 0.5)
   calls = [
-    stepper(model, variables, plain(), None, batch),
-    stepper(model, variables, dp.trainable_gates(coupling, 0.5), coupling, batch),
+    measure.training_step(model, variables, plain(), None, batch),
+    measure.training_step(model, variables, method, coupling, batch),
   ]
   without, gated = clock.interleave(calls, seconds=60, least=21, most=61)
-  lower, ratio, upper = np.percentile(gated / without, (25, 50, 75))
   return {
     'plain_ms': float(np.median(without)),
     'gated_ms': float(np.median(gated)),
-    'ratio': float(ratio),
-    'quartiles': [float(lower), float(upper)],
+    **measure.ratio(gated, without),
     'turns': len(gated),
   }
 
 
-def speedup(model, variables, coupling, images, round_to: int) -> dict:
+def speedup(network: measure.Network, images: jax.Array, round_to: int) -> dict:
   """Measured latency before and after a cut to half of the FLOPs."""
+  model, variables, coupling = network
   keep = dp.oneshot(coupling, variables, 0.5, round_to=round_to)
   pruned = dp.prune(model, variables, keep, images[:1], coupling=coupling)
   flops = pruned.report['flops']
@@ -81,22 +58,15 @@ def speedup(model, variables, coupling, images, round_to: int) -> dict:
 
 
 if __name__ == '__main__':
-  model = dp.models.build('resnet20', classes=10)
-  rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32)
-  batch = {'image': images, 'label': jnp.asarray(rng.integers(0, 10, BATCH))}
-  variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-  coupling = dp.couple(model, variables, images[:1])
-  found = {
-    'command': record.command(),
-    **results.surroundings(),
+  batch = measure.random_batch(np.random.default_rng(0), (BATCH, *SHAPE), (BATCH,))
+  images = batch['image']
+  network = measure.initialised(dp.models.build('resnet20', classes=10), images)
+  content = {
     'model': 'resnet20',
     'batch': BATCH,
     'shape': SHAPE,
-    'gating': gating(model, variables, coupling, batch),
-    'speedup': {
-      f'round_to_{n}': speedup(model, variables, coupling, images, n) for n in (1, 8)
-    },
+    'gating': gating(network, batch),
+    'speedup': {f'round_to_{n}': speedup(network, images, n) for n in (1, 8)},
   }
-  record.write(RESULT, found)
-  print(found['gating'], found['speedup'])
+  measure.write('gates', content)
+  print(content['gating'], content['speedup'])

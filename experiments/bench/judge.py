@@ -15,88 +15,69 @@ vmap, which fills it.
 """
 
 import time
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import depthprune as dp
 from depthprune.methods.implosion import implosion
 from depthprune.program.units import closing, units
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing import clock, latency
 from depthprune.train import task as tasks
 from depthprune.train.judge import Judge, judge
 from depthprune.train.step import init_state
+from experiments.bench import measure
 
-RESULT = Path(__file__).parent / 'results' / 'judge.json'
 BATCH, SHAPE = 64, (32, 32, 3)
 
 
-def batch(rng: np.random.Generator) -> dict[str, jax.Array]:
-  return {
-    'image': jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32),
-    'label': jnp.asarray(rng.integers(0, 10, BATCH), jnp.int32),
-  }
+def judges() -> tuple[dict[str, Judge], list[dict]]:
+  """({how: judge of a network}, the erasures of one unit each)."""
+  rng = np.random.default_rng(0)
+  shapes = (BATCH, *SHAPE), (BATCH,)
+  held_out, calibration = ([measure.random_batch(rng, *shapes)] for _ in range(2))
+  images = held_out[0]['image']
+  network = measure.initialised(dp.models.build('resnet20', classes=10), images)
+  model, variables, coupling = network
+  method, task = implosion(coupling), tasks.classification(10)
+  state = init_state(model, method, optax.sgd(0.1), variables, coupling)
+  about = model, method, task, state, held_out, calibration, coupling
+  at_once, mapped = judge(*about, 'vmap'), judge(*about, 'map')
+  keeps = [closing((unit,), coupling) for unit in units(coupling)]
+  return {'vmap': at_once, 'map': mapped, 'loop': judge(*about, 'vmap')}, keeps
 
 
 def losses(evaluate: Judge, keeps: list[dict], how: str) -> np.ndarray:
-  """Of every decision, [n]."""
+  """The loss of every decision, [decisions]."""
   if how == 'loop':
     return np.asarray([evaluate(keep)['loss'] for keep in keeps])
   return evaluate.each(jax.tree.map(lambda *kept: np.stack(kept), *keeps))['loss']
 
 
 if __name__ == '__main__':
-  model, rng = dp.models.build('resnet20', classes=10), np.random.default_rng(0)
-  held_out, calibration = [batch(rng)], [batch(rng)]
-  example = held_out[0]['image'][:1]
-  variables = jax.jit(model.init)(jax.random.key(0), example)
-  coupling = dp.couple(model, variables, example)
-  method = implosion(coupling)
-  state = init_state(model, method, optax.sgd(0.1), variables, coupling)
-  keeps = [closing((unit,), coupling) for unit in units(coupling)]
-  judges = {
-    how: judge(
-      model,
-      method,
-      tasks.classification(10),
-      state,
-      held_out,
-      calibration,
-      coupling,
-      'map' if how == 'map' else 'vmap',
-    )
-    for how in ('vmap', 'map', 'loop')
-  }
-  first, found = {}, {}
-  for how, evaluate in judges.items():
+  evaluate, keeps = judges()
+  first, answers = {}, {}
+  for how in evaluate:
     start = time.perf_counter()
-    found[how] = losses(evaluate, keeps, how)
+    answers[how] = losses(evaluate[how], keeps, how)
     first[how] = time.perf_counter() - start
-  calls = [lambda how=how: losses(judges[how], keeps, how) for how in judges]
+  calls = [lambda how=how: losses(evaluate[how], keeps, how) for how in evaluate]
   turns = clock.interleave(calls, seconds=40, least=3, most=21, warmup=0)
-  row = {
-    how: {'first_s': first[how], **latency.timing(ms)._asdict()}
-    for how, ms in zip(judges, turns)
-  }
-  difference = max(float(np.abs(f - found['loop']).max()) for f in found.values())
-  record.write(
-    RESULT,
-    {
-      'command': record.command(),
-      **results.surroundings(),
-      'model': 'resnet20',
-      'batch': BATCH,
-      'shape': SHAPE,
-      'decisions': len(keeps),
-      'milliseconds': row,
-      'map_over_vmap': float(np.median(turns[1] / turns[0])),
-      'loop_over_vmap': float(np.median(turns[2] / turns[0])),
-      'difference': difference,
+  content = {
+    'model': 'resnet20',
+    'batch': BATCH,
+    'shape': SHAPE,
+    'decisions': len(keeps),
+    'milliseconds': {
+      how: {'first_s': first[how], **latency.timing(ms)._asdict()}
+      for how, ms in zip(evaluate, turns)
     },
-  )
-  print(row, difference)
+    'map_over_vmap': float(np.median(turns[1] / turns[0])),
+    'loop_over_vmap': float(np.median(turns[2] / turns[0])),
+    'difference': max(
+      float(np.abs(answer - answers['loop']).max()) for answer in answers.values()
+    ),
+  }
+  measure.write('judge', content)
+  print(content['milliseconds'], content['difference'])

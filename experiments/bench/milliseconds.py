@@ -12,20 +12,16 @@ below it, where a cut to FLOPs misses by more; nearest with multiples of 8.
 """
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
 from depthprune.program import cost
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing import clock
+from experiments.bench import measure
 
-RESULTS = Path(__file__).parent / 'results'
 BATCH = 32
 MODELS = {'resnet20': 32, 'vgg11': 32, 'mobilenet_v2': 32}  # side of the images
 TARGETS = (0.85, 0.75, 0.65)
@@ -34,11 +30,10 @@ SECONDS = 20
 
 
 def case(name: str, side: int) -> dict[str, Any]:
-  model = dp.models.build(name, classes=10)
-  draw = np.random.default_rng(0).normal(size=(BATCH, side, side, 3))
-  images = jnp.asarray(draw, jnp.float32)
-  variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-  coupling = dp.couple(model, variables, images[:1])
+  """Every cut of one network: what was asked for, foreseen and reached."""
+  images = measure.random_images(BATCH, side, side, 3)
+  network = measure.initialised(dp.models.build(name, classes=10), images)
+  model, variables, coupling = network
   rows, calls = [], [caller(model.apply, variables, images)]
   for n in ROUND_TO:
     time = dp.milliseconds(coupling, batch=BATCH, round_to=n)
@@ -51,21 +46,21 @@ def case(name: str, side: int) -> dict[str, Any]:
       calls.append(caller(pruned.apply, pruned.variables, images))
   times = clock.interleave(calls, seconds=SECONDS, least=15)
   for row, taken in zip(rows, times[1:], strict=True):
-    lower, reached, upper = np.percentile(taken / times[0], (25, 50, 75))
-    row |= {'reached': float(reached), 'quartiles': [float(lower), float(upper)]}
+    part = measure.ratio(taken, times[0])
+    row |= {'reached': part['ratio'], 'quartiles': part['quartiles']}
   whole = {'side': side, 'whole_ms': float(np.median(times[0])), 'turns': len(times[0])}
   return {**whole, 'rows': rows}
 
 
 def caller(apply: Any, variables: Any, images: jax.Array):
+  """A function without arguments that does the next evaluation."""
   run = jax.jit(lambda v, x: apply(v, x)['main'])
   return lambda: run(variables, images)
 
 
 if __name__ == '__main__':
-  found = {name: case(name, side) for name, side in MODELS.items()}
-  content = {'command': record.command(), **results.surroundings(), 'batch': BATCH}
-  path = RESULTS / f'milliseconds_{jax.default_backend()}.json'
-  record.write(path, {**content, 'models': found})
-  for name, row in found.items():
+  models = {name: case(name, side) for name, side in MODELS.items()}
+  content = {'batch': BATCH, 'models': models}
+  measure.write(f'milliseconds_{jax.default_backend()}', content)
+  for name, row in models.items():
     print(name, row)

@@ -17,7 +17,6 @@ import dataclasses
 import os
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,80 +24,45 @@ import numpy as np
 
 import depthprune as dp
 from depthprune import methods
-from depthprune.run import result as results
 from depthprune.run import rounds as recipe
 from depthprune.run.job import optimizer, prepare, stage
-from depthprune.storage import directory as record
+from depthprune.run.network import initial_variables
 from depthprune.timing import clock
 from depthprune.train.step import init_state, make_step
-from experiments.netcut.mlp_fashion_mnist import FULL
+from experiments.bench import measure, pytorch
+from experiments.netcut.configs import MLP_FASHION_MNIST
 
-RESULT = Path(__file__).parent / 'results' / 'netcut.json'
 EPOCHS, STEPS = 20, 20  # STEPS: of training, in one turn of the comparison
 
 
-def ours(model, method, variables, job):
-  """() -> STEPS training steps on one batch that is there already."""
+def steps(model, method, variables, job):
+  """A function that does STEPS training steps on one batch that is there already."""
   tx = optimizer(job.config, job.config.learning_rate, 1000)
   batch = {'image': jnp.ones((128, *job.images.shape)), 'label': jnp.arange(128) % 10}
-  held = [init_state(model, method, tx, variables, batch=batch)]
+  state = init_state(model, method, tx, variables, batch=batch)
   step = make_step(model, method, job.task, tx)
 
   def run():
+    nonlocal state
     for _ in range(STEPS):
-      held[0], _ = step(held[0], batch, job.key('bench'))
-    return held[0].step
-
-  return run
-
-
-def theirs(torch, inputs: int, classes: int, beta: float):
-  """The same steps in PyTorch: 20 layers of 200, a head on each, two Adams."""
-  nn = torch.nn
-  sizes = [inputs, *[200] * 20]
-  layers = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
-  heads = nn.ModuleList(nn.Linear(200, classes) for _ in layers)
-  v = nn.Parameter(torch.zeros(len(layers)))
-  cost = torch.arange(1.0, len(layers) + 1)
-  weights = torch.optim.Adam([*layers.parameters(), *heads.parameters()], 1e-3)
-  both = weights, torch.optim.Adam([v], 1e-3)
-  x, y = torch.ones(128, inputs), torch.arange(128) % classes
-
-  def run():
-    for _ in range(STEPS):
-      h, said = x, []
-      for layer, head in zip(layers, heads, strict=True):
-        h = torch.relu(layer(h))
-        said.append(torch.log_softmax(head(h), -1))
-      w = torch.softmax(v, 0)
-      s = torch.tensordot(w, torch.stack(said), 1)
-      loss = nn.functional.nll_loss(s, y) + beta * (cost @ w)
-      for tx in both:
-        tx.zero_grad()
-      loss.backward()
-      for tx in both:
-        tx.step()
+      state, _ = step(state, batch, job.key('bench'))
+    return state.step
 
   return run
 
 
 def against_torch(model, method, variables, job) -> dict[str, float]:
   """Milliseconds of a step of each, and their ratio; nothing without torch."""
-  try:
-    import torch  # pyright: ignore[reportMissingImports]
-  except ImportError:
+  inputs, classes = int(np.prod(job.images.shape)), job.images.classes
+  beside = pytorch.netcut_steps(inputs, classes, job.config.options.beta, STEPS)
+  if beside is None:
     return {}
-  torch.set_num_threads(1)
-  shape, classes = job.images.shape, job.images.classes
-  calls = (
-    ours(model, method, variables, job),
-    theirs(torch, int(np.prod(shape)), classes, job.config.options.beta),
-  )
-  mine, other = np.median(clock.interleave(calls, 20), axis=1) / STEPS
+  calls = steps(model, method, variables, job), beside
+  ours, theirs = np.median(clock.interleave(calls, 20), axis=1) / STEPS
   return {
-    'step_ms': float(mine),
-    'torch_step_ms': float(other),
-    'step_over_torch': float(mine / other),
+    'step_ms': float(ours),
+    'torch_step_ms': float(theirs),
+    'step_over_torch': float(ours / theirs),
   }
 
 
@@ -106,11 +70,11 @@ if __name__ == '__main__':
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {0})
   folder = tempfile.mkdtemp()  # nothing to resume from
-  config = dataclasses.replace(FULL, gate_epochs=EPOCHS, workdir=folder)
+  config = dataclasses.replace(MLP_FASHION_MNIST, gate_epochs=EPOCHS, workdir=folder)
   job = prepare(config)
   started = time.perf_counter()
   model = recipe.network(config, job.images.classes)
-  variables = recipe.start(job, model)
+  variables = initial_variables(job, model)
   coupling = dp.couple(model, variables, job.example)
   method = methods.build(config, coupling, 0, {})
   peak = config.learning_rate
@@ -123,9 +87,7 @@ if __name__ == '__main__':
   accuracy = {
     name: tested(k)['accuracy'] for name, k in (('before', {}), ('cut', keep))
   }
-  found = {
-    'command': record.command(),
-    **results.surroundings(),
+  content = {
     'config': job.relevant(),
     'images': len(job.images.train['label']),
     'train_seconds': trained - started,
@@ -133,5 +95,5 @@ if __name__ == '__main__':
     'accuracy': accuracy,
     **against_torch(model, method, variables, job),
   }
-  record.write(RESULT, found)
-  print({k: v for k, v in found.items() if k not in ('config', 'versions')})
+  measure.write('netcut', content)
+  print({k: v for k, v in content.items() if k != 'config'})

@@ -30,25 +30,22 @@ import numpy as np
 import depthprune as dp
 from depthprune.data import images as data
 from depthprune.data.augment import Augment
-from depthprune.run import result as results
 from depthprune.run.job import sgd
-from depthprune.storage import directory as record
 from depthprune.storage import keeper
 from depthprune.timing import clock, roofline
 from depthprune.train import task as tasks
 from depthprune.train.evaluate import evaluator
 from depthprune.train.method import plain
 from depthprune.train.step import State, init_state, make_step
-from experiments.bench import torch_resnet
+from experiments.bench import measure, pytorch
 
-RESULTS = Path(__file__).parent / 'results'
 BATCH, SHAPE, CLASSES, IMAGES = 128, (32, 32, 3), 10, 2048
 VARIANTS = {'float32': {}, 'bfloat16': {'dtype': 'bfloat16'}, 'remat': {}}
 NORMAL = data.Normalisation((0.5,) * 3, (0.25,) * 3, 255.0)
 SECONDS = 30
 
 
-class Made(NamedTuple):
+class Training(NamedTuple):
   """A network in training: `advance()` does a step, `state()` is where it is."""
 
   model: Any
@@ -58,7 +55,8 @@ class Made(NamedTuple):
   compile_s: float
 
 
-def made(name: str, variant: str, split: Any, sampler: Any) -> Made:
+def prepare(name: str, variant: str, split: Any, sampler: Any) -> Training:
+  """A variant of a network, its step compiled."""
   model = dp.models.build(name, classes=CLASSES, **VARIANTS[variant])
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)))
   tx, method = sgd(0.1, 10**6, 5e-4), plain()
@@ -77,10 +75,12 @@ def made(name: str, variant: str, split: Any, sampler: Any) -> Made:
     count += 1
     return metrics
 
-  return Made(model, advance, lambda: state, compiled, seconds)
+  return Training(model, advance, lambda: state, compiled, seconds)
 
 
-def told(each: Made, times: np.ndarray, peak: roofline.Peak) -> dict[str, Any]:
+def variant_row(
+  each: Training, times: np.ndarray, peak: roofline.Peak
+) -> dict[str, Any]:
   """A variant's row: its median step beside the roof."""
   cost = each.compiled.cost_analysis() or {}
   memory = each.compiled.memory_analysis()
@@ -97,10 +97,10 @@ def told(each: Made, times: np.ndarray, peak: roofline.Peak) -> dict[str, Any]:
   }
 
 
-def parts(each: Made, split: Any, sampler: Any) -> dict[str, float]:
+def parts(each: Training, split: Any, sampler: Any) -> dict[str, float]:
   """Milliseconds of what a run does besides the step."""
   batch_at = sampler.stepwise()
-  measure = evaluator(each.model, tasks.classification(CLASSES))
+  evaluate = evaluator(each.model, tasks.classification(CLASSES))
   held = {k: v[:BATCH] for k, v in split.items()}
   batches = list(data.batches(jax.device_get(held), BATCH, NORMAL))
   with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def parts(each: Made, split: Any, sampler: Any) -> dict[str, float]:
     calls = {
       'input': lambda: batch_at(split, 0),
       'step_with_input': each.advance,
-      'evaluation': lambda: measure(each.state().variables, batches),
+      'evaluation': lambda: evaluate(each.state().variables, batches),
       'checkpoint': lambda: keeps.save(next(saved), each.state()),
     }
     times = clock.interleave([*calls.values()], SECONDS, least=5, most=50)
@@ -126,20 +126,18 @@ if __name__ == '__main__':
     'label': jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32),
   }
   sampler = data.Sampler(jax.random.key(2), BATCH, NORMAL, Augment(4, True))
-  networks = {variant: made(name, variant, split, sampler) for variant in VARIANTS}
+  networks = {variant: prepare(name, variant, split, sampler) for variant in VARIANTS}
   calls = {variant: each.advance for variant, each in networks.items()}
-  other = torch_resnet.stepper(depth, BATCH, SHAPE, CLASSES, accelerated)
+  other = pytorch.resnet_step(depth, BATCH, SHAPE, CLASSES, accelerated)
   calls |= {'torch': other} if other else {}
   times = clock.interleave([*calls.values()], SECONDS, least=9, most=200)
   peak = roofline.measure()
   rows = {
-    variant: told(networks[variant], row, peak)
+    variant: variant_row(networks[variant], row, peak)
     for variant, row in zip(calls, times)
     if variant in networks
   }
-  found = {
-    'command': record.command(),
-    **results.surroundings(),
+  content = {
     'model': name,
     'batch': BATCH,
     'shape': SHAPE,
@@ -149,7 +147,7 @@ if __name__ == '__main__':
   }
   if other:
     mine = list(calls).index('bfloat16' if accelerated else 'float32')
-    found['torch_step_ms'] = float(np.median(times[-1]))
-    found['step_over_torch'] = float(np.median(times[mine] / times[-1]))
-  record.write(RESULTS / f'training_{jax.default_backend()}.json', found)
-  print({k: v for k, v in found.items() if k not in ('versions', 'peak')})
+    content['torch_step_ms'] = float(np.median(times[-1]))
+    content['step_over_torch'] = float(np.median(times[mine] / times[-1]))
+  measure.write(f'training_{jax.default_backend()}', content)
+  print({k: v for k, v in content.items() if k != 'peak'})

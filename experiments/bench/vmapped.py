@@ -14,20 +14,16 @@ loop for an MLP and 2.7 for a ResNet-8, whose convolutions become grouped ones; 
 have different shapes in any case. Not measured on an accelerator.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import depthprune as dp
-from depthprune.run import result as results
-from depthprune.storage import directory as record
 from depthprune.timing.clock import interleave
 from depthprune.train.step import init_state
+from experiments.bench import measure
 
-RESULT = Path(__file__).parent / 'results' / 'vmapped.json'
 RUNS, BATCH, SHAPE = 4, 128, (28, 28, 1)
 MODELS = 'mlp', 'resnet8'
 
@@ -63,22 +59,18 @@ def steps(name: str, batch: dict) -> tuple:
 def measured(name: str, batch: dict) -> dict:
   """Median milliseconds of both, and of the ratio of every pair of turns."""
   loop, vmap = interleave(steps(name, batch), seconds=60, least=9, most=61)
-  lower, ratio, upper = np.percentile(vmap / loop, (25, 50, 75))
+  ratio = measure.ratio(vmap, loop)
   return {
     'loop_ms': float(np.median(loop)),
     'vmap_ms': float(np.median(vmap)),
-    'vmap_over_loop': float(ratio),
-    'quartiles': [float(lower), float(upper)],
+    'vmap_over_loop': ratio['ratio'],
+    'quartiles': ratio['quartiles'],
     'turns': len(loop),
   }
 
 
 if __name__ == '__main__':
-  rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32)
-  labels = jnp.asarray(rng.integers(0, 10, BATCH), jnp.int32)
-  found = {name: measured(name, {'image': images, 'label': labels}) for name in MODELS}
-  about = {'runs': RUNS, 'batch': BATCH, 'shape': SHAPE}
-  told = {'command': record.command(), **results.surroundings(), **about}
-  record.write(RESULT, {**told, **found})
-  print(found)
+  batch = measure.random_batch(np.random.default_rng(0), (BATCH, *SHAPE), (BATCH,))
+  models = {name: measured(name, batch) for name in MODELS}
+  measure.write('vmapped', {'runs': RUNS, 'batch': BATCH, 'shape': SHAPE, **models})
+  print(models)

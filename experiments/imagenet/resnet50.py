@@ -22,11 +22,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from depthprune.options import Auxiliary, Gates, Implosion, NetCut, SideNet
-from depthprune.run import rounds as recipe
-from depthprune.run.config import RECIPES, Config
+from depthprune.methods.auxiliary import AuxiliaryOptions
+from depthprune.methods.implosion import ImplosionOptions
+from depthprune.methods.netcut import NetCutOptions
+from depthprune.methods.sidenet import SideNetOptions
+from depthprune.methods.trainable_gates import GateOptions
+from depthprune.run import rounds
+from depthprune.run.config import Config, default
+from depthprune.train.result import to_json
 from experiments.imagenet import generated
-from experiments.pieces import within
+from experiments.run import within
 
 COMMON: dict[str, Any] = {
   'model': 'resnet50',
@@ -42,18 +47,22 @@ COMMON: dict[str, Any] = {
 }
 FULL: dict[str, dict[str, Any]] = {
   'gates': {
-    'options': Gates(0.5, round_to=8),
+    'options': GateOptions(0.5, round_to=8),
     'gate_epochs': 10,
     'finetune_epochs': 30,
   },
-  'netcut': {'options': NetCut(0.01, cost='flops'), 'gate_epochs': 90},
+  'netcut': {'options': NetCutOptions(0.01, cost='flops'), 'gate_epochs': 90},
   'implosion': {
-    'options': Implosion(depth=12, per_round=2),
+    'options': ImplosionOptions(depth=12, per_round=2),
     'gate_epochs': 90,
     'finetune_epochs': 30,
   },
-  'sidenet': {'options': SideNet(drop=0.5), 'gate_epochs': 10, 'finetune_epochs': 5},
-  'auxiliary': {'options': Auxiliary(width=256), 'gate_epochs': 90},
+  'sidenet': {
+    'options': SideNetOptions(drop=0.5),
+    'gate_epochs': 10,
+    'finetune_epochs': 5,
+  },
+  'auxiliary': {'options': AuxiliaryOptions(width=256), 'gate_epochs': 90},
 }
 TRAINED = {'gates': 90, 'sidenet': 90}  # epochs before, where nothing is pretrained
 BRIEF: dict[str, Any] = {
@@ -66,7 +75,10 @@ BRIEF: dict[str, Any] = {
 }
 OTHERWISE: dict[str, dict[str, Any]] = {
   # Two steps train no network, so the answer is known and refused; here all of it runs.
-  'netcut': {'options': NetCut(0.01, cost='flops', force=True), 'finetune_epochs': 0},
+  'netcut': {
+    'options': NetCutOptions(0.01, cost='flops', force=True),
+    'finetune_epochs': 0,
+  },
   'sidenet': {'train_epochs': 1},  # its heads learn from features, not from a stream
 }
 
@@ -77,7 +89,7 @@ def config(method: str, full: bool, pretrained: str | None = None, **fields: Any
   epochs = 0 if pretrained else TRAINED.get(method, 0)
   size = {'train_epochs': epochs} if full else {**BRIEF, **OTHERWISE.get(method, {})}
   values = {**COMMON, **FULL[method], **size, 'pretrained': pretrained, **fields}
-  return dataclasses.replace(RECIPES[file], **values)
+  return dataclasses.replace(default(file), **values)
 
 
 def run(method: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +101,7 @@ def run(method: str, given: argparse.Namespace) -> dict[str, Any]:
     seed=given.seed,
     workdir=f'{given.workdir}/{method}-{"full" if given.full else "brief"}{given.seed}',
   )
-  result = recipe.run(chosen)
+  result = to_json(rounds.run(chosen))
   print(json.dumps({'method': method, 'accuracy': result['accuracy']}), flush=True)
   return result
 

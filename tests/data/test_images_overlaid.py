@@ -14,6 +14,7 @@ from depthprune.run import data as datasets
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.train import task as tasks
+from depthprune.train.result import to_json
 
 
 def pieces(n: int = 40) -> Source:
@@ -80,7 +81,7 @@ def test_a_cascade_of_two_labels_is_refused(tfds_data, tmp_path):
   with pytest.raises(
     DataError, match='several tasks .left, right.: expected the method'
   ):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
 
 
 def test_a_config_names_it_and_its_task_has_both(tfds_data):

@@ -25,6 +25,7 @@ from depthprune.models import pretrained
 from depthprune.run import data as datasets
 from depthprune.run import rounds
 from depthprune.run.config import Config
+from depthprune.train.result import to_json
 
 pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[stream]'")
 pytest.importorskip('grain', reason="needs 'depthprune[stream]'")
@@ -316,7 +317,7 @@ def test_a_whole_run_says_what_it_reads(imagenet, tmp_path, capsys):
     batch=4, train_epochs=0, gate_epochs=1, finetune_epochs=1, learning_rate=0.01,
     workdir=str(tmp_path),
   )  # fmt: skip
-  result = rounds.run(config)
+  result = to_json(rounds.run(config))
   assert result['images'] == {'train': 27, 'held_out': 3, 'test': TEST}
   assert 'read from disk' in result['data_notes'][0]
   said = capsys.readouterr().out

@@ -27,6 +27,7 @@ from depthprune.run.job import prepare
 from depthprune.train.evaluate import evaluate
 from depthprune.train.loop import fit
 from depthprune.train.method import plain
+from depthprune.train.result import to_json
 from depthprune.train.step import init_state, make_step
 from depthprune.train.task import classification
 
@@ -365,7 +366,7 @@ def test_a_bert_is_cut_to_depth_on_sst2(tfds_data, tmp_path):
   )
   assert len(prepare(config, show=False).inputs) == 2
   with jax.numpy_dtype_promotion('standard'):  # as a user has it; optax.adam needs it
-    result = rounds.run(config, show=False)
+    result = to_json(rounds.run(config, show=False))
   assert result['images'] == {'train': 128, 'held_out': 5000, 'test': 872}
   assert 'texts were cut to 16 tokens' in result['data_notes'][0]
   assert 0.3 < result['accuracy']['after'] < 1
@@ -394,7 +395,7 @@ def test_texts_leave_a_bert_early(tmp_path, monkeypatch, regime):
     workdir=str(tmp_path / 'run'),
   )
   with jax.numpy_dtype_promotion('standard'):
-    result = rounds.run(config, show=False)
+    result = to_json(rounds.run(config, show=False))
   found, executed = result['cascade'], result['cascade']['executed']
   assert executed['n'] == 90 and executed['differ'] == executed['near']
   assert found['thresholds'] == {'exit1': 0.5}

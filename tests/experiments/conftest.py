@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import found
+from experiments import result_files
 
 CONFIG = {'model': 'mlp20x200', 'data': 'fashion_mnist', 'gate_epochs': 20}
 
@@ -50,7 +50,7 @@ def rounds(seed: int) -> list[dict]:
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch) -> Path:
   """Stands for experiments/, without a result file."""
-  monkeypatch.setattr(found, 'HERE', tmp_path)
+  monkeypatch.setattr(result_files, 'HERE', tmp_path)
   return tmp_path
 
 

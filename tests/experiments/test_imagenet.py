@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from depthprune.run import rounds
+from depthprune.train.result import to_json
 from experiments.imagenet import generated, resnet50
 
 tfds = pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[stream]'")
@@ -43,7 +44,7 @@ def test_every_method_runs_on_it(method, tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'data'))
   given = {'resize': 64, 'workdir': str(tmp_path / 'run')}
   with jax.numpy_dtype_promotion('standard'):  # as a reader has it; Adam needs it
-    result = rounds.run(resnet50.config(method, False, **given), show=False)
+    result = to_json(rounds.run(resnet50.config(method, False, **given), show=False))
   assert result['images'] == {'train': 16, 'held_out': 4, 'test': 12}
   said = (tmp_path / 'run' / 'input.jsonl').read_text().splitlines()
   assert said and all(json.loads(line)['read'] > 0 for line in said)

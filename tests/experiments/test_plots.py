@@ -1,7 +1,7 @@
 """The charts beside the result files."""
 
-from experiments import found, plots
-from experiments.implosion.table import by_importance
+from experiments import plots, result_files
+from experiments.implosion.oneshot import by_importance
 
 
 def test_every_result_file_of_a_depth_method_has_its_charts(
@@ -28,7 +28,9 @@ def test_without_result_files_there_is_nothing_to_draw(results):
 
 
 def test_importance_is_that_of_the_first_seed_and_of_every_beta(netcut_file):
-  rows = [r for r in found.load(netcut_file)['rows'] if r.get('aggregate') == 'log']
+  rows = [
+    r for r in result_files.read(netcut_file)['rows'] if r.get('aggregate') == 'log'
+  ]
   rows += [row | {'seed': 2, 'kept': 9} for row in rows]
   histories = plots.histories(rows)
   assert list(histories) == ['β = 0', 'β = 0.1']
@@ -39,7 +41,7 @@ def test_importance_is_that_of_the_first_seed_and_of_every_beta(netcut_file):
 
 
 def test_curves_gather_the_seeds_and_leave_out_the_control(implosion_files):
-  shots, runs = (found.load(path)['rows'] for path in implosion_files)
+  shots, runs = (result_files.read(path)['rows'] for path in implosion_files)
   curves = by_importance(shots)
   assert list(curves) == ['priority', 'random']
   assert [len(curve[n]) for curve in curves.values() for n in (0, 12)] == [1, 1, 1, 2]

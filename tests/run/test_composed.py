@@ -19,6 +19,7 @@ from depthprune.run import early_exit, rounds
 from depthprune.run import heads as sides
 from depthprune.run.config import default
 from depthprune.run.job import Job, prepare
+from depthprune.train.result import to_json
 
 # qwix 0.1.8 asks flax for a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed")
@@ -73,7 +74,7 @@ def pruned(digits):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(early_exit, 'race', partial(race, seconds=0.1))
     patch.setattr(early_exit, 'train', train)
-    result = rounds.run(config, show=False)
+    result = to_json(rounds.run(config, show=False))
   return small, kept[0], result
 
 

@@ -10,7 +10,6 @@ from depthprune.methods.netcut import NetCutOptions
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run.config import Config, default, from_json, relevant
-
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import same_config
 from depthprune.train.options import ConfigError, Epochs, fraction

@@ -16,6 +16,7 @@ from depthprune.run.config import default
 from depthprune.run.early_exit import ALSO, splits
 from depthprune.run.job import prepare
 from depthprune.storage.checkpoint import CheckpointError
+from depthprune.train.result import to_json
 from depthprune.train.step import init_state, make_step
 from depthprune.train.task import classification
 
@@ -50,7 +51,7 @@ def ran(tmp_path_factory):
 
     patch.setattr(early_exit, 'train', train)
     config = dataclasses.replace(SMALL, workdir=str(tmp_path_factory.mktemp('sidenet')))
-    return config, rounds.run(config, show=False), kept[0]
+    return config, to_json(rounds.run(config, show=False)), kept[0]
 
 
 def test_the_result_says_what_was_asked_and_what_was_reached(ran):
@@ -90,12 +91,18 @@ def test_the_network_is_frozen_to_the_bit(ran):
   job = prepare(dataclasses.replace(config, workdir=f'{config.path}/plain'), show=False)
   # The same first stage again, without any heads.
   from depthprune.run.job import stage
-  from depthprune.run.network import network, start
+  from depthprune.run.network import initial_variables, network
   from depthprune.train.method import plain
 
   trunk = network(config, 10)
   state = stage(
-    job, 'train', trunk, plain(), start(job, trunk), epochs=2, peak=config.learning_rate
+    job,
+    'train',
+    trunk,
+    plain(),
+    initial_variables(job, trunk),
+    epochs=2,
+    peak=config.learning_rate,
   )
   for name, tree in state.variables.items():
     inside = trained.variables[name]['trunk']
@@ -122,21 +129,21 @@ def test_a_saved_cascade_needs_nothing_but_its_folder(ran):
 
 def test_a_run_that_is_started_again_goes_on_to_the_same_end(ran):
   config, result, _ = ran
-  again = rounds.run(config, show=False)
+  again = to_json(rounds.run(config, show=False))
   for key in ('accuracy', 'held_out', 'flops', 'params'):
     assert again[key] == result[key]
   for key in ('thresholds', 'temperatures', 'curve', 'requests'):
     assert again['cascade'][key] == result['cascade'][key]
   with pytest.raises(CheckpointError, match='options'):
     options = dataclasses.replace(config.options, hidden=8)
-    rounds.run(dataclasses.replace(config, options=options), show=False)
+    to_json(rounds.run(dataclasses.replace(config, options=options), show=False))
 
 
 def test_mixed_trains_the_network_too(ran, tmp_path):
   config, _, frozen = ran
   options = dataclasses.replace(config.options, regime='mixed', confidence='learned')
   mixed = dataclasses.replace(config, options=options, workdir=str(tmp_path))
-  result = rounds.run(mixed, show=False)
+  result = to_json(rounds.run(mixed, show=False))
   assert result['cascade']['confidence'] == 'learned'
   found = load_cascade(tmp_path / 'cascade')
   kernel = lambda tree: np.asarray(tree['params']['trunk']['layer0']['dense']['kernel'])
@@ -181,7 +188,7 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
 def test_another_request_goes_on_from_the_same_heads(ran):
   config, result, _ = ran
   options = dataclasses.replace(config.options, drop=50.0, confidence='patience')
-  again = rounds.run(dataclasses.replace(config, options=options), show=False)
+  again = to_json(rounds.run(dataclasses.replace(config, options=options), show=False))
   assert again['cascade']['confidence'] == 'patience'
   assert again['cascade']['exit_accuracy'] == result['cascade']['exit_accuracy']
   decided = json.loads((config.path / 'cascade' / 'cascade.json').read_text())

@@ -14,6 +14,7 @@ from depthprune.run import early_exit, heads, rounds
 from depthprune.run.config import ConfigError, default
 from depthprune.run.early_exit import decide, splits
 from depthprune.run.job import prepare
+from depthprune.train.result import to_json
 
 SMALL = dataclasses.replace(
   default('sidenet'),
@@ -122,7 +123,7 @@ def test_an_answer_that_is_no_number_stays_and_is_told(trained, confidence):
 def test_joint_trains_everything_at_once(tmp_path):
   options = dataclasses.replace(SMALL.options, regime='joint')
   config = dataclasses.replace(SMALL, options=options, workdir=str(tmp_path))
-  result = rounds.run(config, show=False)
+  result = to_json(rounds.run(config, show=False))
   # Nothing was trained before, so there is nothing to compare with.
   assert result['cascade']['original'] == {}
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['joint']

@@ -27,6 +27,7 @@ from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.directory import InUse
+from depthprune.train.result import to_json
 from tests.train.test_mesh import ended, launch
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +185,7 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeyp
 def whole(tmp_path_factory) -> Path:
   """A run that nothing happened to."""
   folder = tmp_path_factory.mktemp('whole')
-  rounds.run(long_config(folder), show=False)
+  to_json(rounds.run(long_config(folder), show=False))
   return folder
 
 
@@ -209,7 +210,7 @@ def test_told_to_end_a_run_saves_and_the_same_command_continues(whole, tmp_path)
   said = rf'^error: .*: File too large\. .* \(step {step}\)$'
   assert re.search(said, done.stderr, re.MULTILINE)
   assert saved(tmp_path) == [step]
-  rounds.run(long_config(tmp_path), show=False)
+  to_json(rounds.run(long_config(tmp_path), show=False))
   assert sorted({*logged(tmp_path)}) == logged(whole)
   assert logged(tmp_path).count(step) == 1
   assert_same(left(tmp_path), left(whole))
@@ -232,7 +233,7 @@ def test_a_directory_is_of_one_live_run_and_a_dead_one_lets_go(tmp_path, capsys)
     try:
       assert process.stdout is not None and process.stdout.readline() == 'held\n'
       with pytest.raises(InUse, match=rf'alive: .*"process": {process.pid}.*--workdir'):
-        rounds.run(config_of('netcut', tmp_path), show=False)
+        to_json(rounds.run(config_of('netcut', tmp_path), show=False))
       assert cli.main([*command(tmp_path)[2:], '--no-resume']) == cli.WRONG_INPUT
       assert f'error: {tmp_path}: in use' in capsys.readouterr().err
     finally:
@@ -269,7 +270,7 @@ def test_when_one_of_two_processes_is_gone_the_other_says_so(tmp_path, gone, how
     re.MULTILINE,
   )
   kept = saved(tmp_path)[-1]
-  result = rounds.run(long_config(tmp_path), show=False)
+  result = to_json(rounds.run(long_config(tmp_path), show=False))
   assert result['mesh'] == {'data': 1, 'model': 1, 'processes': 1}
   again = logged(tmp_path)
   assert [again.count(step) for step in (8, kept, 400)] == [1, 1, 1]

@@ -18,8 +18,9 @@ from depthprune.models.heads import WithHeads, every_tap
 from depthprune.run import data, rounds
 from depthprune.run.config import default
 from depthprune.run.job import prepare
-from depthprune.run.network import network, start
+from depthprune.run.network import initial_variables, network
 from depthprune.storage.checkpoint import CheckpointError
+from depthprune.train.result import to_json
 
 NORMALISATION = Normalisation((0.25,), (0.5,), 16.0)
 CONFIG = dataclasses.replace(
@@ -61,7 +62,7 @@ def test_a_run_starts_from_the_network_of_a_folder(saved, tmp_path):
   assert job.images.normalisation == NORMALISATION
   model = network(config, job.images.classes)
   assert model == small.model and dict(model.arch) == small.arch != {}
-  variables = start(job, model)
+  variables = initial_variables(job, model)
   gates = jax.tree.leaves(variables.pop('branches'))
   assert gates and all(gate == 1 for gate in gates)
   assert variables.keys() == small.variables.keys()
@@ -75,7 +76,7 @@ def test_a_method_that_weighs_exits_puts_its_own_on_that_network(saved, tmp_path
   )
   job = prepare(dataclasses.replace(config, subset=64), show=False)
   model = network(config, 10)
-  trunk = start(job, model)['params']['trunk']
+  trunk = initial_variables(job, model)['params']['trunk']
   expected = {k: v for k, v in small.variables['params'].items() if k != 'head'}
   assert trunk.keys() == expected.keys()
   jax.tree.map(np.testing.assert_array_equal, trunk, expected)
@@ -103,7 +104,7 @@ def test_another_number_of_classes_is_refused(saved, tmp_path):
   config = config_of(saved[0], tmp_path)
   job = prepare(config, show=False)
   with pytest.raises(CheckpointError, match='network of 7 classes.*got one of 10'):
-    start(job, network(config, classes=7))
+    initial_variables(job, network(config, classes=7))
 
 
 def test_a_function_of_someone_else_is_refused(tmp_path):
@@ -135,7 +136,7 @@ def test_a_network_that_lost_its_path_is_the_compact_one(tmp_path):
   config = dataclasses.replace(CONFIG, pretrained=str(tmp_path / 'bare'))
   model = network(config, 10)
   assert model == trunk
-  found = start(prepare(config, show=False), model)
+  found = initial_variables(prepare(config, show=False), model)
   same = jax.tree.map(np.array_equal, found['params'], variables['params']['trunk'])
   assert jax.tree.all(same)
   with pytest.raises(
@@ -154,7 +155,7 @@ def test_a_network_of_several_tasks_loses_its_path_and_goes_on(tmp_path, tfds_da
     workdir=str(tmp_path / 'wide'),
     **fields,
   )
-  result = rounds.run(config, show=False)
+  result = to_json(rounds.run(config, show=False))
   assert {'accuracy_left', 'accuracy_right'} <= {*result['scores']['after']}
   folder = tmp_path / 'wide' / 'pruned'
   stripped = dp.load(folder)
@@ -169,10 +170,10 @@ def test_a_network_of_several_tasks_loses_its_path_and_goes_on(tmp_path, tfds_da
   job = prepare(config, show=False)
   model = network(config, 10)
   assert {*model.exits} == {'left', 'right'}
-  variables = start(job, model)
+  variables = initial_variables(job, model)
   same = jax.tree.map(np.array_equal, variables['params'], stripped.variables['params'])
   assert jax.tree.all(same)
-  result = rounds.run(config, show=False)
+  result = to_json(rounds.run(config, show=False))
   assert result['flops']['after'] < 0.82 * result['flops']['before']
   netcut = dataclasses.replace(default('netcut'), data='multi_fashion')
   with pytest.raises(DataError, match='several tasks .left, right.: expected the meth'):
@@ -184,7 +185,7 @@ def test_a_model_of_another_kind_than_the_labels(tmp_path):
     default('auxiliary'), model='segnet8', subset=64, workdir=str(tmp_path)
   )
   with pytest.raises(DataError, match='a class of every image.*segnet8 answers'):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
 
 
 def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
@@ -207,11 +208,11 @@ def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
   model = network(wide, 10)
   assert model.exits == ('exit2', 'aux')
   assert model.heads['aux'].reads == ('stage1/block0', 'stage2/block0')
-  variables = start(prepare(wide, show=False), model)
+  variables = initial_variables(prepare(wide, show=False), model)
   given = cut_at.variables['params']
   same = jax.tree.map(np.array_equal, {k: variables['params'][k] for k in given}, given)
   assert jax.tree.all(same)
-  result = rounds.run(wide, show=False)
+  result = to_json(rounds.run(wide, show=False))
   assert result['params']['after'] == dp.cost.params(
     dp.couple(cut_at.apply, cut_at.variables, EXAMPLE)
   )
@@ -224,7 +225,7 @@ def test_a_network_that_was_cut_trains_beside_a_path(tmp_path):
     gate_epochs=1,
     **fields,
   )
-  found = rounds.run(thin, show=False)
+  found = to_json(rounds.run(thin, show=False))
   assert found['flops']['after'] < 0.72 * found['flops']['before']
   for method in ('netcut', 'sidenet'):
     again = dataclasses.replace(

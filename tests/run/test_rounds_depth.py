@@ -24,11 +24,11 @@ from depthprune.program.coupling import couple
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.run.interrupts import Preempted
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import Keeper
 from depthprune.train.method import CutRefused, plain
+from depthprune.train.result import to_json
 from depthprune.train.step import init_state
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def adam():
 @pytest.fixture(scope='module')
 def cut(tmp_path_factory) -> tuple[Config, dict]:
   config = dataclasses.replace(NETCUT, workdir=str(tmp_path_factory.mktemp('netcut')))
-  return config, rounds.run(config, show=False)
+  return config, to_json(rounds.run(config, show=False))
 
 
 def test_netcut_ends_with_a_shorter_network(cut):
@@ -106,12 +106,12 @@ def test_a_cut_that_costs_too_much_is_refused_until_forced(tmp_path, monkeypatch
     workdir=str(tmp_path),
   )
   with pytest.raises(CutRefused, match=r'held-out accuracy falls from .*--force'):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
   assert not (tmp_path / 'result.json').exists()
   # The same command with --force goes on from there, without training again.
   monkeypatch.setattr('depthprune.train.loop._one_by_one', None)
   forced = dataclasses.replace(config.options, force=True)
-  result = rounds.run(dataclasses.replace(config, options=forced), show=False)
+  result = to_json(rounds.run(dataclasses.replace(config, options=forced), show=False))
   assert result['held_out']['pruned'] < result['held_out']['before']
 
 
@@ -120,7 +120,7 @@ def test_what_was_trained_with_heads_teaches_what_is_left(tmp_path):
     NETCUT, distill=True, gate_epochs=2, finetune_epochs=1, workdir=str(tmp_path)
   )
   config = dataclasses.replace(config, options=NetCutOptions(force=True))
-  rounds.run(config, show=False)
+  to_json(rounds.run(config, show=False))
   rows = lines(tmp_path / 'history.jsonl')
   assert {r['stage']: 'distillation' in r for r in rows} == {
     'gates': False,
@@ -171,7 +171,7 @@ def same_end(one: Path, other: Path, stage: str) -> dict:
   states = []
   for path in (one, other):
     newest = sorted((path / 'checkpoints' / stage).glob('0*'))[-1]
-    states.append(store.read(newest, 'state.json')[0])
+    states.append(checkpoint.read(newest, 'state.json')[0])
   assert states[0].keys() == states[1].keys()
   for leaf, value in states[0].items():
     np.testing.assert_array_equal(states[1][leaf], value, err_msg=leaf)
@@ -209,7 +209,7 @@ def imploded(tmp_path_factory) -> tuple[Config, dict]:
   config = dataclasses.replace(
     IMPLOSION, workdir=str(tmp_path_factory.mktemp('erased'))
   )
-  return config, rounds.run(config, show=False)
+  return config, to_json(rounds.run(config, show=False))
 
 
 def test_implosion_erases_the_smallest_priority_of_each_round(imploded):
@@ -257,8 +257,8 @@ def test_implosion_goes_on_in_the_second_round_with_what_is_left(
   with monkeypatch.context() as patch:
     patch.setattr(directory, 'append', told)
     with pytest.raises(Preempted, match='gates-2: .* saved at step 2 of'):
-      rounds.run(config, show=False)
-  rounds.run(config, show=False)
+      to_json(rounds.run(config, show=False))
+  to_json(rounds.run(config, show=False))
   steps = [
     [(row['stage'], row['step']) for row in lines(path / 'history.jsonl')]
     for path in (tmp_path, imploded[0].path)
@@ -285,7 +285,7 @@ def test_implosion_goes_on_in_the_second_round_with_what_is_left(
 def test_what_cannot_be_erased_is_said_before_any_training(options, message, tmp_path):
   config = dataclasses.replace(IMPLOSION, options=options, workdir=str(tmp_path))
   with pytest.raises(ValueError, match=message):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
   assert not (tmp_path / 'checkpoints').exists()
 
 
@@ -296,4 +296,4 @@ def test_weights_of_another_network_are_refused_with_the_difference(tmp_path):
     IMPLOSION, pretrained=str(weights), workdir=str(tmp_path / 'run')
   )
   with pytest.raises(ValueError, match=r'resnet\.npz: does not fit'):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))

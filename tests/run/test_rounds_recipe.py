@@ -18,12 +18,12 @@ from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run import rounds
 from depthprune.run.config import Config
 from depthprune.run.job import prepare
-from depthprune.storage import checkpoint as store
-from depthprune.storage import directory
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.timing import layers
 from depthprune.train.evaluate import evaluator
 from depthprune.train.loop import NonFiniteLoss
+from depthprune.train.result import to_json
 
 CONFIG = Config(
   model='mlp',
@@ -41,7 +41,7 @@ CONFIG = Config(
 def finished(tmp_path_factory) -> tuple[Config, dict]:
   folder = tmp_path_factory.mktemp('finished')
   config = dataclasses.replace(CONFIG, workdir=str(folder))
-  return config, rounds.run(config, show=False)
+  return config, to_json(rounds.run(config, show=False))
 
 
 def lines(path: Path) -> list[dict]:
@@ -100,7 +100,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     raise AssertionError('a step was taken')
 
   monkeypatch.setattr('depthprune.train.loop._one_by_one', train_again)
-  again = rounds.run(config, show=False)
+  again = to_json(rounds.run(config, show=False))
   assert again['accuracy'] == result['accuracy']
   assert again['widths'] == result['widths']
 
@@ -116,7 +116,7 @@ def test_a_directory_of_another_run_is_refused(finished):
 def test_a_command_that_was_mended_may_have_the_directory(tmp_path):
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path), batch=513)
   with pytest.raises(DataError, match='batch: expected 1 to 512, .* got 513'):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
   assert directory.read(tmp_path / 'config.json')
   prepare(dataclasses.replace(config, batch=32))
 
@@ -133,7 +133,7 @@ def test_wrong_input_is_found_before_any_training(change, said, tmp_path, monkey
   monkeypatch.setattr(rounds, 'stage', None)
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path / 'run'), **change)
   with pytest.raises(ValueError, match=said):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
 
 
 def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkey
   config = dataclasses.replace(
     CONFIG, options=GateOptions(0.7, 'milliseconds', 16), workdir=str(tmp_path)
   )
-  result = rounds.run(config, show=False)
+  result = to_json(rounds.run(config, show=False))
   kept = sum(after for _, after in result['widths'].values())
   assert abs(kept / 400 - 0.7) <= 0.01
   here = result['latency_ms']['16']
@@ -158,7 +158,7 @@ def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkey
     raise AssertionError('what is known was measured again')
 
   monkeypatch.setattr(layers.Session, 'measure', again)
-  assert rounds.run(config, show=False)['widths'] == result['widths']
+  assert to_json(rounds.run(config, show=False))['widths'] == result['widths']
 
 
 def start(config: Config) -> subprocess.Popen:
@@ -174,7 +174,7 @@ def start(config: Config) -> subprocess.Popen:
 def arrays(config: Config) -> dict[str, np.ndarray]:
   """Everything the last stage ended with."""
   folder = sorted((config.path / 'checkpoints' / 'finetune').glob('0*'))[-1]
-  return store.read(folder, 'state.json')[0]
+  return checkpoint.read(folder, 'state.json')[0]
 
 
 def test_a_run_killed_in_the_middle_ends_with_the_same_bits(finished, tmp_path):
@@ -201,7 +201,7 @@ def test_a_config_that_a_dying_machine_broke_is_written_anew(finished, monkeypat
   file.write_bytes(bytes(100))
   monkeypatch.setattr('depthprune.train.loop._one_by_one', None)
   with pytest.warns(UserWarning, match=r'config\.json: damaged, and not looked at'):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
   assert json.loads(file.read_text())['config'] == before['config']
 
 
@@ -209,7 +209,7 @@ def test_distillation_is_an_option_of_a_run(finished, tmp_path):
   config = dataclasses.replace(
     finished[0], distill=True, workdir=str(tmp_path), train_epochs=1, gate_epochs=2
   )
-  rounds.run(config, show=False)
+  to_json(rounds.run(config, show=False))
   rows = lines(tmp_path / 'history.jsonl')
   assert all('distillation' in r for r in rows if r['stage'] != 'train')
 
@@ -217,10 +217,10 @@ def test_distillation_is_an_option_of_a_run(finished, tmp_path):
 def test_a_run_that_diverges_keeps_its_last_good_state(tmp_path):
   config = dataclasses.replace(CONFIG, learning_rate=1e6, workdir=str(tmp_path))
   with pytest.raises(NonFiniteLoss, match=r'train: .* at step \d+'):
-    rounds.run(config, show=False)
+    to_json(rounds.run(config, show=False))
   kept = sorted((tmp_path / 'checkpoints' / 'train').glob('0*'))
   for folder in kept:
-    leaves, _ = store.read(folder, 'state.json')
+    leaves, _ = checkpoint.read(folder, 'state.json')
     assert all(np.isfinite(x).all() for x in leaves.values())
   logged = [row['step'] for row in lines(tmp_path / 'history.jsonl')]
   assert int(kept[-1].name) == logged[-1] < 32
@@ -248,7 +248,7 @@ def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):
     bfloat16=True,
     workdir=str(tmp_path),
   )
-  result = rounds.run(config, show=False)
+  result = to_json(rounds.run(config, show=False))
   assert all(after % 8 == 0 for _, after in result['widths'].values())
   params = result['params']
   assert abs(params['after'] / params['before'] - 0.5) <= 0.03

@@ -19,6 +19,7 @@ from depthprune.run.config import Config, default
 from depthprune.storage import checkpoint, directory
 from depthprune.train.loop import NonFiniteLoss
 from depthprune.train.options import ConfigError
+from depthprune.train.result import to_json
 
 SMALL = Config(
   model='mlp',
@@ -184,7 +185,7 @@ def test_what_runs_share_is_trained_once_and_changes_no_bit(tmp_path, monkeypatc
   planned = sweep.plan(over(tmp_path / 'sweep', 0.4, 0.6))
   found = sweep.run(planned, at_once=1, show=False)
   (alone,) = over(tmp_path / 'alone', 0.6)
-  result = rounds.run(alone, show=False)
+  result = to_json(rounds.run(alone, show=False))
   assert found['runs'][1]['result']['accuracy'] == result['accuracy']
   mine, theirs = arrays(planned.runs[1].path), arrays(alone.path)
   assert mine.keys() == theirs.keys()

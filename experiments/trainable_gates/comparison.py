@@ -1,0 +1,265 @@
+"""Trainable gates beside their controls: the same network, cost, epochs and seeds.
+
+  gates     trained jointly with the weights, then fine-tuned
+  l1        uniform L1 norm of the trained network, fine-tuned as long in total, at the
+            same rates
+  random    uniform random channels, fine-tuned as long in total
+  scratch   the shape that the gates found, trained from scratch for all epochs together
+
+Every (seed, target, method) is one row. The network that is cut is trained once for
+each seed, or pretrained. Decisions see held-out images only; the test images are read
+once per row.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import depthprune as dp
+from depthprune import methods
+from depthprune.methods.trainable_gates import GateOptions
+from depthprune.report.numbers import spread
+from depthprune.run import rounds
+from depthprune.run.config import TRAIN, Config
+from depthprune.run.job import Job, prepare, stage
+from depthprune.run.network import initial_variables, network
+from depthprune.storage import directory as record
+from depthprune.train.method import Method, plain
+from depthprune.train.result import to_json
+from depthprune.train.task import Tree
+from experiments.result_files import (
+  Row,
+  files_with,
+  link,
+  path_of,
+  percent,
+  read,
+  table,
+)
+from experiments.run import SEEDS, Arguments, Case, compare, sized, within
+
+METHODS = ('gates', 'l1', 'random', 'scratch')
+NAMES = {
+  'gates': 'trainable gates',
+  'l1': 'uniform L1',
+  'random': 'uniform random',
+  'scratch': 'same shape from scratch',
+}
+
+
+class Base(NamedTuple):
+  """The network that is cut, trained, and the test accuracy that it has."""
+
+  job: Job
+  model: Any
+  variables: Tree
+  accuracy: float
+
+
+def run(
+  name: str,
+  full: Config[GateOptions],
+  small: Mapping[str, Any],
+  targets: Sequence[float],
+  methods: Sequence[str],
+  arguments: Arguments,
+) -> list[Case]:
+  """Fills the result file of an experiment and returns the cases that are left.
+
+  Args:
+    name: The function in configs.py.
+    full: The config for an accelerator.
+    small: What differs from `full` at the size for a CPU.
+    targets: Fractions of the FLOPs.
+    methods: Those of METHODS that are compared.
+    arguments: What the experiment is asked.
+  """
+  path, config = sized('trainable_gates', name, full, small, arguments)
+  cases = [{'target': t, 'method': method} for t in targets for method in methods]
+  make_row = functools.partial(_make_row, config)
+  return compare(path, config, cases, make_row, arguments)
+
+
+def demo(name: str, config: Config[GateOptions], arguments: Arguments) -> list[Case]:
+  """Fills a result file with the results of whole runs, one for each seed."""
+  path = path_of('trainable_gates', name, full=False)
+  runs = json.loads(path.read_text())['runs'] if path.is_file() else []
+  done = {result['config']['seed'] for result in runs}
+  seeds = arguments.seeds or range(SEEDS)
+  left = [{'seed': seed} for seed in seeds if seed not in done]
+  with within(arguments.minutes):
+    while left and not arguments.left:
+      seed = left[0]['seed']
+      workdir = f'runs/trainable_gates/{name}/seed{seed}'
+      result = to_json(
+        rounds.run(dataclasses.replace(config, seed=seed, workdir=workdir))
+      )
+      del result['report']  # kept indices; result.json of the run has them
+      runs.append(result)
+      record.write(path, {'command': record.command(), 'runs': runs})
+      print(json.dumps(result['accuracy']), flush=True)
+      left = left[1:]
+  return left
+
+
+def _make_row(
+  shared: Config[GateOptions],
+  config: Config[GateOptions],
+  case: Case,
+  same_seed: list[Row],
+) -> Row:
+  started = time.monotonic()
+  folder = shared.path / f'base-seed{config.seed}'
+  base = _base(dataclasses.replace(shared, seed=config.seed, workdir=str(folder)))
+  config = _with_epochs(config, case['method'])
+  config = dataclasses.replace(config, options=GateOptions(case['target']))
+  job = base.job._replace(config=config, folder=config.path)
+  if case['method'] == 'scratch':
+    gates = {'target': case['target'], 'method': 'gates'}.items()
+    (shape,) = (row for row in same_seed if gates <= row.items())
+    row = _scratch_row(job, base, shape)
+  else:
+    row = _cut_row(job, base, case['method'])
+  return {**row, 'wall_seconds': round(time.monotonic() - started, 1)}
+
+
+@functools.lru_cache(1)
+def _base(config: Config[GateOptions]) -> Base:
+  job = prepare(config)
+  model = network(config, job.images.classes)
+  variables = initial_variables(job, model)
+  if epochs := config.epochs.train:
+    variables = _trained(job, TRAIN, model, variables, epochs)
+  return Base(job, model, variables, _test_accuracy(job, model, variables))
+
+
+def _with_epochs(config: Config[GateOptions], method: str) -> Config[GateOptions]:
+  """All methods see the images equally often after the base training."""
+  train, gates, finetune = config.epochs
+  if method == 'gates':
+    return config
+  total = gates + finetune + (train if method == 'scratch' else 0)
+  return dataclasses.replace(config, gate_epochs=0, finetune_epochs=total)
+
+
+def _trained(job: Job, name: str, model: Any, variables: Tree, epochs: int) -> Tree:
+  peak = job.config.learning_rate
+  return stage(job, name, model, plain(), variables, epochs=epochs, peak=peak).variables
+
+
+def _test_accuracy(job: Job, model: Any, variables: Tree) -> float:
+  return job.scores(model)(variables, job.images.test)['accuracy']
+
+
+def _scratch_row(job: Job, base: Base, shape: Mapping[str, Any]) -> Row:
+  model = base.model.clone(arch=type(base.model.arch)(shape['arch']))
+  fresh = jax.jit(model.init)(job.key('init'), *job.inputs)
+  variables = _trained(job, 'scratch', model, fresh, job.config.epochs.finetune)
+  cost = {k: shape[k] for k in ('flops', 'params')}
+  return {'accuracy': _test_accuracy(job, model, variables), **cost}
+
+
+def _cut_row(job: Job, base: Base, method: str) -> Row:
+  if method == 'gates':
+    build = functools.partial(methods.build, job.config)
+  else:
+    build = _oneshot(job, base.variables, method)
+  shrunk = rounds.shrink(job, base.model, base.variables, build)
+  report = shrunk.pruned.report
+  return {
+    'accuracy': _test_accuracy(job, shrunk.model, shrunk.variables),
+    'accuracy_unpruned': base.accuracy,
+    'flops': report['flops']['after'],
+    'flops_unpruned': report['flops']['before'],
+    'params': report['params']['after'],
+    'difference': report['verify']['difference'],
+    'arch': dict(shrunk.pruned.arch),
+  }
+
+
+def _oneshot(job: Job, variables: Tree, score: str) -> Callable[..., Method]:
+  """A method that decides without training: uniform over layers, by a score."""
+
+  def build(coupling, steps, scores, whole) -> Method:
+    del steps, scores, whole
+    keep = dp.oneshot(
+      coupling,
+      variables,
+      job.config.options.target,
+      score=score,
+      scope='uniform',
+      of=job.config.options.of,
+      key=job.key('random'),
+    )
+    return Method(decide=lambda theta, stats, evaluate: keep)
+
+  return build
+
+
+def demo_table() -> str:
+  """The run of `make demo`, over its seeds."""
+  path = 'trainable_gates/results/digits.json'
+  runs = read(path)['runs']
+  accuracy = lambda name: percent(r['accuracy'][name] for r in runs)
+  speedup = lambda batch: spread(r['latency_ms'][batch]['speedup'] for r in runs)
+  share = lambda cost: percent(r[cost]['after'] / r[cost]['before'] for r in runs)
+  config, images = runs[0]['config'], runs[0]['images']
+  target = config.get('options', config)['target']  # older files have it at the top
+  head = ('', 'before', 'right after the cut', 'fine-tuned')
+  lines = [
+    ('test accuracy, %', accuracy('before'), accuracy('pruned'), accuracy('after')),
+    ('FLOPs, %', '100', share('flops'), ''),
+    ('parameters, %', '100', share('params'), ''),
+    ('speed-up at batch 1 / 128', '', '', f'{speedup("1")} / {speedup("128")}'),
+  ]
+  return (
+    f'`make demo`: {config["model"]} on {config["data"]}, {images["test"]} test '
+    f'images, to {100 * target:g} % of its FLOPs; {len(runs)} seeds, '
+    f'mean ± standard deviation; {runs[0]["device"]} '
+    f'({link(path)}):\n\n' + table(head, lines)
+  )
+
+
+def gates_tables() -> str:
+  """Accuracy by FLOPs beside the controls; a table for each result file, or a dash."""
+  contents = files_with('trainable_gates', 'target', 'method', 'accuracy')
+  return '\n\n'.join(_table(*file) for file in contents.items()) or (
+    'Trainable gates beside their controls: –'
+  )
+
+
+def _table(path: Path, content: dict[str, Any]) -> str:
+  config, rows = content['config'], content['rows']
+  targets = sorted({r['target'] for r in rows}, reverse=True)
+  at = lambda method, t: [r for r in rows if (r['method'], r['target']) == (method, t)]
+  accuracy = lambda rows: percent(r['accuracy'] for r in rows) if rows else '–'
+  share = lambda rows: percent(r['flops'] / r['flops_unpruned'] for r in rows)
+  lines = [
+    [name, *(accuracy(at(method, target)) for target in targets)]
+    for method, name in NAMES.items()
+    if any(r['method'] == method for r in rows)
+  ]
+  reached = ', '.join(share(gates) for t in targets if (gates := at('gates', t)))
+  cut = [r for r in rows if 'accuracy_unpruned' in r]
+  unpruned = {r['seed']: r['accuracy_unpruned'] for r in cut}
+  return (
+    f'{config["model"]} on {config["data"]}{_training(config)}, {len(unpruned)} seeds, '
+    f'test accuracy in %; unpruned {percent(unpruned.values())}; FLOPs reached by '
+    f'gates: {reached or "–"} % ({link(path)}):\n\n'
+    + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
+  )
+
+
+def _training(config: dict[str, Any]) -> str:
+  """On how many images, for how many epochs."""
+  images = f', {config["subset"]:,} training images' if config['subset'] else ''
+  before = 'pretrained' if config.get('pretrained') else config['train_epochs']
+  size = ' (CPU-sized)' if images else ''
+  epochs = f'{config["gate_epochs"]} + {config["finetune_epochs"]} epochs'
+  return f'{images}, {before} + {epochs}{size}'
