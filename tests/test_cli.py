@@ -10,12 +10,12 @@ import jax
 import pytest
 
 import depthprune as dp
-from depthprune import cli, models, options
+from depthprune import cli, methods, models
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run.config import Config, default
 from depthprune.timing import roofline
 
-METHODS = {'gates': 'trainable_gates', 'netcut': 'netcut', 'implosion': 'implosion'}
+METHODS = {methods.word(name): name for name in methods.names()}
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys
   exit_code(['run', word, '--help'])
   said = capsys.readouterr().out
   names = lambda kind: {field.name for field in dataclasses.fields(kind)}
-  of_options = {method: names(kind) for method, kind in options.METHODS.items()}
+  of_options = {name: names(each.options) for name, each in methods.all().items()}
   mine = of_options.pop(METHODS[word])
   fields = names(Config) - {'options'} | mine
   named = lambda field: f'--{field.replace("_", "-")} ' in said.replace(',', ' ')
@@ -106,7 +106,7 @@ def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys
   [
     ([], 'Expected one of {run, sweep, report, export, bench}'),
     (['prune'], 'Available subcommands: run, sweep, report, export, bench'),
-    (['run', 'gate'], 'Available subcommands: gates, netcut, implosion'),
+    (['run', 'gate'], 'Available subcommands: auxiliary, gates, implosion'),
     (['run', 'gates', '--target', '1.5'], 'in (0, 1], got 1.5'),
     (['run', 'gates', '--target', 'half'], "got 'half'"),
     (['run', 'gates', '--batch', '0'], 'whole number >= 1, got 0'),

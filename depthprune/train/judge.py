@@ -119,10 +119,14 @@ def kept_gates(gates: Tree, keep: Tree) -> Tree:
   """
   channels, branches = dict(gates.get('channels', {})), gates.get('branches', {})
   for group, kept in keep.get('channels', {}).items():
-    gate = channels.get(group, 1.0)
-    channels[group] = jnp.where(gate > 0, gate, 1.0) * kept
+    gate = jnp.asarray(channels.get(group, jnp.ones(np.shape(kept), jnp.float32)))
+    open_ = jnp.where(gate > 0, gate, jnp.ones_like(gate))
+    channels[group] = open_ * jnp.asarray(kept, gate.dtype)
   # A path that is not among them is refused where the gates are put in place.
-  closed = {p: branches.get(p, 1.0) * k for p, k in keep.get('branches', {}).items()}
+  closed = {
+    p: branches.get(p, 1.0) * jnp.asarray(k, jnp.float32)
+    for p, k in keep.get('branches', {}).items()
+  }
   return {'channels': channels, 'branches': {**branches, **closed}}
 
 

@@ -12,7 +12,7 @@ from depthprune.data.dataset import DataError
 from depthprune.data.tfds import Source
 from depthprune.run import data as datasets
 from depthprune.run import rounds
-from depthprune.run.config import Config, default
+from depthprune.run.config import default
 from depthprune.train import task as tasks
 from depthprune.train.result import to_json
 
@@ -85,7 +85,7 @@ def test_a_cascade_of_two_labels_is_refused(tfds_data, tmp_path):
 
 
 def test_a_config_names_it_and_its_task_has_both(tfds_data):
-  images = datasets.read(Config(data='multi_fashion', subset=30))
+  images = datasets.read(default('gates', data='multi_fashion', subset=30))
   task = tasks.of(images)
   batch = next(images.batches(images.train, 16))
   assert batch['label'].shape == (16, 2)

@@ -24,7 +24,7 @@ from depthprune.methods.trainable_gates import GateOptions
 from depthprune.models import pretrained
 from depthprune.run import data as datasets
 from depthprune.run import rounds
-from depthprune.run.config import Config
+from depthprune.run.config import Config, default
 from depthprune.train.result import to_json
 
 pytest.importorskip('tensorflow_datasets', reason="needs 'depthprune[stream]'")
@@ -212,7 +212,7 @@ def test_other_data_on_another_host_are_seen(imagenet):
 
 
 def test_augmentation_is_for_what_it_is_for(imagenet, monkeypatch):
-  config = Config(data='imagenet2012', resize=SIDE, mixup=0.2, workers=3)
+  config = default('gates', data='imagenet2012', resize=SIDE, mixup=0.2, workers=3)
   streams = dataclasses.replace(config, stream='always', randaugment=9)
   found = datasets.read(streams)
   assert found.augment == Augment(2, True, None, 0.2, 9) and found.workers == 3
@@ -222,7 +222,7 @@ def test_augmentation_is_for_what_it_is_for(imagenet, monkeypatch):
   for several in ({'tasks': ('left', 'right')}, {'ignore': 255}):
     monkeypatch.setattr(data, 'load', lambda *_, **__: digits._replace(**several))  # noqa: B023
     with pytest.raises(DataError, match='mixup is for images with one class each'):
-      datasets.read(Config(mixup=0.2))
+      datasets.read(default('gates', mixup=0.2))
 
 
 # ---- normalisation -------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_pretrained_imagenet_resnets_are_normalised_as_torchvision_does(
 ):
   stem = {'conv1.weight': np.zeros((64, 3, 7, 7), np.float32)}
   np.savez(tmp_path / 'resnet50.npz', **stem)
-  config = Config(data='imagenet2012', resize=SIDE, stream='always')
+  config = default('gates', data='imagenet2012', resize=SIDE, stream='always')
   config = dataclasses.replace(config, pretrained=str(tmp_path / 'resnet50.npz'))
   by = Normalisation(*pretrained.TORCHVISION)
   assert by == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0)

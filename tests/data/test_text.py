@@ -260,8 +260,8 @@ def test_more_than_two_texts_are_refused(monkeypatch):
 def test_sst2_is_reported_on_validation_because_its_test_is_unlabelled(
   tfds_data, tmp_path
 ):
-  config = Config(
-    data='glue/sst2', subset=200, tokenizer=str(made(tmp_path)), length=16
+  config = default(
+    'gates', data='glue/sst2', subset=200, tokenizer=str(made(tmp_path)), length=16
   )
   found = data.read(config)
   assert isinstance(found, text.Texts) and found.classes == 2
@@ -287,14 +287,14 @@ def test_the_name_says_whether_images_or_texts(tfds_data, tmp_path):
   kinds = [text.kind_of(n) for n in ('digits', 'cifar10', 'glue/sst2')]
   assert kinds == ['images', 'images', 'text']
   with pytest.raises(DataError, match='need the tokenizer.json.*pass --tokenizer'):
-    data.read(Config(data='glue/sst2'))
+    data.read(default('gates', data='glue/sst2'))
   with pytest.raises(DataError, match='resize is for images, got resize=8'):
-    data.read(Config(data='glue/sst2', tokenizer='x', resize=8))
+    data.read(default('gates', data='glue/sst2', tokenizer='x', resize=8))
   with pytest.raises(DataError, match='mixup, stream: for images, these are texts'):
     given = {'mixup': 0.2, 'augment': True, 'stream': 'always'}
-    data.read(Config(data='glue/sst2', tokenizer='x', **given))
+    data.read(default('gates', data='glue/sst2', tokenizer='x', **given))
   weights = made(tmp_path).with_name('model.safetensors')
-  given = Config(data='glue/sst2', pretrained=str(weights))
+  given = default('gates', data='glue/sst2', pretrained=str(weights))
   assert data.tokenizer(given) == tmp_path / 'tokenizer.json'
 
 

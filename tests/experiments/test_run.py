@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from depthprune.run.config import Config
+from depthprune.run.config import default
 from experiments import run
 from experiments.result_files import Rows, path_of
 from experiments.run import Arguments, compare, fill, sized, within
@@ -198,7 +198,7 @@ def test_a_comparison_has_a_run_for_every_case_beside_the_rows_of_its_seed(tmp_p
     seen.append((config.seed, config.path.name, [r['method'] for r in same_seed]))
     return {'accuracy': 0.5}
 
-  config = Config(workdir=str(tmp_path / 'runs'))
+  config = default('gates', workdir=str(tmp_path / 'runs'))
   cases = [{'method': 'a'}, {'method': 'b'}]
   arguments = Arguments(seeds=(0, 4))
   assert compare(tmp_path / 'rows.json', config, cases, make_row, arguments) == []
@@ -213,7 +213,7 @@ def test_a_comparison_has_a_run_for_every_case_beside_the_rows_of_its_seed(tmp_p
 
 
 def test_an_experiment_has_two_sizes_each_with_its_file():
-  full, small = Config(batch=64), {'batch': 8}
+  full, small = default('gates', batch=64), {'batch': 8}
   path, config = sized('paper', 'name', full, small, Arguments(full=True))
   assert path.parts[-3:] == ('paper', 'results', 'name_full.json')
   assert (config.batch, str(config.path)) == (64, 'runs/paper/name_full')

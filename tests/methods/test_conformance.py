@@ -43,7 +43,7 @@ def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
   variables = net.init(KEY, IMAGES[:1])
   coupling = couple(net, variables, IMAGES[:1])
   scores = rank(coupling, variables, 'l1')
-  method = methods.build(default(name), coupling, 10, scores)
+  method = methods.build(default(name).options, coupling, 10, scores)
   assert isinstance(method, Method)
   tx = optax.sgd(0.05)
   state = init_state(net, method, tx, variables, coupling, BATCH)

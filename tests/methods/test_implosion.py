@@ -1,7 +1,5 @@
 """Which units go, in which order, and what becomes of their priorities in training."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from depthprune import methods
 from depthprune.methods.implosion import (
   ImplosionOptions,
-  configured,
   erasure,
   implosion,
 )
@@ -327,27 +325,27 @@ def test_only_named_units_go():
   assert len(method.report(theta_of({}))['priority']) == 7
 
 
-def run(**options):
-  return SimpleNamespace(options=ImplosionOptions(**options), seed=3)
+def built(coupling, whole=COUPLING, **options):
+  """The method of a run with these options, for a network that was `whole`."""
+  return methods.build(ImplosionOptions(**options), coupling, whole=whole, seed=3)
 
 
 def test_a_run_says_depth_and_units_of_the_whole_network():
   small = coupled(
     ResNet(classes=3, depth=20, width=2, arch={'stage2/block1/branch': 0})
   )
-  assert configured(run(), COUPLING, 1, {}, COUPLING).rounds == 2
-  assert configured(run(), small, 1, {}, COUPLING).rounds == 1
-  two = run(depth=7, units=('stage2/block1', 'stage1/block0'))
-  method = configured(two, COUPLING, 1, {}, COUPLING)
+  assert built(COUPLING).rounds == 2
+  assert built(small).rounds == 1
+  two = {'depth': 7, 'units': ('stage2/block1', 'stage1/block0')}
+  method = built(COUPLING, **two)
   assert closed(method.decide(theta_of({}), {}, None)) == {'stage2/block1'}
-  method = configured(two, small, 1, {}, COUPLING)
+  method = built(small, **two)
   theta = theta_of({}, small)
   assert closed(method.decide(theta, {}, None)) == {'stage1/block0'}
 
 
 def test_the_seed_of_a_run_is_that_of_the_control():
-  control = run(depth=6, per_round=3, importance='random')
-  method = configured(control, COUPLING, 1, {}, COUPLING)
+  method = built(COUPLING, depth=6, per_round=3, importance='random')
   assert closed(method.decide(theta_of({}), {}, None)) == set(
     erase('random', 3, seed=3)
   )
@@ -358,8 +356,8 @@ def test_layers_of_a_stack_are_named_for_one_round_alone():
   stacked = coupled(ResNet(classes=3, depth=20, width=2, scan=True))
   named = {'depth': 7, 'units': ('stage1/blocks[0]', 'stage1/blocks[1]')}
   with pytest.raises(ValueError, match=r'blocks\[0\] is a layer .*--per-round 2'):
-    configured(run(**named), stacked, 1, {}, stacked)
-  assert configured(run(**named, per_round=2), stacked, 1, {}, stacked).rounds == 1
+    built(stacked, stacked, **named)
+  assert built(stacked, stacked, **named, per_round=2).rounds == 1
 
 
 # ---- what cannot be ------------------------------------------------------------------

@@ -6,16 +6,16 @@ import numpy as np
 import optax
 import pytest
 
+from depthprune import methods
 from depthprune.methods.trainable_gates import (
   START,
   GateOptions,
-  configured,
   gate,
   trainable_gates,
 )
 from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
-from depthprune.run.config import Config
+from depthprune.run.job import remembering
 from depthprune.timing import layers
 from depthprune.timing.layers import counted
 from depthprune.train.method import optimizer
@@ -247,14 +247,14 @@ def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch)
   monkeypatch.setattr(layers.Session, 'measure', mine)
   monkeypatch.setattr('depthprune.distributed.agreed', lambda measured: 2 * measured)
   options = GateOptions(0.5, 'milliseconds', latency_batch=4)
-  configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
+  methods.build(options, COUPLING, 0, remember=remembering(tmp_path / 'costs.json'))
   session = layers.session(COUPLING, batch=4)
   told = json.loads((tmp_path / 'costs.json').read_text())
   found = [row['milliseconds'] for row in told['table']]
   np.testing.assert_array_equal(found, 2 * mine(session))
   # Of another batch it is another table.
   options = GateOptions(0.5, 'milliseconds', latency_batch=8)
-  configured(Config(options, workdir=str(tmp_path)), COUPLING, 0, {}, COUPLING)
+  methods.build(options, COUPLING, 0, remember=remembering(tmp_path / 'costs.json'))
   assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 8
 
 
@@ -262,11 +262,9 @@ def test_a_table_that_is_damaged_is_measured_anew(tmp_path, monkeypatch):
   measured = lambda session: np.array([1.0 + sum(n.values()) for _, n in session.rows])
   monkeypatch.setattr(layers.Session, 'measure', measured)
   (tmp_path / 'costs.json').write_text('{"batch": 4, "ta')
-  config = Config(
-    GateOptions(0.5, 'milliseconds', latency_batch=4), workdir=str(tmp_path)
-  )
+  options = GateOptions(0.5, 'milliseconds', latency_batch=4)
   with pytest.warns(UserWarning, match=r'costs\.json: damaged, and not looked at'):
-    configured(config, COUPLING, 0, {}, COUPLING)
+    methods.build(options, COUPLING, 0, remember=remembering(tmp_path / 'costs.json'))
   assert json.loads((tmp_path / 'costs.json').read_text())['batch'] == 4
 
 

@@ -10,14 +10,14 @@ import numpy as np
 from depthprune import distributed
 from depthprune.data.images import Augment, Dataset, Normalisation
 from depthprune.run import rounds
-from depthprune.run.config import Config
+from depthprune.run.config import default
 from depthprune.run.job import Job
 from depthprune.train import mesh
 from depthprune.train.method import Method
 from depthprune.train.task import classification
 
-CONFIG = Config(
-  batch=8, train_epochs=1, gate_epochs=1, finetune_epochs=1, learning_rate=0.05
+CONFIG = default(
+  'gates', batch=8, train_epochs=1, gate_epochs=1, finetune_epochs=1, learning_rate=0.05
 )
 
 

@@ -16,7 +16,7 @@ from depthprune.data.dataset import DataError
 from depthprune.exports import networks
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run import rounds
-from depthprune.run.config import Config
+from depthprune.run.config import Config, default
 from depthprune.run.job import prepare
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
@@ -25,7 +25,8 @@ from depthprune.train.evaluate import evaluator
 from depthprune.train.loop import NonFiniteLoss
 from depthprune.train.result import to_json
 
-CONFIG = Config(
+CONFIG = default(
+  'gates',
   model='mlp',
   subset=512,
   batch=32,

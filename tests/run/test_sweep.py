@@ -21,7 +21,8 @@ from depthprune.train.loop import NonFiniteLoss
 from depthprune.train.options import ConfigError
 from depthprune.train.result import to_json
 
-SMALL = Config(
+SMALL = default(
+  'gates',
   model='mlp',
   subset=256,
   batch=64,
@@ -74,7 +75,7 @@ def test_a_plan_is_over_what_differs_each_run_in_a_folder_of_its_own(tmp_path):
 
 
 def test_a_sweep_has_a_folder_named_after_what_is_swept_and_no_slash_too_many():
-  configs = [Config(data=data) for data in ('digits', 'glue/sst2')]
+  configs = [default('gates', data=data) for data in ('digits', 'glue/sst2')]
   planned = sweep.plan(configs)
   assert str(planned.folder) == 'runs/sweep-trainable_gates-resnet20-over-data'
   assert [run.path.name for run in planned.runs] == ['datadigits', 'dataglue_sst2']
@@ -85,9 +86,18 @@ def test_a_sweep_has_a_folder_named_after_what_is_swept_and_no_slash_too_many():
   [
     ([default('gates')], 'an option with several values, each of them once'),
     ([Config(GateOptions('50%')), Config(GateOptions(0.5))], 'each of them once'),
-    ([Config(seed=0), Config(seed=1), Config(seed=0)], 'each of them once'),
-    ([Config(workdir='a'), Config(workdir='b')], 'workdir: expected one for the whole'),
-    ([Config(mesh='data=1'), Config(mesh='data=2')], 'mesh: expected one'),
+    (
+      [default('gates', seed=0), default('gates', seed=1), default('gates', seed=0)],
+      'each of them once',
+    ),
+    (
+      [default('gates', workdir='a'), default('gates', workdir='b')],
+      'workdir: expected one for the whole',
+    ),
+    (
+      [default('gates', mesh='data=1'), default('gates', mesh='data=2')],
+      'mesh: expected one',
+    ),
   ],
 )
 def test_what_is_no_sweep_is_refused(configs, said):
@@ -202,10 +212,14 @@ def test_what_runs_share_is_trained_once_and_changes_no_bit(tmp_path, monkeypatc
   ('one', 'other', 'parts'),
   [
     (default('gates'), Config(GateOptions(0.3)), ('checkpoints/train',)),
-    (default('gates'), Config(gate_epochs=3, distill=True), ('checkpoints/train',)),
-    (default('gates'), Config(seed=1), ()),
-    (default('gates'), Config(train_epochs=3), ()),
-    (Config(pretrained='a'), Config(GateOptions(0.3), pretrained='a'), ()),
+    (
+      default('gates'),
+      default('gates', gate_epochs=3, distill=True),
+      ('checkpoints/train',),
+    ),
+    (default('gates'), default('gates', seed=1), ()),
+    (default('gates'), default('gates', train_epochs=3), ()),
+    (default('gates', pretrained='a'), Config(GateOptions(0.3), pretrained='a'), ()),
     (
       default('netcut'),
       dataclasses.replace(default('netcut'), options=NetCutOptions(0)),

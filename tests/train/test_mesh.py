@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from depthprune.run.config import Config
+from depthprune.run.config import default
 from depthprune.run.job import prepare
 from depthprune.train import mesh as meshes
 from depthprune.train.options import ConfigError, axes
@@ -184,7 +184,7 @@ def test_a_mesh_is_read_from_words():
   assert {text: axes(text) for text in read} == read
   for text in ('', '8', 'data=0', 'model', 'data=2,data=4', 'rows=2', 'data=two'):
     with pytest.raises(ConfigError, match='mesh: expected data=N.*got'):
-      Config(mesh=text)
+      default('gates', mesh=text)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_mesh_is_read_from_words():
 def test_a_mesh_that_cannot_be_is_refused(batch, mesh, said, monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices() * 8)
   with pytest.raises(ConfigError, match=said):
-    meshes.of(Config(batch=batch, mesh=mesh))
+    meshes.of(default('gates', batch=batch, mesh=mesh))
 
 
 def test_weights_are_split_along_the_last_axis_that_can_be():
