@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -77,10 +77,12 @@ def cut_optimizer(
         f'opt_state is not that of tx over these variables: {path}: expected {want}, '
         f'got {got}; pass the tx and the state that belong together'
       )
-  plans = {p.removeprefix(prefix): masks for p, masks in plan.items()}
+  named = zip(_keys(full), paths_of(full), strict=True)
+  plans = {keys: plan[prefix + p] for keys, p in named if prefix + p in plan}
   fresh, leaves, anew = tx.init(small), [], []
-  for path, template in paths_of(fresh).items():
-    leaf, masks = old[path], _masks_for(path, plans, old)
+  at = dict.fromkeys(_keys(fresh))
+  for keys, (path, template) in zip(at, paths_of(fresh).items(), strict=True):
+    leaf, masks = old[path], _masks_for(keys, plans, at)
     if masks is not None and np.shape(leaf) == tuple(m.size for m in masks):
       leaf = take(leaf, masks)
     elif masks is not None and np.ndim(leaf) and not all(m.all() for m in masks):
@@ -90,17 +92,18 @@ def cut_optimizer(
   return jax.tree.unflatten(jax.tree.structure(fresh), leaves), anew
 
 
-def _masks_for(path: str, plans: Plan, state: Mapping) -> tuple[np.ndarray, ...] | None:
-  """The plan of the variable whose path ends `path`.
+def _keys(tree: Any) -> list[tuple]:
+  """Where every leaf stands; unlike a path it tells a field from a dict's entry."""
+  return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _masks_for(keys: tuple, plans: Mapping, state: Collection) -> Any:
+  """The plan of the variable whose keys end `keys`, or None.
 
   Where several do (w and mu/w, in Adam's mu), the one whose neighbours stand beside."""
-  parts = path.split('/')
-  tails = [('/'.join(parts[:i]), '/'.join(parts[i:])) for i in range(len(parts))]
-  fitting = [(prefix, tail) for prefix, tail in tails if tail in plans]
-  if not fitting:
-    return None
+  ends = [(keys[:i], keys[i:]) for i in range(len(keys) + 1) if keys[i:] in plans]
 
-  def neighbours(pair):
-    return sum('/'.join(filter(None, (pair[0], p))) in state for p in plans)
+  def neighbours(end):
+    return sum((*end[0], *k) in state for k in plans)
 
-  return plans[max(fitting, key=neighbours)[1]]
+  return plans[max(ends, key=neighbours)[1]] if ends else None

@@ -135,6 +135,27 @@ def test_every_confidence_executed_as_simulated(kind):
   assert len(set(left.tolist())) > 1
 
 
+def test_patience_goes_with_its_example():
+  """Those who stay move to the front, and what they answered before goes with them."""
+  answers = np.array([
+    [0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 0], [1, 2, 1, 0]
+  ])  # fmt: skip
+  x = np.eye(3, dtype=np.float32)[answers]
+  said = lambda v, x: {name: x[:, k] @ v['one'] for k, name in enumerate('abcd')}
+  found = cascade(
+    said, {'one': jnp.eye(3)}, x[:1], exits=tuple('abcd'), confidence='patience',
+    thresholds=dict.fromkeys('abc', 0.5),
+  )  # fmt: skip
+  assert np.asarray(found(x).exit).tolist() == [1, 2, 2, 1, 3, 3]
+
+
+def test_predictions_are_scored_at_the_temperatures_of_the_cascade():
+  found = made(temperatures={'a': 2.0, 'b': 0.5})
+  np.testing.assert_allclose(
+    found.predictions(None, X).scores, simulated(found, X)[2], rtol=1e-5
+  )
+
+
 def test_one_example_and_the_answer_that_a_budget_allows():
   found = made((2, 2))
   assert [int(x) for x in found(X[:1]).rows] == [1, 1, 1]
@@ -202,6 +223,18 @@ def test_what_is_broadcast_to_the_batch_crosses_at_any_size(batch):
   np.testing.assert_allclose(answer.logits, logits[left, np.arange(batch)], atol=1e-5)
 
 
+def test_one_example_that_goes_in_several_times_is_broken_once():
+  def prompted(v, x):
+    q = jnp.broadcast_to(v['q'], x.shape)  # nothing to do for one example
+    x = jnp.tanh(x @ v['w']) + q
+    return {'a': x, 'main': (jnp.tanh(x) + q) @ v['w']}
+
+  variables = {'w': jnp.asarray(W[0]), 'q': jnp.asarray(W[1, :1])}
+  found = cascade(prompted, variables, X[:1], thresholds={'a': 0.4})
+  assert found.stages.least == 2
+  assert found(np.full_like(X[:1], np.nan)).broken == 1
+
+
 def test_temperatures_are_applied_in_single_precision():
   half = lambda v, x: {k: y.astype(jnp.bfloat16) for k, y in network(v, x).items()}
   scale = {'a': 1.7, 'b': 0.6}
@@ -229,6 +262,8 @@ def test_sizes_are_steps_of_an_eighth():
   assert sizes(256, 8) == (0, 32, 64, 96, 128, 160, 192, 224, 256)
   assert sizes(1, 8) == (0, 1) and sizes(5, 8) == (0, 1, 2, 3, 4, 5)
   assert sizes(0, 8) == (0,)
+  assert sizes(10, 8) == (0, 2, 3, 4, 5, 7, 8, 9, 10)  # 10 i / 8, rounded up
+  assert sizes(10, 8, least=4) == (0, 4, 5, 7, 8, 9, 10)
 
 
 # ---- refused -------------------------------------------------------------------------

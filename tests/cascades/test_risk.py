@@ -48,6 +48,8 @@ def test_the_walk_ends_at_the_first_that_is_not_certified():
   assert certified(0, 5, 4) == 1
   assert certified(5, 0, 0) == 0
   assert certified() == 0
+  assert risk.p_value(0, 1, 0.5) == 0.5
+  assert risk.walk([0, 1], rows=1, alpha=0.5, delta=0.5) == 1  # at delta, not above
 
 
 def test_halves_are_disjoint_complete_and_the_same_each_time():
@@ -120,6 +122,9 @@ def test_too_few_samples_are_named_as_the_reason():
   assert 0.995**takes <= 0.05 < 0.995 ** (takes - 1)
   # as many as were asked for are enough
   assert risk.certify(drawn(2 * takes), 0.005)[1].losses == 0
+  with pytest.raises(ValueError, match='the safest lose [1-9]') as refused:
+    risk.certify(drawn(2 * takes), 0.005, loss='error')
+  assert 'certify nothing' not in str(refused.value)
 
 
 def test_enough_samples_are_not_named_as_the_reason():

@@ -204,6 +204,8 @@ def test_a_cut_that_costs_too_much_is_refused_unless_forced():
   theta = {'importance': np.zeros(3)}
   for method in (netcut(COUPLING, tolerance=2.0), netcut(COUPLING, force=True)):
     assert method.decide(theta, {}, Judged(0.9, 0.885))['exits']['exit1']
+  at_most = netcut(COUPLING, tolerance=25.0)
+  assert at_most.decide(theta, {}, Judged(0.75, 0.5))['exits']['exit1']
   with pytest.raises(
     CutRefused, match=r'exit1.*0\.33.*90\.00 to 88\.50 %, by more than 0\.5'
   ):

@@ -138,6 +138,13 @@ def test_all_gates_start_open_and_in_the_order_of_the_scores():
   assert len(np.unique(np.concatenate([first, theta['second:1']]))) == 28
 
 
+def test_gates_start_evenly_spaced_and_the_groups_out_of_step():
+  theta = trainable_gates(COUPLING, 0.5).init({}, {})['channels']
+  for group, part in (('first:1', 0.25), ('second:1', 0.75)):
+    w = np.sort(theta[group])
+    np.testing.assert_allclose(w, 0.2 * (np.arange(w.size) + part) / w.size, rtol=1e-5)
+
+
 def update(method, theta, step=0):
   """theta after one update in which the task has no gradient."""
   tx = optimizer(method, optax.sgd(0.1))
@@ -234,6 +241,15 @@ def test_a_channel_that_seems_free_does_not_run_away():
   moved = update(method, theta_of(16, 12))
   assert (moved['first:1'] < 0).all() and (moved['second:1'] == 0).all()
   assert np.isfinite(moved['first:1']).all()
+
+
+def test_no_price_is_below_a_tenth_of_the_mean():
+  """The prices are 6 and 0.05: the second counts as 0.3025 and moves the less."""
+  cheap = timed(lambda n: 5.0 * n, lambda n, m: 1.0 * n, lambda m: 1 + 0.05 * m)
+  method = trainable_gates(COUPLING, 0.5, cheap, strength=3.0, gate_lr=0.1)
+  moved = update(method, theta_of(16, 12))
+  ratio = moved['second:1'].mean() / moved['first:1'].mean()
+  assert ratio == pytest.approx(0.05 / 0.3025, rel=1e-3)
 
 
 def test_a_target_that_time_does_not_allow_is_refused_with_what_remains():

@@ -1,5 +1,6 @@
 """Costs against counts by hand, the cut program's own cost, and XLA."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -107,6 +108,30 @@ def test_control_flow():
   assert cost.flops(couple(scanned, p, X)) == 5 * square
   assert cost.flops(couple(either, p, X)) == 2 * square + out
   assert cost.flops(couple(looped, p, X)) == square
+
+
+@pytest.mark.parametrize('dearest', range(3))
+def test_the_dearest_branch_counts_wherever_it_stands(dearest):
+  """Branches that cost 1, 2 and 3 products, in every order: whole, cut and gated."""
+  p = arrays(w=(8, 6), v=(6, 8))
+
+  def network(p, x):
+    def times(n):
+      return lambda x: functools.reduce(
+        lambda x, _: jnp.tanh(x @ p['w']) @ p['v'], range(n), x
+      )
+
+    branches = [times(n) for n in np.roll([3, 1, 2], dearest)]
+    return lax.switch(jnp.int32(x[0, 0]), branches, x)
+
+  coupling = couple(network, p, X)
+  both = 2 * 2 * 4 * 8  # of one width: a product into it and one out of it
+  assert cost.flops(coupling) == 3 * both * 6
+  kept = np.arange(6) < 2
+  assert cost.flops(coupling, {'channels': {'w:1': kept}}) == 3 * both * 2
+  of_gates = lambda gate: cost.flops(coupling, {'channels': {'w:1': gate}})
+  assert of_gates(jnp.full(6, 0.5)) == 3 * both * 3
+  np.testing.assert_array_equal(jax.grad(of_gates)(jnp.full(6, 0.5)), 3 * both)
 
 
 @pytest.mark.parametrize('of', [cost.flops, cost.params])

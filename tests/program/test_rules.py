@@ -20,6 +20,7 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 5)), jnp.float32)
 
 FREE = {
   'cumulative sum over time': lambda h: jnp.cumsum(h, 1),
+  'cumulative sum': lambda h: jnp.cumsum(h, -1),
   'softmax over time': lambda h: jax.nn.softmax(h, 1),
   'sort over time': lambda h: jnp.sort(h, 1),
   'reverse in time': lambda h: h[:, ::-1],
@@ -124,3 +125,19 @@ def test_channels_are_pinned(name):
   keep = m.random_keep(coupling)  # the reader may still be free
   small = slim(f, coupling, keep)(m.smaller(coupling, arrays, keep), X)
   assert m.difference(f(m.zeroed(coupling, arrays, keep), X), small) <= 1e-5
+
+
+@pytest.mark.parametrize(
+  'accumulate', [lax.cumsum, lax.cumprod, lax.cummax, lax.cummin, lax.cumlogsumexp]
+)
+def test_what_accumulates_over_channels_is_cut_but_takes_no_gate(accumulate):
+  """A channel of zeros still counts in those after it; over time nothing is felt."""
+  for axis, reason in ((1, ''), (2, f'accumulated along by {accumulate.__name__}')):
+    f, arrays = sandwiched(lambda h, axis=axis: accumulate(h, axis))
+    coupling = couple(f, arrays, X)
+    [group] = coupling.groups.values()
+    assert set(group.members) == {('in', 1), ('bias', 0), ('read', 0)}
+    assert group.ungated.startswith(reason) and bool(group.ungated) == bool(reason)
+    assert bool(coupling.gates()['channels']) == (not reason)
+    small = m.smaller(coupling, arrays, keep := m.random_keep(coupling))
+    assert m.difference(f(small, X), slim(f, coupling, keep)(small, X)) <= 1e-5

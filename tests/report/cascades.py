@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from depthprune.train.result import CascadeResult
+from tests.report.runs import typed
+
 WHOLE = 251_490_304
 OWN = 0.9387
 NO_BUDGET = (
@@ -71,6 +74,22 @@ def made_up_sidenet(exits: int = 5, tap: str = 'stage{}/block{}') -> dict[str, A
     'report': {},
     'cascade': cascade,
   }
+
+
+def cascade_of(result: dict) -> CascadeResult:
+  """Typed: what a report reads in the file that has these values."""
+  cascade = typed(result).cascade
+  assert cascade is not None
+  return cascade
+
+
+def choose(result: dict, kind: str) -> dict:
+  """The same run, but asked for the first request of another kind."""
+  for request in result['cascade']['requests']:
+    request['chosen'] = False
+  chosen = next(r for r in result['cascade']['requests'] if r['kind'] == kind)
+  chosen['chosen'] = True
+  return result
 
 
 def curve() -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Runs for the tests: as read from result.json, and as directories."""
+"""Runs for the tests: as result.json has them, to be changed, and as directories."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from tests.report.cascades import made_up_sidenet
 from tests.report.runs import (
+  made_up_auxiliary,
   made_up_gates,
   made_up_implosion,
   made_up_netcut,
@@ -51,6 +52,11 @@ def implosion() -> tuple[dict, list[dict]]:
 
 
 @pytest.fixture
+def auxiliary() -> tuple[dict, list[dict]]:
+  return made_up_auxiliary()
+
+
+@pytest.fixture
 def sidenet() -> dict:
   return made_up_sidenet()
 
@@ -68,3 +74,8 @@ def netcut_run(tmp_path: Path, netcut) -> Path:
 @pytest.fixture
 def implosion_run(tmp_path: Path, implosion) -> Path:
   return write_run(tmp_path / 'implosion', *implosion)
+
+
+@pytest.fixture
+def auxiliary_run(tmp_path: Path, auxiliary) -> Path:
+  return write_run(tmp_path / 'auxiliary', *auxiliary)

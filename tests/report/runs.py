@@ -1,12 +1,16 @@
-"""Finished runs, made up.
+"""Finished runs, made up: plain values, as files have them, and `typed` to read them.
 
 Gates: ResNet-20 at half of its FLOPs. NetCut: 20 dense layers, cut after the third.
-Implosion: ResNet-56, twelve units in three rounds.
+Implosion: ResNet-56, twelve units in three rounds. Auxiliary: ResNet-8 beside a path of
+three stages.
 """
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from depthprune.train.result import Accuracies, Change, Result, RoundResult, from_json
 
 WIDTHS = {
   'stem/conv:3': [16, 12],
@@ -48,7 +52,7 @@ def made_up_result() -> dict:
       'after': 0.9806,
     },
     'held_out': {'before': 0.9861, 'pruned': 0.9444, 'after': 0.9861},
-    'flops': {'before': 5_071_360, 'after': 2_532_980, 'target': 0.5},
+    'flops': {'before': 5_071_360, 'after': 2_532_980},
     'params': {'before': 272_474, 'after': 131_204},
     'latency_ms': {
       '1': {'before': 1.21, 'after': 0.96, 'speedup': 1.26, 'notes': []},
@@ -206,6 +210,57 @@ def made_up_implosion(rounds: int = 3, per_round: int = 4) -> tuple[dict, list[d
   options = {'depth': present, 'per_round': per_round, 'importance': 'priority'}
   result = depth_result('implosion', options, found)
   return result | {'model': 'resnet56', 'data': 'cifar10'}, lines
+
+
+def made_up_auxiliary() -> tuple[dict, list[dict]]:
+  """(result.json, gates.jsonl) of a path whose connections were searched.
+
+  Every tap may feed its own stage or a later one; the longest connection is closed.
+  """
+  pairs = [(stage, tap) for stage in (1, 2, 3) for tap in range(1, stage + 1)]
+  paths = [f'head_aux/stage{stage}/layer{tap}/gate' for stage, tap in pairs]
+  closed = 'head_aux/stage3/layer1/gate'
+  learned = lambda step: {
+    'connections': 5.0,
+    'open': {path: float(path != closed) for path in paths},
+    'weight': {
+      path: 0.5 + (-1 if path == closed else 1) * step * (i + 1) / 2000
+      for i, path in enumerate(paths)
+    },
+  }
+  accuracies = {'before': 0.912, 'pruned': 0.91, 'recalibrated': 0.91, 'after': 0.91}
+  only = {
+    'units': [3, 3],
+    'erased': [],
+    'exits': ['main'],
+    'learned': learned(200),
+    'flops': {'before': 16_000_000, 'after': 12_400_000},
+    'params': {'before': 98_000, 'after': 78_000},
+    'held_out': accuracies,
+  }
+  options = {'structure': 'search', 'weight': 1.0, 'decay': 'constant', 'width': 64}
+  result = depth_result('auxiliary', options, [only])
+  result |= {'model': 'resnet8', 'data': 'fashion_mnist', 'accuracy': accuracies}
+  lines = [{'stage': 'gates', 'step': s, **learned(s)} for s in range(0, 201, 4)]
+  return result, lines
+
+
+def typed(result: dict) -> Result:
+  """What a report reads in the file that has these values."""
+  return from_json(json.loads(json.dumps(result)))
+
+
+def made_up_round(priority: Mapping[str, float], erased: Sequence[str]) -> RoundResult:
+  """A round of erasure of which nothing else matters."""
+  return RoundResult(
+    units=(len(priority), len(priority) - len(erased)),
+    erased=list(erased),
+    exits=['main'],
+    flops=Change(2.0, 1.0),
+    params=Change(2.0, 1.0),
+    held_out=Accuracies(0.9),
+    learned={'priority': dict(priority)},
+  )
 
 
 def write_run(path: Path, result: dict, gates: list[dict]) -> Path:

@@ -1,106 +1,224 @@
-"""What a run decided: the exit, the rounds, names that outlive renumbering."""
-
-import random
+"""What a run decided and reached, in sentences."""
 
 import pytest
 
 from depthprune.report import sentences
+from tests.report.cascades import NO_BUDGET, WHOLE, cascade_of, choose
+from tests.report.runs import typed
+
+
+def decided(result: dict) -> str:
+  return sentences.decided(typed(result))
+
+
+def erasing(result: dict) -> bool:
+  return sentences.recipe_of(typed(result)).erases_units
 
 
 def test_requested_and_reached_count_what_the_target_counts(result):
-  said = 'requested 50.0 % of the FLOPs, reached 49.95 %'
-  assert sentences.requested(result) == sentences.sentence(result) == said
+  assert decided(result) == 'requested 50.0 % of the FLOPs, reached 49.95 %'
   result['options']['of'] = 'params'
-  said = 'requested 50.0 % of the parameters, reached 48.15 %'
-  assert sentences.requested(result) == said
+  assert decided(result) == 'requested 50.0 % of the parameters, reached 48.15 %'
   result['options']['of'] = 'milliseconds'
   result['milliseconds'] = {'batch': 128, 'before': 18.4, 'after': 11.9}
   said = 'requested 50.0 % of the milliseconds at batch 128, reached 64.67 %'
-  assert sentences.requested(result) == said
-  assert not sentences.erasing(result)
-  assert sentences.exit_(result) is None
-  assert sentences.certainty(result) == ''
+  assert decided(result) == said
+  assert not erasing(result)
+  assert not any('importance' in line for line in sentences.all_of(typed(result)))
+  assert sentences.recipe_of(typed(result)).remarks(typed(result)) == ()
 
 
 def test_the_exit_that_was_kept_is_counted_from_the_first(netcut):
   result, _ = netcut
-  exit_ = sentences.exit_(result)
-  assert exit_ == (
-    'exit03',
-    3,
-    20,
-    pytest.approx(0.958, abs=1e-3),
-    pytest.approx(1 / 6),
-  )
   said = 'kept exit 3 of 20 (exit03) at β = 0.01, cost index, aggregate log'
-  assert sentences.sentence(result) == said
-  result['options']['gamma'] = 1.0
-  assert sentences.sentence(result) == f'{said}, γ = 1'
-  assert not sentences.erasing(result)
-
-
-def test_rounds_are_in_order_and_end_in_a_total(implosion):
-  result, _ = implosion
-  rows = list(sentences.rounds(result))
-  assert [row.name for row in rows] == ['1', '2', '3', 'all']
-  assert [row.units for row in rows] == ['27 → 23', '23 → 19', '19 → 15', '27 → 15']
-  assert rows[1][2:6] == ('93.60 %', '62.00 %', '81.00 %', '93.40 %')
-  assert rows[1].erased == ', '.join(result['rounds'][1]['erased'])
-  assert rows[-1] == (
-    *('all', '27 → 15', '93.80 %', '', '', '93.20 %', '56.1 %', '12 units'),
+  assert decided(result) == said
+  (certainty,) = sentences.recipe_of(typed(result)).remarks(typed(result))
+  assert certainty == (
+    'largest importance w 0.958, normalised entropy 0.167 (0: one exit has it all, 1: '
+    'all exits have the same)'
   )
-  assert len(sentences.HEAD) == len(rows[0])
+  assert sentences.all_of(typed(result))[:2] == [said, certainty]
+  result['options']['gamma'] = 1.0
+  assert decided(result) == f'{said}, γ = 1'
+  assert not erasing(result)
 
 
-def test_a_single_round_needs_no_total(implosion):
+def test_erased_units_and_their_rounds_are_counted(implosion):
   result, _ = implosion
+  assert erasing(result)
+  said = 'erased 12 of 27 units in 3 rounds, chosen by priority'
+  assert decided(result) == said
   result['rounds'] = result['rounds'][:1]
-  assert [row.name for row in sentences.rounds(result)] == ['1']
-  said = 'erased 4 of 27 units in 1 round, chosen by priority'
-  assert sentences.sentence(result) == said
+  assert decided(result) == 'erased 4 of 27 units in 1 round, chosen by priority'
 
 
-def test_the_curve_begins_at_the_whole_network_and_gathers_the_seeds(implosion):
-  rounds = implosion[0]['rounds']
-  curve = sentences.curve(rounds, rounds)
-  assert list(curve['before']) == list(curve['after']) == [0, 4, 8, 12]
-  assert curve['before'][0] == curve['after'][0] == [0.938, 0.938]
-  assert curve['before'][8] == pytest.approx([0.81, 0.81])
-  assert curve['after'][12] == pytest.approx([0.932, 0.932])
+def test_what_helped_to_train_is_named_with_its_open_connections(auxiliary):
+  result, _ = auxiliary
+  dropped = 'dropped after training: 77.5 % of the FLOPs are left'
+  path = 'trained beside a path whose connections were searched'
+  assert decided(result) == f'{path} (5 of 6 connections open), {dropped}'
+  result['rounds'][0]['learned'] = {}
+  assert decided(result) == f'{path}, {dropped}'
+  result['options']['structure'] = 'all'
+  assert decided(result) == f'trained beside a path that every tap feeds, {dropped}'
+  result['options']['structure'] = 'none'
+  assert decided(result) == 'trained alone, without a path beside it'
 
 
-def scanned(layers: int, per_round: int, rounds: int, seed: int):
-  """(rounds with the names of their time, the original names that went)."""
-  draw = random.Random(seed)
-  left, found, gone = list(range(layers)), [], []
-  for _ in range(rounds):
-    chosen = sorted(draw.sample(range(len(left)), per_round))
-    priority = {f'blocks[{i}]': 1.0 for i in range(len(left))} | {'stage1/block10': 1.0}
-    erased = [f'blocks[{i}]' for i in chosen]
-    found.append({'learned': {'priority': priority}, 'erased': erased})
-    gone.append([f'blocks[{left[i]}]' for i in chosen])
-    left = [layer for i, layer in enumerate(left) if i not in chosen]
-  return found, gone
+def test_the_largest_difference_is_said_and_so_is_its_absence(result):
+  assert '4.1e-07' in sentences.proven(typed(result))
+  assert 'changed 3.2e-03' in sentences.proven(typed(result))
+  del result['verify']
+  assert 'not compared' in sentences.proven(typed(result))
 
 
-@pytest.mark.parametrize('seed', range(5))
-def test_layers_of_a_stack_keep_the_names_they_had_at_first(seed):
-  found, gone = scanned(13, 3, 3, seed)
-  assert sentences.erased(found) == gone
-  last = sentences.first_names(found)[-1]
-  assert last['stage1/block10'] == 'stage1/block10'
-  assert list(last) == sentences.in_order(found[-1]['learned']['priority'])
+def test_of_several_cuts_the_largest_difference_counts(implosion):
+  result, _ = implosion
+  for each, difference in zip(result['rounds'], (1e-7, 3e-6, 2e-7)):
+    each['verify'] = {'difference': difference}
+  assert '3.0e-06' in sentences.proven(typed(result))
 
 
-def test_names_are_in_the_network_s_order():
-  names = [
-    'stage1/block10',
-    'stage2/block0',
-    'stage1/block2',
-    'b[11]',
-    'b[9]',
-    'stage1',
-  ]
-  assert sentences.in_order(names) == [
-    *('b[9]', 'b[11]', 'stage1', 'stage1/block2', 'stage1/block10', 'stage2/block0'),
-  ]
+def test_recalibration_is_told_apart_from_fine_tuning(result):
+  assert 'not yet tuned: 97.2 %' in sentences.recalibrated(typed(result))
+  assert len(sentences.all_of(typed(result))) == 4
+  del result['accuracy']['recalibrated']
+  assert len(sentences.all_of(typed(result))) == 3
+
+
+def test_what_was_not_touched_after_the_cut_is_not_called_tuned(netcut, result):
+  assert sentences.recalibrated(typed(netcut[0])) == ''
+  result['accuracy']['recalibrated'] = result['accuracy']['pruned']
+  assert sentences.recalibrated(typed(result))  # it was tuned later
+
+
+def test_the_device_is_named_where_something_was_timed(result, sidenet):
+  said = 'measured on CPU, AMD EPYC, 2 cores'
+  assert sentences.measured_on(typed(result)) == said
+  assert sentences.measured_on(typed(sidenet)) == said
+  del result['latency_ms']
+  assert sentences.measured_on(typed(result)) == ''
+
+
+def test_notes_are_of_surgery_and_of_timing(result):
+  notes = sentences.notes(typed(result))
+  assert len(notes) == 3
+  assert notes[-1] == 'batch 128: a note about its timing'
+
+
+def test_a_run_without_a_seed_has_none_in_its_title(result):
+  assert sentences.title(typed(result)) == 'resnet20 on digits, seed 0'
+  del result['seed']
+  assert sentences.title(typed(result)) == 'resnet20 on digits'
+
+
+# ---- cascades ------------------------------------------------------------------------
+
+
+def test_the_sentence_says_what_was_asked_lost_and_saved(sidenet):
+  said = 'asked to lose at most 0.5 point: loses 0.31 point and saves 35.2 % of the '
+  assert decided(sidenet) == sentences.all_of(typed(sidenet))[0] == f'{said}FLOPs'
+
+
+def test_a_gain_is_no_loss_and_dearer_is_no_saving(sidenet):
+  sidenet['accuracy']['after'] = 0.9412
+  sidenet['flops']['after'] = 1.031 * WHOLE
+  said = 'asked to lose at most 0.5 point: gains 0.25 point and spends 3.1 % more FLOPs'
+  assert decided(sidenet) == said
+
+
+@pytest.mark.parametrize(
+  ('kind', 'said'),
+  [
+    (
+      'budget',
+      'asked to spend at most 67 % of the FLOPs: spends 64.8 %, loses 0.31 point',
+    ),
+    (
+      'risk',
+      'asked to be wrong where the MainNet is right in at most 2 % of the examples: is '
+      'so in 1.42 %, loses 0.31 point and saves 35.2 % of the FLOPs',
+    ),
+  ],
+)
+def test_the_sentence_of_a_budget_and_of_a_risk(sidenet, kind, said):
+  assert decided(choose(sidenet, kind)) == said
+
+
+def test_the_sentence_of_a_threshold_and_of_no_request(sidenet):
+  (request, *_) = sidenet['cascade']['requests'][1:]
+  request |= {'kind': 'threshold', 'requested': 0.9}
+  reached = 'loses 0.31 point and saves 35.2 % of the FLOPs'
+  assert decided(sidenet) == f'asked for a threshold 0.9: {reached}'
+  assert sentences.asked(cascade_of(sidenet).requests[1]) == 'threshold 0.9'
+  sidenet['cascade']['requests'] = []
+  assert decided(sidenet) == reached
+
+
+def test_the_sentence_of_a_time_is_in_milliseconds_as_executed(sidenet):
+  (request, *_) = (r for r in sidenet['cascade']['requests'] if r['chosen'])
+  request |= {'kind': 'milliseconds', 'requested': 0.4}
+  request['test']['milliseconds'] = 0.4567
+  said = 'asked to take at most 0.4 ms an example: takes 0.457 ms, missed, loses 0.31'
+  assert decided(sidenet).startswith(said)
+
+
+def test_a_refused_request_has_its_reason(sidenet):
+  found = sentences.refused(cascade_of(sidenet))
+  assert found == [f'cost ≤ 4 % was refused: {NO_BUDGET}']
+
+
+def test_a_chosen_request_may_be_the_refused_one(sidenet):
+  risk = choose(sidenet, 'risk')['cascade']['requests'][4]
+  risk |= {'test': None, 'held_out': None, 'interval': None, 'refused': 'too few rows'}
+  assert 'is so in –, loses' in decided(sidenet)
+  assert len(sentences.refused(cascade_of(sidenet))) == 2
+
+
+def test_a_certificate_says_what_holds_and_how_it_is_known(sidenet):
+  risk = next(r for r in sidenet['cascade']['requests'] if r['kind'] == 'risk')
+  risk['test']['certificate'] = {
+    'loss': 'gap', 'alpha': 0.02, 'delta': 0.1, 'rows': 2500, 'losses': 31,
+    'bound': 0.0161,
+  }  # fmt: skip
+  (said, *_) = sentences.certified(cascade_of(sidenet))
+  assert said.startswith('risk ≤ 2 % holds with probability 90.0 %')
+  assert '31 of 2,500' in said and 'at most 1.61 %' in said
+
+
+def test_executed_is_compared_with_simulated(sidenet):
+  said = (
+    'executed: 3 of 5,000 examples left elsewhere than simulated, 2 of them within '
+    '1e-5 of a threshold'
+  )
+  assert said in sentences.all_of(typed(sidenet))
+  assert not any('masked' in line for line in sentences.all_of(typed(sidenet)))
+  sidenet['cascade']['executed']['differ'] = 0
+  assert sentences.executed(cascade_of(sidenet)) == (
+    'executed: all 5,000 examples left where simulated'
+  )
+
+
+def test_what_was_not_executed_is_not_compared(sidenet):
+  del sidenet['cascade']['executed']
+  assert sentences.executed(cascade_of(sidenet)) == ''
+
+
+def test_heads_that_were_cut_away_are_named(sidenet):
+  cut = lambda: sentences.cut_heads(cascade_of(sidenet))
+  assert cut() == ''
+  stages = sidenet['cascade']['stages']
+  sidenet['cascade']['stages'] = [s for s in stages if s['exit'] != 'exit2']
+  assert cut().startswith('Nobody leaves at exit2, which is cut away')
+  sidenet['cascade']['stages'] = stages[2:]
+  assert 'Nobody leaves at exit1, exit2, which are cut away' in cut()
+
+
+def test_the_lead_tells_what_training_with_heads_did_to_the_network(sidenet):
+  after = 'Test accuracy: MainNet 93.87 %, cascade 93.56 %.'
+  assert sentences.lead(typed(sidenet)).endswith(after)
+  sidenet['cascade']['original'] = {'test': 0.9412}
+  after = (
+    'MainNet 93.87 % (94.12 % before it was trained with its heads), cascade 93.56 %.'
+  )
+  assert sentences.lead(typed(sidenet)).endswith(after)

@@ -129,6 +129,53 @@ def test_factored_statistics_start_anew_and_are_named():
   assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 
+def by_hand():
+  """Momentum with a plain dict for a state, as users write it."""
+  init = lambda params: {'mu': jax.tree.map(jnp.zeros_like, params)}
+
+  def update(gradient, state, params=None):
+    mu = jax.tree.map(lambda m, g: 0.9 * m + g, state['mu'], gradient)
+    return mu, {'mu': mu}
+
+  return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    optax.adam(1e-2),
+    optax.multi_transform(
+      {'a': optax.adam(1e-2), 'b': optax.adam(1e-2)}, {'w': 'a', 'mu': {'w': 'b'}}
+    ),
+    by_hand(),
+  ],
+  ids=['adam', 'one adam each', 'by hand'],
+)
+def test_variables_that_share_the_end_of_a_path_keep_their_own_moments(tx):
+  """mu/w in the state is of w or of mu/w: the next update says whose it was."""
+  params = arrays({'w': (4,), 'mu': {'w': (4,)}})
+  left = np.arange(4) < 2
+  plan = {'w': (left,), 'mu/w': (~left,)}
+  params, state = steps(tx, tx.init(params), params, 5)
+  small = cut(params, plan)
+  small_state, anew = cut_optimizer(tx, state, params, small, plan, '')
+  assert not anew
+  gradient = randomised(params, 8)
+  expected, _ = update(tx)(gradient, state, params)
+  updates, _ = update(tx)(cut(gradient, plan), small_state, small)
+  jax.tree.map(np.testing.assert_array_equal, cut(expected, plan), updates)
+
+
+def test_a_network_may_be_one_array():
+  """Its path is empty, and its moments are cut all the same."""
+  tx, params = optax.adam(1e-2), arrays((3, 4))
+  kept = np.array([True, False, True])
+  plan = {'': (kept, np.ones(4, bool))}
+  params, state = steps(tx, tx.init(params), params, 5)
+  small_state, _ = cut_optimizer(tx, state, params, cut(params, plan), plan, '')
+  np.testing.assert_array_equal(small_state[0].mu, state[0].mu[kept])
+
+
 def test_tuples_of_layers_have_states_too():
   """Paths made of numbers: those of the state and of the arrays do not mix."""
   tx, variables = optax.adam(1e-2), arrays(TORCH_STYLE)
@@ -193,6 +240,12 @@ def test_closed_branches_take_their_arrays_and_empty_folders_along():
   assert cut(v, plan).keys() == {'params'} and cut(v, plan)['params'].keys() == {'out'}
   kept = cut(v, index_plan(coupling, {}))
   assert kept['params'].keys() == {'inner', 'out'} and 'branches' not in kept
+
+
+def test_an_array_without_a_slice_left_is_absent():
+  coupling = couple(network, arrays(SHAPES), image(2, 4))
+  plan = index_plan(coupling, {'channels': {'one:3': np.zeros(8, bool)}})
+  assert plan.keys() == {'params/two/scale', 'params/out/kernel'}
 
 
 def test_take_works_while_tracing():

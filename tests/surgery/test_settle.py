@@ -132,6 +132,26 @@ def test_layers_of_a_stack_go_with_their_branches():
   assert by_stage['stage3'].all() and not by_stage['stage2'].any()
 
 
+def test_a_layer_of_a_stack_stays_for_one_of_its_branches():
+  def f(v, x):
+    def turn(h, layer):
+      w, gate = layer
+      h = h + gate['one'] * (h @ w['a'])
+      return h + gate['two'] * (h @ w['b']), None
+
+    return jax.lax.scan(turn, x, (v['params'], v['branches']))[0]
+
+  variables = {
+    'params': {'a': jnp.ones((3, 2, 2)), 'b': jnp.ones((3, 2, 2))},
+    'branches': {'one': jnp.ones(3), 'two': jnp.ones(3)},
+  }
+  one, two = np.array([True, False, False]), np.array([False, True, False])
+  coupling = couple(f, variables, jnp.ones((1, 2)))
+  keep = {'branches': {'one': one, 'two': two}}
+  [layers] = settle(coupling, keep, variables).keep['channels'].values()
+  np.testing.assert_array_equal(layers, one | two)
+
+
 def test_a_dropped_exit_takes_what_it_alone_needs(exits):
   coupling, variables = exits
   settled = settle(coupling, {'exits': {'main': False}}, variables).keep

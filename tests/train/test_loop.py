@@ -218,17 +218,33 @@ def test_theta_gets_the_gradient_through_the_gates_and_directly():
   assert equal(state.model_state, {k: variables[k] for k in state.model_state})
 
 
-def test_observed_statistics_are_averaged():
-  def observe(gates, gate_grads, outputs, batch):
-    return {'label': batch['label'].astype(jnp.float32).mean()}
+def mean_label(gates, gate_grads, outputs, batch):
+  return {'label': batch['label'].astype(jnp.float32).mean()}
 
-  step, state, _ = setting(Method(observe=observe))
+
+def test_observed_statistics_are_averaged():
+  step, state, _ = setting(Method(observe=mean_label))
   for labels in (0, 2, 1):
     batch = {**batch_at(data(), 0), 'label': jnp.full(8, labels, jnp.int32)}
     state, _ = step(state, batch, KEY)
   assert float(state.stats['label']) == pytest.approx(1.0, rel=1e-6)
   with pytest.raises(ValueError, match='pass batch='):
-    init_state(Net(), Method(observe=observe), optax.sgd(0.1), state.variables)
+    init_state(Net(), Method(observe=mean_label), optax.sgd(0.1), state.variables)
+
+
+def test_after_a_mean_of_100_steps_the_newest_statistics_weigh_one_percent():
+  step, state, _ = setting(Method(observe=mean_label))
+  seen = np.random.default_rng(0).integers(3, size=(100, 8))
+  for labels in seen:
+    batch = {**batch_at(data(), 0), 'label': jnp.asarray(labels, jnp.int32)}
+    state, _ = step(state, batch, KEY)
+  expected = seen.mean()
+  assert float(state.stats['label']) == pytest.approx(expected, rel=1e-5)
+  batch['label'] = jnp.full(8, 2, jnp.int32)
+  for at in (100, 101, 5000):
+    state, _ = step(state.replace(step=jnp.int32(at)), batch, KEY)
+    expected = 0.99 * expected + 0.01 * 2
+    assert float(state.stats['label']) == pytest.approx(expected, rel=1e-5)
 
 
 def test_teacher_arrays_are_arguments_of_the_step():

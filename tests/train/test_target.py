@@ -40,6 +40,17 @@ def test_off_target_the_gates_nearest_to_zero_move(target, expected):
   assert w[keep].min() > w[~keep].max()
 
 
+@pytest.mark.parametrize(
+  ('positive', 'expected'), [(507, 507), (517, 517), (506, 507), (518, 517), (200, 507)]
+)
+def test_half_a_percent_off_the_target_is_near_enough(positive, expected):
+  """Of 1024 channels, 507 to 517 meet a target of 0.5: no more of them move."""
+  rank = np.arange(1024)
+  w = {'first:1': np.where(rank < positive, 2.0, 0.0) - 1 - rank / 1e4}
+  keep = on_target(coupled(1024), w, 0.5)['channels']['first:1']
+  np.testing.assert_array_equal(keep, rank < expected)
+
+
 @given(
   st.lists(st.floats(-1, 1, width=32), min_size=100, max_size=100),
   st.floats(0.08, 1.0),
