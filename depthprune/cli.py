@@ -48,7 +48,9 @@ def _subcommand(name: str) -> Any:
   return Annotated[Config[recipe.options], found]
 
 
-AnyMethod: Any = Union[tuple(map(_subcommand, sorted(methods.names(), key=methods.word)))]  # noqa: UP007
+AnyMethod: Any = Union[
+  tuple(map(_subcommand, sorted(methods.names(), key=methods.word)))
+]  # noqa: UP007
 # Options that one run has several values of, and the one that METHOD may follow.
 LISTS = {
   '--at-once',

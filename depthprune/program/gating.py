@@ -49,7 +49,7 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     coupling.same(view, channels)
     weights: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
-      _place(group, view.groups[group], jnp.asarray(gate), weights)
+      place(group, view.groups[group], jnp.asarray(gate), weights)
     run = _gated(view, weights)
     arrays, _ = split_arrays((inputs, kwargs))
     return view.unpack(run(view.program, [*jax.tree.leaves(variables), *arrays]))
@@ -84,13 +84,20 @@ def with_branches(variables: Any, branches: Mapping[str, Any]) -> Any:
   return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
-def _place(group: str, axis: ax.Axis, gate: jax.Array, gates: dict):
-  """Puts a group's gate on the axis variables that the group has in this view."""
+def place(group: str, axis: ax.Axis, gate: jax.Array, gates: dict):
+  """Puts a group's gate on the axis variables that the group has in a view.
+
+  Args:
+    group: its name, for errors. axis: what it is in the view. gate: [slices].
+    gates: {axis variable: gate}, added to.
+
+  Raises: ValueError where the axis is laid out otherwise than where it was coupled.
+  """
   axis = ax.norm(axis)
   if isinstance(axis, ax.Cat):
     at = 0
     for p in axis.parts:
-      _place(group, p, gate[at : at + p.size], gates)
+      place(group, p, gate[at : at + p.size], gates)
       at += p.size
   elif isinstance(axis, ax.Prod) or axis in gates:
     raise ValueError(
@@ -102,13 +109,13 @@ def _place(group: str, axis: ax.Axis, gate: jax.Array, gates: dict):
 
 
 def _gated(view: View, gates: dict[ax.Axis, jax.Array]) -> Callable:
-  made = _made_of_variables(view)
+  made = made_of_variables(view)
 
   def run(program: jx.Program, args: Sequence) -> list:
     return interpret(program, args, execute)
 
   def execute(e: jx.Equation, ins: list) -> list:
-    for k, axis in _gated_side(e, made):
+    for k, axis in gated_side(e, made):
       weights = expand(view.facts.dims[e.inputs[k]][axis], gates)
       if weights is not None:
         shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
@@ -138,7 +145,7 @@ def expand(axis: ax.Axis, gates: Mapping) -> jax.Array | None:
   return out
 
 
-def _gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
+def gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
   """The side of a contraction to scale: a weight, else the smaller activation."""
   sides = [side for side in contracted(e) if side]
 
@@ -149,7 +156,7 @@ def _gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
   return min(sides, key=order, default=[])
 
 
-def _made_of_variables(view: View) -> set[jx.Value]:
+def made_of_variables(view: View) -> set[jx.Value]:
   """Values computed from variables and constants alone, loop-carried ones aside."""
 
   def walk(program: jx.Program, inputs: list[bool]):

@@ -1,15 +1,18 @@
-"""Branch gates that stay open become part of the arrays.
+"""Gates that stay open without being 1 become part of the arrays.
 
-y·g with y = BN(conv(x)) is the same as BN with its scale and bias multiplied by g.
-Which arrays carry the factor is read from the program: backwards from each product,
-through sums (both sides), products (one side) and what only moves values, to variables
-that are read once.
+Of branches: y·g with y = BN(conv(x)) is the same as BN with its scale and bias
+multiplied by g. Which arrays carry the factor is read from the program: backwards from
+each product, through sums (both sides), products (one side) and what only moves values,
+to variables that are read once.
+
+Of channels: the gate is plugged in where their axis is contracted, on the weight that
+reads them, so the weight carries it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from depthprune.program import axes as ax
+from depthprune.program import gating
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import LAYOUT, SUMS
 from depthprune.program.trace import View, paths_of
@@ -51,6 +56,83 @@ def fold(
         leaf = np.asarray(leaf)
       leaves[names[v]] = jnp.asarray(leaf * factor.astype(leaf.dtype))
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+
+
+def fold_channels(
+  view: View, variables: Any, open_: Mapping[str, np.ndarray], exits: Mapping[str, Any]
+) -> Any:
+  """The variables with every channel gate multiplied into the weights that read it.
+
+  Args:
+    view: of the full network.
+    variables: its arrays.
+    open_: {group: [slices]}, the gates' values where slices are kept, else 1.
+    exits: which outputs are kept; what only the others need is left alone.
+
+  Raises: ValueError for a gate that is not 1 and is read by something else than weights
+    that are read once.
+  """
+  soft = {group: value for group, value in open_.items() if not np.all(value == 1)}
+  if not soft:
+    return variables
+  gates: dict[ax.Axis, Any] = {}
+  for group, value in soft.items():
+    gating.place(group, view.groups[group], jnp.asarray(value, jnp.float32), gates)
+  leaves = paths_of(variables)
+  paths = {v: (path, 0) for path, v in view.leaves.items()}
+  for path, factor in _channel_factors(view, view.kept(exits), paths, gates):
+    leaf = leaves[path]
+    leaves[path] = jnp.asarray(leaf * factor.astype(leaf.dtype))
+  return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+
+
+def _channel_factors(
+  view: View, program: jx.Program, paths: Mapping, gates: Mapping
+) -> Iterator[tuple[str, jax.Array]]:
+  """(path of a variable, factor that broadcasts to it) for every gated contraction.
+
+  paths: {value: (path of the variable, number of axes that loops run over in front)}.
+  """
+  equations, _ = jx.live(program)
+  made_by = {v: e for e in equations for v in e.outputs}
+  uses = Counter(v for e in equations for v in e.inputs)
+  made = gating.made_of_variables(view)
+  for e in equations:
+    for k, axis in gating.gated_side(e, made):
+      gate = gating.expand(view.facts.dims[e.inputs[k]][axis], gates)
+      if gate is not None:
+        yield _carried_by(e, k, axis, gate, made_by, uses, paths)
+    for body, inputs in jx.bodies_with_inputs(e):
+      loops = set(jx.scan_parts(e, list(body.inputs))[2]) if e.name == 'scan' else set()
+      inside = {
+        inner: (paths[v][0], paths[v][1] + (inner in loops))
+        for inner, v in zip(body.inputs, inputs)
+        if v in paths and uses[v] == 1
+      }
+      yield from _channel_factors(view, body, inside, gates)
+
+
+def _carried_by(e, k: int, axis: int, gate, made_by, uses, paths):
+  """The variable behind input k of an equation, and the factor that it carries."""
+  v = e.inputs[k]
+  shape = [-1 if i == axis else 1 for i in range(len(v.shape))]
+  factor = jnp.broadcast_to(gate.reshape(shape), v.shape)
+  while v not in paths and v in made_by and uses[v] == 1:
+    move = made_by[v]
+    if move.name not in ('transpose', 'reshape', 'squeeze', 'convert_element_type'):
+      break
+    if move.name == 'transpose':
+      factor = factor.transpose(np.argsort(move.params['permutation']))
+    v = move.inputs[0]
+    factor = factor.reshape(v.shape)
+  if v not in paths or uses[v] != 1:
+    raise ValueError(
+      f'{e.where}: a channel gate that is neither 0 nor 1 cannot be folded: what reads '
+      'the channels has to be a weight that is read once. Round the gates to 0 or 1, '
+      'or keep the group whole'
+    )
+  path, loops = paths[v]
+  return path, factor.reshape((1,) * loops + factor.shape)
 
 
 def _carriers(

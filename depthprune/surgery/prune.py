@@ -13,7 +13,7 @@ from depthprune.program import cost
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
 from depthprune.program.trace import paths_of
-from depthprune.surgery.fold import fold
+from depthprune.surgery.fold import fold, fold_channels
 from depthprune.surgery.plan import Plan, cut, cut_optimizer, index_plan
 from depthprune.surgery.settle import complete, settle
 from depthprune.surgery.verify import Verdict, verify
@@ -55,6 +55,7 @@ def prune(
   opt_state: Any = None,
   round_to: int = 1,
   allow_inexact: bool = False,
+  gates: Mapping | None = None,
   coupling: Coupling | None = None,
   **kwargs,
 ) -> Pruned:
@@ -67,6 +68,10 @@ def prune(
   tx, opt_state: an optax optimizer and its state over variables['params'] (or over
     variables, where there is no such entry): cut by the same plan.
   round_to: widths become multiples of it (see `settle`).
+  gates: {'channels': {group: [n]}}, the values that channel gates have where they are
+    neither 0 nor 1; of slices that are kept they are folded into the weights that read
+    them, and the proof compares with the network so gated. Branch gates are among the
+    variables.
   allow_inexact: cut also where masked and small network differ, and report by how much.
   coupling: that of the model, where it has been computed already.
   kwargs: further arguments of the model's call, e.g. train=False.
@@ -76,15 +81,17 @@ def prune(
   inputs = example if isinstance(example, tuple) else (example,)
   coupling = coupling or couple(model, variables, *inputs, **kwargs)
   settled = settle(coupling, keep, variables, round_to)
+  channels = (gates or {}).get('channels', {})
   inexact = _inexact(coupling, settled.keep)
   if inexact and not allow_inexact:
     raise _refusal('masked and small network are not the same function', inexact)
 
   def shrink(arrays, keep):
-    return cut(_folded(coupling, arrays, keep), index_plan(coupling, keep))
+    folded = _folded(coupling, arrays, keep, channels)
+    return cut(folded, index_plan(coupling, keep))
 
   asked = dict(zip(('channels', 'branches', 'exits'), complete(coupling, keep)))
-  verdict = verify(coupling, variables, inputs, shrink, asked, settled.keep)
+  verdict = verify(coupling, variables, inputs, shrink, asked, settled.keep, channels)
   if verdict.responsible and not allow_inexact:
     raise _refusal(
       f'masked and small network differ by {verdict.difference:.1e} '
@@ -122,15 +129,22 @@ def _inexact(coupling: Coupling, keep: Mapping) -> list[str]:
   return found
 
 
-def _folded(coupling: Coupling, variables: Any, keep: Mapping) -> Any:
-  """Branch gates that stay, multiplied into the arrays."""
+def _folded(
+  coupling: Coupling, variables: Any, keep: Mapping, channels: Mapping
+) -> Any:
+  """Gates that stay, of branches and of channels, multiplied into the arrays."""
   leaves = paths_of(variables)
   values = {}
   for branch in coupling.branches:
     kept = np.asarray(keep['branches'].get(branch, True))
     if kept.any():
       values[branch] = np.asarray(leaves[f'branches/{branch}']) * kept
-  return fold(coupling.view, variables, values, keep['exits'])
+  variables = fold(coupling.view, variables, values, keep['exits'])
+  open_ = {
+    group: np.where(keep['channels'].get(group, True), np.asarray(gate), 1)
+    for group, gate in channels.items()
+  }
+  return fold_channels(coupling.view, variables, open_, keep['exits'])
 
 
 def _small_state(tx, opt_state, full, small, plan: Plan):

@@ -44,6 +44,7 @@ def verify(
   shrink: Callable[[Any, Mapping], Any],
   asked: Mapping,
   keep: Mapping,
+  soft: Mapping,
 ) -> Verdict:
   """Compares the small network with the masked one, in float32 at highest precision.
 
@@ -53,7 +54,8 @@ def verify(
   other groups.
 
   inputs: example inputs, arrays or abstract. shrink(variables, keep): the small
-    variables. asked, keep: the decision before and after settling, complete."""
+    variables. asked, keep: the decision before and after settling, complete. soft: the
+    values of channel gates that are neither 0 nor 1, by group."""
   masked, small = _runs(coupling, slim(coupling.fn, coupling, keep))
   masked, small = jax.jit(masked), jax.jit(small)
   nothing = {'channels': {}, 'branches': {}}
@@ -65,7 +67,7 @@ def verify(
       (randomised(variables), randomised(given)),
     ):
       full, wanted, reference = (
-        _cut_outputs(coupling, masked(*_mask(coupling, arrays, k), probe), keep)
+        _cut_outputs(coupling, masked(*_mask(coupling, arrays, k, soft), probe), keep)
         for k in (nothing, asked, keep)
       )
       got = small(shrink(arrays, keep), probe)
@@ -75,7 +77,7 @@ def verify(
   verdict = Verdict(*worst, tolerance=_tolerance(coupling))
   if verdict.difference <= verdict.tolerance:
     return verdict
-  blame = _blame(coupling, variables, inputs, shrink, keep, verdict.tolerance)
+  blame = _blame(coupling, variables, inputs, shrink, keep, soft, verdict.tolerance)
   return verdict._replace(responsible=blame)
 
 
@@ -148,14 +150,19 @@ def _runs(coupling: Coupling, small: Callable) -> tuple[Callable, Callable]:
   return masked, run
 
 
-def _mask(coupling: Coupling, variables: Any, keep: Mapping) -> tuple[Any, dict]:
+def _mask(
+  coupling: Coupling, variables: Any, keep: Mapping, soft: Mapping
+) -> tuple[Any, dict]:
   """(variables, gates) of the masked network; every gate has an entry."""
   open_ = coupling.gates()
-  channels = dict(open_['channels'])
+  channels = {
+    group: np.asarray(soft.get(group, gate), np.float32)
+    for group, gate in open_['channels'].items()
+  }
   zeroed: dict[ax.Var, np.ndarray] = {}
   for name, kept in keep['channels'].items():
     if name in channels:
-      channels[name] = np.asarray(kept, np.float32)
+      channels[name] = channels[name] * np.asarray(kept, np.float32)
     else:
       zeroed[coupling.axis(name)] = np.asarray(kept)
   leaves = paths_of(variables)
@@ -199,7 +206,9 @@ def _tolerance(coupling: Coupling) -> float:
   return HALF if found and min(found) < 4 else SINGLE
 
 
-def _blame(coupling, variables, inputs, shrink, keep, tolerance) -> tuple[str, ...]:
+def _blame(
+  coupling, variables, inputs, shrink, keep, soft, tolerance
+) -> tuple[str, ...]:
   """The groups that differ when they alone are closed, with their tensors."""
   arrays, probe = randomised(variables), randomised(_concrete(coupling, inputs))
   found = []
@@ -208,7 +217,7 @@ def _blame(coupling, variables, inputs, shrink, keep, tolerance) -> tuple[str, .
       continue
     alone = {'channels': {name: kept}, 'branches': {}, 'exits': keep['exits']}
     masked, small = _runs(coupling, slim(coupling.fn, coupling, alone))
-    outputs = masked(*_mask(coupling, arrays, alone), probe)
+    outputs = masked(*_mask(coupling, arrays, alone, soft), probe)
     reference = _cut_outputs(coupling, outputs, alone)
     got = small(shrink(arrays, alone), probe)
     if (difference := relative(reference, got)) > tolerance:

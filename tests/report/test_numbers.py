@@ -1,4 +1,4 @@
-"""Numbers as text."""
+"""Numbers as text, and names in order."""
 
 import pytest
 
@@ -39,3 +39,17 @@ def test_a_change_is_in_percentage_points_with_its_sign():
 )
 def test_one_value_has_no_deviation(values, text):
   assert numbers.spread(values) == text
+
+
+def test_names_are_in_the_network_s_order():
+  names = [
+    'stage1/block10',
+    'stage2/block0',
+    'stage1/block2',
+    'b[11]',
+    'b[9]',
+    'stage1',
+  ]
+  assert numbers.in_order(names) == [
+    *('b[9]', 'b[11]', 'stage1', 'stage1/block2', 'stage1/block10', 'stage2/block0'),
+  ]

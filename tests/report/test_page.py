@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthprune.report import asked, cascade, page, run_files, style, tables
-from tests.report.cascades import made_up_sidenet
+from depthprune.report import page, run_files, sentences, style, tables
+from tests.report.cascades import cascade_of, made_up_sidenet
+from tests.report.runs import typed
 
 VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}
 
@@ -60,9 +61,11 @@ def test_it_is_one_file_that_asks_for_nothing(html, read_only_run):
 
 def test_it_says_what_the_tables_say(html, result):
   text = ' '.join(read(html).text)
-  for row in tables.summary(result):
+  read_in = typed(result)
+  for row in tables.costs(read_in).rows:
     assert all(cell in text for cell in row), row
-  for said in (tables.verified(result), result['command'], *tables.notes(result)):
+  proven, notes = sentences.proven(read_in), sentences.notes(read_in)
+  for said in (proven, result['command'], *notes):
     assert said in text
   assert 'Requested 50.0 % of the FLOPs, reached 49.95 %' in text
 
@@ -84,7 +87,8 @@ def test_names_cannot_break_the_page(run_directory, result):
   (run_directory / 'result.json').write_text(json.dumps(result))
   html = page.write(run_directory).read_text()
   assert '<script' not in html
-  assert '&lt;b&gt;&quot; $title' in html
+  assert 'depthprune "<b>" $title' in ' '.join(read(html).text)
+  assert '&lt;b&gt;&#34; $title' in html
 
 
 def test_kept_channels_are_listed_as_ranges(html):
@@ -128,6 +132,16 @@ def test_implosion_shows_rounds_priorities_and_the_curve(implosion_run, implosio
   assert html.count('<svg') == 3
 
 
+def test_auxiliary_shows_the_connections_of_the_path(auxiliary_run):
+  html = page.write(auxiliary_run).read_text(encoding='utf-8')
+  text = ' '.join(read(html).text)
+  assert 'Trained beside a path whose connections were searched (5 of 6 conn' in text
+  assert re.findall('<h2>(.*?)</h2>', html) == [
+    *('What was gained', 'To note', 'Training', 'Connections of the path', 'Run')
+  ]
+  assert html.count('<svg') == 2
+
+
 def test_every_role_of_a_chart_is_a_variable_of_the_page(html):
   for role in style.ROLES.values():
     assert html.count(f'--{role}: #') == 2, role  # light and dark
@@ -147,10 +161,11 @@ def test_a_cascade_shows_requests_curve_exits_and_reliability(sidenet_run, siden
     *('Where examples leave', 'Reliability', 'Training', 'Run'),
   ]
   assert html.count('<svg') == 4
-  for row in (*asked.requests(sidenet), *cascade.exits(sidenet)):
+  result, cascade = typed(sidenet), cascade_of(sidenet)
+  for row in (*tables.requests(cascade).rows, *tables.exits(cascade).rows):
     assert all(cell in text for cell in row), row
-  for line in (*asked.refused(sidenet), *tables.said(sidenet), tables.legend(sidenet)):
-    assert line in text
+  said = (*sentences.refused(cascade), *sentences.all_of(result), tables.legend(result))
+  assert all(line in text for line in said)
 
 
 def test_the_page_of_a_cascade_asks_for_nothing_either(sidenet_run):

@@ -5,11 +5,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from depthprune.report import charts, style, tables
+from depthprune.report import charts, style
+from tests.report.runs import typed
 
 
 def test_svg_is_well_formed_takes_the_page_s_colours_and_is_repeatable(result):
-  widths = tables.widths(result)
+  widths = typed(result).widths
   element = style.svg(charts.width_chart(widths))
   assert ElementTree.fromstring(element).tag.endswith('svg')
   for colour in (style.INK, style.FIRST, style.FAINT):
@@ -51,7 +52,7 @@ def test_names_of_stages_are_left_out_where_they_would_overlap():
 
 
 def test_a_saved_chart_needs_no_page_and_no_font(result, tmp_path):
-  widths = tables.widths(result)
+  widths = typed(result).widths
   for name in ('first.svg', 'second.svg'):
     style.save(charts.width_chart(widths), tmp_path / name)
   text = (tmp_path / 'first.svg').read_text()

@@ -21,7 +21,8 @@ def run(target: float, seed: int, accuracy: float | None, held_out: float = 0) -
   row['result'] = {
     'accuracy': of(accuracy), 'held_out': of(held_out or accuracy),
     'flops': cost, 'params': {'before': 1000, 'after': 500},
-    'latency_ms': {'128': {'speedup': 1 / target}}, 'device': 'a CPU',
+    'latency_ms': {'128': {'before': 9.0, 'after': 9 * target, 'speedup': 1 / target}},
+    'device': 'a CPU',
   }  # fmt: skip
   return row
 

@@ -50,7 +50,8 @@ def test_tasks_and_pixels_have_rows_of_their_own(result):
 def test_what_a_run_did_not_measure_is_left_out(result):
   for key in ('held_out', 'latency_ms', 'report'):
     del result[key]
-  assert list(costs(result)) == ['accuracy, test', 'FLOPs (1 MAC = 2)', 'parameters']
+  names = column(tables.costs(typed(result)), '')
+  assert names == ['accuracy, test', 'FLOPs (1 MAC = 2)', 'parameters']
   assert sentences.measured_on(typed(result)) == ''
 
 
@@ -140,7 +141,7 @@ def test_the_cost_is_there_three_times_ideal_padded_and_measured(sidenet):
 
 def test_what_was_not_executed_is_left_out(sidenet):
   del sidenet['cascade']['executed'], sidenet['held_out']
-  assert list(costs(sidenet)) == [
+  assert column(tables.costs(typed(sidenet)), '') == [
     'accuracy, test',
     'FLOPs (1 MAC = 2), ideal',
     'parameters, with heads',

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import depthprune as dp
 from depthprune.gates import branch
+from depthprune.models.mobilenet import MobileNetV2
 from depthprune.models.resnet import ResNet
+from depthprune.models.vgg import VGG
 from depthprune.program.trace import paths_of
 from depthprune.surgery.prune import prune
 from tests import masking as m
@@ -21,9 +24,10 @@ SCANNED = ResNet(depth=20, width=2, scan=True)
 def arrays(model, gates: dict):
   """Random arrays; every branch gate is 1 but for those given by path."""
   variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), X))
-  ones = jax.tree.map(jnp.ones_like, variables['branches'])
+  ones = jax.tree.map(jnp.ones_like, variables.get('branches', {}))
   leaves = [jnp.asarray(gates.get(p, x), x.dtype) for p, x in paths_of(ones).items()]
-  variables['branches'] = jax.tree.unflatten(jax.tree.structure(ones), leaves)
+  if leaves:
+    variables['branches'] = jax.tree.unflatten(jax.tree.structure(ones), leaves)
   return variables
 
 
@@ -214,3 +218,74 @@ def test_a_layer_stays_for_the_branch_that_stays():
   expected = f({'params': params, 'branches': masked}, X)
   assert m.difference(expected, pruned.apply(pruned.variables, X)) <= 1e-5
   assert not np.any(pruned.variables['params']['stack']['b'][1])
+
+
+# ---- channels ------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+  """One kernel that is read twice, so that it cannot carry a gate of one reading."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', nn.initializers.normal(), (4, 4))
+    y = nn.Dense(4, name='first')(x)
+    for _ in range(2):
+      y = nn.relu(y @ kernel)
+    return nn.Dense(2, name='last')(y)
+
+
+def soft_gates(coupling, seed: int = 0) -> dict[str, np.ndarray]:
+  """Every channel half open, more or less."""
+  rng = np.random.default_rng(seed)
+  sizes = {g: v.size for g, v in coupling.gates()['channels'].items()}
+  return {g: rng.uniform(0.3, 1.7, n).astype(np.float32) for g, n in sizes.items()}
+
+
+@pytest.mark.parametrize(
+  'model',
+  [
+    ResNet(depth=8, width=4),
+    ResNet(depth=8, width=4, preact=True, shortcut='B'),
+    VGG(blocks=(1, 2), width=4),
+    VGG(blocks=(1, 3), width=4, scan=True),
+    MobileNetV2(blocks=(1, 2), width=0.5),
+  ],
+  ids=lambda model: f'{type(model).__name__}{"-scan" * model.scan}',
+)
+def test_soft_channel_gates_are_folded_into_the_weights_that_read_them(model):
+  """The small network is the one that the gates scaled, without any gate in it."""
+  variables = arrays(model, {})
+  coupling = dp.couple(model, variables, X)
+  soft = soft_gates(coupling)
+  keep = {'channels': {g: np.arange(v.size) % 3 > 0 for g, v in soft.items()}}
+  pruned = prune(
+    model, variables, keep, X, gates={'channels': soft}, coupling=coupling
+  )
+  gates = {g: jnp.asarray(v * keep['channels'][g]) for g, v in soft.items()}
+  masked = dp.plug(model, coupling)(variables, {'channels': gates}, X)
+  small = pruned.apply(pruned.variables, X)
+  np.testing.assert_allclose(small['main'], masked['main'], rtol=2e-4, atol=1e-5)
+  assert pruned.report['verify']['difference'] < 1e-4
+
+
+def test_gates_of_one_change_no_array():
+  model = ResNet(depth=8, width=4)
+  variables = arrays(model, {})
+  coupling = dp.couple(model, variables, X)
+  ones = {g: np.ones(v.shape) for g, v in soft_gates(coupling).items()}
+  pruned = prune(model, variables, {}, X, gates={'channels': ones})
+  jax.tree.map(
+    np.testing.assert_array_equal, pruned.variables['params'], variables['params']
+  )
+
+
+def test_a_channel_gate_that_no_weight_can_carry_is_refused():
+  x = jnp.ones((2, 3))
+  model = Tied()
+  variables = model.init(jax.random.key(0), x)
+  coupling = dp.couple(model, variables, x)
+  soft = {'channels': soft_gates(coupling)}
+  assert soft['channels']
+  with pytest.raises(ValueError, match='neither 0 nor 1 cannot be folded'):
+    prune(model, variables, {}, x, gates=soft)
