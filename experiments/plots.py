@@ -11,11 +11,16 @@ are. Only the charts that the README shows are committed.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cattrs
 from matplotlib.figure import Figure
 
 from depthprune.report import charts, exit_charts, style
-from depthprune.train.result import CascadeResult, Result, RoundResult, from_json
+from depthprune.train.result import (
+  CascadeResult,
+  Result,
+  RoundResult,
+  from_json,
+  structured,
+)
 from experiments.implosion.oneshot import by_importance
 from experiments.result_files import Row, files_with
 
@@ -68,7 +73,7 @@ def retrained(rows: Rows) -> charts.Curves:
   runs: dict[str, list] = {}
   for row in rows:
     if row.get('rounds'):
-      rounds = cattrs.structure(row['rounds'], list[RoundResult])
+      rounds = [structured(each, RoundResult) for each in row['rounds']]
       runs.setdefault(row['method'], []).append(rounds)
   return {method: charts.curve(*rounds) for method, rounds in runs.items()}
 
@@ -88,7 +93,7 @@ def as_result(row: Row) -> Result:
 
 def as_cascade(row: Row) -> CascadeResult:
   """The cascade in such a row."""
-  return cattrs.structure(row, CascadeResult)
+  return structured(row, CascadeResult)
 
 
 def _beside(path: Path, chart: str) -> Path:

@@ -1,6 +1,8 @@
 """Models by name. One network family per file; a new file is found by itself.
 
 A file `family.py` offers what begins with its own name: `resnet20` is in `resnet.py`.
+Its function `small` gives a small network and an example of its input, with which the
+conformance tests check the family.
 """
 
 import dataclasses
@@ -10,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from depthprune.models.arch import nearest
 
-__all__ = ['build', 'describe', 'names']
+__all__ = ['build', 'describe', 'families', 'names', 'small']
 
 # What files were called when networks were saved that name them.
 RENAMED = {'auxiliary': 'auxiliary_path', 'perceptron': 'heads'}
@@ -23,6 +26,17 @@ RENAMED = {'auxiliary': 'auxiliary_path', 'perceptron': 'heads'}
 def names() -> list[str]:
   """The names that `build` knows, such as 'resnet20'."""
   return sorted(_constructors())
+
+
+def families() -> list[str]:
+  """The files that offer models, such as 'resnet'."""
+  offers = lambda file: any(name.startswith(file) for name in vars(_family(file)))
+  return [file for file in _files() if offers(file)]
+
+
+def small(family: str) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
+  """A small network of a family, and an abstract example of its input [1, ...]."""
+  return _family(family).small()
 
 
 def build(name: str, **fields) -> nn.Module:

@@ -231,6 +231,13 @@ class BERT(nn.Module):
       )
 
 
+def small() -> tuple[BERT, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return BERT(
+    vocab=20, positions=9, width=8, depth=3, heads=4, inner=6
+  ), jax.ShapeDtypeStruct((1, 9), jnp.int32)
+
+
 bert_base = BERT
 bert_minilm = partial(BERT, width=384, depth=6, heads=12, inner=1536)
 bert_tiny = partial(

@@ -89,6 +89,13 @@ class ConvNet(nn.Module):
     return {**outputs, 'main': classify(x, self.classes, self.pool)}
 
 
+def small() -> tuple[ConvNet, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return ConvNet(layers=3, width=6, size=3), jax.ShapeDtypeStruct(
+    (1, 8, 8, 3), jnp.float32
+  )
+
+
 convnet15 = partial(ConvNet, layers=15)
 convnet20 = partial(ConvNet, layers=20)
 convnet10x8 = partial(ConvNet, layers=10, width=8)  # what a CPU trains in a minute

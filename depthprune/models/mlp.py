@@ -92,6 +92,11 @@ class MLP(nn.Module):
     return {**outputs, 'main': classify(x, self.classes)}
 
 
+def small() -> tuple[MLP, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return MLP(hidden=(8, 6, 6)), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+
+
 mlp = MLP
 mlp20x200 = partial(MLP, hidden=(200,) * 20)
 mlp20x1000 = partial(MLP, hidden=(1000,) * 20)

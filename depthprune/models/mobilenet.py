@@ -174,5 +174,12 @@ def rounded(width: float) -> int:
   return multiple if multiple >= 0.9 * width else multiple + 8
 
 
+def small() -> tuple[MobileNetV2, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return MobileNetV2(blocks=(1, 3), width=0.5), jax.ShapeDtypeStruct(
+    (1, 8, 8, 3), jnp.float32
+  )
+
+
 mobilenet_v2 = MobileNetV2
 mobilenet_v2_imagenet = partial(MobileNetV2, imagenet=True, classes=1000)

@@ -130,6 +130,11 @@ class ResNet(nn.Module):
     return {**outputs, 'main': classify(x, self.classes)}
 
 
+def small() -> tuple[ResNet, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return ResNet(depth=14, width=4), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+
+
 resnet8 = partial(ResNet, depth=8)
 resnet14 = partial(ResNet, depth=14)
 resnet20 = partial(ResNet, depth=20)

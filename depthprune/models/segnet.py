@@ -150,5 +150,12 @@ def label(x: jax.Array, classes: int, height: int, width: int) -> jax.Array:
   return x.reshape(n, 2 * h, 2 * w, classes)[:, :height, :width]
 
 
+def small() -> tuple[SegNet, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return SegNet(blocks=(1, 2, 1), width=4, classes=3), jax.ShapeDtypeStruct(
+    (1, 8, 8, 3), jnp.float32
+  )
+
+
 segnet = SegNet
 segnet8 = partial(SegNet, width=8)  # what a CPU trains

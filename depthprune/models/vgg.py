@@ -106,6 +106,11 @@ class VGG(nn.Module):
     return {**outputs, 'main': classify(x, self.classes)}
 
 
+def small() -> tuple[VGG, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return VGG(blocks=(1, 2, 1), width=4), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+
+
 vgg11 = partial(VGG, blocks=(1, 1, 2, 2, 2))
 vgg13 = partial(VGG, blocks=(2, 2, 2, 2, 2))
 vgg16 = partial(VGG, blocks=(2, 2, 3, 3, 3))

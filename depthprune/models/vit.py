@@ -173,6 +173,15 @@ class ViT(nn.Module):
 
 
 _imagenet = partial(ViT, classes=1000, patch=16, depth=12)
+
+
+def small() -> tuple[ViT, jax.ShapeDtypeStruct]:
+  """A small network of this family and an example of its input, for tests."""
+  return ViT(width=8, depth=3, heads=4, inner=6), jax.ShapeDtypeStruct(
+    (1, 8, 8, 3), jnp.float32
+  )
+
+
 vit_tiny = partial(_imagenet, width=192, heads=3, inner=768)
 vit_small = partial(_imagenet, width=384, heads=6, inner=1536)
 vit_base = partial(_imagenet, width=768, heads=12, inner=3072)

@@ -122,16 +122,16 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
     curves = {'': charts.curve(result.rounds)}
     chart = charts.erased_curve(curves, 'held-out accuracy')
     yield 'Accuracy by erased units', chart
+  for chart in recipe.charts:
+    figure = charts.draw(chart, run)
+    if figure is not None:
+      yield chart.title, figure
   if tables.narrowed(result):
     yield 'Widths of the layers', charts.width_chart(result.widths)
   if run.history:
     target = sentences.target_of(result)
     fraction, cost = (target.fraction, target.cost) if target else (None, 'flops')
     yield 'Training', charts.training_curves(run.history, fraction, cost)
-  for chart in recipe.charts:
-    figure = charts.draw(chart, run)
-    if figure is not None:
-      yield chart.title, figure
 
 
 def _svg(figure: Figure) -> Markup:

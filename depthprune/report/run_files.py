@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from depthprune import methods
 from depthprune.train.result import Result, from_json
 
 
@@ -57,7 +58,9 @@ def _result(path: Path) -> Result:
   except ValueError as error:
     raise RunError(f'{path}: expected JSON, got {error}; run it again') from error
   try:
-    return from_json(values)
+    result = from_json(values)
+    methods.check(result.method)
+    return result
   except ValueError as error:
     raise RunError(
       f'{path}: {error}; it was written by another program or version'

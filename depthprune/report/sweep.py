@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cattrs
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Group
@@ -23,7 +22,7 @@ from depthprune.report.sentences import NONE
 from depthprune.report.style import FIRST, INK, LINE, MUTED, save, styled
 from depthprune.train.options import shown
 from depthprune.train.recipe import COSTS
-from depthprune.train.result import Accuracies, SweepResult
+from depthprune.train.result import Accuracies, SweepResult, structured
 
 SWEEP, PLOT = 'sweep.json', 'front.svg'
 READING = (
@@ -84,7 +83,7 @@ def settings(sweep: Mapping[str, Any]) -> list[SweptSetting]:
   return [
     SweptSetting(
       values,
-      tuple(cattrs.structure(r['result'], SweepResult) for r in runs if r['result']),
+      tuple(structured(r['result'], SweepResult) for r in runs if r['result']),
       len(runs),
       of,
     )

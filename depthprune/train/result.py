@@ -8,13 +8,14 @@ FLOPs, and accuracies are fractions in [0, 1].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import cattrs
 from cattrs.errors import BaseValidationError
 
 SCHEMA = 2
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +231,8 @@ class Executed:
 class CurvePoint:
   """An efficient choice of thresholds: cost and accuracy on test and held-out data."""
 
-  cost: float | None
-  accuracy: float | None
+  cost: float | None = None
+  accuracy: float | None = None
   cost_held_out: float | None = None
   accuracy_held_out: float | None = None
 
@@ -251,7 +252,7 @@ class CascadeResult:
   exits: list[str]
   cost: dict[str, float]
   whole: float
-  exit_accuracy: dict[str, float]
+  exit_accuracy: dict[str, float | None]
   curve: list[CurvePoint]
   thresholds: dict[str, float | None] = dataclasses.field(default_factory=dict)
   shares: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -329,18 +330,29 @@ def to_json(result: Result) -> dict[str, Any]:
   return dataclasses.asdict(result, dict_factory=known)
 
 
-def from_json(values: Mapping[str, Any]) -> Result:
+def from_json(values: Any) -> Result:
   """The Result in a `result.json`, of this version or an older one.
 
   Raises: ValueError that names the entries which are missing or of another kind.
   """
-  if values.get('schema', 1) > SCHEMA:
+  if not isinstance(values, Mapping):
+    raise ValueError(f'not the result of a run: expected an object, got {values!r:.60}')
+  schema = values.get('schema', 1)
+  if not isinstance(schema, int) or schema > SCHEMA:
     raise ValueError(
-      f'expected schema {SCHEMA} at most, got {values["schema"]}: read it with the '
-      'version of depthprune that wrote it'
+      f'expected schema {SCHEMA} at most, got {schema!r}: read it with the version of '
+      'depthprune that wrote it'
     )
+  return structured(_upgraded(values), Result)
+
+
+def structured(values: Any, kind: type[T]) -> T:
+  """Plain values as one of the dataclasses here; nothing is converted or made up.
+
+  Raises: ValueError that names the entries which are missing or of another kind.
+  """
   try:
-    return cattrs.structure(_upgraded(values), Result)
+    return _CONVERTER.structure(values, kind)
   except BaseValidationError as error:
     wrong = '; '.join(cattrs.transform_error(error))
     raise ValueError(f'not the result of a run: {wrong}') from error
@@ -349,7 +361,28 @@ def from_json(values: Mapping[str, Any]) -> Result:
 def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
   """The entries of this version's schema, from those of any."""
   values = dict(values)
-  if 'method' not in values:  # from when there was one, its options beside the rest
-    options = {key: values[key] for key in ('target', 'of') if key in values}
+  # From when there was one method, whose options stood beside the rest.
+  if 'method' not in values and 'options' not in values:
+    if missing := [key for key in ('target', 'of') if key not in values]:
+      raise ValueError(
+        f'not the result of a run: required field missing @ $.{missing[0]}'
+      )
+    options = {key: values[key] for key in ('target', 'of')}
     values |= {'method': 'trainable_gates', 'options': options, 'rounds': []}
   return values
+
+
+def _exactly(*kinds: type) -> Callable[[Any, Any], Any]:
+  """A hook of cattrs that takes values of these types and no others."""
+
+  def hook(value: Any, _: Any) -> Any:
+    if type(value) not in kinds:
+      raise TypeError(f'expected {kinds[0].__name__}, got {value!r:.60}')
+    return kinds[0](value)
+
+  return hook
+
+
+_CONVERTER = cattrs.Converter()
+for _kinds in ((str,), (bool,), (int,), (float, int)):
+  _CONVERTER.register_structure_hook(_kinds[0], _exactly(*_kinds))

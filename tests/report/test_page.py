@@ -91,6 +91,14 @@ def test_names_cannot_break_the_page(run_directory, result):
   assert '&lt;b&gt;&#34; $title' in html
 
 
+def test_a_method_that_there_is_not_is_named(run_directory, result):
+  values = json.dumps(result | {'method': 'trainable_gate'})
+  (run_directory / 'result.json').write_text(values)
+  expected = "no method 'trainable_gate'; nearest: trainable_gates"
+  with pytest.raises(ValueError, match=expected):
+    page.write(run_directory)
+
+
 def test_kept_channels_are_listed_as_ranges(html):
   text = ' '.join(read(html).text)
   assert '0–8' in text
@@ -137,7 +145,7 @@ def test_auxiliary_shows_the_connections_of_the_path(auxiliary_run):
   text = ' '.join(read(html).text)
   assert 'Trained beside a path whose connections were searched (5 of 6 conn' in text
   assert re.findall('<h2>(.*?)</h2>', html) == [
-    *('What was gained', 'To note', 'Training', 'Connections of the path', 'Run')
+    *('What was gained', 'To note', 'Connections of the path', 'Training', 'Run')
   ]
   assert html.count('<svg') == 2
 

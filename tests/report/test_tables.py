@@ -76,6 +76,10 @@ def test_widths_are_of_note_where_a_width_changed(result, implosion):
   assert not tables.narrowed(typed(pure))
   both = pure | {'widths': {**pure['widths'], 'stage2/block1/conv1:3': [32, 31]}}
   assert tables.narrowed(typed(both))
+  result['widths'] = {
+    'stem/conv:3': [16, 16]
+  }  # it was asked for a target, and kept all
+  assert tables.narrowed(typed(result))
 
 
 # ---- rounds of erasure ---------------------------------------------------------------

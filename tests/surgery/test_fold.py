@@ -259,9 +259,7 @@ def test_soft_channel_gates_are_folded_into_the_weights_that_read_them(model):
   coupling = dp.couple(model, variables, X)
   soft = soft_gates(coupling)
   keep = {'channels': {g: np.arange(v.size) % 3 > 0 for g, v in soft.items()}}
-  pruned = prune(
-    model, variables, keep, X, gates={'channels': soft}, coupling=coupling
-  )
+  pruned = prune(model, variables, keep, X, gates={'channels': soft}, coupling=coupling)
   gates = {g: jnp.asarray(v * keep['channels'][g]) for g, v in soft.items()}
   masked = dp.plug(model, coupling)(variables, {'channels': gates}, X)
   small = pruned.apply(pruned.variables, X)
