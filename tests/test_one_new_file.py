@@ -166,7 +166,7 @@ def small():
 twigs = Twigs
 '''
 
-SESSION = '''
+SESSION = """
 import sys
 from depthprune import cli
 
@@ -177,7 +177,7 @@ for words in sys.argv[1:]:
     code = helped.code
   if code:
     sys.exit(code)
-'''
+"""
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.data.tfds import Source
+from depthprune.data.tfds import ImageSource
 
 # A mirrored character is another one, or none.
 _CHARACTERS = frozenset(
@@ -41,7 +41,7 @@ class Augment(NamedTuple):
   randaugment: int = 0
 
 
-def usual(name: str, source: Source) -> Augment:
+def usual(name: str, source: ImageSource) -> Augment:
   """The augmentation of images like those of a source."""
   if source.tasks:  # they are told by where things lie: shifted by less than that
     return Augment(source.shape[0] // 12)

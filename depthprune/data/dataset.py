@@ -1,19 +1,33 @@
-"""Which rows of a data set are trained on, held out and tested on."""
+"""What every data set offers, and which of its rows are trained on, held out, tested on.
+
+Images in memory, images streamed from disk, texts and features of a frozen network are
+read in files of their own; training and evaluation know them by `Dataset` alone.
+"""
+
+from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-Split = dict[str, np.ndarray]
-"""{'image': uint8 [n, height, width, channels], 'label': int32 [n]}
+Split = dict[str, Any]
+"""The examples of a split: arrays with one entry per example along the first axis.
 
-Where every pixel has a class, labels are uint8 [n, height, width]; where several tasks
-have one each, int32 [n, tasks]. A set that is streamed has {'record': int64 [n]}, which
-of its records are in the split."""
+Of images {'image': uint8 [n, height, width, channels], 'label': int32 [n]}; labels are
+uint8 [n, height, width] where every pixel has a class, int32 [n, tasks] where several
+tasks have one each. Of streamed images {'record': int64 [n]}, which of the records are
+in the split. Of texts {'tokens': int32 [n, length], 'mask': bool [n, length], 'label':
+int32 [n]}, with 'types' for pairs. Of features {'features': {name: float32 [n, ...]},
+'label': int32 [n]}."""
+
+Batch = dict[str, jax.Array]
+"""What a network is trained or evaluated on: the inputs by name, 'label', and in
+evaluation 'weight': float32 [batch], 0 where the batch was padded."""
 
 INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
 """What of a batch a network may read, in the order in which it takes them."""
@@ -52,6 +66,127 @@ def real_rows(batch: Mapping[str, Any]) -> np.ndarray:
   return (
     np.ones(len(batch['label']), bool) if weight is None else np.asarray(weight) > 0
   )
+
+
+def shuffled(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
+  """The order of n images in an epoch, int32 [n]: a pure function of (key, epoch)."""
+  # One sort of random bits; jax.random.permutation sorts twice.
+  bits = jax.random.bits(jax.random.fold_in(key, epoch), (n,))
+  return jnp.argsort(bits).astype(jnp.int32)
+
+
+def epoch_steps(split: Split | Batch, size: int) -> int:
+  """Batches of `size` in one epoch; what is left over takes its turn in another."""
+  n = count(split)
+  if not 0 < size <= n:
+    raise DataError(
+      f'batch: expected 1 to {n}, as many as there are training examples, got {size}'
+    )
+  return n // size
+
+
+class Placement(NamedTuple):
+  """Where a batch lies on the devices.
+
+  Attributes:
+    whole: (batch) -> batch, of one that this process has whole.
+    rows: (size) -> which rows of a batch this process has to read, sorted int [n].
+    joined: (size, rows of a batch) -> batch, of one that every process has a part of.
+  """
+
+  whole: Callable[[Any], Any]
+  rows: Callable[[int], np.ndarray]
+  joined: Callable[[int, Any], Any]
+
+
+HERE = Placement(jax.device_put, np.arange, lambda size, rows: jax.device_put(rows))
+"""All of it on the default device."""
+
+
+class Sampler(Protocol):
+  """batch_at(split, step): the training batch of a step, a pure function of both.
+
+  `on_host` says that batches are made outside of jit, `split` is then on the host.
+  """
+
+  @property
+  def on_host(self) -> bool: ...
+
+  def __call__(self, split: Any, step: Any) -> Any: ...
+
+  def stepwise(self, place: Placement = HERE) -> Callable[[Any, int], Any]:
+    """The same function, faster, for a loop on the host that goes step by step."""
+    ...
+
+
+class Dataset(Protocol):
+  """A data set, split and ready to be batched.
+
+  Attributes:
+    name: what it is called. train, held_out, test: its splits.
+    classes: of every label. shape: of one example.
+    normalisation: what inputs go through, None for none.
+    notes: what a reader of results must know of the data.
+    tasks: names of the tasks, where there are several; labels are then [n, tasks].
+    ignore: label of pixels without a class, where every pixel has one, else None.
+    names: of the classes, () if they are not known.
+    tokenizer: path of the tokenizer.json of texts, else None.
+    augments: whether a sampler can augment.
+    streamed: whether examples are read from disk as they are needed.
+  """
+
+  @property
+  def name(self) -> str: ...
+  @property
+  def train(self) -> Split: ...
+  @property
+  def held_out(self) -> Split: ...
+  @property
+  def test(self) -> Split: ...
+  @property
+  def classes(self) -> int: ...
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+  @property
+  def normalisation(self) -> Any: ...
+  @property
+  def notes(self) -> tuple[str, ...]: ...
+  @property
+  def tasks(self) -> tuple[str, ...]: ...
+  @property
+  def ignore(self) -> int | None: ...
+  @property
+  def names(self) -> tuple[str, ...]: ...
+  @property
+  def tokenizer(self) -> str | None: ...
+  @property
+  def augments(self) -> bool: ...
+  @property
+  def streamed(self) -> bool: ...
+
+  def example(self) -> tuple[Any, ...]:
+    """One example as a network reads it, [1, ...] each: zeros, or made up."""
+    ...
+
+  def on_device(self, put: Callable[[Split], Any] = jax.device_put) -> Any:
+    """The training split, where the sampler reads it."""
+    ...
+
+  def sampler(self, key: jax.Array, size: int, augment: bool) -> Sampler:
+    """Training batches of so many examples; with `augment` as suits the data."""
+    ...
+
+  def batches(
+    self, split: Split, size: int, place: Placement = HERE
+  ) -> Iterator[Batch]:
+    """All examples of a split once, in an order that is always the same."""
+    ...
+
+  def probe(self) -> dict[str, Any]:
+    """Arrays by which two processes see that they read the same data."""
+    ...
+
+  def _replace(self, **fields: Any) -> Any: ...
 
 
 class Rows(NamedTuple):

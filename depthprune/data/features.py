@@ -17,33 +17,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune import distributed
-from depthprune.data import dataset, images
-from depthprune.data.dataset import inputs_of, real_rows
+from depthprune.data import dataset
+from depthprune.data.dataset import (
+  HERE,
+  Batch,
+  Placement,
+  Split,
+  epoch_steps,
+  inputs_of,
+  real_rows,
+  shuffled,
+)
 from depthprune.distributed import fetch
 from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import same_config
-from depthprune.train.task import Tree
 
 PROGRESS = 'features.json'
 SHARE = 4  # features up to one part in so many of the machine's memory are read into it
 
 
 class FeatureSet(NamedTuple):
-  """A data set of features: what `data.Dataset` is for images.
+  """A `Dataset` of features of a frozen network.
 
   Splits are {'features': {name: float32 [n, ...]}, 'label': int32 [n]}, in memory or
   mapped from disk.
   """
 
   name: str
-  train: Tree
-  held_out: Tree
-  test: Tree
+  train: Split
+  held_out: Split
+  test: Split
   classes: int
   notes: tuple[str, ...] = ()
 
-  def on_device(self, put: Callable[[Tree], Tree] = jax.device_put) -> Tree:
+  normalisation = None
+  tasks = ()
+  ignore = None
+  names = ()
+  tokenizer = None
+  augments = False  # views were augmented before
+  streamed = False
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the features of one example, by name: there is not one shape."""
+    return ()
+
+  def on_device(self, put: Callable[[Split], Any] = jax.device_put) -> Any:
     """The training split to read batches from; what is mapped from disk stays there."""
     return self.train if self.mapped else put(self.train)
 
@@ -58,16 +79,23 @@ class FeatureSet(NamedTuple):
     return (jax.tree.map(one, self.train['features']),)
 
   def sampler(self, key: jax.Array, size: int, augment: bool) -> 'FeatureSampler':
-    del augment  # views were augmented before
+    """(train, step) -> training batch."""
+    del augment
     return FeatureSampler(key, size, self.mapped)
 
-  def batches(self, split: Tree, size: int) -> Iterator[Tree]:
+  def batches(
+    self, split: Split, size: int, place: Placement = HERE
+  ) -> Iterator[Batch]:
     """All rows once, in order; the last batch is padded, with 'weight' 0 there."""
     n = len(split['label'])
     for start in range(0, n, size):
       rows = np.arange(start, start + size)
       taken = jax.tree.map(lambda x: jnp.asarray(x[rows.clip(max=n - 1)]), split)  # noqa: B023
-      yield {**taken, 'weight': jnp.asarray(rows < n, jnp.float32)}
+      yield place.whole({**taken, 'weight': jnp.asarray(rows < n, jnp.float32)})
+
+  def probe(self) -> dict[str, Split]:
+    """All arrays."""
+    return {'train': self.train, 'held_out': self.held_out, 'test': self.test}
 
 
 class FeatureSampler(NamedTuple):
@@ -80,41 +108,39 @@ class FeatureSampler(NamedTuple):
   size: int
   on_host: bool = False
 
-  def __call__(self, split: Tree, step: jax.Array | int) -> Tree:
+  def __call__(self, split: Any, step: jax.Array | int) -> Any:
     if self.on_host:
       return self.stepwise()(split, int(step))
-    steps = images.epoch_steps(split, self.size)
+    steps = epoch_steps(split, self.size)
     step = jnp.asarray(step, jnp.int32)
-    order = images.order(self.key, step // steps, len(split['label']))
+    order = shuffled(self.key, step // steps, len(split['label']))
     start = step % steps * self.size
     rows = jax.lax.dynamic_slice_in_dim(order, start, self.size)
     return jax.tree.map(lambda x: x[rows], split)
 
-  def stepwise(
-    self, put: Callable[[Tree], Tree] = jax.device_put
-  ) -> Callable[[Tree, int], Tree]:
+  def stepwise(self, place: Placement = HERE) -> Callable[[Any, int], Any]:
     """The same for a loop on the host, for rows in memory or on disk."""
     found: dict[int, np.ndarray] = {}
 
     def batch_at(split, step):
-      epoch, at = divmod(int(step), images.epoch_steps(split, self.size))
+      epoch, at = divmod(int(step), epoch_steps(split, self.size))
       if epoch not in found:
         found.clear()
-        found[epoch] = np.asarray(images.order(self.key, epoch, len(split['label'])))
+        found[epoch] = np.asarray(shuffled(self.key, epoch, len(split['label'])))
       rows = found[epoch][at * self.size : (at + 1) * self.size]
-      return put(jax.tree.map(lambda x: x[rows], split))
+      return place.whole(jax.tree.map(lambda x: x[rows], split))
 
     return batch_at
 
 
 def collect(
   apply: Callable[..., Mapping[str, jax.Array]],
-  variables: Tree,
-  batches: Iterable[Tree],
+  variables: Any,
+  batches: Iterable[Any],
   most: int,
   folder: Path,
   about: Mapping[str, Any],
-) -> Tree:
+) -> Any:
   """{'features': {name: float32 [n, ...]}, 'label': int32 [n]} of all batches.
 
   Args:
@@ -188,7 +214,7 @@ def _usable(folder: Path) -> Iterator[None]:
       ) from error
 
 
-def _read(folder: Path, names: Sequence[str], rows: int) -> Tree:
+def _read(folder: Path, names: Sequence[str], rows: int) -> Any:
   """What is there: in memory where it is small, else mapped."""
   paths = [_path(folder, i) for i in range(len(names))]
   there = dataset.of_process()

@@ -24,11 +24,19 @@ from depthprune.data.augment import (
   normalise,
   usual,
 )
-from depthprune.data.dataset import DataError, Split, count
+from depthprune.data.dataset import (
+  HERE,
+  Batch,
+  DataError,
+  Placement,
+  Split,
+  epoch_steps,
+  shuffled,
+)
 from depthprune.data.tfds import (
   BLOCK,
+  ImageSource,
   Records,
-  Source,
   find,
   one_shape,
   open_split,
@@ -41,7 +49,7 @@ TASKS = 'left', 'right'  # the columns of the labels
 SIDE, PIECE = 36, 28  # of the canvas, and of what lies in two of its corners
 
 
-def overlaid(pieces: Source, resize: int | None = None) -> Source:
+def overlaid(pieces: ImageSource, resize: int | None = None) -> ImageSource:
   """Images [n, 36, 36, 1] and labels int32 [n, 2] of a source of images [n, 28, 28, 1].
 
   Pairs are made among the rows that are read together, always the same for as many:
@@ -85,7 +93,7 @@ def overlay(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return canvas
 
 
-def source(name: str, resize: int | None = None, download: bool = False) -> Source:
+def source(name: str, resize: int | None = None, download: bool = False) -> ImageSource:
   """The data set called `name`: 'digits', or anything TFDS has in TFDS_DATA_DIR.
 
   'multi_fashion' is made of fashion_mnist, and where a set has masks every pixel has
@@ -105,7 +113,7 @@ def source(name: str, resize: int | None = None, download: bool = False) -> Sour
   return _tfds(name, builder, resize)
 
 
-def _digits() -> Source:
+def _digits() -> ImageSource:
   from sklearn.datasets import load_digits
 
   digits: Any = load_digits()
@@ -115,10 +123,10 @@ def _digits() -> Source:
   def read(split, rows):
     return {'image': image[rows], 'label': label[rows]}
 
-  return Source(len(label), 0, image.shape[1:], 10, 16.0, read)
+  return ImageSource(len(label), 0, image.shape[1:], 10, 16.0, read)
 
 
-def _tfds(name: str, builder: Any, resize: int | None) -> Source:
+def _tfds(name: str, builder: Any, resize: int | None) -> ImageSource:
   image_key, label_key = _keys(name, builder)
   shape = one_shape(name, builder.info.features[image_key].shape, resize)
   opened = {split: open_split(name, builder, split) for split in builder.info.splits}
@@ -145,7 +153,7 @@ def _tfds(name: str, builder: Any, resize: int | None) -> Source:
 
   classes = builder.info.features[label_key].num_classes
   sizes = len(splits['train']), len(splits.get('test', ()))
-  return Source(*sizes, shape, classes, 255.0, read, records=records)
+  return ImageSource(*sizes, shape, classes, 255.0, read, records=records)
 
 
 def _keys(name: str, builder: Any) -> tuple[str, str]:
@@ -165,22 +173,13 @@ def _keys(name: str, builder: Any) -> tuple[str, str]:
   return image, label
 
 
-Batch = dict[str, jax.Array]
-"""{'image': float32 [batch, height, width, channels], 'label': int32 [batch],
-or [batch, height, width], or [batch, tasks]}, and in evaluation 'weight': float32
-[batch], 0 where the batch was padded."""
+class ImageSet(NamedTuple):
+  """A `Dataset` of images in memory.
 
-
-class Dataset(NamedTuple):
-  """One data set in memory.
-
-  `shape` is that of one image, (height, width, channels). `normalisation` was computed
-  on `train` alone. `augment` is what is usual for such images.
-
-  Labels are int32 [n], but uint8 [n, height, width] where every pixel has a class: then
-  pixels labelled `ignore` have none, and `names` are those of the classes, if the set
-  has them. With several `tasks`, of `classes` each, labels are int32 [n, tasks].
-  `notes` are what a reader of results must know of the data.
+  Attributes:
+    shape: of one image, (height, width, channels).
+    normalisation: computed on `train` alone, or what pretrained weights want.
+    augment: what is usual for such images. The others are those of `Dataset`.
   """
 
   name: str
@@ -196,22 +195,32 @@ class Dataset(NamedTuple):
   tasks: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
+  tokenizer = None
+  augments = True
+  streamed = False
+
   def example(self) -> tuple[jax.Array, ...]:
     """One image of zeros, ([1, height, width, channels],)."""
     return (jnp.zeros((1, *self.shape), jnp.float32),)
 
-  def sampler(self, key: jax.Array, size: int, augment: bool) -> 'Sampler':
+  def sampler(self, key: jax.Array, size: int, augment: bool) -> 'ImageSampler':
     """(train, step) -> training batch; with `augment` as is usual for such images."""
     by = self.augment if augment else Augment()
-    return Sampler(key, size, self.normalisation, by)
+    return ImageSampler(key, size, self.normalisation, by)
 
-  def batches(self, split: Split, size: int) -> Iterator[Batch]:
+  def batches(
+    self, split: Split, size: int, place: Placement = HERE
+  ) -> Iterator[Batch]:
     """All images of a split once, for evaluation."""
-    return batches(split, size, self.normalisation)
+    return map(place.whole, batches(split, size, self.normalisation))
 
   def on_device(self, put: Callable[[Split], Batch] = jax.device_put) -> Batch:
     """The training images, where the sampler reads them."""
     return put(self.train)
+
+  def probe(self) -> dict[str, Split]:
+    """All arrays."""
+    return {'train': self.train, 'held_out': self.held_out, 'test': self.test}
 
 
 def load(
@@ -223,7 +232,10 @@ def load(
   download: bool = False,
   stream: bool | None = None,
   normalisation: Normalisation | None = None,
-) -> 'Dataset | streaming.Streamed':
+  mixup: float = 0.0,
+  randaugment: int = 0,
+  workers: int = 0,
+) -> 'ImageSet | streaming.StreamedImages':
   """Reads a data set: 'digits', 'multi_fashion', or any TFDS set of images by its name,
   which have a class each, or a mask with one for every pixel.
 
@@ -238,8 +250,13 @@ def load(
   read as it is needed; `stream` says so, or that it must not be. `normalisation`: what
   weights were trained on, instead of that of the training images.
 
+  mixup blends images in pairs, by shares from Beta(mixup, mixup); randaugment is a
+  magnitude from 1 to 30, of images that are streamed; 0 is none of them. `workers` are
+  processes that read what is streamed.
+
   Raises DataError where the set is unknown, absent, without classes to tell from its
-  images, or too large for the memory and not to be streamed; and as `masks.source`.
+  images, or too large for the memory and not to be streamed; and for augmentation that
+  is not for such images.
   """
   found = source(name, resize, download)
   sizes = found.train, found.test
@@ -247,7 +264,17 @@ def load(
   rows = dataset.divide(name, sizes, seed, held_out, subset, validation=own)
   size = sum(map(len, rows[:3])) * int(np.prod(found.shape))
   if _streams(name, found, size, stream):
-    return streaming.streamed(name, found, rows, usual(name, found), normalisation)
+    by = usual(name, found)._replace(mixup=mixup, randaugment=randaugment)
+    return streaming.streamed(name, found, rows, by, normalisation, workers)
+  if randaugment:
+    raise DataError(
+      f'data {name!r}: randaugment is for images that are streamed, these are '
+      'in memory: leave it out, or pass --stream always'
+    )
+  if mixup and (found.tasks or found.ignore is not None):
+    raise DataError(
+      f'data {name!r}: mixup is for images with one class each: leave it out'
+    )
   parts = {
     'train': found.read('train', rows.train),
     'held_out': found.read(rows.held_of, rows.held_out),
@@ -257,13 +284,13 @@ def load(
   if found.ignore is not None:
     classes = classes or masks.highest(list(parts.values()), found.ignore)
     notes = masks.notes(parts, classes, found)
-  return Dataset(
+  return ImageSet(
     name,
     **parts,
     classes=classes,
     shape=found.shape,
     normalisation=normalisation or measured(parts['train']['image'], found.scale),
-    augment=usual(name, found),
+    augment=usual(name, found)._replace(mixup=mixup),
     ignore=found.ignore,
     names=found.names,
     tasks=found.tasks,
@@ -271,7 +298,7 @@ def load(
   )
 
 
-def _streams(name: str, source: Source, size: int, asked: bool | None) -> bool:
+def _streams(name: str, source: ImageSource, size: int, asked: bool | None) -> bool:
   memory = min(dataset.of_process(), dataset.of_device())
   large = size > memory // 2
   if (asked or (large and asked is None)) and source.records is not None:
@@ -287,23 +314,6 @@ def _streams(name: str, source: Source, size: int, asked: bool | None) -> bool:
       f'{memory / 2**30:.0f} GiB that are there: pass subset=N or resize=SIDE'
     )
   return False
-
-
-def order(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
-  """The order of n images in an epoch, int32 [n]: a pure function of (key, epoch)."""
-  # One sort of random bits; jax.random.permutation sorts twice.
-  bits = jax.random.bits(jax.random.fold_in(key, epoch), (n,))
-  return jnp.argsort(bits).astype(jnp.int32)
-
-
-def epoch_steps(split: Split | Batch, size: int) -> int:
-  """Batches of `size` in one epoch; what is left over takes its turn in another."""
-  n = count(split)
-  if not 0 < size <= n:
-    raise DataError(
-      f'batch: expected 1 to {n}, as many as there are training examples, got {size}'
-    )
-  return n // size
 
 
 def batch(
@@ -327,7 +337,7 @@ def batch(
   step = jnp.asarray(step, jnp.int32)
   start = step % steps * size
   if ordered is None:
-    ordered = order(ordering, step // steps, n)
+    ordered = shuffled(ordering, step // steps, n)
   rows = jax.lax.dynamic_slice_in_dim(ordered, start, size)
   image, label = jnp.asarray(split['image'])[rows], jnp.asarray(split['label'])[rows]
   way = jax.random.fold_in(augmenting, step)
@@ -338,8 +348,8 @@ def batch(
   return mixed(found, jax.random.fold_in(way, 0), augment.mixup)
 
 
-class Sampler(NamedTuple):
-  """batch_at(split, step): `batch` with all but these two given."""
+class ImageSampler(NamedTuple):
+  """batch_at(split, step): `batch` with all its other arguments filled in."""
 
   key: jax.Array
   size: int
@@ -349,14 +359,15 @@ class Sampler(NamedTuple):
   def __call__(self, split: Split | Batch, step: jax.Array | int) -> Batch:
     return batch(split, step, *self)
 
-  def stepwise(
-    self, put: Callable[[Batch], Batch] = lambda batch: batch
-  ) -> Callable[[Split | Batch, int], Batch]:
-    """The same, compiled, for a loop on the host: one sort per epoch, not per step.
+  @property
+  def on_host(self) -> bool:
+    return False
 
-    put: what the batch goes through, inside jit.
-    """
-    one = jax.jit(lambda split, step, ordered: put(batch(split, step, *self, ordered)))
+  def stepwise(self, place: Placement = HERE) -> Callable[[Split | Batch, int], Batch]:
+    """The same, compiled, for a loop on the host: one sort per epoch, not per step."""
+    one = jax.jit(
+      lambda split, step, ordered: place.whole(batch(split, step, *self, ordered))
+    )
     ordering, _ = jax.random.split(self.key)
     found: dict[int, jax.Array] = {}
 
@@ -364,7 +375,7 @@ class Sampler(NamedTuple):
       epoch = step // epoch_steps(split, self.size)
       if epoch not in found:
         found.clear()
-        found[epoch] = order(ordering, epoch, len(split['label']))
+        found[epoch] = shuffled(ordering, epoch, len(split['label']))
       return one(split, step, found[epoch])
 
     return batch_at

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from depthprune.data.dataset import DataError, Split
-from depthprune.data.tfds import BLOCK, Source, one_shape, open_split, sized
+from depthprune.data.tfds import BLOCK, ImageSource, one_shape, open_split, sized
 
 # What a set calls the pixels without a class; and their usual number where it does not.
 UNLABELLED = 'unlabelled', 'unlabeled', 'void', 'ignore'
@@ -44,7 +44,7 @@ def keys(builder: Any) -> tuple[str, str] | None:
 
 def source(
   name: str, builder: Any, image_key: str, mask_key: str, resize: int | None
-) -> Source:
+) -> ImageSource:
   """The images and masks of a set; labels are uint8 [n, height, width].
 
   Classes are those that the set has names for, without the one for unlabelled pixels.
@@ -75,7 +75,7 @@ def source(
 
   count = lambda split: len(opened.get(split, ()))
   own = count('validation') if test != 'validation' else 0
-  return Source(
+  return ImageSource(
     train=count('train'),
     test=count(test),
     validation=own,
@@ -154,7 +154,9 @@ def shares(split: Split, classes: int) -> np.ndarray:
   return counts / max(counts.sum(), 1)
 
 
-def notes(splits: Mapping[str, Split], classes: int, source: Source) -> tuple[str, ...]:
+def notes(
+  splits: Mapping[str, Split], classes: int, source: ImageSource
+) -> tuple[str, ...]:
   """What a reader of results must know: splits that differ, classes that are absent."""
   names = source.names or tuple(map(str, range(classes)))
   share = {name: shares(split, classes) for name, split in splits.items()}

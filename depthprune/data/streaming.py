@@ -21,8 +21,16 @@ import numpy as np
 
 from depthprune.data import augment as augments
 from depthprune.data.augment import Augment, Normalisation, measured, normalise
-from depthprune.data.dataset import DataError, Rows, Split, count
-from depthprune.data.tfds import Records, Source
+from depthprune.data.dataset import (
+  HERE,
+  Batch,
+  DataError,
+  Placement,
+  Rows,
+  Split,
+  count,
+)
+from depthprune.data.tfds import ImageSource, Records
 
 STRONGEST = 30  # magnitude of RandAugment
 CENTRE = 7 / 8  # of the shorter side is seen in evaluation: 224 of 256 pixels
@@ -222,16 +230,16 @@ def _batches(share: Share, crops: Crops) -> Any:
   return grain.MapDataset.source(share).map(decoded).batch(len(share.own))
 
 
-Batch = dict[str, jax.Array]
 SAMPLE = 512  # images that a normalisation is computed from
 
 
-class Streamed(NamedTuple):
-  """A data set on disk: what `data.Dataset` is for images in memory.
+class StreamedImages(NamedTuple):
+  """A `Dataset` of images on disk, read as they are needed.
 
-  Splits are {'record': int64 [n]}, numbers for `records`. `workers` are processes that
-  read training images; 0 are threads of this one. `own` are the rows of every batch
-  that this process reads, None for all.
+  Attributes:
+    records: the encoded images. Splits are {'record': int64 [n]}, numbers for them.
+    workers: processes that read training images; 0 are threads of this one. The others
+      are those of `Dataset`.
   """
 
   name: str
@@ -245,7 +253,13 @@ class Streamed(NamedTuple):
   augment: Augment
   notes: tuple[str, ...] = ()
   workers: int = 0
-  own: np.ndarray | None = None
+
+  tasks = ()
+  ignore = None
+  names = ()
+  tokenizer = None
+  augments = True
+  streamed = True
 
   def example(self) -> tuple[jax.Array, ...]:
     """One image of zeros, ([1, height, width, channels],)."""
@@ -259,18 +273,25 @@ class Streamed(NamedTuple):
   def sampler(self, key: jax.Array, size: int, augment: bool) -> 'StreamSampler':
     """(train, step) -> training batch; with `augment` random crops, mirrored."""
     by = self.augment if augment else Augment()
-    crops = Crops(self.shape, augment, by.flip, by.randaugment)
-    given = self.records, crops, self.normalisation, by.mixup, self.workers, self.own
-    return StreamSampler(key, size, *given)
+    return StreamSampler(
+      key,
+      size,
+      records=self.records,
+      crops=Crops(self.shape, augment, by.flip, by.randaugment),
+      normalisation=self.normalisation,
+      mixup=by.mixup,
+      workers=self.workers,
+    )
 
   def batches(
-    self, split: Split, size: int, put: Put = jax.device_put
+    self, split: Split, size: int, place: Placement = HERE
   ) -> Iterator[Batch]:
     """Centre crops of all images of a split once, in order, for evaluation.
 
-    The last batch repeats an image, with 'weight' 0. put: onto the devices.
+    The last batch repeats an image, with 'weight' 0.
     """
-    share = Share(self.records, split['record'], size, _rows(self.own, size))
+    share = Share(self.records, split['record'], size, place.rows(size))
+    put = partial(place.joined, size)
     batches = read_ahead(share, Crops(self.shape), put)
     for start in range(0, count(split), size):
       weight = np.asarray(start + share.own < count(split), np.float32)
@@ -278,21 +299,23 @@ class Streamed(NamedTuple):
       yield {**batch, **put({'weight': weight})}
     batches.close()
 
-  def probe(self) -> np.ndarray:
-    """The bytes of 64 images spread over all splits: whether two sets are one."""
-    splits = self.train, self.held_out, self.test
-    numbers = np.concatenate([split['record'] for split in splits])
+  def probe(self) -> dict[str, Any]:
+    """Which records there are, and the bytes of 64 images spread over all of them."""
+    splits = {'train': self.train, 'held_out': self.held_out, 'test': self.test}
+    numbers = np.concatenate([split['record'] for split in splits.values()])
     few = numbers[np.linspace(0, len(numbers) - 1, 64).astype(int)]
-    return np.frombuffer(b''.join(self.records[int(i)][0] for i in few), np.uint8)
+    images = b''.join(self.records[int(i)][0] for i in few)
+    return {**splits, 'records': np.frombuffer(images, np.uint8)}
 
 
 def streamed(
   name: str,
-  source: Source,
+  source: ImageSource,
   rows: Rows,
   augment: Augment,
   normalisation: Normalisation | None = None,
-) -> Streamed:
+  workers: int = 0,
+) -> StreamedImages:
   """The rows of a source, to be read when they are needed.
 
   normalisation: by default that of the centres of 512 training images, at most.
@@ -321,7 +344,7 @@ def streamed(
     sample = batch(share, Crops(source.shape), 0)['image']
     normalisation = measured(sample, source.scale)
     note += f', and normalised as {many} of them are'
-  return Streamed(
+  return StreamedImages(
     name,
     records,
     train,
@@ -332,6 +355,7 @@ def streamed(
     normalisation=normalisation,
     augment=augment,
     notes=(note,),
+    workers=workers,
   )
 
 
@@ -339,7 +363,8 @@ class StreamSampler(NamedTuple):
   """batch_at(split, step): every epoch goes through the images in its own order.
 
   Batches are cut from the epochs laid end to end. `mixup` is as for `augment.mixed`,
-  the other fields as in `Streamed`.
+  the other fields as in
+  `StreamedImages`.
   """
 
   key: jax.Array
@@ -349,18 +374,17 @@ class StreamSampler(NamedTuple):
   normalisation: Normalisation
   mixup: float = 0.0
   workers: int = 0
-  own: np.ndarray | None = None
 
   @property
   def on_host(self) -> bool:
     return True
 
   def __call__(self, split: Split, step: int) -> Batch:
-    images = batch(self._share(split), self.crops, int(step))
+    images = batch(self._share(split, HERE), self.crops, int(step))
     return self._finish(jax.device_put(images), step)
 
-  def stepwise(self, put: Put = jax.device_put) -> Callable[[Split, int], Batch]:
-    """The same, read ahead while steps follow each other. put: onto the devices."""
+  def stepwise(self, place: Placement = HERE) -> Callable[[Split, int], Batch]:
+    """The same, read ahead while steps follow each other."""
     stream: Any = None
     following = -1
 
@@ -369,8 +393,8 @@ class StreamSampler(NamedTuple):
       if step != following:
         if stream is not None:
           stream.close()
-        given = self._share(split), self.crops, put
-        stream = read_ahead(*given, first=step, workers=self.workers)
+        share, put = self._share(split, place), partial(place.joined, self.size)
+        stream = read_ahead(share, self.crops, put, first=step, workers=self.workers)
       following = step + 1
       return self._finish(next(stream), step)
 
@@ -381,9 +405,9 @@ class StreamSampler(NamedTuple):
     """Batches that are on their way at once, when nobody takes any."""
     return depth(self.workers)
 
-  def _share(self, split: Split) -> Share:
-    own, seed = _rows(self.own, self.size), int(jax.random.bits(self.key))
-    return Share(self.records, split['record'], self.size, own, seed)
+  def _share(self, split: Split, place: Placement) -> Share:
+    rows, seed = place.rows(self.size), int(jax.random.bits(self.key))
+    return Share(self.records, split['record'], self.size, rows, seed)
 
   def _finish(self, batch: Batch, step: int) -> Batch:
     key = jax.random.fold_in(self.key, step)
@@ -394,7 +418,3 @@ class StreamSampler(NamedTuple):
 def _ready(batch: Batch, key: Any = None, *, by: Normalisation, mixup: float = 0.0):
   batch = {**batch, 'image': normalise(batch['image'], by)}
   return batch if key is None else augments.mixed(batch, key, mixup)
-
-
-def _rows(own: np.ndarray | None, size: int) -> np.ndarray:
-  return np.arange(size) if own is None else own

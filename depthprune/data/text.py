@@ -9,14 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.data import dataset, tfds, tokens
-from depthprune.data.dataset import DataError
-from depthprune.data.images import epoch_steps
+from depthprune.data.dataset import (
+  HERE,
+  Batch,
+  DataError,
+  Placement,
+  Split,
+  epoch_steps,
+)
 from depthprune.data.tokens import Encoded, Text, largest
 
 _BLOCK = 1024
 
 
-class Source(NamedTuple):
+class TextSource(NamedTuple):
   """A data set of texts before it is read.
 
   `read(split, rows)` gives the texts of rows of 'train' or 'test' and their labels,
@@ -47,7 +53,7 @@ def kind_of(name: str, download: bool = False) -> Literal['images', 'text']:
   return 'text' if texts and labels and not images else 'images'
 
 
-def source(name: str, download: bool = False) -> Source:
+def source(name: str, download: bool = False) -> TextSource:
   """The texts of the TFDS set called `name`, and their classes.
 
   A row of two texts is a pair, unless the set says that one of them is what its class
@@ -76,7 +82,7 @@ def source(name: str, download: bool = False) -> Source:
 
   train, test = (len(found.get(split, ())) for split in ('train', 'test'))
   classes = builder.info.features[label_key].num_classes
-  return Source(train, test, pair, classes, columns, tuple(opened), read)
+  return TextSource(train, test, pair, classes, columns, tuple(opened), read)
 
 
 def _columns(name: str, builder: Any) -> tuple[tuple[str, ...], str, bool]:
@@ -107,10 +113,6 @@ def _by_type(builder: Any) -> tuple[list[str], list[str], list[str]]:
 def _decoded(text: bytes | str) -> str:
   return text.decode('utf-8', 'replace') if isinstance(text, bytes) else text
 
-
-Split = dict[str, np.ndarray]
-"""{'tokens': int32 [n, length], 'mask': bool [n, length], 'label': int32 [n]}, and of
-pairs 'types': int32 [n, length]. A row is padded at its end."""
 
 SMALLEST = 8
 CHUNK = 50  # batches whose texts are sorted by length together
@@ -148,13 +150,11 @@ class TextSampler(NamedTuple):
   size: int
   on_host = True  # how long a batch is depends on the step, so it cannot be traced
 
-  def __call__(self, split: Split, step: int) -> dict[str, jax.Array]:
+  def __call__(self, split: Split, step: int) -> Batch:
     return self.stepwise()(split, int(step))
 
-  def stepwise(
-    self, put: Callable[[Split], dict[str, jax.Array]] = jax.device_put
-  ) -> Callable[[Split, int], dict[str, jax.Array]]:
-    """The same for many steps: an epoch is put in order once. put: onto the device."""
+  def stepwise(self, place: Placement = HERE) -> Callable[[Split, int], Batch]:
+    """The same for many steps: an epoch is put in order once."""
     found: dict[int, np.ndarray] = {}
 
     def batch_at(split, step):
@@ -164,7 +164,7 @@ class TextSampler(NamedTuple):
         found[epoch] = self.order(lengths(split), epoch)
       rows = found[epoch][at]
       longest = int(split['mask'][rows].sum(1).max())
-      return put(_rows(split, rows, bucket(split, longest)))
+      return place.whole(_rows(split, rows, bucket(split, longest)))
 
     return batch_at
 
@@ -181,7 +181,7 @@ class TextSampler(NamedTuple):
     return batches[random.permutation(steps)]
 
 
-def batches(split: Split, size: int) -> Iterator[dict[str, jax.Array]]:
+def batches(split: Split, size: int) -> Iterator[Batch]:
   """All texts once, from short to long, for evaluation.
 
   Every batch has `size` rows and is as long as its bucket. The last of a bucket repeats
@@ -204,8 +204,8 @@ def batches(split: Split, size: int) -> Iterator[dict[str, jax.Array]]:
       yield jax.device_put({**_rows(split, rows, width), 'weight': weight})
 
 
-class Texts(NamedTuple):
-  """One data set of texts in memory: what `data.Dataset` is for images.
+class TextSet(NamedTuple):
+  """A `Dataset` of texts in memory.
 
   Attributes:
     name: as TFDS has it.
@@ -229,6 +229,12 @@ class Texts(NamedTuple):
   cut: int
   empty: int
 
+  tasks = ()
+  ignore = None
+  names = ()
+  augments = False
+  streamed = False
+
   def example(self) -> tuple[jax.Array, ...]:
     """One made-up text as long as there is room for, a quarter of it padding.
 
@@ -247,14 +253,20 @@ class Texts(NamedTuple):
     del augment
     return TextSampler(key, size)
 
-  def batches(self, split: Split, size: int) -> Iterator[dict[str, jax.Array]]:
+  def batches(
+    self, split: Split, size: int, place: Placement = HERE
+  ) -> Iterator[Batch]:
     """All texts of a split once, for evaluation."""
-    return batches(split, size)
+    return map(place.whole, batches(split, size))
 
   def on_device(self, put: Any = None) -> Split:
     """The training texts, where the sampler reads them: on the host."""
     del put
     return self.train
+
+  def probe(self) -> dict[str, Split]:
+    """All arrays."""
+    return {'train': self.train, 'held_out': self.held_out, 'test': self.test}
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -283,11 +295,11 @@ def load(
   subset: int | None = None,
   length: int = 128,
   download: bool = False,
-) -> Texts:
+) -> TextSet:
   """Reads and tokenises any TFDS text classification set, such as 'glue/sst2'.
 
   Splits are chosen as `data.load` does; where test labels are kept from the public, as
-  GLUE's are, the validation split is the test. Texts have at most `length` tokens; what
+  GLUE's are, the validation split is the test. TextSet have at most `length` tokens; what
   is longer is cut, and counted. Two texts whose relation is asked for are a pair.
 
   Raises DataError where the set is unknown, absent, without a training split, or not
@@ -305,7 +317,7 @@ def load(
   every = [text for part, _ in read for text in part]
   found = tokens.encode(tokenizer, every, length, pad)
   train, held, test = _split(found, [label for _, label in read])
-  return Texts(
+  return TextSet(
     name,
     train,
     held,

@@ -16,7 +16,7 @@ BLOCK = 1024  # records that are decoded at once
 OWN = 'digits', 'multi_fashion'  # sets that TFDS does not have
 
 
-class Source(NamedTuple):
+class ImageSource(NamedTuple):
   """A data set before it is read.
 
   `read(split, rows)` decodes the rows of 'train' or 'test'. `test` is 0 where the set

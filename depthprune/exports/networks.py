@@ -17,7 +17,6 @@ import numpy as np
 
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
-from depthprune.data.images import Normalisation
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
 from depthprune.storage import checkpoint, directory
@@ -35,7 +34,7 @@ _OTHER = '?'  # a node or leaf of a tree that JSON has no words for
 def save(
   path: Path | str,
   pruned: Pruned,
-  normalisation: Normalisation | None = None,
+  normalisation: Any = None,
   tensors: bool = False,
 ) -> None:
   """Writes a pruned network as the folder `path`, at once; replaces one that was there.

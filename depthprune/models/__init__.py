@@ -1,8 +1,9 @@
-"""Models by name. One network family per file; a new file is found by itself.
+"""Models by name, such as `build('resnet20')`: one network family per file.
 
-A file `family.py` offers what begins with its own name: `resnet20` is in `resnet.py`.
-Its function `small` gives a small network and an example of its input, with which the
-conformance tests check the family.
+A file `family.py` offers every public name that begins with its own: `resnet20` is in
+`resnet.py`, and a new file is picked up without being registered. Its function `small`
+returns a small network of the family and an example of its input, which the
+conformance tests use.
 """
 
 import dataclasses
@@ -19,36 +20,46 @@ from depthprune.models.arch import nearest
 
 __all__ = ['build', 'describe', 'families', 'names', 'small']
 
-# What files were called when networks were saved that name them.
+# Stored networks name the files of their classes; these files have been renamed since.
 RENAMED = {'auxiliary': 'auxiliary_path', 'perceptron': 'heads'}
 
 
 def names() -> list[str]:
-  """The names that `build` knows, such as 'resnet20'."""
+  """Returns the names of all models that `build` knows, such as 'resnet20'."""
   return sorted(_constructors())
 
 
 def families() -> list[str]:
-  """The files that offer models, such as 'resnet'."""
+  """Returns the names of the files that offer models, such as 'resnet'."""
   offers = lambda file: any(name.startswith(file) for name in vars(_family(file)))
   return [file for file in _files() if offers(file)]
 
 
 def small(family: str) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
-  """A small network of a family, and an abstract example of its input [1, ...]."""
+  """Returns a small network of a family and an abstract example of its input [1, ...].
+
+  Args:
+    family: one of `families()`.
+  """
   return _family(family).small()
 
 
 def build(name: str, **fields) -> nn.Module:
-  """The model `name` with some of its fields set, or one that `describe` described.
+  """Builds a model by its name, or from a description that `describe` made.
+
+      build('resnet20', classes=100)
+      build(described['name'], **described['fields'])
 
   Args:
     name: one of `names()`, or 'file.Class' as in a description.
-    **fields: fields of the model's class, e.g. classes=10, dtype='bfloat16'. A field
-      may be a description itself.
+    **fields: values for fields of the model's class, such as classes=10 or
+      dtype='bfloat16'. A value may be a description itself.
+
+  Returns:
+    The model, a linen module. Its arrays come from `model.init` or from a file.
 
   Raises:
-    ValueError: no such model; names the nearest.
+    ValueError: there is no such model; the message lists the nearest names.
   """
   values = {key: _restored(key, value) for key, value in fields.items()}
   file, _, cls = name.partition('.')
@@ -63,12 +74,19 @@ def build(name: str, **fields) -> nn.Module:
 
 
 def describe(model: Any) -> dict[str, Any]:
-  """A model of this package as JSON: {'name': 'resnet.ResNet', 'fields': {...}}.
+  """Describes a model of this package as plain JSON data.
 
-  `build(name, **fields)` makes an equal model; without `arch` the unpruned one.
+  `build(described['name'], **described['fields'])` makes an equal model; without
+  'arch' among the fields it makes the unpruned one.
+
+  Args:
+    model: a model of this package, or a `Head` or `Auxiliary` of `models.heads`.
+
+  Returns:
+    {'name': 'resnet.ResNet', 'fields': {...}}.
 
   Raises:
-    ValueError: `model` is not from this package.
+    ValueError: the model is not from this package.
   """
   package, _, file = type(model).__module__.rpartition('.')
   if package != __name__:

@@ -5,6 +5,7 @@ thinner and shallower: Wang et al., arXiv 2002.10957.
 """
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -121,7 +122,7 @@ class BERT(nn.Module):
     arch: what differs from that, by key 'layer0/mlp/up', 'layer0/attention/value', ...;
       see `models.arch`. The number of heads is 'layer0/attention/query:1', with the
       layer axis in front of a stack 'layers0/attention/query:2'.
-    dtype: compute type; parameters and logits are float32.
+    dtype: type of the computation; parameters and logits are float32.
     scan: the layers are `segments` stacks of one length, 'layers0', 'layers1', ...,
       with a tap at the end of each. Surgery takes no single layer out of a stack: what
       is left of it, its normalisations, differs from nothing.
@@ -140,6 +141,8 @@ class BERT(nn.Module):
   dtype: DTypeLike = jnp.float32
   scan: bool = False
   segments: int = 1
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[Pool] = 'cls'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
@@ -147,22 +150,14 @@ class BERT(nn.Module):
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
   def parts(self) -> stages.Parts:
-    """As `stages.parts`."""
+    """The layers and stacks of layers in order; see `stages.parts`."""
     return stages.parts(self.depth, self.segments if self.scan else 0, 'layer')
 
   @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return tuple(tap for _, tap, _ in self.parts)
-
-  @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it; see `heads.Head`."""
-    return 'cls'
 
   @property
   def widths(self) -> dict[str, int]:
@@ -232,7 +227,7 @@ class BERT(nn.Module):
 
 
 def small() -> tuple[BERT, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return BERT(
     vocab=20, positions=9, width=8, depth=3, heads=4, inner=6
   ), jax.ShapeDtypeStruct((1, 9), jnp.int32)

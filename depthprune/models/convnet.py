@@ -5,6 +5,7 @@ Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172 (NetCut): 15 layers 
 """
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,23 +15,28 @@ from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import ConvNorm, Pool, classify
-from depthprune.models.stages import check_tap, repeat, segments
+from depthprune.models.stages import Parts, check_tap, repeat, segments
 
 
 class ConvNet(nn.Module):
-  """Images [batch, h, w, c] → {'layer0': [batch, h, w, n], ..., 'main': logits}.
+  """A plain convolutional network.
 
-  A layer is convolution with bias, normalisation, ReLU; the head reads the maximum of
-  every channel.
+  It maps images [batch, h, w, c] to {'layer0': [batch, h, w, n], 'layer1': ..., 'main':
+  logits}: the features after every layer, and float32 logits [batch, classes]. A layer
+  is a convolution with bias, a batch normalisation and a ReLU. The head reads the
+  maximum of every channel.
 
   Attributes:
-    classes: number of logits, float32 [batch, classes].
+    classes: number of logits.
     layers: number of convolutions.
     width: channels of each of them.
-    size: height and width of their kernels, odd.
-    arch: what differs from that, by key 'layer0/conv', ...; see `models.arch`.
-    dtype: compute type; parameters and logits are float32.
-    scan: the layers after the first are one stack, 'layers'.
+    size: height and width of their kernels; an odd number.
+    arch: the widths that pruning changed, by key 'layer0/conv', ...; see
+      `depthprune.models.arch`.
+    dtype: type of the computation; parameters and logits are float32.
+    scan: whether the layers after the first are one stack of arrays, 'layers', that
+      compiles once.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
   """
 
   classes: int = 10
@@ -40,6 +46,8 @@ class ConvNet(nn.Module):
   arch: Arch = FrozenDict()
   dtype: DTypeLike = jnp.float32
   scan: bool = False
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[Pool] = 'max'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
@@ -48,22 +56,14 @@ class ConvNet(nn.Module):
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
-  def parts(self) -> list[tuple[str, str, int]]:
-    """As `stages.segments`."""
+  def parts(self) -> Parts:
+    """The layers and stacks of layers in order; see `stages.segments`."""
     return segments(self.layers, self.scan, 'layer')
 
   @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return tuple(tap for _, tap, _ in self.parts)
-
-  @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
-    return 'max'
 
   @property
   def widths(self) -> dict[str, int]:
@@ -74,7 +74,7 @@ class ConvNet(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'ConvNet')
     if until:
       check_tap(until, self.taps)
@@ -90,7 +90,7 @@ class ConvNet(nn.Module):
 
 
 def small() -> tuple[ConvNet, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return ConvNet(layers=3, width=6, size=3), jax.ShapeDtypeStruct(
     (1, 8, 8, 3), jnp.float32
   )
@@ -98,4 +98,4 @@ def small() -> tuple[ConvNet, jax.ShapeDtypeStruct]:
 
 convnet15 = partial(ConvNet, layers=15)
 convnet20 = partial(ConvNet, layers=20)
-convnet10x8 = partial(ConvNet, layers=10, width=8)  # what a CPU trains in a minute
+convnet10x8 = partial(ConvNet, layers=10, width=8)  # trains in a minute on a CPU

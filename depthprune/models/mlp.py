@@ -1,6 +1,7 @@
 """A plain multi-layer perceptron: dense layers with ReLU on the flattened input."""
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,11 +11,11 @@ from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import Pool, classify, he_normal
-from depthprune.models.stages import check_tap, repeat, segments
+from depthprune.models.stages import Parts, check_tap, repeat, segments
 
 
-class Layer(nn.Module):
-  """[batch, n] → relu(dense) → [batch, features]."""
+class MLPLayer(nn.Module):
+  """A dense layer with ReLU, [batch, n] → [batch, features]."""
 
   features: int
   dtype: DTypeLike = jnp.float32
@@ -26,14 +27,20 @@ class Layer(nn.Module):
 
 
 class MLP(nn.Module):
-  """Inputs [batch, ...] → {'layer0': [batch, n], ..., 'main': [batch, classes]}.
+  """A multi-layer perceptron.
+
+  It maps inputs [batch, ...] to {'layer0': [batch, n], 'layer1': ..., 'main': logits}:
+  the features after every layer, and float32 logits [batch, classes].
 
   Attributes:
     classes: number of logits.
     hidden: width of every hidden layer.
-    arch: what differs from that, by key 'layer0/dense', ...; see `models.arch`.
-    dtype: compute type; parameters and logits are float32.
-    scan: the layers after the first, all of its width, are one stack 'layers'.
+    arch: the widths that pruning changed, by key 'layer0/dense', ...; see
+      `depthprune.models.arch`.
+    dtype: type of the computation; parameters and logits are float32.
+    scan: whether the layers after the first, which then must have its width, are one
+      stack of arrays, 'layers', that compiles once.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
   """
 
   classes: int = 10
@@ -41,6 +48,8 @@ class MLP(nn.Module):
   arch: Arch = FrozenDict()
   dtype: DTypeLike = jnp.float32
   scan: bool = False
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[Pool] = 'max'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
@@ -49,22 +58,14 @@ class MLP(nn.Module):
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
-  def parts(self) -> list[tuple[str, str, int]]:
-    """As `stages.segments`."""
+  def parts(self) -> Parts:
+    """The layers and stacks of layers in order; see `stages.segments`."""
     return segments(len(self.hidden), self.scan, 'layer')
 
   @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return tuple(tap for _, tap, _ in self.parts)
-
-  @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
-    return 'max'
 
   @property
   def widths(self) -> dict[str, int]:
@@ -76,7 +77,7 @@ class MLP(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     del train
     arch = complete(self.arch, self.widths, 'MLP')
     if until:
@@ -84,7 +85,7 @@ class MLP(nn.Module):
     x = x.reshape(x.shape[0], -1)
     outputs = {}
     for name, tap, times in self.parts:
-      layer = Layer(arch[f'{name}/dense'], self.dtype, name=name)
+      layer = MLPLayer(arch[f'{name}/dense'], self.dtype, name=name)
       x = layer(x) if name == tap else repeat(layer, x, times)
       outputs[tap] = x
       if tap == until:
@@ -93,7 +94,7 @@ class MLP(nn.Module):
 
 
 def small() -> tuple[MLP, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return MLP(hidden=(8, 6, 6)), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
 

@@ -1,11 +1,11 @@
-"""MobileNetV2: inverted residual units with linear bottlenecks, CIFAR and ImageNet.
+"""MobileNetV2: inverted residual units with linear bottlenecks, for CIFAR and ImageNet.
 
-Source: Sandler, Howard, Zhu, Zhmoginov, Chen, arXiv 1801.04381, table 2; widths are
-rounded as in its code, and the stride in the first 3×3 convolution of a stage.
+Source: Sandler, Howard, Zhu, Zhmoginov, Chen, arXiv 1801.04381, table 2. Widths are
+rounded as in the authors' code; the first 3×3 convolution of a stage has the stride.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,8 +25,15 @@ STEM, LAST = 32, 1280
 ConvNorm6 = partial(ConvNorm, ceiling=6.0)
 
 
-class Shape(NamedTuple):
-  """What an inverted residual unit is before any pruning."""
+class MobileShape(NamedTuple):
+  """The sizes of an inverted residual unit before any pruning.
+
+  Attributes:
+    inputs: channels that it reads.
+    features: channels that it returns.
+    stride: stride of its depthwise convolution.
+    expansion: channels inside it, as a multiple of `inputs`.
+  """
 
   inputs: int
   features: int
@@ -35,16 +42,17 @@ class Shape(NamedTuple):
 
   @property
   def identity(self) -> bool:
+    """Whether the unit has a shortcut, which needs equal sizes at both ends."""
     return self.stride == 1 and self.inputs == self.features
 
   @property
-  def after(self) -> 'Shape':
-    """The units that follow in the same stage: identity shortcuts."""
+  def after(self) -> 'MobileShape':
+    """The sizes of the units that follow in the same stage."""
     return self._replace(inputs=self.features, stride=1)
 
   @property
   def widths(self) -> dict[str, int]:
-    """The unit's keys of `arch` in the full network."""
+    """The keys that the unit has in `arch`, with their values in the full network."""
     inner = self.inputs * self.expansion
     expand = {'expand/conv': inner} if self.expansion > 1 else {}
     branch = {'branch': 1} if self.identity else {}
@@ -53,14 +61,15 @@ class Shape(NamedTuple):
     }  # fmt: skip
 
 
-class Unit(nn.Module):
-  """x + gate · F(x) on [batch, h, w, c], or F(x) alone where the unit resizes.
+class MobileUnit(nn.Module):
+  """An inverted residual unit: x + gate · F(x) on features [batch, h, w, c].
 
-  F is a 1×1 convolution that expands, a depthwise 3×3, both with ReLU6, and a 1×1 that
-  projects, linear. Without expansion the first one is missing.
+  F is a 1×1 convolution that expands the channels and a depthwise 3×3 convolution, both
+  with ReLU6, and a linear 1×1 convolution that projects. Without expansion the first is
+  absent. A unit that changes size is F(x) alone.
   """
 
-  shape: Shape
+  shape: MobileShape
   arch: Arch
   dtype: DTypeLike
 
@@ -78,8 +87,7 @@ class Unit(nn.Module):
     if width != groups:
       raise ValueError(
         f'{"/".join(self.path)}/depthwise: arch gives it {width} outputs, it reads '
-        f'{groups} channels; a depthwise convolution has as many of the one as of the '
-        'other'
+        f'{groups} channels; a depthwise convolution must have equally many of both'
       )
     depthwise = ConvNorm6(
       width, 3, self.shape.stride, groups=groups, dtype=dtype, name='depthwise'
@@ -90,21 +98,25 @@ class Unit(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-  """Images [batch, h, w, c] → {'stage1/block0': features, ..., 'main': logits}.
+  """MobileNetV2.
 
-  The last tap, 'last', is the 1×1 convolution that the head reads.
+  It maps images [batch, h, w, c] to {'stage1/block0': features, ..., 'last': features,
+  'main': logits}: the features after every unit and after the last 1×1 convolution,
+  which the head reads, and float32 logits [batch, classes].
 
   Attributes:
-    classes: number of logits, float32 [batch, classes].
-    width: times the paper's channels, rounded to multiples of 8; what the head reads
-      has never less than 1280.
-    imagenet: the paper's strides, 32 altogether; else stem and stage 2 keep the
-      resolution, so that 8 is left of the strides.
-    blocks: number of units in each stage; a shorter tuple has fewer stages.
-    arch: what differs from that, by key 'stage2/block0/expand/conv', ...; see
-      `models.arch`.
-    dtype: compute type; parameters and logits are float32.
-    scan: the units after the first of each stage are one stack, 'blocks'.
+    classes: number of logits.
+    width: factor on the paper's channels, which are rounded to multiples of 8; the head
+      always reads at least 1280.
+    imagenet: whether the network has the paper's strides, which divide the resolution
+      by 32. Otherwise stem and stage 2 keep it, and it is divided by 8.
+    blocks: number of units in each stage; a shorter tuple makes fewer stages.
+    arch: the sizes that pruning changed, by key 'stage2/block0/expand/conv', ...; see
+      `depthprune.models.arch`.
+    dtype: type of the computation; parameters and logits are float32.
+    scan: whether the units after the first of each stage are one stack of arrays,
+      'blocks', that compiles once.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
   """
 
   classes: int = 10
@@ -114,31 +126,25 @@ class MobileNetV2(nn.Module):
   arch: Arch = FrozenDict()
   dtype: DTypeLike = jnp.float32
   scan: bool = False
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[Pool] = 'avg'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return (*stages.taps(self.blocks, self.scan), 'last')
 
   @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
-    return 'avg'
-
-  @property
-  def shapes(self) -> list[Shape]:
-    """The first unit of each stage."""
+  def shapes(self) -> list[MobileShape]:
+    """The sizes of the first unit of each stage."""
     features = [rounded(self.width * n) for n in (STEM, *FEATURES)]
     strides = STRIDES if self.imagenet else (1, 1, *STRIDES[2:])
     units = zip(features, features[1:], strides, EXPANSION)
-    return [Shape(*unit) for unit, _ in zip(units, self.blocks)]
+    return [MobileShape(*unit) for unit, _ in zip(units, self.blocks)]
 
   @property
   def widths(self) -> dict[str, int]:
@@ -151,7 +157,7 @@ class MobileNetV2(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'MobileNetV2')
     if until:
       stages.check_tap(until, self.taps)
@@ -159,8 +165,9 @@ class MobileNetV2(nn.Module):
     x = ConvNorm6(arch['stem/conv'], 3, stride, dtype=self.dtype, name='stem')(x, train)
     end = '' if until == 'last' else until
     counts = stages.up_to(end, self.blocks, self.scan)
-    given = Unit, counts, self.shapes, arch, self.scan, self.dtype
-    outputs = staged(x, train, *given)
+    outputs = staged(
+      x, train, MobileUnit, counts, self.shapes, arch, self.scan, self.dtype
+    )
     if end:
       return outputs
     last = ConvNorm6(arch['last/conv'], 1, dtype=self.dtype, name='last')
@@ -169,13 +176,13 @@ class MobileNetV2(nn.Module):
 
 
 def rounded(width: float) -> int:
-  """The nearest multiple of 8, at least 8, and never below 0.9 of `width`."""
+  """Rounds to the nearest multiple of 8 that is at least 8 and 0.9 times `width`."""
   multiple = max(8, int(width + 4) // 8 * 8)
   return multiple if multiple >= 0.9 * width else multiple + 8
 
 
 def small() -> tuple[MobileNetV2, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return MobileNetV2(blocks=(1, 3), width=0.5), jax.ShapeDtypeStruct(
     (1, 8, 8, 3), jnp.float32
   )

@@ -4,7 +4,7 @@ Source: He, Zhang, Ren, Sun, arXiv 1512.03385; pre-activation: arXiv 1603.05027.
 """
 
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from depthprune.models import stages
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import ConvNorm, Pool, classify, norm
-from depthprune.models.residual import Shape, Unit, stage_widths, staged
+from depthprune.models.residual import ResNetShape, ResNetUnit, stage_widths, staged
 
 IMAGENET = {
   18: (2, 2, 2, 2),
@@ -28,23 +28,31 @@ IMAGENET = {
 
 
 class ResNet(nn.Module):
-  """Images [batch, h, w, c] → {'stage1/block0': features, ..., 'main': logits}.
+  """A residual network.
+
+  It maps images [batch, h, w, c] to {'stage1/block0': features, ..., 'main': logits}:
+  the features after every residual unit, and float32 logits [batch, classes].
 
   Attributes:
-    classes: number of logits, float32 [batch, classes].
-    depth: number of layers. CIFAR: 6n + 2, with bottlenecks 9n + 2. ImageNet: 18, 34,
-      50, 101 or 152.
-    imagenet: four stages behind a 7×7 convolution and a max pool, which take 1/4 of
-      the resolution; else three stages behind a 3×3 convolution.
-    bottleneck: units of 1×1, 3×3, 1×1 with 4 times the width outside.
-    shortcut: where a unit changes size, 'A' subsamples and pads with zeros, 'B' has a
-      1×1 convolution.
-    width: channels of the stem; they double with every stage.
-    arch: what differs from that, by key 'stage1/block0/conv1', ...; see `models.arch`.
-    dtype: compute type; parameters and logits are float32.
-    scan: the units after the first of each stage are one stack, 'blocks'.
-    preact: units normalise before they convolve, and the sum of a unit stays as it is;
-      what the head reads is normalised once more. Taps are the bare sums.
+    classes: number of logits.
+    depth: number of layers. The CIFAR networks have 6n + 2, or 9n + 2 with
+      bottlenecks; those for ImageNet have 18, 34, 50, 101 or 152.
+    imagenet: whether the stem is a 7×7 convolution and a max pool, which reduce the
+      resolution to a quarter, before four stages. Otherwise the stem is a 3×3
+      convolution before three stages.
+    bottleneck: whether a unit is a 1×1, a 3×3 and a 1×1 convolution, with 4 times as
+      many channels at its ends, instead of two 3×3 convolutions.
+    shortcut: the shortcut of a unit that changes size: 'A' subsamples and pads with
+      zeros, 'B' is a 1×1 convolution.
+    width: channels of the stem; every further stage has twice as many.
+    arch: the sizes that pruning changed, by key 'stage1/block0/conv1', ...; see
+      `depthprune.models.arch`.
+    dtype: type of the computation; parameters and logits are float32.
+    scan: whether the units after the first of each stage are one stack of arrays,
+      'blocks', that compiles once.
+    preact: whether units normalise before they convolve. The taps are then the bare
+      sums, and the head reads them normalised.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
   """
 
   classes: int = 10
@@ -57,23 +65,17 @@ class ResNet(nn.Module):
   dtype: DTypeLike = jnp.float32
   scan: bool = False
   preact: bool = False
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[Pool] = 'avg'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return stages.taps(self.blocks, self.scan)
-
-  @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
-    return 'avg'
 
   @property
   def blocks(self) -> tuple[int, ...]:
@@ -92,13 +94,20 @@ class ResNet(nn.Module):
     return (units,) * 3
 
   @property
-  def shapes(self) -> list[Shape]:
-    """The first unit of each stage."""
+  def shapes(self) -> list[ResNetShape]:
+    """The sizes of the first unit of each stage."""
     growth = 4 if self.bottleneck else 1
     features = [self.width * growth * 2**i for i, _ in enumerate(self.blocks)]
-    style = self.bottleneck, self.shortcut, self.preact
     return [
-      Shape(inputs, outputs, 2 if i else 1, *style, first=i == 0)
+      ResNetShape(
+        inputs,
+        outputs,
+        stride=2 if i else 1,
+        bottleneck=self.bottleneck,
+        shortcut=self.shortcut,
+        preact=self.preact,
+        first=i == 0,
+      )
       for i, (inputs, outputs) in enumerate(zip([self.width, *features], features))
     ]
 
@@ -112,7 +121,7 @@ class ResNet(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'ResNet')
     size, stride = (7, 2) if self.imagenet else (3, 1)
     stem = ConvNorm(arch['stem/conv'], size, stride, dtype=self.dtype, name='stem')
@@ -120,8 +129,9 @@ class ResNet(nn.Module):
     if self.imagenet:
       x = nn.pool(x, -jnp.inf, lax.max, (3, 3), (2, 2), ((1, 1), (1, 1)))
     counts = stages.up_to(until, self.blocks, self.scan)
-    given = Unit, counts, self.shapes, arch, self.scan, self.dtype
-    outputs = staged(x, train, *given)
+    outputs = staged(
+      x, train, ResNetUnit, counts, self.shapes, arch, self.scan, self.dtype
+    )
     if until:
       return outputs
     x = outputs[self.taps[-1]]
@@ -131,7 +141,7 @@ class ResNet(nn.Module):
 
 
 def small() -> tuple[ResNet, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return ResNet(depth=14, width=4), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
 

@@ -1,13 +1,14 @@
-"""A light segmentation network: residual encoder, decoder that adds skip connections.
+"""A light segmentation network: a residual encoder, and a decoder with skips.
 
-Source: the plan is LinkNet's (Chaurasia, Culurciello, arXiv 1707.03718): a ResNet's
-stages, and on the way back the sum with each of them. Upsampling repeats pixels in
-front of a convolution (Odena, Dumoulin, Olah, distill.pub/2016/deconv-checkerboard).
-The head is ERFNet's (Romera et al., T-ITS 2018), a 2×2 transposed convolution of stride
-2, written as four 1×1 convolutions, one for each pixel of the square.
+Source: the plan is that of LinkNet (Chaurasia, Culurciello, arXiv 1707.03718): the
+stages of a ResNet, each of which is added again on the way back. Upsampling repeats
+pixels before a convolution (Odena, Dumoulin, Olah, distill.pub/2016/
+deconv-checkerboard). The head is that of ERFNet (Romera et al., T-ITS 2018), a 2×2
+transposed convolution of stride 2, written as one dense layer of four times the width.
 """
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -17,15 +18,16 @@ from jax.typing import DTypeLike
 
 from depthprune.models import stages
 from depthprune.models.arch import Arch, complete, within
-from depthprune.models.layers import ConvNorm, Pool
-from depthprune.models.residual import Shape, Unit, stage_widths, staged
+from depthprune.models.layers import ConvNorm
+from depthprune.models.residual import ResNetShape, ResNetUnit, stage_widths, staged
 
 
-class Up(nn.Module):
-  """Features [batch, h, w, c] and a skip [batch, h', w', d] → [batch, h', w', width].
+class SegNetUp(nn.Module):
+  """One step of the decoder: doubles the resolution and adds a skip connection.
 
-  1×1 convolution, each pixel twice in both directions, the sum with the skip, 3×3
-  convolution; h' is 2h or 2h - 1, and w' likewise.
+  It maps features [batch, h, w, c] and a skip [batch, h', w', d] to [batch, h', w',
+  width], where h' is 2h or 2h - 1 and w' likewise: a 1×1 convolution, every pixel twice
+  in both directions, the sum with the skip, and a 3×3 convolution.
   """
 
   arch: Arch
@@ -39,7 +41,7 @@ class Up(nn.Module):
     x = x[:, : skip.shape[1], : skip.shape[2]]
     if x.shape != skip.shape:
       raise ValueError(
-        f'{"/".join(self.path)}: what comes up has shape {x.shape}, the skip '
+        f'{"/".join(self.path)}: the upsampled features have shape {x.shape}, the skip '
         f'{skip.shape}; arch must give kernels that are added to each other one width'
       )
     merge = ConvNorm(self.arch['merge/conv'], dtype=self.dtype, name='merge')
@@ -47,21 +49,24 @@ class Up(nn.Module):
 
 
 class SegNet(nn.Module):
-  """Images [batch, h, w, c] of any size → {taps, 'main': [batch, h, w, classes]}.
+  """A network that classifies every pixel of an image.
 
-  A stem of stride 2, stages of residual units, each but the first of stride 2, then
-  back. Taps are the units, 'stage1/block0' at half the size and so on, and what is
-  merged, 'up3', 'up2', 'up1', in the size of that stage. Sizes are rounded up on the
-  way down and cropped on the way back.
+  It maps images [batch, h, w, c] of any size to {'stage1/block0': features, ...,
+  'up1': features, 'main': logits [batch, h, w, classes]}. The encoder is a stem of
+  stride 2 and stages of residual units, each but the first of stride 2; sizes are
+  rounded up. The decoder goes back, stage by stage, and crops to their sizes: its taps
+  'up3', 'up2', 'up1' have the resolution of the stage of that number.
 
   Attributes:
-    classes: number of logits of each pixel, float32.
+    classes: number of logits of each pixel.
     blocks: number of units in each stage; the default ends at 1/16 of the size.
-    width: channels of the first stage; they double with every stage.
-    arch: what differs from that, by key 'stage1/block0/conv1', 'up1/merge/conv', ...;
-      see `models.arch`.
-    dtype: compute type; parameters and logits are float32.
-    scan: the units after the first of each stage are one stack, 'blocks'.
+    width: channels of the first stage; every further stage has twice as many.
+    arch: the sizes that pruning changed, by key 'stage1/block0/conv1',
+      'up1/merge/conv', ...; see `depthprune.models.arch`.
+    dtype: type of the computation; parameters and logits are float32.
+    scan: whether the units after the first of each stage are one stack of arrays,
+      'blocks', that compiles once.
+    pool: None: the answer is a class of every pixel, not one of a vector.
   """
 
   classes: int = 11
@@ -70,35 +75,29 @@ class SegNet(nn.Module):
   arch: Arch = FrozenDict()
   dtype: DTypeLike = jnp.float32
   scan: bool = False
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[None] = None
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return (*stages.taps(self.blocks, self.scan), *self.ups)
 
   @property
   def ups(self) -> tuple[str, ...]:
-    """The decoder in order: which stage each part comes back to."""
+    """The steps of the decoder in order, numbered by the stage that they return to."""
     return tuple(f'up{i}' for i in range(len(self.blocks) - 1, 0, -1))
 
   @property
-  def pool(self) -> Pool | None:
-    """None: what is asked for is a class of every pixel, not one of a vector."""
-    return None
-
-  @property
-  def shapes(self) -> list[Shape]:
-    """The first unit of each stage."""
+  def shapes(self) -> list[ResNetShape]:
+    """The sizes of the first unit of each stage."""
     features = [self.width * 2**i for i, _ in enumerate(self.blocks)]
     return [
-      Shape(inputs, outputs, 2 if i else 1, bottleneck=False, shortcut='B')
+      ResNetShape(inputs, outputs, 2 if i else 1, bottleneck=False, shortcut='B')
       for i, (inputs, outputs) in enumerate(zip([self.width, *features], features))
     ]
 
@@ -116,7 +115,7 @@ class SegNet(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'SegNet')
     if until:
       stages.check_tap(until, self.taps)
@@ -125,13 +124,14 @@ class SegNet(nn.Module):
     x = stem(x, train)
     end = '' if until in self.ups else until
     counts = stages.up_to(end, self.blocks, self.scan)
-    given = Unit, counts, self.shapes, arch, self.scan, self.dtype
-    outputs = staged(x, train, *given)
+    outputs = staged(
+      x, train, ResNetUnit, counts, self.shapes, arch, self.scan, self.dtype
+    )
     if end:
       return outputs
     *skips, x = (outputs[f'stage{i}/block{n - 1}'] for i, n in enumerate(counts, 1))
     for name, skip in zip(self.ups, reversed(skips)):
-      up = Up(within(arch, name), self.dtype, name=name)
+      up = SegNetUp(within(arch, name), self.dtype, name=name)
       outputs[name] = x = up(x, skip, train)
       if name == until:
         return outputs
@@ -139,10 +139,17 @@ class SegNet(nn.Module):
 
 
 def label(x: jax.Array, classes: int, height: int, width: int) -> jax.Array:
-  """Features [batch, h, w, c] → float32 logits [batch, height, width, classes].
+  """Computes logits of every pixel from features of half the resolution.
 
-  height and width: of the image, at most 2h and 2w; what is more is cropped. The
-  kernel has 4 · classes outputs: row and column within the square, then class.
+  Args:
+    x: features [batch, h, w, c].
+    classes: number of classes. The kernel has four times as many outputs: the row and
+      the column within a square of 2×2 pixels, then the class.
+    height: height of the image, at most 2h; the rest is cropped.
+    width: width of the image, at most 2w.
+
+  Returns:
+    float32 logits [batch, height, width, classes].
   """
   x = nn.Dense(4 * classes, name='head')(x.astype(jnp.float32))
   n, h, w, _ = x.shape
@@ -151,11 +158,11 @@ def label(x: jax.Array, classes: int, height: int, width: int) -> jax.Array:
 
 
 def small() -> tuple[SegNet, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return SegNet(blocks=(1, 2, 1), width=4, classes=3), jax.ShapeDtypeStruct(
     (1, 8, 8, 3), jnp.float32
   )
 
 
 segnet = SegNet
-segnet8 = partial(SegNet, width=8)  # what a CPU trains
+segnet8 = partial(SegNet, width=8)  # trains on a CPU

@@ -4,6 +4,7 @@ Source: Simonyan, Zisserman, arXiv 1409.1556, configurations A, B, D and E.
 """
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,11 @@ from depthprune.models.layers import ConvNorm, Pool, classify
 GROWTH = (1, 2, 4, 8, 8)  # width of each stage, in units of the first
 
 
-class Stage(nn.Module):
-  """[batch, h, w, c] → `blocks` of convolution, normalisation, ReLU → their taps."""
+class VGGStage(nn.Module):
+  """Blocks of convolution, batch normalisation and ReLU on features [batch, h, w, c].
+
+  Returns the features after every block or stack of blocks, by the name of their tap.
+  """
 
   blocks: int
   arch: Arch
@@ -40,18 +44,24 @@ class Stage(nn.Module):
 
 
 class VGG(nn.Module):
-  """Images [batch, h, w, c] → {'stage1/block0': features, ..., 'main': logits}.
+  """A VGG network with batch normalisation.
 
-  Each stage ends in a 2×2 max pool as long as there is something to pool: five at
-  32×32, four at 28×28, three at 8×8. What is left is averaged.
+  It maps images [batch, h, w, c] to {'stage1/block0': features, ..., 'main': logits}:
+  the features after every block, and float32 logits [batch, classes]. Every stage is
+  followed by a 2×2 max pool while the features are larger than one pixel: five times
+  for images of 32×32, four times for 28×28, three times for 8×8. The head reads the
+  mean over the pixels that are left.
 
   Attributes:
     classes: number of logits.
     blocks: number of convolutions in each of the five stages.
     width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
-    arch: what differs from that, by key 'stage1/block0/conv', ...; see `models.arch`.
-    dtype: compute type; parameters and logits are float32.
-    scan: the blocks after the first of each stage are one stack, 'blocks'.
+    arch: the widths that pruning changed, by key 'stage1/block0/conv', ...; see
+      `depthprune.models.arch`.
+    dtype: type of the computation; parameters and logits are float32.
+    scan: whether the blocks after the first of each stage are one stack of arrays,
+      'blocks', that compiles once.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
   """
 
   classes: int = 10
@@ -60,23 +70,17 @@ class VGG(nn.Module):
   arch: Arch = FrozenDict()
   dtype: DTypeLike = jnp.float32
   scan: bool = False
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+  pool: ClassVar[Pool] = 'max'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return stages.taps(self.blocks, self.scan)
-
-  @property
-  def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it, as in NetCut; see `heads.Head`."""
-    return 'max'
 
   @property
   def widths(self) -> dict[str, int]:
@@ -91,12 +95,12 @@ class VGG(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'VGG')
     outputs = {}
     for i, blocks in enumerate(stages.up_to(until, self.blocks, self.scan), 1):
       name = f'stage{i}'
-      stage = Stage(blocks, within(arch, name), self.scan, self.dtype, name=name)
+      stage = VGGStage(blocks, within(arch, name), self.scan, self.dtype, name=name)
       outputs |= beneath(stage(x, train), name)
       x = outputs[self.taps[len(outputs) - 1]]
       if min(x.shape[1:3]) > 1:
@@ -107,7 +111,7 @@ class VGG(nn.Module):
 
 
 def small() -> tuple[VGG, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return VGG(blocks=(1, 2, 1), width=4), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
 

@@ -4,6 +4,7 @@ Source: Dosovitskiy et al., arXiv 2010.11929.
 """
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -96,7 +97,7 @@ class ViT(nn.Module):
     arch: what differs from that, by key 'block0/mlp/up', 'block0/attention/value', ...;
       see `models.arch`. The number of heads is 'block0/attention/query:1', with the
       layer axis in front of a stack 'blocks0/attention/query:2'.
-    dtype: compute type; parameters and logits are float32.
+    dtype: type of the computation; parameters and logits are float32.
     scan: the blocks are `segments` stacks of one length, 'blocks0', 'blocks1', ...,
       with a tap at the end of each.
   """
@@ -113,6 +114,7 @@ class ViT(nn.Module):
   dtype: DTypeLike = jnp.float32
   scan: bool = False
   segments: int = 1
+  exits: ClassVar[tuple[str, ...]] = ('main',)
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
@@ -120,16 +122,13 @@ class ViT(nn.Module):
     super().__post_init__()
 
   @property
-  def exits(self) -> tuple[str, ...]:
-    return ('main',)
-
-  @property
   def parts(self) -> stages.Parts:
-    """As `stages.parts`."""
+    """The layers and stacks of layers in order; see `stages.parts`."""
     return stages.parts(self.depth, self.segments if self.scan else 0, 'block')
 
   @property
   def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
     return tuple(tap for _, tap, _ in self.parts)
 
   @property
@@ -147,7 +146,7 @@ class ViT(nn.Module):
   def __call__(
     self, x: jax.Array, train: bool = False, until: str = ''
   ) -> dict[str, jax.Array]:
-    """`until`: the last tap to compute, nothing behind it exists; '' for everything."""
+    """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'ViT')
     scale = (self.width // self.heads) ** -0.5
     layer = lambda part, name: Block(scale, part, self.dropout, self.dtype, name=name)
@@ -176,7 +175,7 @@ _imagenet = partial(ViT, classes=1000, patch=16, depth=12)
 
 
 def small() -> tuple[ViT, jax.ShapeDtypeStruct]:
-  """A small network of this family and an example of its input, for tests."""
+  """Returns a small network of this family and an example of its input, for tests."""
   return ViT(width=8, depth=3, heads=4, inner=6), jax.ShapeDtypeStruct(
     (1, 8, 8, 3), jnp.float32
   )

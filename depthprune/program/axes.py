@@ -1,15 +1,15 @@
-"""Axis expressions: which slices of which arrays live and die together.
+"""Axis expressions, which say which slices of which arrays must be removed together.
 
 Every axis of every array of a program gets an *axis expression*, every primitive
 states equations between them (rules.py), and unification solves the equations. This
-is Hindley-Milner type inference with axes for types:
+is Hindley-Milner type inference with axes in the place of types:
 
   Axis := Var(n)       an independent axis of n slices
         | Prod(Axis…)  a row-major product, as `reshape` builds it
         | Cat(Axis…)   a concatenation, as `concatenate` builds it
 
-What is still a Var when all equations are solved is one coupled group: its i-th slice
-is present in every array that mentions the Var, or in none.
+Every Var that is still free when all equations are solved is one coupled group: its
+i-th slice is present in every array that mentions the Var, or in none.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ UNIT = 'one slice only'
 
 
 class Var:
-  """An axis variable; solving changes `bound`, the reasons only grow.
+  """An axis variable.
 
   Attributes:
     size: number of slices.
-    bound: the expression that this variable was found to equal, or None.
+    bound: the expression that this variable equals, or None while it is free.
     pins: reasons why every slice must stay.
-    notes: reasons why dropping slices is not the same as silencing them.
-    why: the equation (of the program) that bound the variable, for `explain`.
+    notes: reasons why removing slices is not the same as setting them to zero.
+    why: the equation of the program that bound the variable, for `Coupling.explain`.
   """
 
   def __init__(self, size: int, pin: str | None = None):
@@ -49,7 +49,7 @@ class Var:
 
 
 class Prod:
-  """Row-major product of axes: the first part varies slowest."""
+  """A row-major product of axes; the first part varies slowest."""
 
   def __init__(self, *parts: Axis):
     self.parts = parts
@@ -57,7 +57,7 @@ class Prod:
 
 
 class Cat:
-  """Concatenation of axes."""
+  """A concatenation of axes."""
 
   def __init__(self, *parts: Axis):
     self.parts = parts
@@ -69,11 +69,11 @@ Dims = Sequence[Axis]  # the axes of one array
 
 
 class LayoutError(Exception):
-  """Two axes are laid out in ways that no expression describes."""
+  """Two axes are laid out in ways that no common expression describes."""
 
 
 def show(a: Axis) -> str:
-  """A short text of an expression: sizes joined by * and +."""
+  """Returns an expression as text: sizes joined by * for products and + for sums."""
   a = norm(a)
   if isinstance(a, Var):
     return str(a.size)
@@ -82,7 +82,11 @@ def show(a: Axis) -> str:
 
 
 def norm(a: Axis) -> Axis:
-  """Solved form: bound variables substituted, nests flattened, units dropped."""
+  """Returns the solved form of an expression.
+
+  Bound variables are substituted, nested expressions are flattened and axes of size 1
+  are left out of products.
+  """
   if isinstance(a, Var):
     if a.bound is None:
       return a
@@ -95,15 +99,17 @@ def norm(a: Axis) -> Axis:
     return flat[0] if len(flat) == 1 else Cat(*flat)
   nested = [p.parts if isinstance(p, Prod) else (p,) for p in parts]
   flat = [q for group in nested for q in group if q.size != 1]
-  if len(flat) < 2:
-    return flat[0] if flat else parts[0] if parts else Var(1)
+  if not flat:
+    return parts[0] if parts else Var(1)
+  if len(flat) == 1:
+    return flat[0]
   if isinstance(flat[0], Cat):  # (a+b)*c = a*c + b*c row-major; c*(a+b) is not.
     return norm(Cat(*(Prod(p, *flat[1:]) for p in flat[0].parts)))
   return Prod(*flat)
 
 
 def leaves(a: Axis) -> Iterator[Var]:
-  """The free variables of an expression, in order, with repetition."""
+  """Yields the free variables of an expression in order, each as often as it occurs."""
   a = norm(a)
   if isinstance(a, Var):
     yield a
@@ -113,18 +119,19 @@ def leaves(a: Axis) -> Iterator[Var]:
 
 
 def pin(a: Axis, why: str):
-  """Forbids dropping any slice of `a`."""
+  """Forbids removing any slice of `a`, for the reason `why`."""
   for v in leaves(a):
     v.pins.add(why)
 
 
 def note(a: Axis, why: str):
-  """Records that silencing slices of `a` is not the same as dropping them."""
+  """Records why removing slices of `a` is not the same as setting them to zero."""
   for v in leaves(a):
     v.notes.add(why)
 
 
 def bind(v: Var, a: Axis, why: Any):
+  """Makes the free variable `v` equal `a`, which inherits its pins and notes."""
   if any(w is v for w in leaves(a)):
     return pin(a, 'the axis is coupled to a part of itself')
   v.bound, v.why = a, why
@@ -134,10 +141,11 @@ def bind(v: Var, a: Axis, why: Any):
 
 
 def split(a: Axis, k: int, why: Any = None) -> tuple[Axis, Axis]:
-  """Solves a = left + right with k slices on the left.
+  """Solves a = left + right with k slices on the left, and returns (left, right).
 
-  A cut inside the inner part of a product takes that round of it apart from the
-  others: h*i = q*i + i + (h-q-1)*i."""
+  A cut that falls inside the inner part of a product separates the turn of the outer
+  part in which it falls from the turns before and after it: h*i = q*i + i + (h-q-1)*i.
+  """
   a = norm(a)
   if k in (0, a.size):
     return (Cat(), a) if k == 0 else (a, Cat())
@@ -165,9 +173,11 @@ def split(a: Axis, k: int, why: Any = None) -> tuple[Axis, Axis]:
 
 
 def factor(a: Axis, n: int, why: Any = None) -> tuple[Axis, Axis]:
-  """Solves a = outer * inner with outer.size == n.
+  """Solves a = outer * inner with outer.size == n, and returns (outer, inner).
 
-  Raises: LayoutError when `a` is not a variable or n does not divide it."""
+  Raises:
+    LayoutError: `a` is not a free variable, or n does not divide its size.
+  """
   a = norm(a)
   if not isinstance(a, Var) or a.size % n:
     raise LayoutError(f'{show(a)} as a product with {n} outside')
@@ -177,7 +187,16 @@ def factor(a: Axis, n: int, why: Any = None) -> tuple[Axis, Axis]:
 
 
 def unify(a: Axis, b: Axis, why: Any = None):
-  """States a = b. What cannot be solved is pinned on both sides, never guessed."""
+  """States that a = b; axes for which this cannot be solved are pinned on both sides.
+
+  Args:
+    a: an axis.
+    b: an axis of the same size.
+    why: the equation of the program that states it, for `Coupling.explain`.
+
+  Raises:
+    ValueError: the sizes differ.
+  """
   a, b = norm(a), norm(b)
   if a.size != b.size:
     raise ValueError(f'axes of different size cannot be equal: {show(a)}, {show(b)}')
@@ -196,7 +215,7 @@ def unify(a: Axis, b: Axis, why: Any = None):
 
 
 def _unify_cat(a: Axis, b: Axis, why: Any):
-  """Cuts both sides at the other's boundaries, then unifies piece by piece."""
+  """Cuts both sides at each other's boundaries, then unifies piece by piece."""
   while a.size:
     a, b = norm(a), norm(b)
     n = min((c.parts[0] if isinstance(c, Cat) else c).size for c in (a, b))
@@ -224,7 +243,7 @@ def _unify_prod(a: Axis, b: Axis, why: Any):
 
 
 def copy(a: Axis, memo: dict[Var, Var]) -> Axis:
-  """The solved form of `a` over fresh variables; memo maps old to new."""
+  """Returns the solved form of `a` over new variables; `memo` maps old to new ones."""
   a = norm(a)
   if isinstance(a, Var):
     if a not in memo:
@@ -239,7 +258,7 @@ Keep = Mapping[Var, np.ndarray]  # bool [var.size]
 
 
 def mask(a: Axis, keep: Keep) -> np.ndarray:
-  """Which slices of `a` survive a decision on its variables. bool [a.size]"""
+  """Returns which slices of `a` are kept, from a mask per variable. bool [a.size]"""
   a = norm(a)
   if isinstance(a, Var):
     return np.asarray(keep[a]) if a in keep else np.ones(a.size, bool)
@@ -253,9 +272,13 @@ def mask(a: Axis, keep: Keep) -> np.ndarray:
 
 
 def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = NOTHING) -> Any:
-  """How many slices of `a` survive: a number, or an expression of symbols.
+  """Returns how many slices of `a` are kept: a number, or an expression of symbols.
 
-  symbols: the sizes of axes that are not numbers."""
+  Args:
+    a: an axis.
+    keep: bool [size] for each variable that is cut.
+    symbols: symbolic sizes of the variables that have one.
+  """
   a = norm(a)
   if isinstance(a, Var):
     return symbols[a] if a in symbols else int(mask(a, keep).sum())
@@ -264,9 +287,11 @@ def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = NOTHING) -> Any:
 
 
 def assign(a: Axis, kept: np.ndarray, keep: dict[Var, np.ndarray]):
-  """Adds to `keep` the decision on the variables of `a` that gives mask(a) == kept.
+  """Adds to `keep` the masks of the variables of `a` for which mask(a) equals `kept`.
 
-  Raises: LayoutError when no decision does."""
+  Raises:
+    LayoutError: no masks of the variables do.
+  """
   a = norm(a)
   if isinstance(a, Var):
     if a in keep and not np.array_equal(keep[a], kept):
@@ -287,7 +312,7 @@ def assign(a: Axis, kept: np.ndarray, keep: dict[Var, np.ndarray]):
 
 
 def index_of(a: Axis, v: Var) -> np.ndarray:
-  """For each slice of `a`, the slice of `v` that it belongs to, or -1. int [a.size]"""
+  """Returns for each slice of `a` its slice of `v`, or -1 outside `v`. int [a.size]"""
   a = norm(a)
   if isinstance(a, Var):
     return np.arange(a.size) if a is v else np.full(a.size, -1)
@@ -302,12 +327,14 @@ def index_of(a: Axis, v: Var) -> np.ndarray:
 
 @dataclasses.dataclass
 class Facts:
-  """What has been inferred: the axes of every value, filled in by `infer`.
+  """The axes that `rules.infer` has found for the values of a program.
 
   Attributes:
-    dims: the axes of every value, those inside bodies included.
-    hidden: axes that lie on no array: a convolution's feature groups, a scan's loop.
-    unknown: names of primitives without a rule that were met."""
+    dims: the axes of every value, including those inside loops and branches.
+    hidden: axes that lie on no array: the feature groups of a convolution and the
+      length of a scan.
+    unknown: names of the primitives for which there is no rule.
+  """
 
   dims: dict[jx.Value, Dims] = dataclasses.field(default_factory=dict)
   hidden: dict[jx.Equation, Axis] = dataclasses.field(default_factory=dict)
@@ -315,16 +342,18 @@ class Facts:
 
 
 def fresh(shape: Sequence[int], why: str | None = None) -> list[Axis]:
+  """Returns a new variable for each axis of a shape, pinned where a reason is given."""
   return [Var(n, why) for n in shape]
 
 
 def equal(a: Dims, b: Dims, e: jx.Equation):
+  """States that two arrays have the same axes."""
   for x, y in zip(a, b, strict=True):
     unify(x, y, e)
 
 
 def opaque(facts, e, *ins):
-  """The sound default: an unknown primitive forbids slicing everything it touches."""
+  """Pins every axis that a primitive without a rule touches."""
   why = f'no rule for the primitive {e.name}'
   if any(d.size > 1 for x in ins for d in x):
     facts.unknown.add(e.name)
@@ -332,7 +361,3 @@ def opaque(facts, e, *ins):
     for d in x:
       pin(d, why)
   return [fresh(v.shape, why) for v in e.outputs]
-
-
-def any_shape(facts, e, *_):
-  return [fresh(v.shape) for v in e.outputs]

@@ -1,14 +1,15 @@
-"""What a program costs as a function of what is kept.
+"""The FLOPs, parameters and memory of a network as functions of its channel gates.
 
-The effective size of an axis follows its expression: count(Var) = sum of its gates,
-count(Prod) = product, count(Cat) = sum. A contraction costs 2 x the product of its
-counts (1 MAC = 2 FLOPs), a scan its body times its length. So the cost of hard
-decisions is exact and that of gates is differentiable, in both the inputs and the
-outputs of every layer.
+The number of slices of an axis follows from its expression: a variable counts the sum
+of its gates, a product multiplies and a concatenation adds. A contraction costs 2 × the
+product of its counts, so one multiply-accumulate is 2 FLOPs, and a scan costs its body
+times its length. The cost of a hard decision is therefore exact, and the cost of gates
+is differentiable in the inputs and the outputs of every layer.
 
-Only convolutions and dot products count as FLOPs, as in the literature. Kernel taps
-that fall on padding count, those on the holes of a transposed convolution do not. Of
-`cond` the dearest branch counts; a `while` counts one turn, as its length is not known.
+As in the literature, only convolutions and dot products count as FLOPs. Kernel taps
+that fall on padding count, taps that fall on the holes of a transposed convolution do
+not. The most expensive branch of a `cond` counts. A `while` counts as one iteration,
+because its length is not known.
 """
 
 from __future__ import annotations
@@ -31,24 +32,41 @@ Count = Callable[[ax.Axis], Any]
 
 
 def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
-  """FLOPs of one call at the coupling's input shapes (couple with batch 1 for one
-  image).
+  """Returns the FLOPs of one call, where one multiply-accumulate is 2 FLOPs.
 
-  gates: None for the whole network; a keep tree (bool) for an exact int; gates (float)
-    for a float32 scalar that can be differentiated."""
+  Args:
+    coupling: of the network, made by `couple`. The FLOPs are those at its input shapes;
+      couple with a batch of 1 for the FLOPs of one example.
+    gates: what is kept. None counts the whole network. A keep tree of bool arrays,
+      {'channels': {group: [n]}, 'branches': {path: ()}, 'exits': {name: bool}}, counts
+      the network that is left. A tree of float gates counts their sums.
+
+  Returns:
+    An int for None or a keep tree; for float gates a float32 scalar that can be
+    differentiated.
+  """
   view, count, alive = _reading(coupling, gates)
   return _flops(view, view.program, count, alive)
 
 
 def of_program(view: View, program: jx.Program) -> int:
-  """FLOPs of a program made of equations of a view, nothing of it cut."""
+  """Returns the FLOPs of an uncut program made of equations of a view."""
   return int(_flops(view, program, lambda axis: axis.size, lambda _: 1))
 
 
 def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
-  """Number of trainable parameters: leaves under 'params', or all where there is none.
+  """Returns the number of trainable parameters.
 
-  gates: as in `flops`."""
+  These are the leaves under 'params', or all variables where there is no such entry.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    gates: what is kept: None, a keep tree or float gates, as in `flops`.
+
+  Returns:
+    An int for None or a keep tree; for float gates a float32 scalar that can be
+    differentiated.
+  """
   view, count, alive = _reading(coupling, gates)
   paths = [p for p in coupling.axes if p.startswith('params/')] or [
     p for p in coupling.axes if not p.startswith('branches/')
@@ -59,19 +77,36 @@ def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
 
 
 def peak_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
-  """The most bytes of inputs and intermediate values that live at the same time.
+  """Returns the most bytes of inputs and intermediate values held at the same time.
 
   Equations run in program order and nothing is fused, so this is an upper bound of what
-  a compiler needs; variables are not counted. gates: as in `flops`."""
+  a compiler needs. Variables are not counted.
+
+  Args:
+    coupling: of the network, made by `couple`; the batch is that of its inputs.
+    gates: what is kept: None, a keep tree or float gates, as in `flops`.
+
+  Returns:
+    An int for None or a keep tree; for float gates a float32 scalar that can be
+    differentiated.
+  """
   view, count, alive = _reading(coupling, gates)
   held = {*view.leaves.values(), *view.program.constants}
   return _peak(view, view.program, count, alive, held)
 
 
 def rounded(gates: Mapping, round_to: int) -> dict:
-  """Gates whose sums are what will really be built, with the gradient of the plain sum.
+  """Scales channel gates so that they sum to the widths that rounding would build.
 
-  Source: design.md, "Rounding to a hardware multiple enters the cost"."""
+  The gradient is that of the gates as they were.
+
+  Args:
+    gates: {'channels': {group: float [n]}}; other entries are returned as they are.
+    round_to: widths are multiples of this.
+
+  Returns:
+    The gates, to pass to `flops`, `params` or `peak_bytes`.
+  """
 
   def one(gate):
     n = jnp.sum(gate)
@@ -83,8 +118,17 @@ def rounded(gates: Mapping, round_to: int) -> dict:
 
 
 def multiple(n: Any, size: int, round_to: int, xp: Any = np) -> Any:
-  """The width that is built for n kept slices of `size`: the multiple of round_to
-  below, at least one multiple, and the whole axis where all of it is kept."""
+  """Returns the width that is built where n of `size` slices are kept.
+
+  It is the next lower multiple of `round_to`, at least one multiple, and the whole axis
+  where all of it is kept.
+
+  Args:
+    n: number of kept slices, an int or an array.
+    size: number of slices of the axis.
+    round_to: widths are multiples of this.
+    xp: numpy, or jax.numpy for a traced n.
+  """
   down = xp.maximum(n // round_to * round_to, min(round_to, size))
   return xp.where(n >= size, size, down)
 
@@ -93,7 +137,11 @@ def multiple(n: Any, size: int, round_to: int, xp: Any = np) -> Any:
 
 
 def _reading(coupling: Coupling, gates: Mapping | None):
-  """(view, count of an axis, factor of a value: 0 dead, 1 alive, between for gates)."""
+  """Returns the view, a function that counts an axis, and one that weighs a value.
+
+  The weight of a value is 0 where it is dead, 1 where it is alive, and the gate of its
+  branch where that is soft.
+  """
   gates = gates or {}
   channels = gates.get('channels', {})
   hard = all(
@@ -129,7 +177,7 @@ def _needed(view: View, decision: Decision) -> set[jx.Value]:
 
 
 def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], Any]:
-  """The product of the gates of all branches whose closing makes a value dead."""
+  """Weighs a value by the product of the gates of all branches that it depends on."""
   always = _needed(coupling.view, Decision({}, decision.exits))
   killed = {
     branch: always - _needed(coupling.view, Decision({branch: False}, decision.exits))
@@ -181,7 +229,7 @@ def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> A
 
 
 def _of_convolution(e: jx.Equation, dims: Mapping, count: Count) -> Any:
-  """2 x batch x out channels x in channels per group x (position, tap) pairs."""
+  """Returns 2 × batch × outputs × inputs per group × (position, tap) pairs."""
   p, dn = e.params, e.params['dimension_numbers']
   lhs, kernel, out = (dims[v] for v in (*e.inputs, *e.outputs))
   batch, features, *spatial = dn.out_spec
@@ -198,10 +246,11 @@ def _of_convolution(e: jx.Equation, dims: Mapping, count: Count) -> Any:
 
 
 def _pairs(size: int, taps: int, out: int, stride, pad, holes, spread) -> int:
-  """How many (position, tap) pairs multiply, along one axis of `size` inputs.
+  """Counts the (position, tap) pairs that multiply along one axis of `size` inputs.
 
-  Padding counts as input, holes do not: in a transposed convolution every input meets
-  every tap once."""
+  Padding counts as input and holes do not: in a transposed convolution every input
+  meets every tap once.
+  """
   if holes == 1:
     return out * taps
   if stride == 1:

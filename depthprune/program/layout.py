@@ -1,4 +1,4 @@
-"""Rules of the primitives that move, cut, join or address axes."""
+"""The rules (see rules.py) of the primitives that move, cut, join or index axes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def broadcast_in_dim(facts, e, x, *_):
 
 
 def reshape(facts, e, x, *_):
-  """Matches runs of axes with equal products: prod(ins) = prod(outs)."""
+  """Matches runs of axes whose sizes have the same product: prod(ins) = prod(outs)."""
   shape = e.outputs[0].shape
   if 0 in shape:
     return opaque(facts, e, x)
@@ -78,7 +78,7 @@ def reshape(facts, e, x, *_):
 
 
 def cut(a: Axis, lo: int, hi: int, e: jx.Equation) -> Axis:
-  """The part of an axis from lo to hi."""
+  """Returns the part of an axis from slice lo to slice hi."""
   if (lo, hi) == (0, a.size):
     return a
   _, rest = split(a, lo, e)
@@ -86,9 +86,8 @@ def cut(a: Axis, lo: int, hi: int, e: jx.Equation) -> Axis:
 
 
 def split_rule(facts, e, x):
-  sizes, axis = e.params['sizes'], e.params['axis']
-  outs, at = [], 0
-  for n in map(int, sizes):
+  axis, outs, at = e.params['axis'], [], 0
+  for n in map(int, e.params['sizes']):
     outs.append([*x[:axis], cut(x[axis], at, at + n, e), *x[axis + 1 :]])
     at += n
   return outs
@@ -97,17 +96,14 @@ def split_rule(facts, e, x):
 def slice_rule(facts, e, x):
   p = e.params
   steps = p['strides'] or [1] * len(x)
-  bounds = zip(x, p['start_indices'], p['limit_indices'], steps, strict=True)
-  return [
-    [
-      cut(d, lo, hi, e) if step == 1 else strided(d, lo, hi, step, e)
-      for d, lo, hi, step in bounds
-    ]
-  ]
+  out = []
+  for d, lo, hi, step in zip(x, p['start_indices'], p['limit_indices'], steps):
+    out.append(cut(d, lo, hi, e) if step == 1 else strided(d, lo, hi, step, e))
+  return [out]
 
 
 def strided(d: Axis, lo: int, hi: int, step: int, e: jx.Equation) -> Axis:
-  """Every step-th slice: the outer factor of outer*step, where the layout allows it."""
+  """Returns every step-th slice: the outer part of outer*step where that fits."""
   count = -(-(hi - lo) // step)
   if lo < step and count * step == d.size:
     outer = Var(count)
@@ -134,19 +130,14 @@ def pad(facts, e, x, _):
       pin(d, 'padded inside or cropped')
       out.append(Var(n, 'padded inside or cropped'))
     else:
-      ends = [Var(n, 'padding') if n else Cat() for n in (lo, hi)]
-      out.append(norm(Cat(ends[0], d, ends[1])))
+      left, right = (Var(n, 'padding') if n else Cat() for n in (lo, hi))
+      out.append(norm(Cat(left, d, right)))
   return [out]
 
 
 def tile(facts, e, x):
-  reps = e.params['reps']
-  return [
-    [
-      norm(Prod(Var(r, 'tiled'), d)) if r > 1 else d
-      for d, r in zip(x, reps, strict=True)
-    ]
-  ]
+  pairs = zip(x, e.params['reps'], strict=True)
+  return [[norm(Prod(Var(r, 'tiled'), d)) if r > 1 else d for d, r in pairs]]
 
 
 def stack(facts, e, *ins):
@@ -203,8 +194,8 @@ def scatter(facts, e, x, idx, updates):
     unify(x[i], idx[j], e)
   for i in dn.scatter_dims_to_operand_dims:
     pin(x[i], 'indexed')
-  kept = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
-  for i, k in zip(kept, dn.update_window_dims, strict=True):
+  windows = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
+  for i, k in zip(windows, dn.update_window_dims, strict=True):
     _same_or_pin(x[i], updates[k], e)
   rows = [d for k, d in enumerate(updates) if k not in dn.update_window_dims]
   equal(rows, idx[:-1], e)
@@ -212,12 +203,8 @@ def scatter(facts, e, x, idx, updates):
 
 
 def dynamic_slice(facts, e, x, *_):
-  return [
-    [
-      _same_or_pin(d, Var(n), e)
-      for d, n in zip(x, e.params['slice_sizes'], strict=True)
-    ]
-  ]
+  pairs = zip(x, e.params['slice_sizes'], strict=True)
+  return [[_same_or_pin(d, Var(n), e) for d, n in pairs]]
 
 
 def dynamic_update_slice(facts, e, x, update, *_):
@@ -227,7 +214,7 @@ def dynamic_update_slice(facts, e, x, update, *_):
 
 
 def _same_or_pin(d: Axis, part: Axis, e: jx.Equation) -> Axis:
-  """A window over all of d is d itself; a smaller one pins both."""
+  """Equates a window over all of an axis with that axis; a smaller window pins both."""
   if d.size == part.size:
     unify(d, part, e)
   else:

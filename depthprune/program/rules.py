@@ -1,12 +1,13 @@
-"""The equations: how each jax primitive relates the axes of its inputs and outputs.
+"""The equations of every jax primitive between the axes of its inputs and outputs.
 
 A rule takes (facts, equation, axes of input 0, axes of input 1, …) and returns the axes
-of every output. A primitive without a rule pins all that it touches and is reported.
+of every output. A primitive without a rule pins every axis it touches, and its name is
+reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from depthprune.program import jaxpr as jx
 from depthprune.program import layout
@@ -16,7 +17,6 @@ from depthprune.program.axes import (
   Facts,
   Prod,
   Var,
-  any_shape,
   equal,
   fresh,
   norm,
@@ -55,7 +55,13 @@ ANY_SHAPE = frozenset(
 
 
 def infer(facts: Facts, program: jx.Program, in_dims: Sequence[Dims]) -> list[Dims]:
-  """States the equations of a program; returns the axes of its outputs."""
+  """States the equations of a program and returns the axes of its outputs.
+
+  Args:
+    facts: receives the axes of every value.
+    program: the program.
+    in_dims: the axes of each input.
+  """
   env = facts.dims
   env.update((v, fresh(v.shape)) for v in program.constants)
   env.update(zip(program.inputs, in_dims, strict=True))
@@ -76,14 +82,14 @@ def infer(facts: Facts, program: jx.Program, in_dims: Sequence[Dims]) -> list[Di
   return [read(v) for v in program.outputs]
 
 
-def rule_of(name: str):
-  """The rule of a primitive, by its name."""
+def rule_of(name: str) -> Callable:
+  """Returns the rule of the primitive of this name."""
   if name in RULES:
     return RULES[name]
   families = (
     (ELEMENTWISE, elementwise), (REDUCE, reduce), (ARGREDUCE, argreduce),
     (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, layout.scatter),
-    (ANY_SHAPE, any_shape),
+    (ANY_SHAPE, lambda facts, e, *_: [fresh(v.shape) for v in e.outputs]),
   )  # fmt: skip
   return next((rule for names, rule in families if name in names), opaque)
 
@@ -105,12 +111,12 @@ def elementwise(facts, e, *ins):
 
 
 def unchanged(facts, e, *ins):
-  """Every output is the input at its place."""
+  """Gives every output the axes of the input at the same position."""
   return list(ins)
 
 
 def bitcast(facts, e, x):
-  """Between types of different width, the last axis is what one element falls into."""
+  """Adds or removes the last axis, over which one element of a wider type is spread."""
   rank = len(e.outputs[0].shape)
   if rank > len(x):
     return [[*x, Var(e.outputs[0].shape[-1], 'bitcast')]]
@@ -150,7 +156,10 @@ def dot_general(facts, e, lhs, rhs):
 
 
 def conv_general_dilated(facts, e, lhs, rhs):
-  """lhs.C = g·rhs.I, rhs.O = g·o, out.C = g·o: dense, grouped and depthwise alike."""
+  """States lhs.C = g·rhs.I, rhs.O = g·o and out.C = g·o.
+
+  With g groups, this holds for dense, grouped and depthwise convolutions alike.
+  """
   p, dn = e.params, e.params['dimension_numbers']
   if p['batch_group_count'] != 1:
     return opaque(facts, e, lhs, rhs)
@@ -228,7 +237,10 @@ def cond(facts, e, _, *ins):
 
 
 def own_derivative(facts, e, *ins):
-  """A contraction inside has a rule that knows no gate, so its axes take none."""
+  """Infers the body; the axes contracted in it take no gate.
+
+  The derivative rule of the function would ignore the gate.
+  """
   outs = infer(facts, e.bodies[0], ins)
   for inner in jx.walk(e.bodies[0]):
     for k, axis in (pair for side in contracted(inner) for pair in side):
@@ -237,7 +249,7 @@ def own_derivative(facts, e, *ins):
 
 
 def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
-  """(input, axis) pairs that an equation sums over, for each side that can be gated."""
+  """Returns the (input, axis) pairs an equation sums over, per side that can be gated."""
   if e.name == 'dot_general':
     (lhs, rhs), _ = e.params['dimension_numbers']
     return [[(0, i) for i in lhs], [(1, i) for i in rhs]]
@@ -252,7 +264,8 @@ RULES = {
   'cond': cond, 'conv_general_dilated': conv_general_dilated,
   'custom_jvp_call': own_derivative,
   'custom_vjp_call': own_derivative, 'dot_general': dot_general,
-  'dynamic_slice': layout.dynamic_slice, 'dynamic_update_slice': layout.dynamic_update_slice,
+  'dynamic_slice': layout.dynamic_slice,
+  'dynamic_update_slice': layout.dynamic_update_slice,
   'fft': layout.fft, 'gather': layout.gather, 'iota': layout.iota,
   'optimization_barrier': unchanged,
   'pad': layout.pad, 'reshape': layout.reshape, 'rev': layout.rev, 'scan': scan,

@@ -22,7 +22,6 @@ from depthprune.cascades.race import exit_milliseconds, race
 from depthprune.cascades.risk import halves
 from depthprune.cascades.thresholds import Choice
 from depthprune.data.dataset import DataError, count, inputs_of, real_rows
-from depthprune.data.streaming import Streamed
 from depthprune.exports.networks import save_cascade
 from depthprune.program.stages import Stages, split
 from depthprune.run.heads import Answers, Trained, cascade_plan, train
@@ -79,7 +78,7 @@ def run(job: Job) -> Result:
   decided = decide(job, trained)
   pruned, early = assembled(job, trained, decided)
   reached = measure(job, trained, decided, pruned, early)
-  tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
+  tokenizer = job.images.tokenizer
   save_cascade(
     job.folder / 'cascade', early, pruned, job.images.normalisation, tokenizer
   )
@@ -157,7 +156,7 @@ def usual(job: Job) -> tuple:
 def _shapes(job: Job, split: Tree) -> Iterator[Tree]:
   """Batches for the sake of their shapes: of images from disk one stands for all."""
   batches = job.own_batches(split)
-  return itertools.islice(batches, 1) if isinstance(job.images, Streamed) else batches
+  return itertools.islice(batches, 1) if job.images.streamed else batches
 
 
 def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:

@@ -233,7 +233,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   arrays = functools.reduce(crc32, jax.tree.leaves(trunk), 0)
   about = {**job.relevant(), 'arrays': arrays}
   variables = job.on_mesh(variables)
-  augments = job.config.augment and hasattr(images, 'augment')  # texts do not
+  augments = job.config.augment and images.augments
   views = cascade_plan(job.config).views if augments else 1
   sources = {
     'train': (_views(job, views), views * count(images.train)),

@@ -171,7 +171,7 @@ def initial_variables(job: Job, model: Any) -> Tree:
 
 def _read_or_made(job: Job, model: Any) -> Tree:
   path = job.config.pretrained
-  tokenizer = getattr(job.images, 'tokenizer', None)  # of texts
+  tokenizer = job.images.tokenizer
   if tokenizer is not None:
     vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)
     tokens.check_tokenizer(tokenizer, vocab)

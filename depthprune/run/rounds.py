@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune import distributed, methods
-from depthprune.data.images import epoch_steps
+from depthprune.data.dataset import epoch_steps
 from depthprune.distributed import local
 from depthprune.exports import networks
 from depthprune.program.coupling import Coupling, couple

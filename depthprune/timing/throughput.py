@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from depthprune.train.task import Tree
-
 STEPS = 3  # that are timed
 
 
@@ -36,13 +34,17 @@ class Throughput(NamedTuple):
 
 
 def measure(
-  batch_at: Any, split: Tree, step: Any, state: Any, key: jax.Array, teacher: Tree
+  batch_at: Any, split: Any, step: Any, state: Any, key: jax.Array, teacher: Any
 ) -> Throughput:
   """Reads some batches alone, then runs the step on one of them, of a copied state.
 
   batch_at: a sampler of streamed images, split over a mesh. The others as for `fit`.
   """
-  stream, size, many = batch_at.stepwise(), batch_at.batch_at.size, batch_at.depth
+  stream, size, many = (
+    batch_at.stepwise(),
+    batch_at.sampler.size,
+    batch_at.sampler.depth,
+  )
   batch: Any = None
   for i in range(many):  # those that are made while nobody waits prove nothing
     jax.block_until_ready(stream(split, i))

@@ -5,7 +5,7 @@ weights, with what the optimizer keeps of them. The program is that of one devic
 partitions it, so means, and batch statistics, are those of the whole batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from depthprune.data.dataset import Placement
 from depthprune.train.options import ConfigError, axes
 
 AXES = ('data', 'model')
@@ -79,12 +80,10 @@ def by_own_rows(mesh: Mesh, size: int, tree: Tree) -> Tree:
   return jax.tree.map(lambda x: joined(where, x, (size, *x.shape[1:])), tree)
 
 
-def batches(mesh: Mesh, images: Any, split: Tree, size: int) -> Iterator[Tree]:
-  """`images.batches`, split over 'data'; what is streamed is read in parts."""
-  if not hasattr(images, 'own'):
-    return (by_rows(mesh, batch) for batch in images.batches(split, size))
-  images = images._replace(own=rows_here(mesh, size))
-  return images.batches(split, size, partial(by_own_rows, mesh, size))
+def placement(mesh: Mesh) -> Placement:
+  """How batches are split over 'data'."""
+  of = lambda function: partial(function, mesh)
+  return Placement(of(by_rows), of(rows_here), of(by_own_rows))
 
 
 def by_weights(mesh: Mesh, tree: Tree) -> Tree:
@@ -127,24 +126,15 @@ def _laid(tree: Tree, sharding: Callable[[Any], NamedSharding]) -> Tree:
 class Sharded(NamedTuple):
   """A sampler whose batches are split over the mesh: all that `fit` takes."""
 
-  batch_at: Any
+  sampler: Any
   mesh: Mesh
 
   @property
   def on_host(self) -> bool:
-    return getattr(self.batch_at, 'on_host', False)
-
-  @property
-  def depth(self) -> int:
-    """As of a sampler of streamed images."""
-    return self.batch_at.depth
+    return self.sampler.on_host
 
   def __call__(self, split: Tree, step: jax.Array | int) -> Tree:
-    return by_rows(self.mesh, self.batch_at(split, step))
+    return by_rows(self.mesh, self.sampler(split, step))
 
   def stepwise(self) -> Callable[[Tree, int], Tree]:
-    sampler = self.batch_at
-    if not hasattr(sampler, 'own'):
-      return sampler.stepwise(partial(by_rows, self.mesh))
-    sampler = sampler._replace(own=rows_here(self.mesh, sampler.size))
-    return sampler.stepwise(partial(by_own_rows, self.mesh, sampler.size))
+    return self.sampler.stepwise(placement(self.mesh))

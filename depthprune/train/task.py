@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from depthprune.data.dataset import Dataset
+
 Tree = Any
 """A nested dict (or any other pytree) of arrays."""
 
@@ -261,13 +263,13 @@ def several(
   return Task(loss, metrics, log_probs, sums, scores, answer)
 
 
-def of(images: Any) -> Task:
-  """The task of a data set of images, texts or features: to tell its labels."""
-  if names := getattr(images, 'tasks', ()):
-    return several({name: classification(images.classes) for name in names})
-  if (ignore := getattr(images, 'ignore', None)) is not None:
-    return segmentation(images.classes, ignore, images.names)
-  return classification(images.classes)
+def of(data: Dataset) -> Task:
+  """The task of a data set: to tell its labels."""
+  if data.tasks:
+    return several({name: classification(data.classes) for name in data.tasks})
+  if data.ignore is not None:
+    return segmentation(data.classes, data.ignore, data.names)
+  return classification(data.classes)
 
 
 def _check_names(tasks: Mapping[str, Task], given: Tree) -> None:

@@ -75,7 +75,7 @@ if __name__ == '__main__':
   started = time.perf_counter()
   model = recipe.network(config, job.images.classes)
   variables = initial_variables(job, model)
-  coupling = dp.couple(model, variables, job.example)
+  coupling = dp.couple(model, variables, *job.inputs)
   method = methods.build(config, coupling, 0, {})
   peak = config.learning_rate
   state = stage(job, 'gates', model, method, variables, epochs=EPOCHS, peak=peak)

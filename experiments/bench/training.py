@@ -125,7 +125,7 @@ if __name__ == '__main__':
     'image': jnp.asarray(rng.integers(0, 256, (IMAGES, *SHAPE)), jnp.uint8),
     'label': jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32),
   }
-  sampler = data.Sampler(jax.random.key(2), BATCH, NORMAL, Augment(4, True))
+  sampler = data.ImageSampler(jax.random.key(2), BATCH, NORMAL, Augment(4, True))
   networks = {variant: prepare(name, variant, split, sampler) for variant in VARIANTS}
   calls = {variant: each.advance for variant, each in networks.items()}
   other = pytorch.resnet_step(depth, BATCH, SHAPE, CLASSES, accelerated)

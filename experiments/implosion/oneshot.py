@@ -113,7 +113,7 @@ def trained(config: Config[ImplosionOptions], sizes: Sizes) -> Network:
   record.write(job.folder / 'config.json', {'config': config.to_json()})
   model = recipe.network(config, job.images.classes)
   variables = initial_variables(job, model)
-  coupling = dp.couple(model, variables, job.example)
+  coupling = dp.couple(model, variables, *job.inputs)
   method = implosion(coupling)
   epochs, peak = config.epochs.gates, config.learning_rate
   state = stage(
@@ -192,7 +192,7 @@ def cut(network: Network, keep: Tree) -> Row:
     network.model,
     network.variables,
     keep,
-    network.job.example,
+    *network.job.inputs,
     coupling=network.coupling,
   )
   scores = _recalibrated(network, pruned.model, pruned.variables)

@@ -91,7 +91,7 @@ def _scratch_row(config: Config[ImplosionOptions], shape: Mapping[str, Any]) -> 
   erased = [unit for each in shape['rounds'] for unit in each['erased']]
   full = network(job.config, job.images.classes)
   model = full.clone(arch={f'{unit}/branch': 0 for unit in erased})
-  variables = jax.jit(model.init)(job.key('init'), job.example)
+  variables = jax.jit(model.init)(job.key('init'), *job.inputs)
   # No gates are trained, so none stay: the units are as the erased network has them.
   variables = {k: v for k, v in variables.items() if k != 'branches'}
   epochs, peak = shape['epochs'], config.learning_rate

@@ -123,12 +123,12 @@ def _single_row(config: Config[NetCutOptions], depth: int) -> Row:
   started = time.monotonic()
   job = prepare(config)
   model = single(recipe.network(config, job.images.classes), depth)
-  variables = jax.jit(model.init)(job.key('init'), job.example)
+  variables = jax.jit(model.init)(job.key('init'), *job.inputs)
   epochs, peak = config.epochs.gates, config.learning_rate
   state = stage(job, 'train', model, plain(), variables, epochs=epochs, peak=peak)
   measure = evaluator(model, job.task)
   accuracy = lambda split: measure(state.variables, job.batches(split))['accuracy']
-  coupling = dp.couple(model, variables, job.example)
+  coupling = dp.couple(model, variables, *job.inputs)
   return {
     'accuracy': accuracy(job.images.test),
     'held_out': accuracy(job.images.held_out),

@@ -7,6 +7,7 @@ import pytest
 
 from depthprune.data import images, tfds
 from depthprune.data.augment import measured
+from depthprune.data.dataset import epoch_steps
 from depthprune.data.images import Augment, DataError, Normalisation
 
 SPLITS = ('train', 'held_out', 'test')
@@ -101,7 +102,7 @@ def test_what_does_not_fill_a_batch_takes_its_turn_in_another_epoch():
     assert batch['label'].shape == (3,)
     seen |= set(batch['label'].tolist())
   assert seen == set(range(7))
-  assert images.epoch_steps(numbered(7), 3) == 2
+  assert epoch_steps(numbered(7), 3) == 2
   for size in (0, 8):
     with pytest.raises(DataError, match=f'expected 1 to 7, .*got {size}'):
       images.batch(numbered(7), 0, jax.random.key(0), size, PLAIN)

@@ -9,7 +9,7 @@ import pytest
 from depthprune.data import images as data
 from depthprune.data import images as overlaid
 from depthprune.data.dataset import DataError
-from depthprune.data.tfds import Source
+from depthprune.data.tfds import ImageSource
 from depthprune.run import data as datasets
 from depthprune.run import rounds
 from depthprune.run.config import default
@@ -17,14 +17,14 @@ from depthprune.train import task as tasks
 from depthprune.train.result import to_json
 
 
-def pieces(n: int = 40) -> Source:
+def pieces(n: int = 40) -> ImageSource:
   """n images with their number in every pixel; labels are their numbers too."""
 
   def read(split, rows):
     image = np.broadcast_to(rows[:, None, None, None] + 1, (len(rows), 28, 28, 1))
     return {'image': image.astype(np.uint8), 'label': rows.astype(np.int32)}
 
-  return Source(n, 10, (28, 28, 1), 40, 255.0, read)
+  return ImageSource(n, 10, (28, 28, 1), 40, 255.0, read)
 
 
 def test_halves_lie_where_their_labels_say():

@@ -19,7 +19,7 @@ from depthprune.data import dataset, tfds
 from depthprune.data import images as data
 from depthprune.data.augment import Augment, Normalisation, normalise
 from depthprune.data.dataset import DataError
-from depthprune.data.streaming import Share, Streamed
+from depthprune.data.streaming import Share, StreamedImages
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.models import pretrained
 from depthprune.run import data as datasets
@@ -44,18 +44,18 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def imagenet(made, monkeypatch) -> Streamed:
+def imagenet(made, monkeypatch) -> StreamedImages:
   monkeypatch.setenv('TFDS_DATA_DIR', str(made))
   return loaded()
 
 
-def loaded(**given) -> Streamed:
+def loaded(**given) -> StreamedImages:
   found = data.load('imagenet2012', held_out=6, resize=SIDE, stream=True, **given)
-  assert isinstance(found, Streamed)
+  assert isinstance(found, StreamedImages)
   return found
 
 
-def many(images: Streamed, steps: range, size: int = 8, **fields) -> list[dict]:
+def many(images: StreamedImages, steps: range, size: int = 8, **fields) -> list[dict]:
   """Training batches of some steps, one after the other."""
   sampler = images.sampler(jax.random.key(0), size, True)._replace(**fields)
   batch_at = sampler.stepwise()
@@ -165,7 +165,7 @@ def test_what_fills_half_of_the_memory_is_streamed(made, monkeypatch):
   given = {'held_out': 6, 'resize': SIDE}
   assert isinstance(data.load('imagenet2012', **given), data.Dataset)
   size = (TRAIN + TEST) * SIDE * SIDE * 3
-  for memory, kind in ((2 * size, data.Dataset), (2 * size - 2, Streamed)):
+  for memory, kind in ((2 * size, data.Dataset), (2 * size - 2, StreamedImages)):
     pages = {'SC_PAGE_SIZE': 1, 'SC_PHYS_PAGES': memory}
     monkeypatch.setattr(dataset.os, 'sysconf', pages.__getitem__)
     assert isinstance(data.load('imagenet2012', **given), kind)

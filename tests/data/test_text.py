@@ -16,8 +16,8 @@ import pytest
 from depthprune.data import text, tokens
 from depthprune.data import tfds as prepared
 from depthprune.data.dataset import DataError, inputs_of
-from depthprune.data.images import Dataset
-from depthprune.data.text import Source
+from depthprune.data.images import ImageSet
+from depthprune.data.text import TextSource
 from depthprune.exports.networks import load_cascade
 from depthprune.methods.netcut import NetCutOptions
 from depthprune.methods.sidenet import SideNetOptions
@@ -60,7 +60,7 @@ def given(monkeypatch, train, test, pair=False) -> None:
     return [texts[split][i] for i in rows], (np.asarray(rows) % 2).astype(np.int32)
 
   sizes, names = (len(texts['train']), len(texts['test'])), ('text',)
-  found = Source(*sizes, pair, 2, names, ('train', 'test'), read)
+  found = TextSource(*sizes, pair, 2, names, ('train', 'test'), read)
   monkeypatch.setattr(text, 'source', lambda *_: found)
 
 
@@ -283,7 +283,7 @@ def test_ag_news_has_only_a_test_split_here(tfds_data, tmp_path):
 
 
 def test_the_name_says_whether_images_or_texts(tfds_data, tmp_path):
-  assert isinstance(data.read(default('gates')), Dataset)
+  assert isinstance(data.read(default('gates')), ImageSet)
   kinds = [text.kind_of(n) for n in ('digits', 'cifar10', 'glue/sst2')]
   assert kinds == ['images', 'images', 'text']
   with pytest.raises(DataError, match='need the tokenizer.json.*pass --tokenizer'):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune import distributed
-from depthprune.data.images import Augment, Dataset, Normalisation
+from depthprune.data.images import Augment, ImageSet, Normalisation
 from depthprune.run import rounds
 from depthprune.run.config import default
 from depthprune.run.job import Job
@@ -36,14 +36,14 @@ class Net(nn.Module):
     return {'main': nn.Dense(3, name='head')(x)}
 
 
-def images() -> Dataset:
+def images() -> ImageSet:
   rng = np.random.default_rng(0)
   split = lambda n: {
     'image': rng.integers(0, 255, (n, 2, 2, 1)).astype(np.uint8),
     'label': rng.integers(0, 3, n).astype(np.int32),
   }
   how = (3, (2, 2, 1), Normalisation((0.5,), (0.25,)), Augment())
-  return Dataset('made up', split(32), split(8), split(8), *how)
+  return ImageSet('made up', split(32), split(8), split(8), *how)
 
 
 def test_rounds_are_repeated_and_held_out_data_decides(tmp_path, monkeypatch):
