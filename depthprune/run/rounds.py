@@ -164,9 +164,9 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     teacher = Teacher(apply_of(model), variables)
   cuts = [_round(job, model, variables, build, teacher, ())]
   if not trained_before:
-    method, state = cuts[0].method, cuts[0].state
-    whole = trained(method, state)
-    answer = lambda outputs: method.answer(job.task, outputs, state.theta)
+    method, first = cuts[0].method, cuts[0].state
+    whole = trained(method, first)
+    answer = lambda outputs: method.answer(job.task, outputs, first.theta)
     if config.distill:
       apply = gated(model)
       says = lambda v, *inputs, **mode: answer(as_dict(apply(v, {}, *inputs, **mode)))

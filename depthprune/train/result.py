@@ -8,6 +8,7 @@ FLOPs, and accuracies are fractions in [0, 1].
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -325,9 +326,9 @@ class SweepResult:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-  """Plain values, as `result.json` keeps them; what is not known is left out."""
-  known = lambda items: {k: v for k, v in items if v is not None}
-  return dataclasses.asdict(result, dict_factory=known)
+  """Plain values, as `result.json` keeps them; parts that there are not are left out."""
+  values = json.loads(json.dumps(dataclasses.asdict(result)))
+  return {name: value for name, value in values.items() if value is not None}
 
 
 def from_json(values: Any) -> Result:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depthprune.data import dataset, tfds
+from depthprune.data import dataset
 from depthprune.data import images as data
 from depthprune.data.augment import Augment, Normalisation, normalise
 from depthprune.data.dataset import DataError
@@ -73,7 +73,7 @@ def same(found, expected) -> None:
 def test_it_is_a_data_set_like_those_in_memory(imagenet):
   assert imagenet.classes == 1000 and imagenet.shape == (SIDE, SIDE, 3)
   splits = imagenet.train, imagenet.held_out, imagenet.test
-  assert [tfds.count(split) for split in splits] == [TRAIN - 6, 6, TEST]
+  assert [dataset.count(split) for split in splits] == [TRAIN - 6, 6, TEST]
   (batch,) = many(imagenet, range(1))
   assert batch['image'].shape == (8, SIDE, SIDE, 3)
   assert (batch['image'].dtype, batch['label'].dtype) == (np.float32, np.int32)

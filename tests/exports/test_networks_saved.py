@@ -11,7 +11,7 @@ import pytest
 from depthprune.cascades.cascade import cascade
 from depthprune.cascades.race import exit_milliseconds, race
 from depthprune.cascades.thresholds import for_budget
-from depthprune.exports.networks import RECORD, load_cascade, save_cascade
+from depthprune.exports.networks import CASCADE_RECORD, load_cascade, save_cascade
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.storage.checkpoint import CheckpointError
@@ -112,7 +112,7 @@ def test_what_is_no_cascade(tmp_path):
   with pytest.raises(CheckpointError, match='expected a cascade'):
     load_cascade(tmp_path)
   found, _ = saved(tmp_path / 'it')
-  (tmp_path / 'it' / RECORD).write_text('{"exits"')
+  (tmp_path / 'it' / CASCADE_RECORD).write_text('{"exits"')
   with pytest.raises(CheckpointError, match='expected a cascade'):
     load_cascade(tmp_path / 'it')
   other = prune(MODEL, VARIABLES, {'exits': {'a': False}}, X[:1])

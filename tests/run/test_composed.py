@@ -89,7 +89,7 @@ def int8(digits):
   params = qwix.quantize_params(variables['params'], shapes['params'])
   variables = {**variables, 'params': params}
   job = job._replace(folder=job.folder / 'on_int8')
-  whole = sides.with_sides(CONFIG, quantised, job)
+  whole = sides.with_sides(sides.cascade_plan(CONFIG), quantised, job)
   return variables, sides.fit_heads(job, whole, sides.with_trunk(job, whole, variables))
 
 

@@ -162,7 +162,7 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
   options = dataclasses.replace(config.options, dropout=0.9, smoothing=0.5)
   job = prepare(config, show=False)
   job = job._replace(config=dataclasses.replace(config, options=options))
-  model = heads.with_sides(job.config, trained.model.trunk, job)
+  model = heads.with_sides(heads.cascade_plan(job.config), trained.model.trunk, job)
   batch = {'features': {n: np.ones((8, 200), np.float32) for n in ('exit1',)}}
   batch |= {'label': np.arange(8, dtype=np.int32)}
   batch['features']['main'] = np.ones((8, 10), np.float32)

@@ -221,7 +221,7 @@ import sys, time
 from pathlib import Path
 from depthprune.storage import directory
 
-with disk.held(Path(sys.argv[1])):
+with directory.held(Path(sys.argv[1])):
   print('held', flush=True)
   time.sleep(600)
 """

@@ -24,6 +24,7 @@ from depthprune.program.coupling import couple
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.run.interrupts import Preempted
+from depthprune.run.job import remembering
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import Keeper
@@ -135,9 +136,13 @@ def test_milliseconds_are_measured_once_per_run(tmp_path, monkeypatch):
   model = rounds.network(config, 10)
   x = jnp.ones((1, 8, 8, 1))
   coupling = couple(model, model.init(jax.random.key(0), x), x)
-  first = methods.build(config, coupling, 0, {})
+  first = methods.build(
+    config.options, coupling, 0, remember=remembering(config.path / 'costs.json')
+  )
   monkeypatch.setattr('depthprune.methods.netcut._milliseconds', None)
-  again = methods.build(config, coupling, 0, {})
+  again = methods.build(
+    config.options, coupling, 0, remember=remembering(config.path / 'costs.json')
+  )
   theta = {'importance': jnp.zeros(2)}
   assert first.report(theta)['cost'] == again.report(theta)['cost']
 
@@ -153,8 +158,9 @@ def test_a_network_without_taps_has_no_depth_to_find(tmp_path):
 
 def killed_and_resumed(config: Config, when) -> None:
   code = (
-    'from depthprune.run.config import Config; from depthprune.options import *; '
-    f'from depthprune.run import rounds as recipe; recipe.run({config!r}, show=False)'
+    'from depthprune.run.config import Config; '
+    'from depthprune.methods.netcut import NetCutOptions; '
+    f'from depthprune.run import rounds; rounds.run({config!r}, show=False)'
   )
   start = lambda: subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
   process = start()

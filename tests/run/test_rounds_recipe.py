@@ -164,9 +164,10 @@ def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkey
 
 def start(config: Config) -> subprocess.Popen:
   code = (
-    'from depthprune.run.config import Config; from depthprune.options import *; '
-    'from depthprune.run import rounds as recipe; '
-    f'recipe.run({config!r}, show=False)'
+    'from depthprune.run.config import Config; '
+    'from depthprune.methods.trainable_gates import GateOptions; '
+    'from depthprune.run import rounds; '
+    f'rounds.run({config!r}, show=False)'
   )
   root = Path(__file__).parents[2]
   return subprocess.Popen([sys.executable, '-c', code], cwd=root, env=os.environ)

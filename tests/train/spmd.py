@@ -67,7 +67,7 @@ def train(folder: Path, mesh: str | None) -> None:
   job = prepare(config(folder, mesh), show=False)
   variables = Net().init(job.key('init'), *job.inputs)
   state = ten(job, variables)
-  build: Any = functools.partial(methods.build, job.config)
+  build: Any = functools.partial(methods.build, job.config.options)
   small = rounds.shrink(job, Net(), state.variables, build)
   test = job.scores(small.model)(small.variables, job.images.test)
   arrays = checkpoint.paths(jax.device_get((state, small.variables)))
@@ -168,7 +168,7 @@ def strangers(folder: Path, mesh: str | None) -> None:
   (apart / 'checkpoints' / 'ten' / '00000003').mkdir(parents=True) if me else None
   job = prepare(config(folder, mesh), show=False)._replace(folder=apart)
   told('folder', lambda: ten(job, Net().init(job.key('init'), *job.inputs)))
-  told('few', lambda: meshes.of(config(folder, 'data=1')))
+  told('few', lambda: meshes.of('data=1', 8))
   odd = {'kept': np.arange(5) > me, 'x': np.array([-0.0, 1 / (3 + me)], np.float32)}
   said['agreed'] = [x.tobytes().hex() for x in distributed.agreed(odd).values()]
   (folder / f'said{me}.json').write_text(json.dumps(said))

@@ -201,7 +201,7 @@ def test_a_mesh_is_read_from_words():
 def test_a_mesh_that_cannot_be_is_refused(batch, mesh, said, monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices() * 8)
   with pytest.raises(ConfigError, match=said):
-    meshes.of(default('gates', batch=batch, mesh=mesh))
+    meshes.of(mesh, batch)
 
 
 def test_weights_are_split_along_the_last_axis_that_can_be():
