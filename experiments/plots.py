@@ -14,13 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from depthprune.report import charts, exit_charts, style
-from depthprune.train.result import (
-  CascadeResult,
-  Result,
-  RoundResult,
-  from_json,
-  structured,
-)
+from depthprune.train.result import Accuracies, CascadeResult, Change, structured
 from experiments.implosion.oneshot import by_importance
 from experiments.result_files import Row, files_with
 
@@ -47,7 +41,7 @@ def figures() -> Iterator[tuple[Path, Figure]]:
     first = content['rows'][0]
     yield (
       _beside(path, 'reliability'),
-      exit_charts.reliability(as_cascade(first).calibration),
+      exit_charts.reliability(structured(first, CascadeResult).calibration),
     )
 
 
@@ -73,7 +67,10 @@ def retrained(rows: Rows) -> charts.Curves:
   runs: dict[str, list] = {}
   for row in rows:
     if row.get('rounds'):
-      rounds = [structured(each, RoundResult) for each in row['rounds']]
+      rounds = [
+        (each['units'], structured(each['held_out'], Accuracies))
+        for each in row['rounds']
+      ]
       runs.setdefault(row['method'], []).append(rounds)
   return {method: charts.curve(*rounds) for method, rounds in runs.items()}
 
@@ -82,18 +79,16 @@ def cascades(rows: Rows) -> dict:
   """{regime: accuracy by cost, over the seeds}."""
   regimes = dict.fromkeys(row['regime'] for row in rows)
   of = lambda regime: [row for row in rows if row['regime'] == regime]
-  return {regime: exit_charts.series(*map(as_result, of(regime))) for regime in regimes}
+  return {regime: exit_charts.series(*map(as_run, of(regime))) for regime in regimes}
 
 
-def as_result(row: Row) -> Result:
-  """A row of a table of cascades as the result of its run."""
-  about = {'method': 'sidenet', 'options': {}, 'model': '', 'data': ''}
-  return from_json({**about, 'widths': {}, 'rounds': [], **row, 'cascade': row})
-
-
-def as_cascade(row: Row) -> CascadeResult:
-  """The cascade in such a row."""
-  return structured(row, CascadeResult)
+def as_run(row: Row) -> tuple[CascadeResult, Accuracies, Change]:
+  """What `exit_charts.series` draws of a row of a table of cascades."""
+  return (
+    structured(row, CascadeResult),
+    structured(row['accuracy'], Accuracies),
+    structured(row['flops'], Change),
+  )
 
 
 def _beside(path: Path, chart: str) -> Path:

@@ -37,7 +37,7 @@ from depthprune.report.style import (
 )
 from depthprune.report.tables import erased, first_names
 from depthprune.train.recipe import Chart
-from depthprune.train.result import RoundResult
+from depthprune.train.result import Accuracies, RoundResult
 
 COSTS = {
   'flops': 'FLOPs kept',
@@ -275,23 +275,24 @@ def connections(weights: Mapping[str, float], open_: Mapping[str, float]) -> Fig
   return figure
 
 
-def curve(*runs: Sequence[RoundResult]) -> dict[str, dict[int, list[float]]]:
+def curve(
+  *runs: Sequence[tuple[Sequence[int], Accuracies]],
+) -> dict[str, dict[int, list[float]]]:
   """Held-out accuracy by number of erased units, before and after retraining.
 
   Args:
-    *runs: the rounds of one result each; what lies before retraining has fresh batch
-      statistics.
+    *runs: for every round of a run its residual units before and after, and its
+      held-out accuracies; what lies before retraining has fresh batch statistics.
 
   Returns:
     {'before' or 'after': {erased units: [accuracy of every run]}}, for `erased_curve`.
   """
   found: dict[str, dict[int, list[float]]] = {'before': {}, 'after': {}}
   for rounds in runs:
-    units, full = rounds[0].units[0], rounds[0].held_out.before
-    points = [(units, full, full)]
-    for each in rounds:
-      accuracy = each.held_out
-      points.append((each.units[1], accuracy.recalibrated or 0, accuracy.after or 0))
+    (units, _), first = rounds[0]
+    points = [(units, first.before, first.before)]
+    for (_, left), accuracy in rounds:
+      points.append((left, accuracy.recalibrated or 0, accuracy.after or 0))
     for left, before, after in points:
       found['before'].setdefault(units - left, []).append(before)
       found['after'].setdefault(units - left, []).append(after)

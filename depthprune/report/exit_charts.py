@@ -26,7 +26,13 @@ from depthprune.report.style import (
   name_rows,
   styled,
 )
-from depthprune.train.result import Calibration, ExitCalibration, Result
+from depthprune.train.result import (
+  Accuracies,
+  Calibration,
+  CascadeResult,
+  Change,
+  ExitCalibration,
+)
 
 ACROSS = 3  # reliability diagrams in a row
 
@@ -161,14 +167,16 @@ class Series(NamedTuple):
   exits: Mapping[str, Curve] = {}
 
 
-def series(*results: Result) -> Series:
-  """Of one result for every seed, each with a cascade, on test data."""
+def series(*runs: tuple[CascadeResult, Accuracies, Change]) -> Series:
+  """What is drawn of the cascades of one network, of one run for every seed.
+
+  Args:
+    *runs: the cascade of a run, its accuracy on test data and its change in FLOPs.
+  """
   seeds, own, chosen = [], [], []
   exits: dict[str, list[tuple[float, float]]] = {}
-  for result in results:
-    found = result.cascade
-    assert found is not None
-    whole, accuracy = found.whole, result.accuracy
+  for found, accuracy, flops in runs:
+    whole = found.whole
     seeds.append(
       [
         (p.cost / whole, p.accuracy)
@@ -177,7 +185,7 @@ def series(*results: Result) -> Series:
       ]
     )
     own.append(accuracy.before)
-    chosen.append((result.flops.kept, accuracy.after))
+    chosen.append((flops.kept, accuracy.after))
     for name in found.exits[:-1]:
       reached = found.exit_accuracy.get(name)
       if reached is not None:

@@ -100,7 +100,9 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     'wide numbers',
     small=[*said, sentences.READING],
   )
-  chart = exit_charts.compute_curve({'': exit_charts.series(result)})
+  chart = exit_charts.compute_curve(
+    {'': exit_charts.series((cascade, result.accuracy, result.flops))}
+  )
   yield Section('Accuracy against FLOPs', chart=_svg(chart), small=[sentences.CURVE])
   yield Section(
     'Exits',
@@ -119,7 +121,8 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
   """The charts that there is data for, with their titles."""
   result, recipe = run.result, sentences.recipe_of(run.result)
   if recipe.erases_units:
-    curves = {'': charts.curve(result.rounds)}
+    points = [(each.units, each.held_out) for each in result.rounds]
+    curves = {'': charts.curve(points)}
     chart = charts.erased_curve(curves, 'held-out accuracy')
     yield 'Accuracy by erased units', chart
   for chart in recipe.charts:

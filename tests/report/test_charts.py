@@ -277,9 +277,14 @@ def test_a_connection_is_a_full_mark_where_open_and_a_ring_where_closed(auxiliar
 # ---- rounds, and results of several runs ---------------------------------------------
 
 
+def points_of(result: dict) -> list:
+  """(units before and after, held-out accuracies) of every round."""
+  return [(each.units, each.held_out) for each in typed(result).rounds]
+
+
 def test_the_curve_begins_at_the_whole_network_and_gathers_the_seeds(implosion):
-  rounds = typed(implosion[0]).rounds
-  curve = charts.curve(rounds, rounds)
+  points = points_of(implosion[0])
+  curve = charts.curve(points, points)
   assert list(curve['before']) == list(curve['after']) == [0, 4, 8, 12]
   assert curve['before'][0] == curve['after'][0] == [0.938, 0.938]
   assert curve['before'][8] == pytest.approx([0.81, 0.81])
@@ -293,7 +298,7 @@ def drawn(axes: Axes) -> list[tuple[str, list, list]]:
 
 
 def test_erased_curve_dashes_what_was_not_retrained(implosion):
-  curve = charts.curve(typed(implosion[0]).rounds)
+  curve = charts.curve(points_of(implosion[0]))
   figure = charts.erased_curve({'': curve}, 'held-out accuracy')
   (axes,) = figure.axes
   (before, _, low), (after, _, high) = drawn(axes)
