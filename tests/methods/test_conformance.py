@@ -57,6 +57,9 @@ def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, learnt)
   # What a method trains besides the weights, where it trains anything.
   assert any(jax.tree.leaves(moved[0] if state.theta else moved))
+  # Without a key the gates are those of evaluation, the same at every call.
+  once, again = (method.forward(state.theta, None, state.step) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, once, again)
   evaluate = lambda keep: {'loss': 1.0, 'accuracy': 0.5}
   keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   pruned = prune(net, state.variables, keep, IMAGES[:1], coupling=coupling)

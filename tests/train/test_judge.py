@@ -307,3 +307,35 @@ def test_stale_statistics_are_an_error():
 def test_decisions_of_different_number_are_an_error(keeps):
   with pytest.raises(ValueError, match='one length in all leaves'):
     JUDGES['vmap'].each(keeps)
+
+
+# ---- soft channel gates --------------------------------------------------------------
+
+
+def test_soft_channel_gates_are_judged_without_noise_and_as_they_are_cut():
+  """What the judge says of a decision is what `prune` leaves, with the gates folded."""
+  model, held_out = MLP(classes=3, hidden=(7, 5)), batches(2, seed=4)
+  image = held_out[0]['image']
+  variables = model.init(jax.random.key(0), image)
+  coupling = couple(model, variables, image)
+  rng = np.random.default_rng(5)
+  soft = {
+    g: jnp.asarray(rng.uniform(0.2, 1.8, v.size), jnp.float32)
+    for g, v in coupling.gates()['channels'].items()
+  }
+
+  def forward(theta, key=None, step=None):
+    assert key is None, 'evaluation asks for no noise'
+    return {'channels': theta}
+
+  method = Method(init=lambda gates, outputs: soft, forward=forward)
+  state = init_state(model, method, optax.sgd(0.1), variables, coupling, held_out[0])
+  evaluate_keep = judge(model, method, TASK, state, held_out, (), coupling)
+  keep = {'channels': {g: np.arange(v.size) % 2 == 0 for g, v in soft.items()}}
+  pruned = prune(model, variables, keep, image, gates={'channels': soft})
+  small = evaluate(pruned.apply, pruned.variables, held_out, TASK)
+  assert evaluate_keep(keep)['loss'] == pytest.approx(small['loss'], rel=1e-5)
+  # Dropping the gates would have been another network.
+  dropped = prune(model, variables, keep, image)
+  other = evaluate(dropped.apply, dropped.variables, held_out, TASK)['loss']
+  assert abs(other - small['loss']) > 1e-3
