@@ -48,9 +48,8 @@ def _subcommand(name: str) -> Any:
   return Annotated[Config[recipe.options], found]
 
 
-AnyMethod: Any = Union[
-  tuple(map(_subcommand, sorted(methods.names(), key=methods.word)))
-]  # noqa: UP007
+_subcommands = tuple(map(_subcommand, sorted(methods.names(), key=methods.word)))
+AnyMethod: Any = Union[_subcommands]  # noqa: UP007
 # Options that one run has several values of, and the one that METHOD may follow.
 LISTS = {
   '--at-once',
@@ -142,7 +141,7 @@ def main(words: Sequence[str] | None = None) -> int:
   143 after SIGTERM, 75 for a disk without room or another process that is gone.
   """
   try:
-    with interrupts.ends():
+    with interrupts.raised():
       _obey(sys.argv[1:] if words is None else words)
   except KeyboardInterrupt:
     print('stopped; the same command continues from here', file=sys.stderr)
@@ -154,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
-    if not interrupts.speaks(error):
+    if not interrupts.is_explained(error):
       raise
     print(f'error: {error}', file=sys.stderr)
     return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT

@@ -1,7 +1,8 @@
-"""Several processes that train one network: joined, of one mind, and one that writes.
+"""Several processes that train one network, on one host or on many.
 
-Each runs the same program on its own devices (SPMD), on one host or on many. What they
-would decide alone (by a clock, a disk, a file) is decided by process 0 for all.
+Every process runs the same program on its own devices (SPMD). Process 0 writes files,
+and decides for all whatever depends on a clock, a disk or a file. When a process is
+lost, the others end with a message that says so.
 """
 
 import importlib.util
@@ -24,28 +25,47 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-SILENCE_S = 60  # without a sign of life a process counts as dead, and all end
+SILENCE_S = 60  # a process that is silent for so long counts as dead, and all end
 T = TypeVar('T')
+
+QUIET = '-'
+# Runs in a process of its own, and waits for its input to end: with this process.
+WITNESS = f"""
+import sys
+said = sys.stdin.read()
+if said != {QUIET!r}:
+  print('\\n' + sys.argv[1], *said.splitlines()[:1], file=sys.stderr, flush=True)
+"""
+SIGNS = re.compile(
+  'Gloo|NCCL|nccl|heartbeat|[Cc]oordination ?service|[Bb]arrier|'
+  'Connection (closed|reset)|UNAVAILABLE|DEADLINE_EXCEEDED'
+)
+LAST_WORDS_S = 2  # jax ends all processes at once when process 0 is gone
 
 
 class HostError(ValueError):
-  """Processes that do not belong together, or one that failed: which, and in what."""
+  """Processes do not belong together, or one of them failed."""
+
+
+class HostLost(Exception):
+  """Another process of the run is gone; what was saved is intact."""
 
 
 def join() -> None:
-  """Joins the other processes of the run, where there are any; once per process.
+  """Joins the other processes of the run, if there are any; safe to call again.
 
-  SLURM (srun), Open MPI, TPU pods and, with jax[k8s] installed, indexed Jobs on
-  Kubernetes (GKE) are found by jax itself. Processes that were started by hand are told
-  by the environment: JAX_COORDINATOR_ADDRESS (host:port of process 0),
-  JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+  jax itself recognises SLURM (srun), Open MPI, TPU pods and, with jax[k8s] installed,
+  indexed Jobs on Kubernetes (GKE). Processes that are started by hand need three
+  environment variables: JAX_COORDINATOR_ADDRESS (host:port of process 0),
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-  Raises: HostError where only some of these three are set, or not to numbers.
+  Raises:
+    HostError: only some of these three are set, or not to valid numbers.
   """
   environment = os.environ
   if jax.distributed.is_initialized() or not several(environment):
     return
-  # SIGTERM is ours (preemption.py); jax would only take note of it.
+  # A run handles SIGTERM itself; the service of jax would catch it.
   jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
     **explicit(environment),
@@ -55,9 +75,9 @@ def join() -> None:
 
 
 def several(environment: Mapping[str, str]) -> bool:
-  """Whether this process was started as one of several, or on a TPU that may be."""
+  """Tells whether this process may be one of several, by its environment."""
   count = lambda name: int(environment.get(name) or 1)
-  step = 'SLURM_STEP_NODELIST' in environment  # not in a batch script without srun
+  step = 'SLURM_STEP_NODELIST' in environment  # absent without srun
   workers = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
   return (
     any(name in environment for name in EXPLICIT)
@@ -70,13 +90,20 @@ def several(environment: Mapping[str, str]) -> bool:
 
 
 def explicit(environment: Mapping[str, str]) -> dict[str, Any]:
-  """What the environment says for `jax.distributed.initialize`: all of it, or {}."""
+  """Reads the arguments of `jax.distributed.initialize` that are set by hand.
+
+  Returns:
+    All arguments, or {} if none of the variables is set.
+
+  Raises:
+    HostError: only some are set, or not to valid numbers.
+  """
   found = {name: environment[name] for name in EXPLICIT if name in environment}
   if not found:
     return {}
   address, count, index = (found.get(name, '') for name in EXPLICIT)
-  whole = address and count.isdecimal() and index.isdecimal()
-  if not whole or int(index) >= int(count):
+  complete = address and count.isdecimal() and index.isdecimal()
+  if not complete or int(index) >= int(count):
     expected = f'{EXPLICIT[0]}=HOST:PORT {EXPLICIT[1]}=N {EXPLICIT[2]}=0...N-1'
     raise HostError(f'processes: expected {expected} in the environment, got {found}')
   return {
@@ -87,7 +114,7 @@ def explicit(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
-  """On Google Cloud, where only its metadata say how many hosts a slice has."""
+  """Tells whether this is a TPU of Google Cloud, whose metadata name all hosts."""
   devices = Path('/dev/accel0'), Path('/dev/vfio/0')
   return (
     _installed('libtpu')
@@ -102,25 +129,25 @@ def _installed(package: str) -> bool:
 
 
 def writes() -> bool:
-  """Whether this process is the one that writes files and talks."""
+  """Tells whether this process is the one that writes files and prints."""
   return jax.process_index() == 0
 
 
 def wait() -> None:
-  """Until every process is here."""
+  """Waits until every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('depthprune')
 
 
 def anywhere(*flags: bool) -> list[bool]:
-  """Of each flag, whether it is set in any process."""
+  """Returns for every flag whether it is set in any process."""
   if jax.process_count() == 1:
     return [*flags]
   return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
 
 
 def gathered(value: Any) -> list[Any]:
-  """A plain JSON value of every process, in order, on each of them."""
+  """Returns the JSON values that all processes pass, in order, on each of them."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -132,19 +159,19 @@ def gathered(value: Any) -> list[Any]:
 
 
 def agreed(tree: T) -> T:
-  """Process 0's arrays on every process, bit for bit; shapes must be the same."""
+  """Returns process 0's arrays on every process, bit for bit; shapes must be equal."""
   if jax.process_count() == 1:
     return tree
   arrays = jax.tree.map(np.asarray, tree)
   data = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), np.uint8), arrays)
-  told = multihost_utils.broadcast_one_to_all(data)
+  sent = multihost_utils.broadcast_one_to_all(data)
   return jax.tree.map(
-    lambda x, y: np.frombuffer(y.tobytes(), x.dtype).reshape(x.shape), arrays, told
+    lambda x, y: np.frombuffer(y.tobytes(), x.dtype).reshape(x.shape), arrays, sent
   )
 
 
 def fetch(tree: Any) -> Any:
-  """numpy arrays of what lies anywhere on a mesh, the same on every process."""
+  """Copies arrays from anywhere on a mesh to numpy, the same on every process."""
 
   def one(x):
     if getattr(x, 'is_fully_addressable', True) or x.is_fully_replicated:
@@ -155,31 +182,38 @@ def fetch(tree: Any) -> Any:
 
 
 def local(tree: Any) -> Any:
-  """The arrays on this process's own first device, out of any mesh."""
+  """Copies arrays from a mesh to the first device of this process."""
   return jax.tree.map(jnp.array, fetch(tree))
 
 
 def together(work: Callable[[], T]) -> T:
-  """work() on every process; where one fails all end, and say why.
+  """Returns work() on every process; if it fails on one, it fails on all.
 
-  Raises: what work raises here, else HostError with the message of who failed.
+  Raises:
+    Exception: the error of `work` on this process.
+    HostError: it failed on another process; the message is that of its error.
   """
   value, failed = None, None
   try:
     value = work()
   except Exception as error:
     failed = error
-  said = gathered(None if failed is None else f'{type(failed).__name__}: {failed}')
+  messages = gathered(None if failed is None else f'{type(failed).__name__}: {failed}')
   if failed is not None:
     raise failed
-  for index, message in enumerate(said):
+  for index, message in enumerate(messages):
     if message is not None:
       raise HostError(f'process {index} failed: {message}')
   return value  # pyright: ignore[reportReturnType]
 
 
 def alike(what: str, values: Mapping[str, Any], advice: str) -> None:
-  """Raises HostError unless all processes give the same JSON values, naming those."""
+  """Checks that all processes pass the same JSON values, by name.
+
+  Raises:
+    HostError: they differ; the message names them, says `what` they are, and ends with
+      `advice`.
+  """
   first, *others = gathered(dict(values))
   for index, other in enumerate(others, 1):
     differing = [
@@ -193,31 +227,16 @@ def alike(what: str, values: Mapping[str, Any], advice: str) -> None:
       )
 
 
-QUIET = '-'
-# Waits for the end of its input, which is that of the process that holds it.
-WITNESS = f"""
-import sys
-said = sys.stdin.read()
-if said != {QUIET!r}:
-  print('\\n' + sys.argv[1], *said.splitlines()[:1], file=sys.stderr, flush=True)
-"""
-SIGNS = re.compile(
-  'Gloo|NCCL|nccl|heartbeat|[Cc]oordination ?service|[Bb]arrier|'
-  'Connection (closed|reset)|UNAVAILABLE|DEADLINE_EXCEEDED'
-)
-LAST_WORDS_S = 2  # jax ends all processes at once when the first is gone
-
-
-class HostLost(Exception):
-  """Another process of the run is gone; what was saved is whole."""
-
-
 @contextmanager
 def watched() -> Iterator[None]:
-  """Within, the end of a process that another one's death brings is explained.
+  """Explains, as a context manager, why this process ends when another one is lost.
 
-  Raises: HostLost for the errors that broken connections raise. No further work of
-    several processes is possible then: leave by `leave`.
+  jax may end the process without an exception; a small second process then prints the
+  explanation.
+
+  Raises:
+    HostLost: a connection to another process broke. Processes cannot work together
+      after that: end this one by `leave`.
   """
   if jax.process_count() == 1:
     yield
@@ -235,15 +254,15 @@ def watched() -> Iterator[None]:
     raise HostLost(f'{_message()} {last}') from error
   finally:
     assert witness.stdin is not None
-    with suppress(OSError):  # should it be gone itself
+    with suppress(OSError):  # the witness itself may be gone
       witness.stdin.write(last)
       witness.stdin.flush()
-    if last == QUIET:  # else it speaks when this process has ended
+    if last == QUIET:  # otherwise it prints when this process has ended
       witness.communicate()
 
 
 def leave(code: int) -> None:
-  """Ends this process without waiting for those that are gone."""
+  """Ends this process with an exit code, without waiting for those that are gone."""
   sys.stdout.flush()
   sys.stderr.flush()
   if writes():
@@ -262,7 +281,7 @@ def _message() -> str:
 
 
 def _is_loss(error: BaseException | None) -> bool:
-  """Whether it comes from below, and speaks of other processes."""
+  """Tells whether an error below this package is about other processes."""
   while error is not None:
     ours = type(error).__module__.split('.')[0] == 'depthprune'
     if not ours and SIGNS.search(str(error)):

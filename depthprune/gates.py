@@ -1,7 +1,7 @@
-"""Gates: the scalar written into a model's branches, and the step that trains any gate.
+"""Gates of branches, written into a model, and the step function that trains gates.
 
-Channel gates are not here: they are plugged into the traced program
-(`depthprune.program.plug`), so a model needs no code for them.
+Gates of channels need no code in a model: `depthprune.program.gating` inserts them into
+the traced program.
 """
 
 from functools import partial
@@ -15,11 +15,24 @@ Surrogate = Literal['constant', 'sigmoid', 'tanh']
 
 
 def branch(module: nn.Module, y: jax.Array, name: str = 'branch') -> jax.Array:
-  """Multiplies the output `y` of a branch by the scalar gate of `module`.
+  """Multiplies the output of a branch by a scalar gate, so that it can be pruned.
 
-  The gate lives in `variables['branches'][*module.path][name]`: float32, shape (),
-  one at `init`. Where the collection is absent the branch is simply open, so weights
-  without gates (pretrained, or pruned with their gates folded) run unchanged.
+      class Unit(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+          return x + dp.branch(self, nn.relu(nn.Dense(x.shape[-1])(x)))
+
+  The gate is `variables['branches'][*module.path][name]`, float32 of shape (), and 1 at
+  first. Without that collection the branch is open, so that variables without gates,
+  pretrained or pruned, run unchanged.
+
+  Args:
+    module: the linen module of the branch, which owns the gate.
+    y: the output of the branch, any shape and float dtype.
+    name: name of the gate, for a module with several branches.
+
+  Returns:
+    y times the gate, in the dtype of y.
   """
   if not (module.is_initializing() or module.has_variable('branches', name)):
     return y
@@ -28,7 +41,15 @@ def branch(module: nn.Module, y: jax.Array, name: str = 'branch') -> jax.Array:
 
 
 def surrogate_gradient(w: jax.Array, surrogate: Surrogate = 'constant') -> jax.Array:
-  """g(w), the derivative that `straight_through` has in place of its own, zero."""
+  """Returns g(w), which `straight_through` has as its derivative instead of zero.
+
+  Args:
+    w: gate weights, any shape and float dtype.
+    surrogate: 'constant' for g = 1, or the derivative of 'sigmoid' or 'tanh'.
+
+  Raises:
+    ValueError: there is no such surrogate.
+  """
   if surrogate == 'constant':
     return jnp.ones_like(w)
   if surrogate == 'sigmoid':
@@ -43,21 +64,26 @@ def surrogate_gradient(w: jax.Array, surrogate: Surrogate = 'constant') -> jax.A
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def straight_through(w: jax.Array, surrogate: Surrogate = 'constant') -> jax.Array:
-  """The trainable gate: b(w) = 1[w > 0] forward, g(w) backward.
+  """A trainable gate: a step, 1 where w > 0 and else 0, with a useful gradient.
+
+      gate = dp.straight_through(w)  # [channels], exactly 0 or 1
+      y = y * gate  # its gradient reaches w, as if the gate were w
+
+  The derivative of the step is zero almost everywhere; g(w) is used instead.
 
   Args:
     w: gate weights, any shape and float dtype.
-    surrogate: g, either 'constant' (1), or the derivative of 'sigmoid' or 'tanh'.
+    surrogate: the derivative g: 'constant' for 1, or that of 'sigmoid' or 'tanh'.
 
   Returns:
     0 or 1 in the shape and dtype of `w`.
 
   Raises:
-    ValueError: unknown surrogate.
+    ValueError: there is no such surrogate.
 
-  Source: Kim, Park, Jung, Choe, arXiv 1904.10921, TG(w; g) = b(w) + s(w) g(w) with a
-  sawtooth s of height 1/M and slope 1, in the limit M → ∞. The literal formula
-  overflows in float16 and leaks through closed gates.
+  Source: Kim, Park, Jung, Choe, arXiv 1904.10921: TG(w; g) = b(w) + s(w) g(w) with the
+  step b and a sawtooth s of height 1/M and slope 1, in the limit M → ∞. The formula at
+  finite M overflows in float16 and leaks through closed gates.
   """
   surrogate_gradient(w, surrogate)  # refuses a wrong name in the forward pass already
   return (w > 0).astype(w.dtype)

@@ -72,18 +72,20 @@ def retrained(rows: Rows) -> charts.Curves:
         for each in row['rounds']
       ]
       runs.setdefault(row['method'], []).append(rounds)
-  return {method: charts.curve(*rounds) for method, rounds in runs.items()}
+  return {method: charts.collect_curve(*rounds) for method, rounds in runs.items()}
 
 
 def cascades(rows: Rows) -> dict:
   """{regime: accuracy by cost, over the seeds}."""
   regimes = dict.fromkeys(row['regime'] for row in rows)
   of = lambda regime: [row for row in rows if row['regime'] == regime]
-  return {regime: exit_charts.series(*map(as_run, of(regime))) for regime in regimes}
+  return {
+    regime: exit_charts.collect_series(*map(as_run, of(regime))) for regime in regimes
+  }
 
 
 def as_run(row: Row) -> tuple[CascadeResult, Accuracies, Change]:
-  """What `exit_charts.series` draws of a row of a table of cascades."""
+  """What `exit_charts.collect_series` draws of a row of a table of cascades."""
   return (
     structured(row, CascadeResult),
     structured(row['accuracy'], Accuracies),

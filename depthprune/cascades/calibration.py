@@ -1,8 +1,8 @@
-"""Whether the confidence of an exit means what it says.
+"""Calibration of exits: whether confidences are the probabilities of being right.
 
 Expected calibration error, reliability and temperature scaling: Guo et al., "On
-Calibration of Modern Neural Networks", arXiv 1706.04599. A well calibrated exit can
-still rank its right answers no better than its wrong ones, and a threshold only ranks;
+Calibration of Modern Neural Networks", arXiv 1706.04599. A calibrated exit may still
+rank right answers no higher than wrong ones, and ranking is all that a threshold uses;
 hence the AUROC of correctness beside it (arXiv 2508.21495).
 """
 
@@ -11,15 +11,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.special import log_softmax
 
-# Beyond these a head is constant or always right: the fit would run to 0 or infinity.
+# Limits of a temperature: for a head that is always right, or never, the fit diverges.
 COLDEST, HOTTEST = 0.05, 20.0
 
 
 class Reliability(NamedTuple):
-  """A reliability diagram: per bin of equal width, right end included.
+  """A reliability diagram: confidence and accuracy in bins of equal width.
 
-  edges [bins + 1]; mean confidence, accuracy (both nan in an empty bin), count [bins].
+  Attributes:
+    edges: limits of the bins [bins + 1]; the upper limit belongs to its bin.
+    confidence: mean confidence [bins]; nan in an empty bin.
+    accuracy: share of right answers [bins]; nan in an empty bin.
+    count: number of samples [bins].
   """
 
   edges: np.ndarray
@@ -29,12 +34,18 @@ class Reliability(NamedTuple):
 
 
 def reliability(confidence: Any, correct: Any, bins: int = 15) -> Reliability:
-  """The reliability diagram of confidence [n] in [0, 1] and correct bool [n].
+  """Computes the reliability diagram of an exit.
 
-  Raises ValueError for no bins, shapes that differ, no samples, or a confidence that
-  is no probability.
+  Args:
+    confidence: [n], in [0, 1].
+    correct: bool [n], whether the answer is right.
+    bins: number of bins.
+
+  Raises:
+    ValueError: there are no bins or no samples, shapes differ, or a confidence is not a
+      probability.
   """
-  confidence, correct = _pairs(confidence, correct)
+  confidence, correct = _check_pairs(confidence, correct)
   if bins < 1:
     raise ValueError(f'bins={bins}: expected at least 1')
   if not np.all((confidence >= 0) & (confidence <= 1)):
@@ -51,25 +62,34 @@ def reliability(confidence: Any, correct: Any, bins: int = 15) -> Reliability:
 
 
 def ece(confidence: Any, correct: Any, bins: int = 15) -> float:
-  """Expected calibration error in [0, 1]: the mean of |accuracy - confidence| of the
-  bins of a `reliability` diagram, weighted by their samples. Raises as it does."""
+  """Computes the expected calibration error, in [0, 1].
+
+  It is the mean over the bins of a `reliability` diagram of |accuracy - confidence|,
+  weighted by their samples. Arguments and errors are those of `reliability`.
+  """
   _, mean, accuracy, count = reliability(confidence, correct, bins)
   return float(np.nansum(count * np.abs(accuracy - mean)) / count.sum())
 
 
 def temperature(logits: Any, labels: Any) -> float:
-  """The T that minimises the negative log-likelihood of softmax(logits / T).
+  """Fits the temperature T that makes labels most likely under softmax(logits / T).
 
-  logits [n, classes], labels int [n]. The likelihood is convex in 1/T, so the root of
-  its slope is found; T is clipped to [0.05, 20], where answers that are all right (all
-  wrong) end, and is 1 where it changes nothing. Fit it on held-out data.
-  Raises ValueError for wrong shapes, labels, or logits that are not finite.
+  The negative log-likelihood is convex in 1/T, so the root of its slope is found. T is
+  limited to [0.05, 20], which answers that are all right or all wrong reach, and is 1
+  if it changes nothing. Fit it on held-out data.
+
+  Args:
+    logits: [n, classes].
+    labels: int [n].
+
+  Raises:
+    ValueError: wrong shapes or labels, or logits that are not finite.
   """
-  logits, labels = _classified(logits, labels)
+  logits, labels = _check_logits(logits, labels)
   of_label = logits[np.arange(len(labels)), labels].mean()
 
   def slope(x):
-    expected = np.sum(np.exp(_log_softmax(logits * x)) * logits, axis=1)
+    expected = np.sum(np.exp(log_softmax(logits * x, axis=1)) * logits, axis=1)
     return expected.mean() - of_label
 
   cold, hot = 1 / COLDEST, 1 / HOTTEST
@@ -82,32 +102,49 @@ def temperature(logits: Any, labels: Any) -> float:
 
 
 def auroc(score: Any, correct: Any) -> float:
-  """The chance that a right answer scores above a wrong one; a tie counts one half.
+  """Computes the chance that a right answer scores above a wrong one, ties as one half.
 
-  score [n], where nan is the lowest; correct bool [n]. nan where all are right or all
-  are wrong. Mann-Whitney's U. Raises ValueError for shapes that differ or no samples.
+  Args:
+    score: [n]; nan counts as the lowest score.
+    correct: bool [n], whether the answer is right.
+
+  Returns:
+    The area under the ROC curve; nan if all answers are right or all are wrong.
+
+  Raises:
+    ValueError: shapes differ, or there are no samples.
   """
-  score, correct = _pairs(score, correct)
-  score = np.where(np.isnan(score), -np.inf, score)
-  _, level = np.unique(score, return_inverse=True)
-  right, wrong = (np.bincount(level, w) for w in (correct, ~correct))
-  pairs = right.sum() * wrong.sum()
-  above = right * (np.cumsum(wrong) - wrong / 2)
-  return float(above.sum() / pairs) if pairs else float('nan')
+  from sklearn.metrics import roc_auc_score
+
+  score, correct = _check_pairs(score, correct)
+  if correct.all() or not correct.any():
+    return float('nan')
+  _, rank = np.unique(np.where(np.isnan(score), -np.inf, score), return_inverse=True)
+  return float(roc_auc_score(correct, rank))  # ranks, because scores may be infinite
 
 
 def report(
   logits: Any, labels: Any, left: Any, temperatures: Any, exits: Sequence[str]
 ) -> dict[str, dict]:
-  """Calibration of every exit before and after its temperature, as plain JSON.
+  """Reports the calibration of every exit before and after its temperature.
 
-  logits [K, n, classes], labels int [n], left int [n] the exit each sample leaves at,
-  temperatures [K], names [K]. {exit: {'temperature', 'all', 'exited'}}; 'all' over all
-  samples, 'exited' over those that leave there, None if there are none. Each has 'n',
-  'accuracy', 'auroc' (of the scaled confidence; None where all are right or all wrong)
-  and 'before', 'after': 'ece', 'nll' (nats), 'bins' (a `reliability` diagram). Samples
-  whose logits at an exit are not finite are left out there; 'n' says how many are in.
-  Raises ValueError for wrong shapes, labels, exits or temperatures.
+  Args:
+    logits: [K, n, classes]. Samples whose logits at an exit are not finite are left out
+      there.
+    labels: int [n].
+    left: int [n], the index of the exit at which a sample leaves.
+    temperatures: [K].
+    exits: names [K].
+
+  Returns:
+    {exit: {'temperature', 'all', 'exited'}} as plain JSON data: 'all' is about all
+    samples, 'exited' about those that leave there, None if there are none. Each has
+    their number 'n', 'accuracy', 'auroc' (of the scaled confidence; None if all answers
+    are right or all are wrong), and 'before' and 'after' with 'ece', 'nll' (in nats)
+    and 'bins' (a `reliability` diagram).
+
+  Raises:
+    ValueError: wrong shapes, labels, exits or temperatures.
   """
   logits, left = np.asarray(logits, np.float64), np.asarray(left)
   temperatures = np.asarray(temperatures, np.float64)
@@ -118,13 +155,15 @@ def report(
     for part, rows in (('all', np.full(left.shape, True)), ('exited', left == k)):
       chosen = finite(logits[k][rows], np.asarray(labels)[rows])
       some = len(chosen[1]) > 0
-      entry[part] = _measures(*_classified(*chosen), temperatures[k]) if some else None
+      entry[part] = (
+        _measures(*_check_logits(*chosen), temperatures[k]) if some else None
+      )
     entries[name] = entry
   return entries
 
 
 def finite(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The samples whose logits [n, classes] are all finite, with their labels [n]."""
+  """Selects the samples whose logits [n, classes] are finite, with their labels [n]."""
   rows = np.isfinite(logits).all(axis=-1)
   return logits[rows], labels[rows]
 
@@ -133,7 +172,7 @@ def _measures(logits: np.ndarray, labels: np.ndarray, t: float) -> dict[str, Any
   correct = logits.argmax(axis=1) == labels
   entry: dict[str, Any] = {'n': len(labels), 'accuracy': float(correct.mean())}
   for when, scaled in (('before', logits), ('after', logits / t)):
-    log_p = _log_softmax(scaled)
+    log_p = log_softmax(scaled, axis=1)
     confidence = np.exp(log_p).max(axis=1)
     entry[when] = {
       'ece': ece(confidence, correct),
@@ -148,12 +187,7 @@ def _measures(logits: np.ndarray, labels: np.ndarray, t: float) -> dict[str, Any
   return entry
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-  shifted = logits - logits.max(axis=-1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def _pairs(values: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
+def _check_pairs(values: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
   values, correct = np.asarray(values, np.float64), np.asarray(correct)
   if values.ndim != 1 or values.shape != correct.shape or not values.size:
     raise ValueError(
@@ -163,7 +197,7 @@ def _pairs(values: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
   return values, correct.astype(bool)
 
 
-def _classified(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+def _check_logits(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
   logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
   if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
     raise ValueError(

@@ -1,7 +1,7 @@
-"""Early exit that is executed: any batch, one compiled program, static shapes.
+"""Cascades: networks with early exits that skip the computation behind an exit.
 
-What happens inside is in `bucketed`. One example is a batch of size 1: then a stage
-runs or does not, which is the mode for latency.
+A batch of any size runs as one compiled program of static shapes; `executor` does it.
+With a batch of one example, a stage runs or does not, which suits latency.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.cascades import confidence as sure
 from depthprune.cascades import executor
+from depthprune.cascades.confidence import KINDS, Kind, scores
 from depthprune.cascades.executor import Answer, Settings
 from depthprune.cascades.predictions import Predictions
 from depthprune.cascades.thresholds import Choice
 from depthprune.program.stages import Stages, split
 
 
-class Cost(NamedTuple):
-  """FLOPs of one example in the mean. 1 MAC = 2 FLOPs.
+class CascadeCost(NamedTuple):
+  """Mean FLOPs per example of a batch that a cascade answered; 1 MAC = 2 FLOPs.
 
   Attributes:
-    ideal: if every stage ran on those that reach it. padded: as it was executed.
-    whole: of the network alone, without any other exit.
+    ideal: the cost if every stage ran only on the examples that reach it.
+    padded: the cost as executed, on batches of a few static sizes.
+    whole: the cost of the network without any other exit.
   """
 
   ideal: float
@@ -38,49 +39,64 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cascade:
-  """cascade(*inputs) -> Answer. Made by `cascade`.
+  """A network that examples leave at the first exit that is confident enough.
+
+  Call it as `cascade(*inputs)` with a batch; the result is an `executor.Answer`. The
+  function `cascade` makes it.
 
   Attributes:
-    stages: of the network, from `split`. variables: its arrays.
-    thresholds: float32 [exits - 1]: an example leaves where its score is above.
-    temperatures: float32 [exits - 1]: logits are divided by them before the score.
-    confidence: how sure an exit is, see `inference.confidence`; weights: [exits - 1, 4]
-      of 'learned'.
-    steps: number of sizes that later stages are compiled for.
-    program: (variables, settings, inputs, last) -> Answer, compiled per batch size.
+    stages: the stages of the network, from `split`.
+    variables: the arrays of the network.
+    thresholds: float32 [exits - 1]; an example leaves if its score is above.
+    temperatures: float32 [exits - 1]; logits are divided by them before the score.
+    confidence: the kind of score, one of `confidence.KINDS`.
+    weights: [exits - 1, 4] for the score 'learned', else None.
+    steps: number of batch sizes that later stages are compiled for.
+    program: the compiled function (variables, settings, inputs, last) -> Answer.
   """
 
   stages: Stages
   variables: Any
   thresholds: np.ndarray
   temperatures: np.ndarray
-  confidence: sure.Kind
+  confidence: Kind
   weights: np.ndarray | None
   steps: int
   program: Callable[..., Answer]
 
   @property
   def exits(self) -> tuple[str, ...]:
+    """The names of the exits in order; the last is the network's own."""
     return self.stages.exits
 
   def __call__(self, *inputs: Any, last: str | None = None) -> Answer:
-    """The answers to a batch of any size, 0 included.
+    """Answers a batch.
 
-    last: exit at which all that are still there leave; the network's own by default.
+    Args:
+      *inputs: arrays [batch, ...]; the batch may have any size, 0 included.
+      last: the exit at which all examples leave that are still there; by default the
+        network's own.
 
-    Raises: ValueError for an exit that there is not, and for inputs of other ranks.
+    Raises:
+      ValueError: there is no such exit, or the inputs have other ranks than the example
+        of the network.
     """
     return self.program(*self._arguments(inputs, last))
 
   def lower(self, *inputs: Any, last: str | None = None) -> Any:
-    """The program for such inputs, traced and not compiled: `jax.stages.Lowered`."""
+    """Traces the program for such inputs, as a `jax.stages.Lowered`."""
     return self.program.lower(*self._arguments(inputs, last))
 
   def _arguments(self, inputs: tuple, last: str | None) -> tuple:
     if last is not None and last not in self.exits:
       raise ValueError(f'cascade: no exit {last!r}; there are: {", ".join(self.exits)}')
     end = self.exits.index(last) + 1 if last else len(self.exits)
-    self._fits(inputs)
+    expected, got = [x.shape for x in self.stages.inputs], [np.shape(x) for x in inputs]
+    same_ranks = [*map(len, expected)] == [*map(len, got)]
+    if not same_ranks or len({shape[0] for shape in got}) != 1:
+      raise ValueError(
+        f'cascade: expected inputs of one batch, as {expected} is, got {got}'
+      )
     weights = None if self.weights is None else jnp.asarray(self.weights)
     settings = Settings(
       jnp.asarray(self.thresholds), jnp.asarray(self.temperatures), weights
@@ -88,16 +104,23 @@ class Cascade:
     return self.variables, settings, inputs, end
 
   def at(self, *inputs: Any) -> Stages:
-    """The stages for inputs of this shape, examples in front."""
+    """Returns the stages for inputs [batch, ...] of another shape."""
     return self.stages.again(*inputs)
 
   def within(self, budget: float, *inputs: Any, cost: Any = None) -> Answer:
-    """The best answer that each example can have for `budget` (anytime prediction).
+    """Answers a batch within a budget per example (anytime prediction).
 
-    budget: FLOPs of one example, or in the unit of `cost` [exits]: what leaving at each
-      exit costs, such as measured milliseconds.
+    Every example goes on until it is confident enough or the next exit is above the
+    budget.
 
-    Raises: ValueError for a budget below the first exit; says the floor.
+    Args:
+      budget: FLOPs of one example, or a number in the unit of `cost`.
+      *inputs: arrays [batch, ...].
+      cost: [exits], the cost of an example that leaves at each exit, such as measured
+        milliseconds; FLOPs by default.
+
+    Raises:
+      ValueError: the budget is below the cost of the first exit.
     """
     cost = np.asarray(self.at(*inputs).flops if cost is None else cost, np.float64)
     reached = np.flatnonzero(cost <= budget)
@@ -109,20 +132,34 @@ class Cascade:
     return self(*inputs, last=self.exits[int(reached[-1])])
 
   def predictions(self, labels: Any, *inputs: Any) -> Predictions:
-    """What every exit says of examples, for `inference.thresholds` to choose by.
+    """Computes the answers and scores of all exits, by which thresholds are chosen.
 
-    labels: int [n]; None where only agreement with the network counts.
+    Args:
+      labels: int [n]; None if only agreement with the network matters.
+      *inputs: arrays [n, ...] of held-out examples.
+
+    Returns:
+      The `Predictions` that the functions of `cascades.thresholds` take.
     """
-    said = jax.jit(self.stages.fn)(self.variables, *inputs)
-    logits = np.stack([np.asarray(said[name]) for name in self.exits])
+    outputs = jax.jit(self.stages.fn)(self.variables, *inputs)
+    logits = np.stack([np.asarray(outputs[name]) for name in self.exits])
     scale = np.append(self.temperatures, np.float32(1))[:, None, None]
-    scores = sure.scores(self.confidence, logits / scale, self.weights)
-    stages, labels = self.at(*inputs), None if labels is None else np.asarray(labels)
-    costs = np.asarray(stages.flops, np.float64), float(stages.whole)
-    return Predictions(self.exits, logits, labels, scores, *costs)
+    stages = self.at(*inputs)
+    return Predictions(
+      exits=self.exits,
+      logits=logits,
+      labels=None if labels is None else np.asarray(labels),
+      scores=scores(self.confidence, logits / scale, self.weights),
+      cost=np.asarray(stages.flops, np.float64),
+      whole=float(stages.whole),
+    )
 
   def choosing(self, chosen: Choice) -> Cascade:
-    """The cascade with thresholds that were chosen for its exits; nothing compiles."""
+    """Returns the cascade with the thresholds of a choice; nothing compiles again.
+
+    Raises:
+      ValueError: the thresholds were chosen for other exits.
+    """
     if chosen.exits != self.exits:
       raise ValueError(
         f'cascade: expected thresholds of the exits {", ".join(self.exits)}, got '
@@ -130,30 +167,20 @@ class Cascade:
       )
     return dataclasses.replace(self, thresholds=chosen.thresholds)
 
-  def cost(self, answer: Answer, *inputs: Any) -> Cost:
-    """What an answer cost: FLOPs of one example in the mean, 0 for an empty batch.
+  def cost(self, answer: Answer, *inputs: Any) -> CascadeCost:
+    """Computes the mean FLOPs per example that an answer cost; 0 for an empty batch.
 
-    inputs: those of the answer, where their shape is another than the example's.
+    Args:
+      answer: the answer to a batch.
+      *inputs: the batch, if its examples have another shape than the cascade's example.
     """
     stages = self.at(*inputs) if inputs else self.stages
     left, rows, whole = np.asarray(answer.exit), np.asarray(answer.rows), stages.whole
     if not left.size:
-      return Cost(0.0, 0.0, float(whole))
+      return CascadeCost(0.0, 0.0, float(whole))
     each = np.array([stage.flops for stage in stages][: len(rows)], np.float64)
     ideal = np.array(stages.flops, np.float64)[left].mean()
-    return Cost(float(ideal), float(each @ rows / left.size), float(whole))
-
-  def sizes(self, batch: int) -> tuple[int, ...]:
-    """What later stages are compiled for: 0, ... batch."""
-    return executor.sizes(batch, self.steps)
-
-  def _fits(self, inputs: tuple) -> None:
-    expected, got = [x.shape for x in self.stages.inputs], [np.shape(x) for x in inputs]
-    alike = [len(shape) for shape in expected] == [len(shape) for shape in got]
-    if not alike or len({shape[0] for shape in got}) != 1:
-      raise ValueError(
-        f'cascade: expected inputs of one batch, as {expected} is, got {got}'
-      )
+    return CascadeCost(float(ideal), float(each @ rows / left.size), float(whole))
 
 
 def cascade(
@@ -163,43 +190,68 @@ def cascade(
   thresholds: Mapping[str, float] | None = None,
   exits: tuple[str, ...] = (),
   temperatures: Mapping[str, float] | None = None,
-  confidence: sure.Kind = 'probability',
+  confidence: Kind = 'probability',
   weights: np.ndarray | None = None,
   steps: int = 8,
   **kwargs,
 ) -> Cascade:
-  """A network with exits as a cascade.
+  """Turns a network with exits into a cascade that examples leave early.
+
+      early = dp.cascade(model, variables, images[:1], thresholds={'early': 0.9})
+      answer = early(images)  # logits, the exit of every example, its score
+
+      held_out = early.predictions(held_out_labels, held_out_images)
+      early = early.choosing(thresholds.for_drop(held_out, drop=0.5))
+
+  `thresholds` is the module `depthprune.cascades.thresholds`, which chooses thresholds
+  on held-out data for a mean cost, a drop in accuracy or a certified risk. An example
+  leaves at the first exit whose score is above its threshold.
 
   Args:
-    model: f(variables, *inputs) -> {exit: logits [batch, classes]}, or an object with
-      such an `apply`: a `WithHeads`, a Pruned's `apply`, any function.
-    variables: its arrays. inputs: examples, arrays or shapes.
-    thresholds: by exit; where one is missing nobody leaves. The last exit has none.
-      `inference.thresholds` finds them on held-out data.
-    exits: in order; default by depth. temperatures: by exit, 1 where one is missing.
-    confidence: 'probability' (the paper's), 'entropy', 'margin', 'patience' or
-      'learned'; weights: of 'learned', from `confidence.learn`.
-    steps: later stages are compiled for so many sizes.
+    model: a function f(variables, *inputs) -> {exit: logits [batch, classes]}, such as
+      the `apply` of a `Pruned`, or a linen module, such as a `WithHeads`.
+    variables: the arrays of the network.
+    *inputs: an example of the inputs [batch, ...], as arrays or shapes.
+    thresholds: {exit: threshold}; no example leaves at an exit without one. The last
+      exit has none.
+    exits: names of the exits in order; by default all, in order of depth.
+    temperatures: {exit: temperature}, by which logits are divided before the score; 1
+      by default.
+    confidence: the kind of score: 'probability', 'entropy', 'margin', 'patience' or
+      'learned', explained in `depthprune.cascades.confidence`.
+    weights: [exits - 1, 4] for 'learned', from `confidence.learn`.
+    steps: number of batch sizes that later stages are compiled for. With 8, a stage
+      runs on at most an eighth of the batch more than needed.
+    **kwargs: further arguments of the model, such as train=False.
 
-  Raises: ValueError as `split` does, for a threshold or temperature of an exit that
-    there is not, a temperature that is not above 0, and for steps below 1.
+  Returns:
+    The cascade, called with inputs [batch, ...] of any batch size.
+
+  Raises:
+    ValueError: the network cannot be split at its exits; its logits are not [batch,
+      classes], of one shape and type; a threshold or temperature is for an exit that
+      cannot be left early; a temperature is not above 0; or steps is below 1.
   """
   stages = split(model, variables, *inputs, exits=exits, **kwargs)
   early = stages.exits[:-1]
   thresholds, temperatures = thresholds or {}, temperatures or {}
-  _named(early, 'threshold', thresholds)
-  _named(early, 'temperature', temperatures)
+  for what, values in (('threshold', thresholds), ('temperature', temperatures)):
+    if unknown := [name for name in values if name not in early]:
+      raise ValueError(
+        f'cascade: a {what} for {unknown[0]!r}; exits that can be left early are: '
+        f'{", ".join(early)}'
+      )
   if any(not 0 < t < np.inf for t in temperatures.values()):
     raise ValueError(f'cascade: temperatures are above 0, got {dict(temperatures)}')
-  said = {name: executor.logits(stages, name) for name in stages.exits}
-  shapes = {(x.shape, x.dtype) for x in said.values()}
+  logits = {name: executor.logits(stages, name) for name in stages.exits}
+  shapes = {(x.shape, x.dtype) for x in logits.values()}
   if len(shapes) > 1 or any(len(s) != 2 or s[1] < 2 for s, _ in shapes):
     raise ValueError(
       f'cascade: expected logits [batch, classes] of two classes or more, of one shape '
-      f'and type at all exits, got {", ".join(f"{n} {x}" for n, x in said.items())}'
+      f'and type at all exits, got {", ".join(f"{n} {x}" for n, x in logits.items())}'
     )
-  if confidence not in sure.KINDS:
-    raise ValueError(f'confidence: {confidence!r}: expected {", ".join(sure.KINDS)}')
+  if confidence not in KINDS:
+    raise ValueError(f'confidence: {confidence!r}: expected {", ".join(KINDS)}')
   if steps < 1:
     raise ValueError(f'cascade: expected steps >= 1, got {steps}')
   run = functools.partial(executor.run, stages, confidence, steps)
@@ -213,11 +265,3 @@ def cascade(
     steps,
     jax.jit(run, static_argnums=3),
   )
-
-
-def _named(early: tuple[str, ...], what: str, given: Mapping[str, float]) -> None:
-  if unknown := [name for name in given if name not in early]:
-    raise ValueError(
-      f'cascade: a {what} for {unknown[0]!r}; exits that can be left early are: '
-      f'{", ".join(early)}'
-    )

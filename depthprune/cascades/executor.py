@@ -1,36 +1,33 @@
-"""The inside of a cascade: early exit for a batch in one program of static shapes.
+"""Runs a cascade: early exit for a batch in one program of static shapes.
 
-  run stage 1 on the whole batch; who is sure enough leaves; the others move to the
-  front; the next stage runs on the smallest of a few static sizes that holds them
-  (`lax.switch`); and so on. Answers are written back where their examples stood.
-
-Sizes are steps of an eighth of the batch, so padding costs at most that. `vmap` of
-`lax.cond` is no way to do it: it computes both sides for everybody.
-
-Source: design.md, "Cascades".
+The first stage runs on the whole batch. Examples that are confident enough leave, the
+others move to the front, and the next stage runs on the smallest of a few static sizes
+that holds them (`lax.switch`), and so on. Answers are written back to the places of
+their examples. Sizes are steps of an eighth of the batch, so padding costs at most
+that. `vmap` of `lax.cond` would not do: it computes both sides for every example.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from depthprune.cascades import confidence as sure
+from depthprune.cascades import confidence
 from depthprune.program.stages import Crossing, Stages
 
 
 class Answer(NamedTuple):
-  """What a cascade says of a batch.
+  """The answers of a cascade to a batch.
 
   Attributes:
-    logits: [batch, classes], of the exit where each example left.
-    exit: int32 [batch], which of `cascade.exits` that was.
-    score: float32 [batch], how sure it was; NaN where it could not tell.
-    rows: int32 [stages], examples that every stage ran on, padding included.
+    logits: [batch, classes], of the exit at which an example left.
+    exit: int32 [batch], the index of that exit in `cascade.exits`.
+    score: float32 [batch], its confidence; NaN at the last exit.
+    rows: int32 [stages], the number of examples that every stage ran on, padding
+      included.
     broken: int32, how often a confidence was NaN; such an example goes on.
   """
 
@@ -42,62 +39,48 @@ class Answer(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """What may change without compiling again; see `Cascade`."""
+  """The settings of a `Cascade` that may change without compiling again."""
 
   thresholds: jax.Array
   temperatures: jax.Array
   weights: jax.Array | None
 
 
-def sizes(batch: Any, steps: int, least: int = 1) -> tuple[Any, ...]:
-  """0, ... batch in `steps` steps, each size once; none between 0 and `least`.
+class _Front(NamedTuple):
+  """The examples that are still there: the first `alive` ones."""
 
-  Of a symbolic batch they are symbolic, and those that may be equal all stay.
+  rows: jax.Array  # int32 [batch], their places in the batch
+  alive: jax.Array  # int32
+  order: jax.Array  # int32 [batch], their places in the arrays of the stage before
+  crossed: list  # arrays that the next stage reads
+  memory: confidence.Memory
+
+
+def sizes(batch: Any, steps: int, least: int = 1) -> tuple[Any, ...]:
+  """Returns the static sizes of a batch: 0, and `least` to `batch` in equal steps.
+
+  A symbolic batch has symbolic sizes, among which some may be equal.
   """
   if is_symbolic_dim(batch):
     return (0, *(-(-batch * i // steps) for i in range(1, steps)), batch)
-  found = {-(-batch * i // steps) for i in range(1, steps + 1)}
-  return tuple(sorted({0, *(max(size, least) for size in found if size)}))
-
-
-def _few(batch: Any, least: int) -> bool:
-  """What is traced for a symbolic batch takes one example for several."""
-  return not is_symbolic_dim(batch) and 0 < batch < least
-
-
-def _alone(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
-  """One example, where stages need more: it goes in several times."""
-  more = [jnp.repeat(x, stages.least, 0) for x in inputs]
-  answer = run(stages, kind, steps, variables, settings, more, end)
-  of_one = ('logits', 'exit', 'score')
-  broken = answer.broken // stages.least
-  return answer._replace(
-    broken=broken, **{name: getattr(answer, name)[:1] for name in of_one}
-  )
-
-
-class _Front(NamedTuple):
-  """Those who are still there: the first `alive` of `rows`, and what they carry."""
-
-  rows: jax.Array
-  alive: jax.Array
-  order: jax.Array
-  crossed: list
-  memory: sure.Memory
+  rounded = {-(-batch * i // steps) for i in range(1, steps + 1)}
+  return tuple(sorted({0, *(max(size, least) for size in rounded if size)}))
 
 
 def run(
   stages: Stages, kind, steps: int, variables, settings: Settings, inputs, end: int
 ) -> Answer:
-  """The answers of the first `end` exits, for a batch as large as its inputs.
+  """Answers inputs [batch, ...] at the first `end` exits.
 
-  It may be symbolic, as `jax.export` has it, if the stages trace that too."""
+  `kind` is the confidence, and `steps` the number of static sizes. The batch may be
+  symbolic, as for `jax.export`, if the stages can be traced with it.
+  """
   batch = inputs[0].shape[0]
   stages = stages.again(*inputs)
-  several = sizes(batch, steps, stages.least)
-  if _few(batch, stages.least):
-    return _alone(stages, kind, steps, variables, settings, inputs, end)
-  programs = {size: stages.runs(size) for size in several if size}
+  if not is_symbolic_dim(batch) and 0 < batch < stages.least:
+    return _run_one(stages, kind, steps, variables, settings, inputs, end)
+  static = sizes(batch, steps, stages.least)
+  programs = {size: stages.runs(size) for size in static if size}
   shape = logits(stages, stages.exits[-1])
   answer = Answer(
     jnp.zeros((batch, *shape.shape[1:]), shape.dtype),
@@ -109,47 +92,66 @@ def run(
   if not batch:
     return answer
   every = jnp.arange(batch, dtype=jnp.int32)
-  front = _Front(every, jnp.int32(batch), every, list(inputs), sure.start(batch))
+  memory = confidence.start(batch)
+  front = _Front(every, jnp.int32(batch), every, list(inputs), memory)
   for k in range(end):
     if k == 0:
-      said, crossed = programs[batch][0](variables, inputs)
+      at_exit, crossed = programs[batch][0](variables, inputs)
       ran = jnp.int32(batch)
     else:
-      tail = functools.partial(_tail, stages, programs, variables, k, batch)
-      ran, said, crossed = tail(several, front)
+      ran, at_exit, crossed = _run_stage(
+        stages, programs, variables, k, batch, static, front
+      )
     front = front._replace(crossed=crossed)
-    answer, front = _leave(kind, settings, k, k + 1 == end, answer, front, said, ran)
+    answer, front = _leave(kind, settings, k, k + 1 == end, answer, front, at_exit, ran)
   return answer
 
 
-def _tail(stages, programs, variables, k: int, batch: int, several, front: _Front):
-  """(size, logits, crossed) of stage k on the smallest size that holds those alive;
-  all padded to the batch."""
+def _run_one(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
+  """Repeats a single example, for stages that run only on several."""
+  repeated = [jnp.repeat(x, stages.least, 0) for x in inputs]
+  answer = run(stages, kind, steps, variables, settings, repeated, end)
+  return answer._replace(
+    logits=answer.logits[:1],
+    exit=answer.exit[:1],
+    score=answer.score[:1],
+    broken=answer.broken // stages.least,
+  )
+
+
+def _run_stage(stages, programs, variables, k: int, batch: Any, static, front: _Front):
+  """Runs stage k on the smallest size that holds the examples that are still there.
+
+  Returns that size, and the logits and crossing arrays, padded to the batch.
+  """
   before = stages[k - 1].crossing
 
   def on(size: int):
     def run(order, crossed):
       part = [_taken(c, x, order[:size]) for c, x in zip(before, crossed, strict=True)]
-      said, after = programs[size][k](variables, part)
+      at_exit, after = programs[size][k](variables, part)
       after = [
-        _padded(c, x, batch) for c, x in zip(stages[k].crossing, after, strict=True)
+        x if c.axis is None else _padded(x, batch * c.shape[c.axis], c.axis)
+        for c, x in zip(stages[k].crossing, after, strict=True)
       ]
-      return _rows(said, batch), after
+      return _padded(at_exit, batch), after
 
     return run
 
-  def nobody(order, crossed):
+  def on_none(order, crossed):
     shapes = jax.eval_shape(on(batch), order, crossed)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-  chosen = jnp.sum(jnp.asarray(several, jnp.int32) < front.alive, dtype=jnp.int32)
-  branches = [on(size) if size else nobody for size in several]
-  said, crossed = jax.lax.switch(chosen, branches, front.order, front.crossed)
-  return jnp.asarray(several, jnp.int32)[chosen], said, crossed
+  chosen = jnp.sum(jnp.asarray(static, jnp.int32) < front.alive, dtype=jnp.int32)
+  branches = [on(size) if size else on_none for size in static]
+  at_exit, crossed = jax.lax.switch(chosen, branches, front.order, front.crossed)
+  return jnp.asarray(static, jnp.int32)[chosen], at_exit, crossed
 
 
-def _leave(kind, settings: Settings, k, last: bool, answer: Answer, front, said, ran):
-  """Who is sure enough at exit k has an answer; the others move to the front."""
+def _leave(
+  kind, settings: Settings, k: int, last: bool, answer: Answer, front, at_exit, ran
+):
+  """Answers the examples that leave at exit k, and moves the others to the front."""
   batch = front.rows.shape[0]
   alive = jnp.arange(batch) < front.alive
   if last:
@@ -157,13 +159,13 @@ def _leave(kind, settings: Settings, k, last: bool, answer: Answer, front, said,
     leaves = alive
   else:
     weights = None if settings.weights is None else settings.weights[k]
-    tempered = said.astype(jnp.float32) / settings.temperatures[k]
-    score, memory = sure.score(kind, tempered, front.memory, weights)
+    tempered = at_exit.astype(jnp.float32) / settings.temperatures[k]
+    score, memory = confidence.score(kind, tempered, front.memory, weights)
     leaves = alive & (score > settings.thresholds[k])
   broken = jnp.sum(alive & jnp.isnan(score), dtype=jnp.int32)
-  at = jnp.where(leaves, front.rows, batch)  # nowhere for those who stay
+  at = jnp.where(leaves, front.rows, batch)  # those who stay are written nowhere
   answer = Answer(
-    answer.logits.at[at].set(said, mode='drop'),
+    answer.logits.at[at].set(at_exit, mode='drop'),
     answer.exit.at[at].set(k, mode='drop'),
     answer.score.at[at].set(score, mode='drop'),
     answer.rows.at[k].set(ran),
@@ -171,38 +173,31 @@ def _leave(kind, settings: Settings, k, last: bool, answer: Answer, front, said,
   )
   stays = alive & ~leaves
   order = jnp.argsort(~stays, stable=True).astype(jnp.int32)
-  memory = jax.tree.map(lambda x: x[order], memory)
   front = front._replace(
     rows=front.rows[order],
     alive=jnp.sum(stays, dtype=jnp.int32),
     order=order,
-    memory=memory,
+    memory=jax.tree.map(lambda x: x[order], memory),
   )
   return answer, front
 
 
 def logits(stages: Stages, name: str) -> jax.ShapeDtypeStruct:
-  """Of one example at an exit, abstract."""
+  """Returns the shape and type of the logits of the example at an exit."""
   fn = lambda variables, *inputs: stages.fn(variables, *inputs)[name]
   return jax.eval_shape(fn, stages.variables, *stages.inputs)
 
 
 def _taken(c: Crossing, x: jax.Array, rows: jax.Array) -> jax.Array:
-  """What crosses, of some examples."""
+  """Selects some examples of an array that crosses from stage to stage."""
   if c.axis is None:
     return x
-  before, behind = c.shape[: c.axis], c.shape[c.axis :]  # behind[0]: of one example
+  before, behind = c.shape[: c.axis], c.shape[c.axis :]  # behind[0] is of one example
   folded = jnp.take(x.reshape(*before, -1, *behind), rows, axis=c.axis)
   return folded.reshape(*before, -1, *behind[1:])
 
 
-def _padded(c: Crossing, x: jax.Array, batch: int) -> jax.Array:
-  if c.axis is None:
-    return x
-  return _rows(x, batch * c.shape[c.axis], c.axis)
-
-
-def _rows(x: jax.Array, size: int, axis: int = 0) -> jax.Array:
-  """x with zeros behind, up to `size` along an axis."""
+def _padded(x: jax.Array, size: int, axis: int = 0) -> jax.Array:
+  """Appends zeros up to `size` along an axis."""
   widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
   return jnp.pad(x, widths)

@@ -1,13 +1,12 @@
-"""Which thresholds are worth having: the best accuracy for every mean cost.
+"""The Pareto front of thresholds: the lowest loss for every mean cost.
 
-With a price on a loss (how much cost one loss is worth), thresholds have one value,
-mean[cost + price · loss]. One threshold is solved exactly, given the others: order the
-samples that reach the exit by score; a threshold leaves the first m of them, and the
-cumulative sum of what leaving costs over going on says which m is best. Exits are
-solved in turn, from the last to the first, until nothing improves; with one exit that
-is the optimum. The prices are the slopes between neighbours on the front found so far,
-which puts a point wherever there is one (the NISE method: Cohon, "Multiobjective
-Programming and Planning", 1978).
+Given a price of a loss in units of cost, thresholds have the value
+mean[cost + price · loss]. A single threshold is solved exactly, given the others: with
+the samples that reach the exit ordered by score, a threshold lets the first m leave,
+and the cumulative sum of what leaving costs more than going on shows the best m. Exits
+are solved in turn, from the last to the first, until nothing improves; with one exit
+that is the optimum. The prices are the slopes between neighbours on the front so far
+(the NISE method: Cohon, "Multiobjective Programming and Planning", 1978).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,42 +14,47 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from depthprune.cascades import predictions as pr
-from depthprune.cascades.predictions import Measured, Predictions
+from depthprune.cascades.predictions import (
+  Measured,
+  Predictions,
+  leave,
+  losses,
+  measure,
+  validate,
+)
 
 T = TypeVar('T')
 
 
 class Point(NamedTuple):
-  """Thresholds on the front."""
+  """Thresholds on the front.
+
+  Attributes:
+    thresholds: float32 [K - 1]; an exit with infinity is never used, and one with
+      -infinity lets all samples leave.
+    risk: mean loss.
+    measured: accuracy, cost and shares of the exits.
+  """
 
   thresholds: np.ndarray
-  """float32 [K - 1]; infinity is an exit that is never used, -infinity one where all
-  leave."""
   risk: float
-  """Mean loss."""
   measured: Measured
 
 
 class Search(NamedTuple):
-  """The arrays a search works on."""
+  """The arrays of a search."""
 
-  cost: np.ndarray
-  """[K]"""
-  loss: np.ndarray
-  """bool [K, n]"""
-  scores: np.ndarray
-  """[K - 1, n]"""
-  order: np.ndarray
-  """int [K - 1, n], most confident first, nan last."""
-  least: int
-  """Samples that must leave at an exit that is used."""
+  cost: np.ndarray  # [K]
+  loss: np.ndarray  # bool [K, n]
+  scores: np.ndarray  # [K - 1, n]
+  order: np.ndarray  # int [K - 1, n], the samples by falling score, nan last
+  least: int  # samples that must leave at an exit that is used
 
 
 def search(p: Predictions, loss: str = 'error', least: int = 20) -> Search:
-  """What `solve` needs of validated predictions. Raises as `predictions.losses`."""
+  """Prepares validated predictions for `solve`; raises as `predictions.losses` does."""
   order = np.argsort(-p.scores, axis=1, kind='stable')
-  return Search(p.cost, pr.losses(p, loss), p.scores, order, max(least, 1))
+  return Search(p.cost, losses(p, loss), p.scores, order, max(least, 1))
 
 
 def front(
@@ -60,23 +64,32 @@ def front(
   points: int = 40,
   within: Callable[[Point], bool] | None = None,
 ) -> list[Point]:
-  """Thresholds that no others found beat in cost and mean loss, to the cheapest.
+  """Searches thresholds that no others beat in both mean cost and mean loss.
 
-  The first is never exit, also where another point beats it.
-  loss: 'error' | 'gap' | 'disagreement', see `predictions.losses`. least: samples that
-  must leave at an exit for it to be used, against thresholds that fit a few samples.
-  points: prices to try; as many again are spent where `within` changes from one point
-  to the next, if it is given. Choose on held-out data: p must not be the test data.
-  Raises ValueError as `predictions.validate` and `predictions.losses` do.
+  Args:
+    p: predictions on held-out data, never on test data.
+    loss: 'error', 'gap' or 'disagreement'; see `predictions.losses`.
+    least: number of samples that must leave at an exit that is used, so that thresholds
+      do not fit a few samples.
+    points: number of prices to try.
+    within: a condition that a point meets or not. As many prices again are tried
+      between neighbours that differ in it.
+
+  Returns:
+    Points from the most expensive to the cheapest. The first never exits early, even if
+    another one beats it.
+
+  Raises:
+    ValueError: as `predictions.validate` and `predictions.losses` do.
   """
-  p = pr.validate(p)
+  p = validate(p)
   s = search(p, loss, least)
   never = _point(s, p, np.full(len(s.scores), np.inf, np.float32))
-  # One loss for more than all costs together: the fewest losses there are.
+  # One loss is worth more than all costs together: the fewest losses that there are.
   ends = [
     _best(s, p, price, never) for price in (2 * p.scores.shape[1] * p.cost[-1], 0)
   ]
-  found, gaps = list(ends), [ends]
+  points_found, gaps = list(ends), [ends]
   for turn in range(2 * points):
     if turn >= points:
       gaps = [(a, b) for a, b in gaps if within and within(a) != within(b)]
@@ -87,43 +100,42 @@ def front(
       price = _saving(a, b) / (b.risk - a.risk)
       c = _best(s, p, price, a, b)
       if c is not a and c is not b:
-        found.append(c)
+        points_found.append(c)
         gaps += [(a, c), (c, b)]
-  best = efficient(found, lambda q: (q.measured.cost, q.risk))
+  best = efficient(points_found, lambda q: (q.measured.cost, q.risk))
   return [never, *(q for q in best if q is not never)]
 
 
 def solve(s: Search, price: float, start: np.ndarray) -> np.ndarray:
-  """Thresholds [K - 1] of the lowest `value` that turns of exact steps reach.
+  """Improves thresholds, one exit at a time, until no single one can be improved.
 
-  start: float32 [K - 1]. With one exit the optimum; with more, one where no other
-  value of a single threshold is better, as far as `least` allows. Returns start itself
-  where nothing improves on it.
+  With one exit the result is the optimum, as far as `least` allows. Returns `start`
+  itself if nothing improves on it; `price` is the cost that one loss is worth.
   """
   worth = s.cost[:, None] + price * s.loss  # [K, n]
   best, lowest = start, value(s, price, start)
   while True:
     thresholds = _sweep(s, worth, best)
     reached = value(s, price, thresholds)
-    # Rounding of a sum must not be taken for progress: it could go round in circles.
+    # Without a margin, the rounding of sums could be taken for progress forever.
     if reached >= lowest - 1e-9 * (s.cost[-1] + price):
       return best
     best, lowest = thresholds, reached
 
 
 def value(s: Search, price: float, thresholds: np.ndarray) -> float:
-  """sum[cost + price · loss] over the samples; price: cost that one loss is worth."""
-  left = pr.leave(s.scores, thresholds)
+  """Returns the sum of cost + price · loss over the samples."""
+  left = leave(s.scores, thresholds)
   lost = np.count_nonzero(s.loss[left, np.arange(len(left))])
   return float(s.cost[left].sum() + price * lost)
 
 
 def _sweep(s: Search, worth: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-  """Every threshold solved once, the last first. worth: cost + price · loss [K, n]"""
+  """Solves every threshold once, the last first, for worth = cost + price · loss."""
   thresholds = thresholds.copy()
-  # Only earlier exits decide who reaches an exit, and they have yet to change.
-  left = pr.leave(s.scores, thresholds)
-  ahead = worth[-1]  # of a sample that goes on from the exit at hand
+  # Which samples reach an exit depends on earlier exits, which have yet to change.
+  left = leave(s.scores, thresholds)
+  ahead = worth[-1]  # worth of the samples that go on from exit k
   for k in reversed(range(len(thresholds))):
     order = s.order[k][left[s.order[k]] >= k]
     thresholds[k] = _threshold(s.scores[k][order], (worth[k] - ahead)[order], s.least)
@@ -132,10 +144,11 @@ def _sweep(s: Search, worth: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _threshold(scores: np.ndarray, change: np.ndarray, least: int) -> float:
-  """The best threshold of one exit.
+  """Returns the best threshold of one exit; it cannot separate equal scores.
 
-  scores: [m] of the samples that reach it, falling, nan last; change: what each adds to
-  the value if it leaves here. A threshold cannot stand between equal scores."""
+  `scores` [m] are those of the samples that reach the exit, falling, nan last; `change`
+  is what each adds to the value if it leaves here.
+  """
   able = np.count_nonzero(scores > -np.inf)
   after = np.append(scores[1:able], -np.inf)[:able]  # the first score that stays
   sums = np.where(scores[:able] > after, np.cumsum(change[:able]), np.inf)
@@ -146,8 +159,11 @@ def _threshold(scores: np.ndarray, change: np.ndarray, least: int) -> float:
 
 
 def _used(s: Search, thresholds: np.ndarray) -> np.ndarray:
-  """Exits at which fewer than `least` leave are closed: the first first, as those who
-  then go on may be what a later one lacks."""
+  """Closes exits at which fewer than `least` samples leave.
+
+  Earlier exits are closed first, because their samples may then be enough for a later
+  one.
+  """
   thresholds, stay = thresholds.copy(), np.full(s.scores.shape[1], True)
   for k, scores in enumerate(s.scores):
     goes = stay & (scores > thresholds[k])
@@ -159,13 +175,13 @@ def _used(s: Search, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _point(s: Search, p: Predictions, thresholds: np.ndarray) -> Point:
-  left = pr.leave(s.scores, thresholds)
+  left = leave(s.scores, thresholds)
   risk = float(s.loss[left, np.arange(len(left))].mean())
-  return Point(thresholds, risk, pr.measure(p, left))
+  return Point(thresholds, risk, measure(p, left))
 
 
 def _best(s: Search, p: Predictions, price: float, *starts: Point) -> Point:
-  """The best that is reached from the starts; the first of them if none improves."""
+  """Returns the best point reached from the starts, or the first start."""
   best, lowest = starts[0], value(s, price, starts[0].thresholds)
   for start in starts:
     thresholds = solve(s, price, start.thresholds)
@@ -180,7 +196,7 @@ def _saving(a: Point, b: Point) -> float:
 
 
 def efficient(points: Iterable[T], at: Callable[[T], tuple[float, float]]) -> list[T]:
-  """Those that no other point beats, by falling cost. at(point): (cost, loss)"""
+  """Selects the points that none beats in at(point) = (cost, loss), by falling cost."""
   kept: list[T] = []
   for q in sorted(points, key=at):
     if not kept or at(q)[1] < at(kept[-1])[1]:

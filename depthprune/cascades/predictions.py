@@ -1,7 +1,7 @@
-"""What an early-exit cascade would do, known for every sample at every exit.
+"""Answers, scores and costs of every exit for every sample, and what thresholds do.
 
-K exits in order, the last is the network's own answer. A sample leaves at the first
-exit whose score is above its threshold, strictly; the last exit takes the rest.
+There are K exits in order; the last is the network's own answer. A sample leaves at the
+first exit whose score is strictly above its threshold, else at the last.
 """
 
 import hashlib
@@ -10,45 +10,54 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOSSES = ('error', 'gap', 'disagreement')
-# A measured time may be off by this much; a larger excess is another unit.
+# Measured times are not exact; a larger excess than this means another unit.
 OFF = 1.1
 
 
 class Predictions(NamedTuple):
-  """A data set as every exit of a cascade sees it."""
+  """The answers of every exit of a cascade to a data set of n samples.
+
+  Attributes:
+    exits: names [K] in order; the last is the network's own.
+    logits: [K, n, classes].
+    labels: int [n]; None if only agreement with the network's own answer matters.
+    scores: [K - 1, n], higher is more confident; a sample with nan never leaves.
+    cost: [K], cost of a sample that leaves there, including all heads before, in any
+      unit.
+    whole: cost of the network without heads, in the same unit; savings refer to it.
+  """
 
   exits: tuple[str, ...]
-  """Names [K], in order; the last is the network's own answer."""
   logits: np.ndarray
-  """[K, n, classes]"""
   labels: np.ndarray | None
-  """int [n]; None where only the agreement with the network's own answer counts."""
   scores: np.ndarray
-  """Confidence [K - 1, n]: higher is more confident, nan never leaves."""
   cost: np.ndarray
-  """[K] of a sample that leaves there, all heads on its way included. Any one unit."""
   whole: float
-  """Cost of the network without any head, in the same unit: what savings refer to."""
 
 
 class Measured(NamedTuple):
-  """What thresholds do on some data."""
+  """What thresholds reach on a data set.
+
+  Attributes:
+    accuracy: share of right answers; nan without labels.
+    cost: mean cost of a sample, in the unit of `Predictions.cost`.
+    exits: share of the samples that leave at each exit [K].
+  """
 
   accuracy: float
-  """In [0, 1]; nan without labels."""
   cost: float
-  """Mean over the samples, in the unit of Predictions.cost."""
   exits: tuple[float, ...]
-  """Share of the samples that leave at each exit [K]."""
 
 
 def validate(p: Predictions) -> Predictions:
-  """The same with float32 logits and scores, and float64 costs.
+  """Checks predictions; returns float32 logits and scores, and float64 costs.
 
-  Raises ValueError that names the field, for shapes that do not fit together, fewer
-  than two exits, no samples, costs that are not finite or do not increase, a `whole`
-  in another unit, labels that are no class, and for logits that are not finite, but
-  where an exit's score is nan, so that nobody has that answer.
+  Raises:
+    ValueError: shapes do not fit together, there are fewer than two exits or no
+      samples, costs are not finite or do not increase, `whole` is in another unit, a
+      label is not a class, or logits are not finite. The last is allowed where the
+      score is nan, because no sample leaves with that answer. The message names the
+      field.
   """
   count = len(p.exits)
   if count < 2 or len(set(p.exits)) < count:
@@ -69,7 +78,7 @@ def validate(p: Predictions) -> Predictions:
       f'{scores.shape}'
     )
   leaves = np.concatenate([~np.isnan(scores), np.full((1, n), True)])
-  broken = leaves & ~np.isfinite(logits).all(axis=2)  # who stays may have no answer
+  broken = leaves & ~np.isfinite(logits).all(axis=2)  # samples that stay need no answer
   if broken.any():
     bad = [p.exits[k] for k in np.flatnonzero(broken.any(axis=1))]
     raise ValueError(f'logits of {", ".join(bad)}: expected finite numbers')
@@ -79,10 +88,15 @@ def validate(p: Predictions) -> Predictions:
 
 
 def leave(scores: Any, thresholds: Any) -> np.ndarray:
-  """The exit at which each sample leaves. int [n]
+  """Returns the index of the exit at which each sample leaves, int [n].
 
-  scores [K - 1, n], thresholds [K - 1], compared in float32 as the cascade does; a
-  score that equals its threshold, or is nan, stays. Raises ValueError for other shapes.
+  Args:
+    scores: [K - 1, n], compared in float32 as the cascade does. A sample whose score
+      equals the threshold, or is nan, goes on.
+    thresholds: [K - 1].
+
+  Raises:
+    ValueError: the shapes are others.
   """
   scores, thresholds = (np.asarray(x, np.float32) for x in (scores, thresholds))
   if scores.ndim != 2 or thresholds.shape != scores.shape[:1]:
@@ -95,11 +109,15 @@ def leave(scores: Any, thresholds: Any) -> np.ndarray:
 
 
 def losses(p: Predictions, loss: str) -> np.ndarray:
-  """Whether each exit's answer to each sample is a loss. bool [K, n]
+  """Returns for every exit and sample whether the answer is a loss, bool [K, n].
 
-  'error': wrong; 'gap': wrong where the network's own answer is right; 'disagreement':
-  other than the network's own answer, which needs no labels. p: validated.
-  Raises ValueError for another loss, or one that needs labels which are not there.
+  Args:
+    p: validated predictions.
+    loss: 'error': the answer is wrong; 'gap': it is wrong and the network's own answer
+      is right; 'disagreement': it differs from the network's own, whatever the labels.
+
+  Raises:
+    ValueError: there is no such loss, or it needs labels and there are none.
   """
   if loss not in LOSSES:
     raise ValueError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
@@ -113,7 +131,7 @@ def losses(p: Predictions, loss: str) -> np.ndarray:
 
 
 def measure(p: Predictions, left: np.ndarray) -> Measured:
-  """What samples give that leave at left int [n]. p: validated."""
+  """Measures validated predictions of samples that leave at the exits int [n]."""
   n, accuracy = len(left), float('nan')
   if p.labels is not None:
     answers = p.logits[left, np.arange(n)].argmax(axis=1)
@@ -123,27 +141,30 @@ def measure(p: Predictions, left: np.ndarray) -> Measured:
 
 
 def drop(measured: Measured, p: Predictions) -> float:
-  """Accuracy lost against the network's own answer, in percentage points."""
+  """Returns the percentage points of accuracy lost against the network's own answer."""
   own = measure(p, np.full(p.logits.shape[1], len(p.exits) - 1))
   return 100 * (own.accuracy - measured.accuracy)
 
 
 def saved(measured: Measured, p: Predictions) -> float:
-  """Share of the cost of the network without heads that is saved; may be negative."""
+  """Returns the share of the cost of the network without heads that is saved.
+
+  It is negative if heads cost more than early exits save.
+  """
   return 1 - measured.cost / p.whole
 
 
 def take(p: Predictions, rows: np.ndarray) -> Predictions:
-  """Some of the samples: rows int or bool [n]."""
+  """Selects samples by their indices, or by a mask bool [n]."""
   labels = None if p.labels is None else p.labels[rows]
   return p._replace(logits=p.logits[:, rows], labels=labels, scores=p.scores[:, rows])
 
 
 def digest(p: Predictions) -> np.ndarray:
-  """Four bytes per sample that recognise it: a hash of the network's own logits.
+  """Returns a hash of every sample, uint32 [n], by which it is recognised.
 
-  uint32 [n]. The exits do not enter, so a sample stays the same with other exits. Bit
-  for bit: run again in batches of another size, a network may answer in other bits.
+  It is computed of the bits of the network's own logits, so it does not depend on the
+  exits, but it may differ when the network runs in batches of another size.
   """
   rows = np.ascontiguousarray(p.logits[-1])
   hashes = b''.join(hashlib.blake2b(r.tobytes(), digest_size=4).digest() for r in rows)

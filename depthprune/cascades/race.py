@@ -1,4 +1,4 @@
-"""A cascade against its network alone: what early exits gain on the device at hand."""
+"""Times a cascade against its network alone on the device at hand."""
 
 import dataclasses
 import time
@@ -8,34 +8,35 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from depthprune.cascades.cascade import Cascade, Cost
+from depthprune.cascades.cascade import Cascade, CascadeCost
 from depthprune.timing import clock, latency
 from depthprune.timing.latency import Timing
 
 
 class Race(NamedTuple):
-  """One batch, by the cascade and by the network alone, in turns.
+  """Times of a cascade and of its network alone, measured in turns on one batch.
 
   Attributes:
-    batch: examples. cost: FLOPs of one of them in the mean.
-    cascade, whole: milliseconds of the batch. compile_s: seconds to compile the
-      cascade for this batch size, tracing included.
+    batch: number of examples.
+    cost: mean FLOPs per example.
+    cascade: milliseconds of the cascade for the batch.
+    whole: milliseconds of the network alone for the batch.
+    compile_s: seconds to trace and compile the cascade for this batch size.
   """
 
   batch: int
-  cost: Cost
+  cost: CascadeCost
   cascade: Timing
   whole: Timing
   compile_s: float
 
   @property
   def share(self) -> float:
-    """Time of the cascade as a part of that of the network."""
+    """The time of the cascade divided by that of the network."""
     return self.cascade.median / self.whole.median
 
   def to_json(self) -> dict[str, Any]:
-    """Plain numbers; times in milliseconds."""
-    quartiles = lambda t: [t.lower, t.upper]
+    """Returns plain numbers by name; times are in milliseconds."""
     return {
       'batch': self.batch,
       'ideal': self.cost.ideal,
@@ -44,14 +45,20 @@ class Race(NamedTuple):
       'whole_ms': self.whole.median,
       'speedup': 1 / self.share,
       'compile_s': self.compile_s,
-      'ms_quartiles': quartiles(self.cascade),
-      'whole_ms_quartiles': quartiles(self.whole),
+      'ms_quartiles': [self.cascade.lower, self.cascade.upper],
+      'whole_ms_quartiles': [self.whole.lower, self.whole.upper],
       'runs': self.cascade.runs,
     }
 
 
 def race(cascade: Cascade, *inputs: Any, seconds: float = 4.0) -> Race:
-  """Measures both on inputs [batch, ...], which are on the device before."""
+  """Measures a cascade and its network alone on one batch.
+
+  Args:
+    cascade: the cascade.
+    *inputs: arrays [batch, ...], moved to the device before the measurement.
+    seconds: time to spend on the measurement.
+  """
   inputs = jax.block_until_ready(jax.device_put(inputs))
   whole = _alone(cascade)
   started = time.perf_counter()
@@ -59,34 +66,48 @@ def race(cascade: Cascade, *inputs: Any, seconds: float = 4.0) -> Race:
   compiled = time.perf_counter() - started
   answer = cascade(*inputs)
   calls = [lambda: cascade(*inputs), lambda: whole(cascade.variables, *inputs)]
-  mine, other = map(latency.timing, clock.interleave(calls, seconds))
-  batch = int(np.shape(inputs[0])[0])
-  return Race(batch, cascade.cost(answer, *inputs), mine, other, compiled)
+  with_exits, without = map(latency.timing, clock.interleave(calls, seconds))
+  return Race(
+    batch=int(np.shape(inputs[0])[0]),
+    cost=cascade.cost(answer, *inputs),
+    cascade=with_exits,
+    whole=without,
+    compile_s=compiled,
+  )
 
 
 def exit_milliseconds(
   cascade: Cascade, *inputs: Any, seconds: float = 4.0
 ) -> tuple[np.ndarray, float]:
-  """Milliseconds of an example: float64 [exits], rising, and of the network alone.
+  """Measures the time of an example that leaves at each exit.
 
-  Measured on inputs [batch, ...] that all go as far, by turns, and divided by the
-  batch: the `cost` and `whole` of `Predictions`, and the cost of `Cascade.within`, in
-  place of FLOPs.
+  The whole batch goes to the same exit; its time is divided by its size. The results
+  can replace FLOPs as `cost` and `whole` of `Predictions`, and as the cost in
+  `Cascade.within`.
+
+  Args:
+    cascade: the cascade.
+    *inputs: arrays [batch, ...].
+    seconds: time to spend on the measurement.
+
+  Returns:
+    Milliseconds per example for every exit, float64 [exits], increasing; and for the
+    network alone.
   """
   inputs = jax.block_until_ready(jax.device_put(inputs))
   never = np.full_like(cascade.thresholds, np.inf)
-  nobody = dataclasses.replace(cascade, thresholds=never)
-  upto = lambda name: lambda: nobody(*inputs, last=name)
+  closed = dataclasses.replace(cascade, thresholds=never)
+  upto = lambda name: lambda: closed(*inputs, last=name)
   alone = _alone(cascade)
   calls = [*map(upto, cascade.exits), lambda: alone(cascade.variables, *inputs)]
   taken = np.median(clock.interleave(calls, seconds), axis=1)
   *exits, whole = taken / np.shape(inputs[0])[0]
-  # An exit is later than the one before, also where the clock cannot tell.
+  # Costs must increase from exit to exit, even if the clock sees no difference.
   rising = np.maximum.accumulate(exits) * (1 + 1e-6 * np.arange(len(exits)))
   return rising, min(float(whole), float(rising[-1]))
 
 
 def _alone(cascade: Cascade) -> Callable[..., jax.Array]:
-  """(variables, *inputs) -> logits of the network without its other exits."""
+  """Compiles (variables, *inputs) -> logits of the network without other exits."""
   fn, last = cascade.stages.fn, cascade.exits[-1]
   return jax.jit(lambda variables, *inputs: fn(variables, *inputs)[last])

@@ -1,14 +1,15 @@
-"""A risk level with a guarantee: Learn-then-Test by fixed-sequence testing.
+"""Thresholds with a guaranteed level of risk: Learn-then-Test, fixed-sequence testing.
 
 Angelopoulos, Bates, Candès, Jordan, Lei, "Learn then Test", arXiv 2110.01052. The
-held-out samples are split in two. Thresholds are searched on one half and put in order,
-safest first. On the other half each has the p-value of "its risk exceeds alpha",
+held-out samples are split into halves. Thresholds are searched on one half and ordered,
+safest first. On the other half, of m samples, the hypothesis "the risk of these
+thresholds exceeds alpha" has the p-value
 
     P(Binomial(m, alpha) <= losses among m),
 
-and they are tested in order until one is not rejected at delta. With probability
-1 - delta over the held-out samples none of the rejected has a risk above alpha, however
-many were tried, as long as samples are drawn independently as they will be in use.
+and hypotheses are tested in order until one is not rejected at delta. With probability
+1 - delta over the held-out samples, no rejected thresholds have a risk above alpha,
+however many were tried, if samples are drawn independently and as they are in use.
 """
 
 import math
@@ -18,51 +19,57 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import bdtr, betaincinv
 
-from depthprune.cascades import predictions as pr
-from depthprune.cascades.pareto import Point, front
-from depthprune.cascades.predictions import Predictions
+from depthprune.cascades.pareto import front
+from depthprune.cascades.predictions import Predictions, leave, losses, take, validate
 
 
 class Certificate(NamedTuple):
-  """What was shown of the risk of thresholds."""
+  """A guarantee about the risk of thresholds.
+
+  Attributes:
+    loss: 'error', 'gap' or 'disagreement'; see `predictions.losses`.
+    alpha: limit of the risk, which holds with probability 1 - delta.
+    delta: chance that the risk is larger.
+    rows: number of samples of the test, which the search did not see.
+    losses: number of losses among them.
+    bound: upper confidence bound for the risk of these thresholds alone, at most alpha.
+  """
 
   loss: str
-  """'error' | 'gap' | 'disagreement', see `predictions.losses`."""
   alpha: float
-  """With probability 1 - delta the risk is at most this."""
   delta: float
   rows: int
-  """Samples it was tested on, none of which was searched on."""
   losses: int
-  """Losses among them."""
   bound: float
-  """Upper confidence bound of the risk of these thresholds alone, at most alpha."""
 
 
 def p_value(losses: int, rows: int, alpha: float) -> float:
-  """P(Binomial(rows, alpha) <= losses): of "the risk exceeds alpha"."""
+  """Returns the p-value of the hypothesis that the risk exceeds alpha."""
   return float(bdtr(losses, rows, alpha))
 
 
 def upper(losses: int, rows: int, delta: float) -> float:
-  """The risk at which `p_value` is delta: Clopper and Pearson's upper bound.
+  """Returns the risk at which `p_value` is delta: Clopper and Pearson's upper bound.
 
-  1 - delta^(1 / rows) without a loss: no fewer can be certified by so many rows."""
+  Without a loss it is 1 - delta^(1 / rows), the lowest risk that so many rows certify.
+  """
   if losses >= rows:
     return 1.0
   return float(betaincinv(losses + 1, rows - losses, 1 - delta))
 
 
 def walk(losses: Sequence[int], rows: int, alpha: float, delta: float) -> int:
-  """How many of the candidates, in the order given, are certified one after the other.
+  """Returns how many candidates, safest first, are certified before one is not.
 
-  The first that is not ends it: a later one that passes would cost the guarantee."""
+  Accepting a later candidate that passes would void the guarantee. `losses` are those
+  of the candidates among `rows` samples.
+  """
   values = (p_value(count, rows, alpha) for count in losses)
   return next((i for i, p in enumerate(values) if p > delta), len(losses))
 
 
 def halves(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Rows to search on and rows to test on: the same for the same n and seed."""
+  """Splits n rows into those to search on and those to test on, fixed by the seed."""
   rows = np.random.default_rng(seed).permutation(n)
   return np.sort(rows[: n // 2]), np.sort(rows[n // 2 :])
 
@@ -76,19 +83,32 @@ def certify(
   points: int = 40,
   seed: int = 0,
 ) -> tuple[np.ndarray, Certificate]:
-  """The cheapest thresholds float32 [K - 1] whose risk is certified.
+  """Finds the cheapest thresholds whose risk is certified.
 
-  p: held-out data. alpha: the risk, a share of all samples; delta: the chance that the
-  certificate is wrong. loss, least, points: as in `front`. seed: of the split.
-  Raises ValueError where nothing is certified, with the lowest level that would be.
+  Args:
+    p: predictions on held-out data.
+    alpha: limit of the risk, a share of all samples.
+    delta: chance that the certificate is wrong.
+    loss: 'error', 'gap' or 'disagreement'; see `predictions.losses`.
+    least: number of samples that must leave at an exit that is used.
+    points: number of prices to try; see `pareto.front`.
+    seed: seed of the split into halves.
+
+  Returns:
+    The thresholds float32 [K - 1] and their certificate.
+
+  Raises:
+    ValueError: nothing can be certified; the message gives the lowest possible alpha.
   """
-  p = pr.validate(p)
+  p = validate(p)
   _check(p, alpha, delta)
   searched, tested = halves(p.scores.shape[1], seed)
-  candidates = front(pr.take(p, searched), loss, least, points)
+  candidates = front(take(p, searched), loss, least, points)
   candidates.sort(key=lambda q: (q.risk, -q.measured.cost))
-  counts = _counts(pr.take(p, tested), loss, candidates)
-  m = len(tested)
+  test, m = take(p, tested), len(tested)
+  lost = losses(test, loss)
+  exits = (leave(test.scores, q.thresholds) for q in candidates)
+  counts = [int(np.count_nonzero(lost[left, np.arange(m)])) for left in exits]
   certified = walk(counts, m, alpha, delta)
   if not certified:
     raise ValueError(_refusal(alpha, delta, loss, counts[0], m))
@@ -96,12 +116,6 @@ def certify(
   bound = upper(counts[chosen], m, delta)
   certificate = Certificate(loss, alpha, delta, m, counts[chosen], bound)
   return candidates[chosen].thresholds, certificate
-
-
-def _counts(p: Predictions, loss: str, candidates: Sequence[Point]) -> list[int]:
-  lost, rows = pr.losses(p, loss), np.arange(p.scores.shape[1])
-  left = (pr.leave(p.scores, q.thresholds) for q in candidates)
-  return [int(np.count_nonzero(lost[exits, rows])) for exits in left]
 
 
 def _check(p: Predictions, alpha: float, delta: float) -> None:

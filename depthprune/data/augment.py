@@ -1,7 +1,7 @@
-"""What images go through before a network sees them, inside jit.
+"""Preprocessing of image batches inside jit: crops, mirror images, scaling, mixup.
 
-They are cropped, mirrored, normalised and mixed. Images that are read as they are
-needed are cropped and mirrored where they are decoded, in `crops`.
+Streamed images are cropped and mirrored where they are decoded instead, by
+`data.streaming.Crops`.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,14 @@ import numpy as np
 
 from depthprune.data.tfds import ImageSource
 
-# A mirrored character is another one, or none.
+# Data sets of characters: mirrored, a character is another one, or none.
 _CHARACTERS = frozenset(
   ('digits', 'emnist', 'kmnist', 'mnist', 'mnist_corrupted', 'omniglot', 'svhn_cropped')
 )
 
 
 class Normalisation(NamedTuple):
-  """What makes inputs of stored pixels: (x / scale - mean) / std, per channel."""
+  """How stored pixels x become inputs: (x / scale - mean) / std, for each channel."""
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
@@ -27,11 +27,15 @@ class Normalisation(NamedTuple):
 
 
 class Augment(NamedTuple):
-  """Random crops of the image padded with `pad` black pixels, and mirror images.
+  """Which random changes training images go through.
 
-  Where every pixel has a label, `ignore` is that of the padding, and labels are cropped
-  and mirrored with their image; without, labels stay as they are. `mixup` is as for
-  `mixed`, `randaugment` as in `crops.Crops`.
+  Attributes:
+    pad: black pixels added on every side before a crop of the original size.
+    flip: whether half of the images are mirrored.
+    ignore: label of the padding, where every pixel has a label; labels are then
+      cropped and mirrored with their images. None leaves labels as they are.
+    mixup: alpha of `mixup`; 0 turns it off.
+    randaugment: magnitude of RandAugment, see `streaming.Crops`; 0 turns it off.
   """
 
   pad: int = 0
@@ -41,18 +45,22 @@ class Augment(NamedTuple):
   randaugment: int = 0
 
 
-def usual(name: str, source: ImageSource) -> Augment:
-  """The augmentation of images like those of a source."""
-  if source.tasks:  # they are told by where things lie: shifted by less than that
+def default_augment(name: str, source: ImageSource) -> Augment:
+  """Returns the usual augmentation for the images of a data set."""
+  if source.tasks:  # position tells the tasks apart, so images move by less than that
     return Augment(source.shape[0] // 12)
   # An eighth of the side: 4 pixels of 32, 1 of 8.
   flip = name.split(':')[0] not in _CHARACTERS
   return Augment(-(-source.shape[0] // 8), flip, source.ignore)
 
 
-def measured(image: np.ndarray, scale: float) -> Normalisation:
-  """Mean and standard deviation per channel of uint8 images [n, height, width,
-  channels], exact: from counts of pixel values."""
+def measure_normalisation(image: np.ndarray, scale: float) -> Normalisation:
+  """Computes the exact mean and standard deviation of every channel.
+
+  Args:
+    image: uint8 [n, height, width, channels].
+    scale: the pixel value that becomes 1.
+  """
   value = np.arange(256) / scale
   mean, std = [], []
   for channel in range(image.shape[-1]):
@@ -63,19 +71,25 @@ def measured(image: np.ndarray, scale: float) -> Normalisation:
 
 
 def normalise(image: jax.Array, by: Normalisation) -> jax.Array:
-  """float32 inputs [..., channels] of stored pixels [..., channels]."""
+  """Turns stored pixels [..., channels] into float32 inputs of the same shape."""
   mean = jnp.asarray(by.mean, jnp.float32) * by.scale
   std = jnp.asarray(by.std, jnp.float32) * by.scale
   return (image.astype(jnp.float32) - mean) / std
 
 
-def augmented(
+def crop_and_flip(
   image: jax.Array, key: jax.Array, by: Augment, fill: int = 0
 ) -> jax.Array:
-  """Images [batch, height, width, channels], each cropped and mirrored its own way.
+  """Crops and mirrors every image of a batch at random.
 
-  The way depends on the key and their number alone: masks go the way of their images.
-  fill: the value of the padding.
+  What is drawn depends only on the key and on the size of the batch, so a second call
+  with the same key treats masks exactly like their images.
+
+  Args:
+    image: [batch, height, width, channels].
+    key: random key.
+    by: its `pad` and `flip` are used.
+    fill: value of the padding.
   """
   crop, mirror = jax.random.split(key)
   if by.pad:
@@ -92,14 +106,24 @@ def augmented(
   return image
 
 
-def mixed(
+def mixup(
   batch: dict[str, jax.Array], key: jax.Array, alpha: float
 ) -> dict[str, jax.Array]:
-  """The batch, every image blended with another one: mixup.
+  """Blends every image of a batch with another one.
 
-  Zhang et al., arXiv 1710.09412. One share a ~ Beta(alpha, alpha) per batch, and the
-  partner of an image is the one as far from the end: x' = a x + (1 - a) x_partner.
-  Adds 'partner', the partner's labels, and 'share' [batch], a; alpha 0 adds nothing.
+  One share a ~ Beta(alpha, alpha) is drawn for the batch, and image i is paired with
+  image batch - 1 - i: x' = a x + (1 - a) x_partner.
+
+  Args:
+    batch: with 'image' and 'label'.
+    key: random key.
+    alpha: parameter of the Beta distribution; 0 returns the batch unchanged.
+
+  Returns:
+    The batch with blended images, the partners' labels as 'partner' and a as 'share'
+    [batch].
+
+  Source: Zhang et al., arXiv 1710.09412.
   """
   if not alpha:
     return batch

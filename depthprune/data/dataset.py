@@ -1,7 +1,7 @@
-"""What every data set offers, and which of its rows are trained on, held out, tested on.
+"""The `Dataset` protocol, how rows are split, and how much memory data may take.
 
-Images in memory, images streamed from disk, texts and features of a frozen network are
-read in files of their own; training and evaluation know them by `Dataset` alone.
+Images in memory, images streamed from disk, texts, and features of a frozen network
+each have a file of their own; training and evaluation use them only as a `Dataset`.
 """
 
 from __future__ import annotations
@@ -18,65 +18,71 @@ import numpy as np
 Split = dict[str, Any]
 """The examples of a split: arrays with one entry per example along the first axis.
 
-Of images {'image': uint8 [n, height, width, channels], 'label': int32 [n]}; labels are
-uint8 [n, height, width] where every pixel has a class, int32 [n, tasks] where several
-tasks have one each. Of streamed images {'record': int64 [n]}, which of the records are
-in the split. Of texts {'tokens': int32 [n, length], 'mask': bool [n, length], 'label':
-int32 [n]}, with 'types' for pairs. Of features {'features': {name: float32 [n, ...]},
-'label': int32 [n]}."""
+- Images: {'image': uint8 [n, height, width, channels], 'label': int32 [n]}. Labels are
+  uint8 [n, height, width] where every pixel has a class, and int32 [n, tasks] where
+  there are several tasks.
+- Streamed images: {'record': int64 [n]}, the numbers of the split's records.
+- Texts: {'tokens': int32 [n, length], 'mask': bool [n, length], 'label': int32 [n]},
+  and 'types' int32 [n, length] for pairs of texts.
+- Features: {'features': {name: float32 [n, ...]}, 'label': int32 [n]}.
+"""
 
 Batch = dict[str, jax.Array]
-"""What a network is trained or evaluated on: the inputs by name, 'label', and in
-evaluation 'weight': float32 [batch], 0 where the batch was padded."""
+"""A batch to train or evaluate on: the inputs by name, 'label', and for evaluation
+'weight', float32 [batch], which is 0 on rows that only pad the batch."""
 
 INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
-"""What of a batch a network may read, in the order in which it takes them."""
+"""The entries of a batch that a network may read, in the order of its arguments."""
 
 
 class DataError(ValueError):
-  """A data set that is not there, or is not one for what is asked of it."""
+  """A data set cannot be found, or is not of the kind that the run needs."""
 
 
 def count(split: Any) -> int:
-  """How many examples a split has (or a batch), of whatever kind."""
+  """Returns the number of examples of a split or a batch of any kind."""
   return len(jax.tree.leaves(split)[0])
 
 
 def inputs_of(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-  """What the network reads of a batch: `apply(variables, *inputs_of(batch))`.
+  """Returns a network's inputs from a batch: `apply(variables, *inputs_of(batch))`.
 
-  Of images: (image [batch, height, width, channels],). Of texts: (tokens int32
-  [batch, length], mask bool [batch, length]) and, of pairs, types int32 [batch,
-  length]. Of precomputed features: ({name: [batch, n]},).
+  Returns:
+    For images (image [batch, height, width, channels],); for texts (tokens int32
+    [batch, length], mask bool [batch, length]), followed by types int32 [batch,
+    length] for pairs; for precomputed features ({name: [batch, n]},).
 
-  Raises: ValueError for a batch without any of them.
+  Raises:
+    ValueError: the batch has none of these entries.
   """
-  found = tuple(batch[name] for name in INPUTS if name in batch)
-  if not found:
+  inputs = tuple(batch[name] for name in INPUTS if name in batch)
+  if not inputs:
     raise ValueError(
       f'batch: expected an entry for the network to read ({", ".join(INPUTS)}), got '
       f'{", ".join(batch) or "none"}'
     )
-  return found
+  return inputs
 
 
 def real_rows(batch: Mapping[str, Any]) -> np.ndarray:
-  """Which examples of a batch are no padding: bool [batch]."""
-  weight = batch.get('weight')
-  return (
-    np.ones(len(batch['label']), bool) if weight is None else np.asarray(weight) > 0
-  )
+  """Returns which rows of a batch are examples and not padding, bool [batch]."""
+  if 'weight' not in batch:
+    return np.ones(len(batch['label']), bool)
+  return np.asarray(batch['weight']) > 0
 
 
 def shuffled(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
-  """The order of n images in an epoch, int32 [n]: a pure function of (key, epoch)."""
+  """Returns the order of n examples in an epoch, int32 [n], from key and epoch only."""
   # One sort of random bits; jax.random.permutation sorts twice.
   bits = jax.random.bits(jax.random.fold_in(key, epoch), (n,))
   return jnp.argsort(bits).astype(jnp.int32)
 
 
 def epoch_steps(split: Split | Batch, size: int) -> int:
-  """Batches of `size` in one epoch; what is left over takes its turn in another."""
+  """Returns the number of full batches of `size` in an epoch.
+
+  The examples left over are others in every epoch, as each has its own order.
+  """
   n = count(split)
   if not 0 < size <= n:
     raise DataError(
@@ -86,12 +92,12 @@ def epoch_steps(split: Split | Batch, size: int) -> int:
 
 
 class Placement(NamedTuple):
-  """Where a batch lies on the devices.
+  """How a batch is put on the devices.
 
   Attributes:
-    whole: (batch) -> batch, of one that this process has whole.
-    rows: (size) -> which rows of a batch this process has to read, sorted int [n].
-    joined: (size, rows of a batch) -> batch, of one that every process has a part of.
+    whole: (batch) -> batch, for a process that holds the complete batch.
+    rows: (size) -> the rows of a batch that this process reads, sorted int [n].
+    joined: (size, those rows) -> batch, where every process holds a part.
   """
 
   whole: Callable[[Any], Any]
@@ -100,13 +106,13 @@ class Placement(NamedTuple):
 
 
 HERE = Placement(jax.device_put, np.arange, lambda size, rows: jax.device_put(rows))
-"""All of it on the default device."""
+"""The placement of everything on the default device."""
 
 
 class Sampler(Protocol):
-  """batch_at(split, step): the training batch of a step, a pure function of both.
+  """batch_at(split, step) -> the training batch of a step, a pure function of both.
 
-  `on_host` says that batches are made outside of jit, `split` is then on the host.
+  `on_host` is True where batches are made outside jit, from a split on the host.
   """
 
   @property
@@ -115,7 +121,7 @@ class Sampler(Protocol):
   def __call__(self, split: Any, step: Any) -> Any: ...
 
   def stepwise(self, place: Placement = HERE) -> Callable[[Any, int], Any]:
-    """The same function, faster, for a loop on the host that goes step by step."""
+    """Returns the same function in a form that is fast in a loop over steps."""
     ...
 
 
@@ -123,16 +129,20 @@ class Dataset(Protocol):
   """A data set, split and ready to be batched.
 
   Attributes:
-    name: what it is called. train, held_out, test: its splits.
-    classes: of every label. shape: of one example.
-    normalisation: what inputs go through, None for none.
-    notes: what a reader of results must know of the data.
-    tasks: names of the tasks, where there are several; labels are then [n, tasks].
-    ignore: label of pixels without a class, where every pixel has one, else None.
-    names: of the classes, () if they are not known.
-    tokenizer: path of the tokenizer.json of texts, else None.
-    augments: whether a sampler can augment.
-    streamed: whether examples are read from disk as they are needed.
+    name: name of the data set.
+    train: the training split.
+    held_out: the split on which decisions are made.
+    test: the split on which results are reported.
+    classes: number of classes of every label.
+    shape: shape of one example.
+    normalisation: the `Normalisation` of the inputs, or None.
+    notes: sentences about the data that belong beside any result.
+    tasks: names of the tasks if there are several (labels are [n, tasks]), else ().
+    ignore: label of unlabelled pixels where every pixel has a label, else None.
+    names: names of the classes, () if they are not known.
+    tokenizer: path of the tokenizer.json for texts, else None.
+    augments: whether the sampler can augment.
+    streamed: whether examples are read from disk while training.
   """
 
   @property
@@ -165,34 +175,35 @@ class Dataset(Protocol):
   def streamed(self) -> bool: ...
 
   def example(self) -> tuple[Any, ...]:
-    """One example as a network reads it, [1, ...] each: zeros, or made up."""
+    """Returns a made-up example as a network reads it, arrays [1, ...]."""
     ...
 
   def on_device(self, put: Callable[[Split], Any] = jax.device_put) -> Any:
-    """The training split, where the sampler reads it."""
+    """Returns the training split where the sampler reads it."""
     ...
 
   def sampler(self, key: jax.Array, size: int, augment: bool) -> Sampler:
-    """Training batches of so many examples; with `augment` as suits the data."""
+    """Returns the sampler of training batches of `size` examples."""
     ...
 
   def batches(
     self, split: Split, size: int, place: Placement = HERE
   ) -> Iterator[Batch]:
-    """All examples of a split once, in an order that is always the same."""
+    """Yields all examples of a split once, in a fixed order."""
     ...
 
   def probe(self) -> dict[str, Any]:
-    """Arrays by which two processes see that they read the same data."""
+    """Returns arrays that differ if two processes read different data."""
     ...
 
   def _replace(self, **fields: Any) -> Any: ...
 
 
 class Rows(NamedTuple):
-  """Which rows go where, each [n] and sorted.
+  """Sorted row numbers [n] of each split.
 
-  Those of `test` are of the split `of`, those of `held_out` of `held_of`.
+  `train` counts rows of the stored split 'train', `test` those of the stored split
+  named by `of`, and `held_out` those of the one named by `held_of`.
   """
 
   train: np.ndarray
@@ -211,14 +222,24 @@ def divide(
   noun: str = 'images',
   validation: int = 0,
 ) -> Rows:
-  """The rows of every split of a set with `sizes` rows in train and in test.
+  """Divides the rows of a stored data set into training, held-out and test rows.
 
-  Those of test are always the same: all, or a fixed quarter of train where test has
-  none. `seed` chooses `held_out` (a tenth, 5000 at most, unless given) of the rest and
-  the `subset` to train on (all the others, unless given). With `validation` rows in a
-  split of that name, `held_out` of those are (all, unless given), and none of train.
+  The test rows never depend on the seed.
 
-  Raises DataError where there are not so many; `noun` says of what.
+  Args:
+    name: name of the data set, for messages.
+    sizes: rows stored for training and for testing. Without any for testing, a fixed
+      quarter of the training rows becomes the test split.
+    seed: chooses the held-out rows and the subset.
+    held_out: number of held-out rows; None takes a tenth of the training rows, at most
+      5000, or all validation rows.
+    subset: number of rows to train on; None takes all that are left.
+    noun: what the rows are called in messages.
+    validation: rows of a stored validation split; with any, the held-out rows are
+      chosen from these and not from the training rows.
+
+  Raises:
+    DataError: fewer rows are stored than are asked for.
   """
   count, tests = sizes
   rest, test, of = np.arange(count), np.arange(tests), 'test'
@@ -228,45 +249,41 @@ def divide(
     test, rest = np.split(mixed, [count // 4])
   rest = np.random.RandomState(seed).permutation(np.sort(rest))
   if validation:
-    return _with_validation(name, validation, rest, test, of, seed, held_out, subset)
+    held = validation if held_out is None else held_out
+    size = len(rest) if subset is None else subset
+    if not (0 <= held <= validation and 1 <= size <= len(rest)):
+      raise DataError(
+        f'data {name!r}: has {len(rest)} {noun} to train on and {validation} for '
+        f'validation, got held_out={held}, subset={size}: at most these, and subset '
+        'at least 1'
+      )
+    chosen = np.random.RandomState(seed).permutation(validation)[:held]
+    return Rows(np.sort(rest[:size]), np.sort(chosen), np.sort(test), of, 'validation')
   held = min(5000, len(rest) // 10) if held_out is None else held_out
-  many = len(rest) - held if subset is None else subset
-  if held < 0 or many < 1 or held + many > len(rest):
+  size = len(rest) - held if subset is None else subset
+  if held < 0 or size < 1 or held + size > len(rest):
     raise DataError(
       f'data {name!r}: has {len(rest)} {noun} to train on, got held_out={held}, '
-      f'subset={many}: together at most {len(rest)}, and subset at least 1'
+      f'subset={size}: together at most {len(rest)}, and subset at least 1'
     )
-  train = np.sort(rest[held : held + many])
+  train = np.sort(rest[held : held + size])
   return Rows(train, np.sort(rest[:held]), np.sort(test), of)
-
-
-def _with_validation(name, size, rest, test, of, seed, held_out, subset) -> Rows:
-  many = len(rest) if subset is None else subset
-  held = size if held_out is None else held_out
-  if not (0 <= held <= size and 1 <= many <= len(rest)):
-    raise DataError(
-      f'data {name!r}: has {len(rest)} images to train on and {size} for validation, '
-      f'got held_out={held}, subset={many}: at most these, and subset at least 1'
-    )
-  chosen = np.random.RandomState(seed).permutation(size)[:held]
-  train, held_rows = np.sort(rest[:many]), np.sort(chosen)
-  return Rows(train, held_rows, np.sort(test), of, 'validation')
 
 
 # Limits that containers and batch systems set (control groups 2 and 1).
 LIMITS = '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'
 
 
-def of_process() -> int:
-  """Bytes that this process may fill: of the machine, or of its control group."""
-  found = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+def memory_of_process() -> int:
+  """Returns the bytes that this process may use, by the machine or its container."""
+  limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
   for path in LIMITS:
     text = Path(path).read_text().strip() if Path(path).is_file() else ''
-    found += [int(text)] if text.isdecimal() else []
-  return min(found)
+    limits += [int(text)] if text.isdecimal() else []
+  return min(limits)
 
 
-def of_device() -> int:
-  """Bytes of the smallest of this process's devices; of a CPU those of the machine."""
-  told = [device.memory_stats() or {} for device in jax.local_devices()]
-  return min(one.get('bytes_limit', of_process()) for one in told)
+def memory_of_device() -> int:
+  """Returns the bytes of this process's smallest device; a CPU has the machine's."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  return min(each.get('bytes_limit', memory_of_process()) for each in stats)

@@ -1,10 +1,11 @@
 """Features of a frozen trunk, computed once and kept on disk.
 
-A head that reads frozen features need not run the trunk to be trained: what it reads,
-pooled, is a few kilobytes an image. The arrays are .npy files, written in place batch
-by batch, so that they need not fit in memory and a killed run goes on where it was.
+Heads on a frozen trunk are trained without running it: the pooled features that they
+read are a few kilobytes per image. The arrays are .npy files that are filled batch by
+batch, so they need not fit in memory and a killed run continues where it stopped.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,15 +35,11 @@ from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import same_config
 
 PROGRESS = 'features.json'
-SHARE = 4  # features up to one part in so many of the machine's memory are read into it
+SHARE = 4  # features are read into memory if they take at most 1/SHARE of it
 
 
 class FeatureSet(NamedTuple):
-  """A `Dataset` of features of a frozen network.
-
-  Splits are {'features': {name: float32 [n, ...]}, 'label': int32 [n]}, in memory or
-  mapped from disk.
-  """
+  """A `Dataset` of features of a frozen network, in memory or mapped from disk."""
 
   name: str
   train: Split
@@ -56,37 +53,37 @@ class FeatureSet(NamedTuple):
   ignore = None
   names = ()
   tokenizer = None
-  augments = False  # views were augmented before
+  augments = False  # images are augmented before their features are computed
   streamed = False
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the features of one example, by name: there is not one shape."""
+    """Returns (), as every feature has a shape of its own."""
     return ()
 
   def on_device(self, put: Callable[[Split], Any] = jax.device_put) -> Any:
-    """The training split to read batches from; what is mapped from disk stays there."""
+    """Returns the training split on the device, or on disk where it is mapped."""
     return self.train if self.mapped else put(self.train)
 
   @property
   def mapped(self) -> bool:
-    """Whether the training split is on disk."""
+    """Whether the training split is mapped from disk."""
     return any(isinstance(x, np.memmap) for x in self.train['features'].values())
 
   def example(self) -> tuple:
-    """The features of one example, zeros."""
+    """Returns the features of one example, all zeros."""
     one = lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype)
     return (jax.tree.map(one, self.train['features']),)
 
   def sampler(self, key: jax.Array, size: int, augment: bool) -> 'FeatureSampler':
-    """(train, step) -> training batch."""
+    """Returns the sampler of training batches; features are not augmented."""
     del augment
     return FeatureSampler(key, size, self.mapped)
 
   def batches(
     self, split: Split, size: int, place: Placement = HERE
   ) -> Iterator[Batch]:
-    """All rows once, in order; the last batch is padded, with 'weight' 0 there."""
+    """Yields all rows once, in order; 'weight' is 0 where the last batch is padded."""
     n = len(split['label'])
     for start in range(0, n, size):
       rows = np.arange(start, start + size)
@@ -94,14 +91,17 @@ class FeatureSet(NamedTuple):
       yield place.whole({**taken, 'weight': jnp.asarray(rows < n, jnp.float32)})
 
   def probe(self) -> dict[str, Split]:
-    """All arrays."""
+    """Returns all arrays."""
     return {'train': self.train, 'held_out': self.held_out, 'test': self.test}
 
 
 class FeatureSampler(NamedTuple):
-  """batch_at(split, step): every epoch goes through the rows in its own order.
+  """batch_at(split, step) -> batch; every epoch goes through the rows in a new order.
 
-  on_host: rows are on disk, so that batches are made outside of jit.
+  Attributes:
+    key: random key of the orders.
+    size: examples in a batch.
+    on_host: whether rows are on disk, so that batches are made outside jit.
   """
 
   key: jax.Array
@@ -119,15 +119,15 @@ class FeatureSampler(NamedTuple):
     return jax.tree.map(lambda x: x[rows], split)
 
   def stepwise(self, place: Placement = HERE) -> Callable[[Any, int], Any]:
-    """The same for a loop on the host, for rows in memory or on disk."""
-    found: dict[int, np.ndarray] = {}
+    """Returns the same function, which shuffles once per epoch and not per step."""
+    order_of = functools.lru_cache(1)(
+      lambda epoch, n: np.asarray(shuffled(self.key, epoch, n))
+    )
 
     def batch_at(split, step):
       epoch, at = divmod(int(step), epoch_steps(split, self.size))
-      if epoch not in found:
-        found.clear()
-        found[epoch] = np.asarray(shuffled(self.key, epoch, len(split['label'])))
-      rows = found[epoch][at * self.size : (at + 1) * self.size]
+      order = order_of(epoch, len(split['label']))
+      rows = order[at * self.size : (at + 1) * self.size]
       return place.whole(jax.tree.map(lambda x: x[rows], split))
 
     return batch_at
@@ -141,34 +141,39 @@ def collect(
   folder: Path,
   about: Mapping[str, Any],
 ) -> Any:
-  """{'features': {name: float32 [n, ...]}, 'label': int32 [n]} of all batches.
+  """Computes the features of all batches, or reads those that were computed before.
 
   Args:
     apply: f(variables, *inputs) -> {name: [batch, ...]}, such as `WithHeads.features`.
-    batches: in an order that is always the same; rows with 'weight' 0 are left out.
-    most: number of rows that they can have together.
-    folder: where the arrays are kept; features that are there are read, unfinished
-      ones are gone on with.
-    about: what they depend on, plain JSON. Raises CheckpointError where the folder has
-      those of something else.
+    variables: the variables of `apply`.
+    batches: batches in a fixed order; rows of 'weight' 0 are left out.
+    most: upper bound of the number of rows in all batches.
+    folder: where the arrays are kept; an unfinished computation is continued.
+    about: plain JSON that says what the features depend on.
+
+  Returns:
+    A split {'features': {name: float32 [n, ...]}, 'label': int32 [n]}.
+
+  Raises:
+    CheckpointError: the folder holds features of something else, or damaged ones.
+    ValueError: there are no batches.
   """
   folder.mkdir(parents=True, exist_ok=True)
   progress = folder / PROGRESS
-  done = {'about': dict(about), 'batches': 0, 'rows': 0}
-  before = directory.read(progress)
-  if before is not None:
-    done = before
-    same_config(done['about'], about, str(folder))
-    if done.get('finished'):
-      return _read(folder, done['names'], done['rows'])
-  one = jax.jit(apply)
+  done = directory.read(progress) or {'about': dict(about), 'batches': 0, 'rows': 0}
+  same_config(done['about'], about, str(folder))
+  if done.get('finished'):
+    return _read(folder, done['names'], done['rows'])
+  features_of = jax.jit(apply)
   files: dict[str, np.memmap] = {}
   for batch in itertools.islice(batches, done['batches'], None):
-    found = fetch(one(variables, *inputs_of(batch)))
+    features = fetch(features_of(variables, *inputs_of(batch)))
     batch = fetch({k: batch[k] for k in ('label', 'weight') if k in batch})
     real = real_rows(batch)
-    found = {k: np.asarray(v, np.float32) for k, v in found.items()}
-    rows = {**found, 'label': np.asarray(batch['label'], np.int32)}
+    rows: dict[str, np.ndarray] = {
+      **{k: np.asarray(v, np.float32) for k, v in features.items()},
+      'label': np.asarray(batch['label'], np.int32),
+    }
     done['names'] = sorted(rows)
     if distributed.writes() and not files:
       files = _files(folder, rows, most, anew=not done['batches'])
@@ -186,7 +191,7 @@ def collect(
 
 
 def _files(folder: Path, rows: Mapping[str, np.ndarray], most: int, anew: bool):
-  """{name: array of `most` rows on disk}."""
+  """Opens {name: array of `most` rows on disk}."""
   mode = 'w+' if anew else 'r+'
   shape = lambda values: (most, *values.shape[1:]) if anew else None
   opened = np.lib.format.open_memmap
@@ -198,28 +203,28 @@ def _files(folder: Path, rows: Mapping[str, np.ndarray], most: int, anew: bool):
     for i in range(len(files) if hasattr(os, 'posix_fallocate') else 0):
       with _path(folder, i).open('r+b') as file:
         size = os.fstat(file.fileno()).st_size
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is no SIGBUS later
+        # Reserved now: on a full disk, a write to the mapping would be a SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, size)
   return files
 
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-  """Raises WriteError where there is no room, CheckpointError for a file cut short."""
+  """Raises WriteError on a full disk and CheckpointError for a truncated file."""
   with directory.writing(folder):
     try:
       yield
-    except ValueError as error:  # numpy's, of mapping a file
+    except ValueError as error:  # numpy raises it where it cannot map a file
       raise CheckpointError(
-        f'{folder}: damaged: {error}. Delete the folder: it is computed again'
+        f'{folder}: damaged: {error}. Delete the folder, and it is computed again'
       ) from error
 
 
 def _read(folder: Path, names: Sequence[str], rows: int) -> Any:
-  """What is there: in memory where it is small, else mapped."""
+  """Reads the arrays into memory where they are small, else maps them."""
   paths = [_path(folder, i) for i in range(len(names))]
-  there = dataset.of_process()
   size = sum(path.stat().st_size for path in paths)
-  small = distributed.agreed(np.bool_(size * SHARE <= there))
+  small = distributed.agreed(np.bool_(size * SHARE <= dataset.memory_of_process()))
   with _usable(folder):
     arrays = {
       name: np.load(path, mmap_mode=None if small else 'r')[:rows]
@@ -229,4 +234,4 @@ def _read(folder: Path, names: Sequence[str], rows: int) -> Any:
 
 
 def _path(folder: Path, i: int) -> Path:
-  return folder / f'{i}.npy'  # names may have a slash
+  return folder / f'{i}.npy'  # numbered, because names may contain a slash

@@ -1,12 +1,12 @@
-"""Images and their classes: read once into memory, batched and augmented inside jit.
+"""Image data sets: which there are, how they are read, split and batched.
 
-What does not fit there is `streamed`.
-
-`load` gives numpy arrays with deterministic splits; `batch` is a pure function of
-(key, step), so a run that is stopped and resumed sees the same images; `batches` goes
-through a split once, in order, for evaluation.
+`load` reads a data set by name, into memory or, where it is too large, as
+`streaming.StreamedImages`. An `ImageSet` is in memory: its training batches are a pure
+function of (key, step) inside jit, so a resumed run sees the same images. The set
+'multi_fashion', two fashion_mnist images in one and two tasks, is made here.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ from depthprune.data import dataset, masks, streaming
 from depthprune.data.augment import (
   Augment,
   Normalisation,
-  augmented,
-  measured,
-  mixed,
+  crop_and_flip,
+  default_augment,
+  measure_normalisation,
+  mixup,
   normalise,
-  usual,
 )
 from depthprune.data.dataset import (
   HERE,
@@ -34,82 +34,141 @@ from depthprune.data.dataset import (
   shuffled,
 )
 from depthprune.data.tfds import (
-  BLOCK,
   ImageSource,
   Records,
+  decoded,
   find,
   one_shape,
   open_split,
+  open_splits,
   sized,
   tested,
 )
 
-NAME, OF = 'multi_fashion', 'fashion_mnist'
-TASKS = 'left', 'right'  # the columns of the labels
-SIDE, PIECE = 36, 28  # of the canvas, and of what lies in two of its corners
 
+def load(
+  name: str = 'digits',
+  seed: int = 0,
+  held_out: int | None = None,
+  subset: int | None = None,
+  resize: int | None = None,
+  download: bool = False,
+  stream: bool | None = None,
+  normalisation: Normalisation | None = None,
+  mixup: float = 0.0,
+  randaugment: int = 0,
+  workers: int = 0,
+) -> 'ImageSet | streaming.StreamedImages':
+  """Reads a data set of images with one class each, or with one class per pixel.
 
-def overlaid(pieces: ImageSource, resize: int | None = None) -> ImageSource:
-  """Images [n, 36, 36, 1] and labels int32 [n, 2] of a source of images [n, 28, 28, 1].
+  The test images are always the same: the set's own, or a fixed quarter of the training
+  images where it has none. Only the images that are chosen are decoded.
 
-  Pairs are made among the rows that are read together, always the same for as many:
-  training images lie over training images, held-out over held-out ones.
+  Args:
+    name: 'digits', 'multi_fashion', or the name of any TFDS set of images.
+    seed: chooses the held-out images and the subset out of the training images.
+    held_out: number of held-out images; None takes a tenth of the training images, at
+      most 5000. A set with masks and a validation split holds that out instead.
+    subset: number of images to train on; None takes all that are left.
+    resize: side in pixels of the square that images are scaled and cropped to.
+    download: whether TFDS may fetch a set that is not in TFDS_DATA_DIR.
+    stream: whether images are read from disk as they are needed; None streams a set
+      that would take more than half of the memory.
+    normalisation: the one that weights were trained with; None measures it on the
+      training images.
+    mixup: images are blended in pairs, by shares from Beta(mixup, mixup); 0 for none.
+    randaugment: magnitude of RandAugment, 1 to 30, for streamed images; 0 for none.
+    workers: processes that read streamed images; 0 uses threads of this one.
+
+  Raises:
+    DataError: the set is unknown, absent, of another kind, or too large for the memory
+      and cannot be streamed; or the augmentation does not suit its images.
   """
+  stored = source(name, resize, download)
+  rows = dataset.divide(
+    name,
+    (stored.train, stored.test),
+    seed,
+    held_out,
+    subset,
+    validation=stored.validation,
+  )
+  augment = default_augment(name, stored)._replace(mixup=mixup, randaugment=randaugment)
+  size = sum(map(len, rows[:3])) * int(np.prod(stored.shape))
+  if _streams(name, stored, size, stream):
+    return streaming.streamed(name, stored, rows, augment, normalisation, workers)
+  if randaugment:
+    raise DataError(
+      f'data {name!r}: randaugment is for images that are streamed, these are '
+      'in memory: leave it out, or pass --stream always'
+    )
+  if mixup and (stored.tasks or stored.ignore is not None):
+    raise DataError(
+      f'data {name!r}: mixup is for images with one class each: leave it out'
+    )
+  parts = {
+    'train': stored.read('train', rows.train),
+    'held_out': stored.read(rows.held_of, rows.held_out),
+    'test': stored.read(rows.of, rows.test),
+  }
+  classes, notes = stored.classes, ()
+  if stored.ignore is not None:
+    classes = classes or masks.highest(list(parts.values()), stored.ignore)
+    notes = masks.notes(parts, classes, stored)
+  if normalisation is None:
+    normalisation = measure_normalisation(parts['train']['image'], stored.scale)
+  return ImageSet(
+    name,
+    **parts,
+    classes=classes,
+    shape=stored.shape,
+    normalisation=normalisation,
+    augment=augment,
+    ignore=stored.ignore,
+    names=stored.names,
+    tasks=stored.tasks,
+    notes=notes,
+  )
 
-  def read(split, rows):
-    found = pieces.read(split, rows)
-    partner = pairs(len(rows))
-    image = overlay(found['image'], found['image'][partner])
-    if resize is not None:
-      small = [sized(one, resize) for one in image]
-      image = np.array(small, np.uint8).reshape(-1, resize, resize, 1)
-    label = np.stack([found['label'], found['label'][partner]], axis=1)
-    return {'image': image, 'label': label}
 
-  side = resize or SIDE
-  return pieces._replace(shape=(side, side, 1), read=read, tasks=TASKS, records=None)
-
-
-def tasks(name: str) -> tuple[str, ...]:
-  """The tasks of the data set of that name, () where it has but one."""
-  return TASKS if name == NAME else ()
-
-
-def pairs(n: int) -> np.ndarray:
-  """[n]: which image lies over each; all in one circle, so that none is over itself."""
-  # RandomState, because its streams are frozen for all versions of numpy.
-  circle = np.random.RandomState(0).permutation(n)
-  partner = np.empty(n, np.int64)
-  partner[circle] = np.roll(circle, -1)
-  return partner
-
-
-def overlay(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """The brighter pixel of two images [n, 28, 28, 1], on a canvas [n, 36, 36, 1]."""
-  canvas = np.zeros((len(left), SIDE, SIDE, 1), left.dtype)
-  canvas[:, :PIECE, :PIECE] = left
-  corner = canvas[:, -PIECE:, -PIECE:]
-  np.maximum(corner, right, out=corner)
-  return canvas
+def _streams(name: str, source: ImageSource, size: int, asked: bool | None) -> bool:
+  """Decides whether images that take `size` bytes are streamed."""
+  memory = min(dataset.memory_of_process(), dataset.memory_of_device())
+  large = size > memory // 2
+  if (asked or (large and asked is None)) and source.records is not None:
+    return True
+  if asked:
+    raise DataError(
+      f'data {name!r}: expected a TFDS set of images with a class each to be streamed: '
+      'leave stream out'
+    )
+  if large:
+    raise DataError(
+      f'data {name!r}: {size / 2**30:.0f} GiB of images, expected at most half of the '
+      f'{memory / 2**30:.0f} GiB that are there: pass subset=N or resize=SIDE'
+    )
+  return False
 
 
 def source(name: str, resize: int | None = None, download: bool = False) -> ImageSource:
-  """The data set called `name`: 'digits', or anything TFDS has in TFDS_DATA_DIR.
+  """Returns a data set before it is read: what it holds and how to read its rows.
 
-  'multi_fashion' is made of fashion_mnist, and where a set has masks every pixel has
-  a class.
+  Args:
+    name: 'digits', 'multi_fashion', or a TFDS set that is prepared in TFDS_DATA_DIR.
+    resize: side in pixels of the square that images are scaled and cropped to.
+    download: whether TFDS may fetch a set that is not on this machine.
 
-  Raises DataError for a name nobody knows, a set that is not prepared on this machine,
-  and a set without images or without classes.
+  Raises:
+    DataError: the name is unknown, or the set is not on this machine, or has no images
+      or no classes.
   """
   if name == 'digits':
     return _digits()
   if name == NAME:
-    pieces = _tfds(OF, find(OF, download), None)
-    return overlaid(pieces, resize)
+    return overlaid(_tfds(OF, find(OF, download), None), resize)
   builder = find(name, download)
-  if found := masks.keys(builder):
-    return masks.source(name, builder, *found, resize)
+  if keys := masks.keys(builder):
+    return masks.source(name, builder, *keys, resize)
   return _tfds(name, builder, resize)
 
 
@@ -119,19 +178,14 @@ def _digits() -> ImageSource:
   digits: Any = load_digits()
   image = digits.images[..., None].astype(np.uint8)  # [1797, 8, 8, 1], 0 to 16
   label = digits.target.astype(np.int32)
-
-  def read(split, rows):
-    return {'image': image[rows], 'label': label[rows]}
-
+  read = lambda split, rows: {'image': image[rows], 'label': label[rows]}
   return ImageSource(len(label), 0, image.shape[1:], 10, 16.0, read)
 
 
 def _tfds(name: str, builder: Any, resize: int | None) -> ImageSource:
   image_key, label_key = _keys(name, builder)
   shape = one_shape(name, builder.info.features[image_key].shape, resize)
-  opened = {split: open_split(name, builder, split) for split in builder.info.splits}
-  if 'train' not in opened:
-    raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
+  opened = open_splits(name, builder)
   splits = {'train': opened['train']}
   test = tested(opened, label_key)
   if test:
@@ -140,11 +194,9 @@ def _tfds(name: str, builder: Any, resize: int | None) -> ImageSource:
   def read(split, rows):
     image = np.empty((len(rows), *shape), np.uint8)
     label = np.empty(len(rows), np.int32)
-    for start in range(0, len(rows), BLOCK):
-      records = splits[split].__getitems__(rows[start : start + BLOCK].tolist())
-      for i, record in enumerate(records, start):
-        image[i] = sized(record[image_key], resize)
-        label[i] = record[label_key]
+    for i, record in enumerate(decoded(splits[split], rows)):
+      image[i] = sized(record[image_key], resize)
+      label[i] = record[label_key]
     return {'image': image, 'label': label}
 
   def records():
@@ -157,7 +209,7 @@ def _tfds(name: str, builder: Any, resize: int | None) -> ImageSource:
 
 
 def _keys(name: str, builder: Any) -> tuple[str, str]:
-  """The names of the image and of the class among the features."""
+  """Returns the names of the features that are the image and its class."""
   import tensorflow_datasets as tfds
 
   features = dict(builder.info.features)
@@ -177,9 +229,11 @@ class ImageSet(NamedTuple):
   """A `Dataset` of images in memory.
 
   Attributes:
-    shape: of one image, (height, width, channels).
-    normalisation: computed on `train` alone, or what pretrained weights want.
-    augment: what is usual for such images. The others are those of `Dataset`.
+    shape: (height, width, channels) of an image.
+    normalisation: measured on `train`, or the one that pretrained weights need.
+    augment: how training images are augmented, where that is asked for.
+
+  All other attributes are those of `Dataset`.
   """
 
   name: str
@@ -200,120 +254,27 @@ class ImageSet(NamedTuple):
   streamed = False
 
   def example(self) -> tuple[jax.Array, ...]:
-    """One image of zeros, ([1, height, width, channels],)."""
+    """Returns one image of zeros, ([1, height, width, channels],)."""
     return (jnp.zeros((1, *self.shape), jnp.float32),)
 
   def sampler(self, key: jax.Array, size: int, augment: bool) -> 'ImageSampler':
-    """(train, step) -> training batch; with `augment` as is usual for such images."""
+    """Returns the sampler of training batches of `size` images."""
     by = self.augment if augment else Augment()
     return ImageSampler(key, size, self.normalisation, by)
 
   def batches(
     self, split: Split, size: int, place: Placement = HERE
   ) -> Iterator[Batch]:
-    """All images of a split once, for evaluation."""
+    """Yields all images of a split once, in order, for evaluation."""
     return map(place.whole, batches(split, size, self.normalisation))
 
   def on_device(self, put: Callable[[Split], Batch] = jax.device_put) -> Batch:
-    """The training images, where the sampler reads them."""
+    """Returns the training split on the device."""
     return put(self.train)
 
   def probe(self) -> dict[str, Split]:
-    """All arrays."""
+    """Returns all arrays."""
     return {'train': self.train, 'held_out': self.held_out, 'test': self.test}
-
-
-def load(
-  name: str = 'digits',
-  seed: int = 0,
-  held_out: int | None = None,
-  subset: int | None = None,
-  resize: int | None = None,
-  download: bool = False,
-  stream: bool | None = None,
-  normalisation: Normalisation | None = None,
-  mixup: float = 0.0,
-  randaugment: int = 0,
-  workers: int = 0,
-) -> 'ImageSet | streaming.StreamedImages':
-  """Reads a data set: 'digits', 'multi_fashion', or any TFDS set of images by its name,
-  which have a class each, or a mask with one for every pixel.
-
-  The test images are always the same: the set's own, or a fixed quarter where it has
-  none. `seed` chooses the `held_out` images out of the training images (a tenth, 5000
-  at most, unless given) and the `subset` that is trained on (all the others, unless
-  given). Where a set with masks has a test and a validation split, the latter is held
-  out. Only chosen images are decoded. `resize` makes them square, with that side;
-  `download` lets TFDS fetch a set that is not in TFDS_DATA_DIR.
-
-  What would take more than half of the memory of this machine is streamed, which is
-  read as it is needed; `stream` says so, or that it must not be. `normalisation`: what
-  weights were trained on, instead of that of the training images.
-
-  mixup blends images in pairs, by shares from Beta(mixup, mixup); randaugment is a
-  magnitude from 1 to 30, of images that are streamed; 0 is none of them. `workers` are
-  processes that read what is streamed.
-
-  Raises DataError where the set is unknown, absent, without classes to tell from its
-  images, or too large for the memory and not to be streamed; and for augmentation that
-  is not for such images.
-  """
-  found = source(name, resize, download)
-  sizes = found.train, found.test
-  own = found.validation
-  rows = dataset.divide(name, sizes, seed, held_out, subset, validation=own)
-  size = sum(map(len, rows[:3])) * int(np.prod(found.shape))
-  if _streams(name, found, size, stream):
-    by = usual(name, found)._replace(mixup=mixup, randaugment=randaugment)
-    return streaming.streamed(name, found, rows, by, normalisation, workers)
-  if randaugment:
-    raise DataError(
-      f'data {name!r}: randaugment is for images that are streamed, these are '
-      'in memory: leave it out, or pass --stream always'
-    )
-  if mixup and (found.tasks or found.ignore is not None):
-    raise DataError(
-      f'data {name!r}: mixup is for images with one class each: leave it out'
-    )
-  parts = {
-    'train': found.read('train', rows.train),
-    'held_out': found.read(rows.held_of, rows.held_out),
-    'test': found.read(rows.of, rows.test),
-  }
-  classes, notes = found.classes, ()
-  if found.ignore is not None:
-    classes = classes or masks.highest(list(parts.values()), found.ignore)
-    notes = masks.notes(parts, classes, found)
-  return ImageSet(
-    name,
-    **parts,
-    classes=classes,
-    shape=found.shape,
-    normalisation=normalisation or measured(parts['train']['image'], found.scale),
-    augment=usual(name, found)._replace(mixup=mixup),
-    ignore=found.ignore,
-    names=found.names,
-    tasks=found.tasks,
-    notes=notes,
-  )
-
-
-def _streams(name: str, source: ImageSource, size: int, asked: bool | None) -> bool:
-  memory = min(dataset.of_process(), dataset.of_device())
-  large = size > memory // 2
-  if (asked or (large and asked is None)) and source.records is not None:
-    return True
-  if asked:
-    raise DataError(
-      f'data {name!r}: expected a TFDS set of images with a class each to be streamed: '
-      'leave stream out'
-    )
-  if large:
-    raise DataError(
-      f'data {name!r}: {size / 2**30:.0f} GiB of images, expected at most half of the '
-      f'{memory / 2**30:.0f} GiB that are there: pass subset=N or resize=SIDE'
-    )
-  return False
 
 
 def batch(
@@ -325,11 +286,16 @@ def batch(
   augment: Augment = Augment(),
   ordered: jax.Array | None = None,
 ) -> Batch:
-  """The training batch of a step: pure, to be called inside jit.
+  """Returns the training batch of a step, inside jit.
 
-  `split` lives on the device; the key is the run's, the same in every step. Every
-  epoch goes through the images in its own order. All of `size`, `normalisation` and
-  `augment` are static. `ordered` is the order of the step's epoch, if it is known.
+  Args:
+    split: the training split, on the device.
+    step: number of the step; every epoch goes through the images in a new order.
+    key: random key, the same for all steps.
+    size: images in a batch.
+    normalisation: of the pixels.
+    augment: random changes of the images.
+    ordered: the order of the step's epoch, int32 [n], where the caller has it.
   """
   n = len(split['label'])
   steps = epoch_steps(split, size)
@@ -341,11 +307,11 @@ def batch(
   rows = jax.lax.dynamic_slice_in_dim(ordered, start, size)
   image, label = jnp.asarray(split['image'])[rows], jnp.asarray(split['label'])[rows]
   way = jax.random.fold_in(augmenting, step)
-  image = augmented(image, way, augment)
+  image = crop_and_flip(image, way, augment)
   if augment.ignore is not None:
-    label = augmented(label[..., None], way, augment, augment.ignore)[..., 0]
-  found = {'image': normalise(image, normalisation), 'label': label.astype(jnp.int32)}
-  return mixed(found, jax.random.fold_in(way, 0), augment.mixup)
+    label = crop_and_flip(label[..., None], way, augment, augment.ignore)[..., 0]
+  made = {'image': normalise(image, normalisation), 'label': label.astype(jnp.int32)}
+  return mixup(made, jax.random.fold_in(way, 0), augment.mixup)
 
 
 class ImageSampler(NamedTuple):
@@ -364,28 +330,25 @@ class ImageSampler(NamedTuple):
     return False
 
   def stepwise(self, place: Placement = HERE) -> Callable[[Split | Batch, int], Batch]:
-    """The same, compiled, for a loop on the host: one sort per epoch, not per step."""
-    one = jax.jit(
+    """Returns the same function, compiled, which shuffles once per epoch."""
+    make = jax.jit(
       lambda split, step, ordered: place.whole(batch(split, step, *self, ordered))
     )
     ordering, _ = jax.random.split(self.key)
-    found: dict[int, jax.Array] = {}
+    order_of = functools.lru_cache(1)(functools.partial(shuffled, ordering))
 
     def batch_at(split, step):
       epoch = step // epoch_steps(split, self.size)
-      if epoch not in found:
-        found.clear()
-        found[epoch] = shuffled(ordering, epoch, len(split['label']))
-      return one(split, step, found[epoch])
+      return make(split, step, order_of(epoch, len(split['label'])))
 
     return batch_at
 
 
 def batches(split: Split, size: int, normalisation: Normalisation) -> Iterator[Batch]:
-  """All images once, in order, for evaluation.
+  """Yields all images of a split once, in order, for evaluation.
 
-  Every batch has `size` rows, so that one compilation serves them all: the last is
-  padded, with 'weight' 0 on the padding and 1 elsewhere.
+  Every batch has `size` rows, so that one compilation serves all of them; the last is
+  padded, and 'weight' is 0 on the padding and 1 elsewhere.
   """
   for start in range(0, len(split['label']), size):
     image = split['image'][start : start + size]
@@ -397,3 +360,58 @@ def batches(split: Split, size: int, normalisation: Normalisation) -> Iterator[B
       'label': padded(jnp.asarray(label)).astype(jnp.int32),
       'weight': (jnp.arange(size) < len(label)).astype(jnp.float32),
     }
+
+
+# ---- two images in one --------------------------------------------------------------
+
+NAME, OF = 'multi_fashion', 'fashion_mnist'
+TASKS = 'left', 'right'  # the columns of the labels
+SIDE, PIECE = 36, 28  # pixels: side of the canvas, and of the image in each corner
+
+
+def overlaid(pieces: ImageSource, resize: int | None = None) -> ImageSource:
+  """Returns a source whose images show two images of another source, with both labels.
+
+  Pairs are made among the rows that are read together and depend only on their number,
+  so training images lie over training images, and held-out over held-out ones.
+
+  Args:
+    pieces: source of images [n, 28, 28, 1] and labels int32 [n].
+    resize: side in pixels of the result; None leaves 36.
+
+  Returns:
+    A source of images [n, 36, 36, 1] and labels int32 [n, 2]. The two images lie in
+    opposite corners, and where they overlap the brighter pixel is seen.
+  """
+
+  def read(split, rows):
+    piece, partner = pieces.read(split, rows), pairs(len(rows))
+    image = np.zeros((len(rows), SIDE, SIDE, 1), piece['image'].dtype)
+    image[:, :PIECE, :PIECE] = piece['image']
+    corner = image[:, -PIECE:, -PIECE:]
+    np.maximum(corner, piece['image'][partner], out=corner)
+    if resize is not None:
+      small = [sized(one, resize) for one in image]
+      image = np.array(small, np.uint8).reshape(-1, resize, resize, 1)
+    label = np.stack([piece['label'], piece['label'][partner]], axis=1)
+    return {'image': image, 'label': label}
+
+  side = resize or SIDE
+  return pieces._replace(shape=(side, side, 1), read=read, tasks=TASKS, records=None)
+
+
+def tasks(name: str) -> tuple[str, ...]:
+  """Returns the names of a data set's tasks, () where there is only one."""
+  return TASKS if name == NAME else ()
+
+
+def pairs(n: int) -> np.ndarray:
+  """Returns which image is laid over each of n images, int64 [n].
+
+  The pairs form one circle, so that no image lies over itself.
+  """
+  # RandomState, because its streams are frozen for all versions of numpy.
+  circle = np.random.RandomState(0).permutation(n)
+  partner = np.empty(n, np.int64)
+  partner[circle] = np.roll(circle, -1)
+  return partner

@@ -1,24 +1,23 @@
-"""TFDS sets where every pixel has a class: an image, and a mask of its size."""
+"""TFDS sets for segmentation: an image, and a mask with a class for every pixel."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from depthprune.data.dataset import DataError, Split
-from depthprune.data.tfds import BLOCK, ImageSource, one_shape, open_split, sized
+from depthprune.data.tfds import ImageSource, decoded, one_shape, open_splits, sized
 
-# What a set calls the pixels without a class; and their usual number where it does not.
-UNLABELLED = 'unlabelled', 'unlabeled', 'void', 'ignore'
-IGNORE = 255
-SKEWED = 4  # a class so many times as frequent in one split as in another is noted
+UNLABELLED = 'unlabelled', 'unlabeled', 'void', 'ignore'  # names of no class
+IGNORE = 255  # the usual label of unlabelled pixels, for sets that name none
+SKEWED = 4  # a class this many times as frequent in one split as in another is noted
 
 
 def keys(builder: Any) -> tuple[str, str] | None:
-  """The names of the image and of its mask among the features; None without a mask.
+  """Returns the names of the features that are the image and its mask.
 
-  They are what the set says is told from what (`supervised_keys`). Where it says
-  nothing and has no class per image, the mask is the one called so, or a LabeledImage.
+  They are the set's `supervised_keys`. A set without these and without a class per
+  image has a mask if a feature is named so or is a LabeledImage. None without a mask.
   """
   from tensorflow_datasets import features as kinds
 
@@ -37,25 +36,31 @@ def keys(builder: Any) -> tuple[str, str] | None:
     )
     mask = next(filter(is_mask, flat), '')
     image = next((k for k in images if k != mask), '')
-  found = image in images and mask in flat and image != mask
-  eight = found and all(features[k].np_dtype == np.uint8 for k in (image, mask))
+  valid = image in images and mask in flat and image != mask
+  eight = valid and all(features[k].np_dtype == np.uint8 for k in (image, mask))
   return (image, mask) if eight else None
 
 
 def source(
   name: str, builder: Any, image_key: str, mask_key: str, resize: int | None
 ) -> ImageSource:
-  """The images and masks of a set; labels are uint8 [n, height, width].
+  """Returns the source of a set's images and masks, uint8 [n, height, width].
 
-  Classes are those that the set has names for, without the one for unlabelled pixels.
+  The classes are those that the set names, without the name of unlabelled pixels.
 
-  Raises DataError where there is no training split; and where it is read for a mask of
-  another size than its image, and for a label outside the classes.
+  Args:
+    name: name of the set.
+    builder: its TFDS builder.
+    image_key: name of the feature that is the image.
+    mask_key: name of the feature that is the mask.
+    resize: side in pixels of the square that both are scaled and cropped to.
+
+  Raises:
+    DataError: there is no training split; or, when rows are read, a mask has another
+      size than its image or a label outside the classes.
   """
   shape = one_shape(name, builder.info.features[image_key].shape, resize)
-  opened = {split: open_split(name, builder, split) for split in builder.info.splits}
-  if 'train' not in opened:
-    raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
+  opened = open_splits(name, builder)
   test = next((s for s in ('test', 'validation') if len(opened.get(s, ()))), '')
   listed = _listed(builder, mask_key)
   names = tuple(n for n in listed if n.lower() not in UNLABELLED)
@@ -66,7 +71,7 @@ def source(
     of = test if split == 'test' else split
     image = np.empty((len(rows), *shape), np.uint8)
     label = np.empty((len(rows), *shape[:2]), np.uint8)
-    for i, record in enumerate(_records(opened[of], rows)):
+    for i, record in enumerate(decoded(opened[of], rows)):
       where = f'data {name!r}: {_where(builder, of, int(rows[i]))}'
       _check(where, record[image_key], record[mask_key], mask_key, len(listed), ignore)
       image[i] = sized(record[image_key], resize)
@@ -88,16 +93,11 @@ def source(
   )
 
 
-def _records(split: Any, rows: np.ndarray) -> Iterator[Mapping[str, np.ndarray]]:
-  for start in range(0, len(rows), BLOCK):
-    yield from split.__getitems__(rows[start : start + BLOCK].tolist())
-
-
 def numbered(listed: Sequence[str], ignore: int) -> np.ndarray:
-  """The class of every label that a mask may hold, uint8 [256].
+  """Returns the class of every label that a mask may hold, uint8 [256].
 
-  Classes count up without a gap; unlabelled pixels, wherever the set lists them, are
-  `ignore`. A label behind those that are listed stays as it is.
+  Classes are numbered without a gap, unlabelled pixels become `ignore` wherever the
+  set lists them, and a label beyond the list stays as it is.
   """
   numbers, count = np.arange(256, dtype=np.uint8), 0
   for i, name in enumerate(listed):
@@ -108,7 +108,7 @@ def numbered(listed: Sequence[str], ignore: int) -> np.ndarray:
 
 
 def _listed(builder: Any, mask_key: str) -> tuple[str, ...]:
-  """What the set calls its labels, in order; () if it says nothing."""
+  """Returns the set's names of its labels, in order; () if it has none."""
   names = tuple(getattr(builder.info.features[mask_key], 'names', None) or ())
   listed = builder.data_path / f'{mask_key}.labels.txt'
   if not names and listed.exists():
@@ -133,7 +133,7 @@ def _check(where, image, mask, mask_key: str, labels: int, ignore: int) -> None:
 
 
 def _where(builder: Any, split: str, row: int) -> str:
-  """The file that a record is in, and its number there."""
+  """Returns the file that a record is in and its number there, for messages."""
   info = builder.info.splits[split]
   for path, count in zip(info.filepaths, info.shard_lengths):
     if row < count:
@@ -143,13 +143,13 @@ def _where(builder: Any, split: str, row: int) -> str:
 
 
 def highest(splits: Sequence[Split], ignore: int) -> int:
-  """One more than the highest label of any split."""
+  """Returns one more than the highest label of any split."""
   tops = [s['label'][s['label'] != ignore].max(initial=0) for s in splits]
   return int(max(tops)) + 1
 
 
 def shares(split: Split, classes: int) -> np.ndarray:
-  """Share of every class in the labelled pixels, [classes], 0 where there are none."""
+  """Returns the share of every class in the labelled pixels, float [classes]."""
   counts = np.bincount(split['label'].ravel(), minlength=classes)[:classes]
   return counts / max(counts.sum(), 1)
 
@@ -157,24 +157,24 @@ def shares(split: Split, classes: int) -> np.ndarray:
 def notes(
   splits: Mapping[str, Split], classes: int, source: ImageSource
 ) -> tuple[str, ...]:
-  """What a reader of results must know: splits that differ, classes that are absent."""
+  """Returns notes about splits that differ and classes that are absent."""
   names = source.names or tuple(map(str, range(classes)))
   share = {name: shares(split, classes) for name, split in splits.items()}
-  found = []
+  notes = []
   if source.validation:
-    found.append('held-out images are of the validation split that the set has')
+    notes.append('held-out images are of the validation split that the set has')
   if not source.names:
-    found.append(f'the set names no classes: {classes} are those that its labels show')
+    notes.append(f'the set names no classes: {classes} are those that its labels show')
   for i, name in enumerate(names):
     each = {split: share[split][i] for split in splits}
     absent = [split for split, part in each.items() if not part]
     high, low = max(each.values()), min(each.values())
     if high > SKEWED * low > 0:
-      told = ', '.join(f'{100 * part:.2g} % in {split}' for split, part in each.items())
-      found.append(f'pixels of class {name} are {told}')
+      parts = ', '.join(f'{100 * x:.2g} % in {split}' for split, x in each.items())
+      notes.append(f'pixels of class {name} are {parts}')
     elif high and absent:
-      found.append(
+      notes.append(
         f'class {name} is in no label of {", ".join(absent)}: mIoU leaves it out '
         'there, unless the network answers it'
       )
-  return tuple(found)
+  return tuple(notes)

@@ -1,9 +1,9 @@
-"""Images that do not fit in memory: read, decoded and augmented as they are needed.
+"""Images that do not fit in memory: read, decoded and augmented during training.
 
-Grain reads them, in threads or in processes, some batches ahead of the training. Which
-images a batch has, and how each is augmented, depends on the key and on the number of
-the step alone: not on the threads, the workers, or how many processes share a batch. So
-the step that is in every checkpoint is all the state that the iterator has.
+Grain reads them some batches ahead, in threads or in processes. The images of a batch
+and their augmentation depend only on the key and on the number of the step, and not on
+the threads, on the workers or on how many processes share a batch. The step that every
+checkpoint contains is therefore the only state of the iterator.
 """
 
 import dataclasses
@@ -20,7 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.data import augment as augments
-from depthprune.data.augment import Augment, Normalisation, measured, normalise
+from depthprune.data.augment import (
+  Augment,
+  Normalisation,
+  measure_normalisation,
+  normalise,
+)
 from depthprune.data.dataset import (
   HERE,
   Batch,
@@ -32,21 +37,29 @@ from depthprune.data.dataset import (
 )
 from depthprune.data.tfds import ImageSource, Records
 
-STRONGEST = 30  # magnitude of RandAugment
-CENTRE = 7 / 8  # of the shorter side is seen in evaluation: 224 of 256 pixels
+CENTRE = 7 / 8  # part of the shorter side that evaluation sees: 224 of 256 pixels
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop; ratio is width / height
-TRIES = 10
-OPERATIONS = 2  # of RandAugment on every image
-MODES = {1: 'L', 3: 'RGB'}  # what Pillow calls images of so many channels
+TRIES = 10  # random crops that are drawn before the centre is taken
+STRONGEST, OPERATIONS = 30, 2  # RandAugment: largest magnitude, operations per image
+MODES = {1: 'L', 3: 'RGB'}  # Pillow's name of an image by its number of channels
+SAMPLE = 512  # images that a normalisation is computed from
+ROUNDS = 4  # of the cipher that shuffles: grain's own choice
+AHEAD = 2  # batches that wait on the devices
+MOST_THREADS = 16  # of a process: all that is not decoding takes turns in Python
+
+
+# ---- one image -----------------------------------------------------------------------
 
 
 class Crops(NamedTuple):
-  """How images of any size become uint8 arrays of `shape` (height, width, channels).
+  """How encoded images of any size become uint8 arrays [height, width, channels].
 
   Attributes:
-    random: a random part of the image, resized (Inception's crop); else its centre.
-    flip: mirror images half of the time.
-    randaugment: magnitude of RandAugment, 1 to 30; 0 is none.
+    shape: (height, width, channels) of the result.
+    random: whether a random part of the image is cropped and resized (Inception's
+      crop); otherwise its centre is.
+    flip: whether half of the images are mirrored.
+    randaugment: magnitude of RandAugment, 1 to 30; 0 turns it off.
   """
 
   shape: tuple[int, int, int]
@@ -55,7 +68,7 @@ class Crops(NamedTuple):
   randaugment: int = 0
 
   def __call__(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
-    """The image in a JPEG or PNG; all that is drawn comes from rng."""
+    """Decodes a JPEG or PNG file and crops it; all randomness comes from `rng`."""
     from PIL import Image
 
     height, width, channels = self.shape
@@ -69,7 +82,10 @@ class Crops(NamedTuple):
     if self.flip and rng.random() < 0.5:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if self.randaugment:
-      image = _randaugmented(image, self.randaugment, rng)
+      # Cubuk et al., arXiv 1909.13719; ranges as in torchvision's RandAugment.
+      operations, part = _operations(), self.randaugment / STRONGEST
+      for i in rng.integers(len(operations), size=OPERATIONS):
+        image = operations[i](image, part * rng.choice((-1, 1)))
     return np.asarray(image).reshape(self.shape)
 
 
@@ -77,9 +93,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box | None:
-  """A part of 8 to 100 % of the area, 3:4 to 4:3; None where none of 10 fits.
+  """Draws a box of 8 to 100 % of the area, 3:4 to 4:3; None if none of 10 fits.
 
-  Szegedy et al., arXiv 1409.4842; limits as in torchvision's RandomResizedCrop.
+  Source: Szegedy et al., arXiv 1409.4842; limits as in torchvision.
   """
   width, height = size
   for _ in range(TRIES):
@@ -93,7 +109,7 @@ def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box | None:
 
 
 def _centre_box(size: tuple[int, int], ratio: float, part: float) -> Box:
-  """The largest centred box of a ratio of width to height, and of that a part."""
+  """Returns a part of the largest centred box with a ratio of width to height."""
   width, height = size
   w = min(width, height * ratio) * part
   h = w / ratio
@@ -101,20 +117,11 @@ def _centre_box(size: tuple[int, int], ratio: float, part: float) -> Box:
   return left, top, left + w, top + h
 
 
-def _randaugmented(image: Any, magnitude: int, rng: np.random.Generator) -> Any:
-  """RandAugment: two operations out of 14, all of one magnitude.
-
-  Cubuk et al., arXiv 1909.13719; ranges as in torchvision's RandAugment.
-  """
-  part = magnitude / STRONGEST
-  operations = _operations()
-  for i in rng.integers(len(operations), size=OPERATIONS):
-    image = operations[i](image, part * rng.choice((-1, 1)))
-  return image
-
-
 def _operations() -> list[Any]:
-  """f(image, part), part in [-1, 1]; where there is one direction only, |part|."""
+  """Returns RandAugment's operations f(image, part), with part in [-1, 1].
+
+  Those that have one direction only use |part|.
+  """
   from PIL import Image, ImageEnhance, ImageOps
 
   def affine(image, *matrix):
@@ -140,20 +147,20 @@ def _operations() -> list[Any]:
   ]
 
 
-ROUNDS = 4  # of the cipher that shuffles: grain's own choice
-AHEAD = 2  # batches that wait on the devices
-MOST = 16  # threads of a process: Python lets one at a time run what is not decoding
-
-
-Put = Callable[[dict[str, np.ndarray]], Any]
+# ---- batches, read ahead -------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """A source for grain: the rows `own` of every batch of `size`, batch after batch.
+  """A source for grain: this process's rows of every batch, batch after batch.
 
-  seed: of the order and of the augmentation; without one every image comes in order,
-  and behind the end the last.
+  Attributes:
+    records: the encoded images.
+    numbers: numbers of the split's records, int64 [n].
+    size: rows of a complete batch.
+    own: which of these rows this process reads.
+    seed: of the order and the augmentation. With None the images come once, in order,
+      and the last one is repeated to fill the last batch.
   """
 
   records: Records
@@ -167,7 +174,7 @@ class Share:
     return (once if self.seed is None else endless) * len(self.own)
 
   def __getitem__(self, index: int) -> tuple[bytes, int, Any]:
-    """(encoded image, its class, random numbers for it)"""
+    """Returns (encoded image, its class, its random number generator)."""
     step, row = divmod(index, len(self.own))
     at = step * self.size + int(self.own[row])
     image, label = self.records[int(self.numbers[self._place(at)])]
@@ -185,23 +192,31 @@ class Share:
 
 
 def batch(share: Share, crops: Crops, step: int) -> Any:
-  """Of a step by itself: {'image': uint8 [own, ...], 'label': int32 [own]}."""
+  """Returns one batch, {'image': uint8 [own, ...], 'label': int32 [own]}."""
   return _batches(share, crops)[step]
 
 
 def read_ahead(
-  share: Share, crops: Crops, put: Put, first: int = 0, workers: int = 0
+  share: Share,
+  crops: Crops,
+  put: Callable[[dict[str, np.ndarray]], Any],
+  first: int = 0,
+  workers: int = 0,
 ) -> Any:
-  """grain's iterator over the batches of a step and all that follow it, read ahead.
+  """Returns grain's iterator over batches, which reads ahead.
 
-  put: onto the devices, where two of them wait. workers: processes that read; 0 are
-  threads of this one.
+  Args:
+    share: the rows to read.
+    crops: how images are decoded.
+    put: puts a batch on the devices, where two batches wait.
+    first: number of the first batch.
+    workers: processes that read; 0 uses threads of this one.
   """
   import grain
   from absl import flags
 
   if workers and not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain tells its workers what its flags are
+    flags.FLAGS.mark_as_parsed()  # grain passes its flags on to its workers
   count = threads(workers)
   options = grain.ReadOptions(count, prefetch_buffer_size=count)
   read = _batches(share, crops)[first:].to_iter_dataset(options)
@@ -211,13 +226,13 @@ def read_ahead(
 
 
 def depth(workers: int) -> int:
-  """Batches of a stream that are on their way at once, when nobody takes any."""
+  """Returns how many batches of a stream are read ahead of their use."""
   return (workers or 1) * (threads(workers) + bool(workers)) + AHEAD
 
 
 def threads(workers: int) -> int:
-  """Of each process that reads; each makes a batch at a time."""
-  return max(1, min(MOST, (os.cpu_count() or 1) // (workers or 1)))
+  """Returns the threads of each process that reads; a thread makes one batch."""
+  return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // (workers or 1)))
 
 
 def _batches(share: Share, crops: Crops) -> Any:
@@ -230,16 +245,18 @@ def _batches(share: Share, crops: Crops) -> Any:
   return grain.MapDataset.source(share).map(decoded).batch(len(share.own))
 
 
-SAMPLE = 512  # images that a normalisation is computed from
+# ---- the data set --------------------------------------------------------------------
 
 
 class StreamedImages(NamedTuple):
-  """A `Dataset` of images on disk, read as they are needed.
+  """A `Dataset` of images on disk that are read during training.
 
   Attributes:
-    records: the encoded images. Splits are {'record': int64 [n]}, numbers for them.
-    workers: processes that read training images; 0 are threads of this one. The others
-      are those of `Dataset`.
+    records: the encoded images; the splits contain their numbers.
+    augment: how training images are augmented, where that is asked for.
+    workers: processes that read training images; 0 uses threads of this one.
+
+  All other attributes are those of `Dataset`.
   """
 
   name: str
@@ -262,16 +279,16 @@ class StreamedImages(NamedTuple):
   streamed = True
 
   def example(self) -> tuple[jax.Array, ...]:
-    """One image of zeros, ([1, height, width, channels],)."""
+    """Returns one image of zeros, ([1, height, width, channels],)."""
     return (jnp.zeros((1, *self.shape), jnp.float32),)
 
   def on_device(self, put: Any = None) -> Split:
-    """The training split; its images stay where they are."""
+    """Returns the training split, whose images stay on disk."""
     del put
     return self.train
 
   def sampler(self, key: jax.Array, size: int, augment: bool) -> 'StreamSampler':
-    """(train, step) -> training batch; with `augment` random crops, mirrored."""
+    """Returns the sampler of training batches of `size` images."""
     by = self.augment if augment else Augment()
     return StreamSampler(
       key,
@@ -286,9 +303,9 @@ class StreamedImages(NamedTuple):
   def batches(
     self, split: Split, size: int, place: Placement = HERE
   ) -> Iterator[Batch]:
-    """Centre crops of all images of a split once, in order, for evaluation.
+    """Yields centre crops of all images of a split once, in order, for evaluation.
 
-    The last batch repeats an image, with 'weight' 0.
+    The last batch is filled with repeated images of 'weight' 0.
     """
     share = Share(self.records, split['record'], size, place.rows(size))
     put = partial(place.joined, size)
@@ -300,7 +317,7 @@ class StreamedImages(NamedTuple):
     batches.close()
 
   def probe(self) -> dict[str, Any]:
-    """Which records there are, and the bytes of 64 images spread over all of them."""
+    """Returns the numbers of all records, and the bytes of 64 of the images."""
     splits = {'train': self.train, 'held_out': self.held_out, 'test': self.test}
     numbers = np.concatenate([split['record'] for split in splits.values()])
     few = numbers[np.linspace(0, len(numbers) - 1, 64).astype(int)]
@@ -316,12 +333,18 @@ def streamed(
   normalisation: Normalisation | None = None,
   workers: int = 0,
 ) -> StreamedImages:
-  """The rows of a source, to be read when they are needed.
+  """Returns the rows of a source as a data set that is read during training.
 
-  normalisation: by default that of the centres of 512 training images, at most.
+  Args:
+    name: name of the data set.
+    source: the data set before it is read.
+    rows: the rows of each split.
+    augment: how training images are augmented, where that is asked for.
+    normalisation: None measures it on the centres of at most 512 training images.
+    workers: processes that read training images; 0 uses threads of this one.
 
-  Raises DataError where grain is not installed, and for images with other than one or
-  three channels.
+  Raises:
+    DataError: grain is not installed, or images have neither one nor three channels.
   """
   if importlib.util.find_spec('grain') is None:
     raise DataError(
@@ -333,23 +356,20 @@ def streamed(
       f'data {name!r}: expected images with one or three channels, got {source.shape}'
     )
   records = source.records()
-  behind = {'train': 0, 'test': source.train}
-  train = {'record': rows.train}
-  held_out = {'record': rows.held_out + behind[rows.held_of]}
-  test = {'record': rows.test + behind[rows.of]}
+  first = {'train': 0, 'test': source.train}  # number of the first record
   note = 'images were read from disk as they were needed'
   if normalisation is None:
-    many = min(SAMPLE, len(rows.train))
-    share = Share(records, rows.train, many, np.arange(many), seed=0)
+    size = min(SAMPLE, len(rows.train))
+    share = Share(records, rows.train, size, np.arange(size), seed=0)
     sample = batch(share, Crops(source.shape), 0)['image']
-    normalisation = measured(sample, source.scale)
-    note += f', and normalised as {many} of them are'
+    normalisation = measure_normalisation(sample, source.scale)
+    note += f', and normalised as {size} of them are'
   return StreamedImages(
     name,
     records,
-    train,
-    held_out,
-    test,
+    train={'record': rows.train},
+    held_out={'record': rows.held_out + first[rows.held_of]},
+    test={'record': rows.test + first[rows.of]},
     classes=source.classes,
     shape=source.shape,
     normalisation=normalisation,
@@ -360,11 +380,18 @@ def streamed(
 
 
 class StreamSampler(NamedTuple):
-  """batch_at(split, step): every epoch goes through the images in its own order.
+  """batch_at(split, step) -> batch; every epoch goes through the images in a new order.
 
-  Batches are cut from the epochs laid end to end. `mixup` is as for `augment.mixed`,
-  the other fields as in
-  `StreamedImages`.
+  Batches are cut from the epochs laid end to end.
+
+  Attributes:
+    key: random key of the order and of the augmentation.
+    size: images in a batch.
+    records: the encoded images.
+    crops: how they are decoded.
+    normalisation: of the pixels.
+    mixup: alpha of `augment.mixup`; 0 turns it off.
+    workers: processes that read; 0 uses threads of this one.
   """
 
   key: jax.Array
@@ -384,7 +411,7 @@ class StreamSampler(NamedTuple):
     return self._finish(jax.device_put(images), step)
 
   def stepwise(self, place: Placement = HERE) -> Callable[[Split, int], Batch]:
-    """The same, read ahead while steps follow each other."""
+    """Returns the same function, which reads ahead while steps follow each other."""
     stream: Any = None
     following = -1
 
@@ -402,7 +429,7 @@ class StreamSampler(NamedTuple):
 
   @property
   def depth(self) -> int:
-    """Batches that are on their way at once, when nobody takes any."""
+    """How many batches are read ahead of their use."""
     return depth(self.workers)
 
   def _share(self, split: Split, place: Placement) -> Share:
@@ -417,4 +444,4 @@ class StreamSampler(NamedTuple):
 @partial(jax.jit, static_argnames=('by', 'mixup'))
 def _ready(batch: Batch, key: Any = None, *, by: Normalisation, mixup: float = 0.0):
   batch = {**batch, 'image': normalise(batch['image'], by)}
-  return batch if key is None else augments.mixed(batch, key, mixup)
+  return batch if key is None else augments.mixup(batch, key, mixup)

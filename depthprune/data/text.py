@@ -1,4 +1,8 @@
-"""Text classification data: tokenised once into memory, batched by length."""
+"""Text classification data sets: read from TFDS, tokenised into memory, batched.
+
+Batches are as long as their longest text needs, in a few fixed lengths (`buckets`), so
+that little is computed on padding and few programs are compiled.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,18 +21,23 @@ from depthprune.data.dataset import (
   Split,
   epoch_steps,
 )
-from depthprune.data.tokens import Encoded, Text, largest
+from depthprune.data.tokens import Text
 
-_BLOCK = 1024
+SMALLEST = 8  # tokens of the shortest bucket
+CHUNK = 50  # batches whose texts are sorted by length together
 
 
 class TextSource(NamedTuple):
   """A data set of texts before it is read.
 
-  `read(split, rows)` gives the texts of rows of 'train' or 'test' and their labels,
-  int32 [n]. `train` is 0 where there is no training split here, `test` where no split
-  to test on is labelled. `columns` names the features, `splits` what is on disk. With
-  `pair`, a row is two texts whose relation is asked for; otherwise it is one.
+  Attributes:
+    train: number of training texts, 0 without a training split.
+    test: number of test texts, 0 without a labelled split to test on.
+    pair: whether a row is two texts that are classified together.
+    classes: number of classes.
+    columns: names of the features that are texts, in the order in which they are read.
+    splits: names of the splits on disk.
+    read: ('train' or 'test', rows) -> (texts, labels int32 [n]).
   """
 
   train: int
@@ -41,10 +50,12 @@ class TextSource(NamedTuple):
 
 
 def kind_of(name: str, download: bool = False) -> Literal['images', 'text']:
-  """What a data set consists of, told from the types of its features.
+  """Returns what a data set consists of, by the types of its features.
 
-  'images' also for a set of neither: `data.load` says what it expected. Raises
-  DataError as `prepared.find`.
+  A set of neither counts as 'images', as `images.load` explains what it expected.
+
+  Raises:
+    DataError: no set has that name, or it is not on this machine.
   """
   if name in tfds.OWN:
     return 'images'
@@ -54,55 +65,65 @@ def kind_of(name: str, download: bool = False) -> Literal['images', 'text']:
 
 
 def source(name: str, download: bool = False) -> TextSource:
-  """The texts of the TFDS set called `name`, and their classes.
+  """Returns a TFDS set of texts and classes before it is read.
 
-  A row of two texts is a pair, unless the set says that one of them is what its class
-  is told from (`supervised_keys`): then the other, such as a title, goes in front of
-  it with a space.
+  A row of two texts is a pair, except where `supervised_keys` of the set names one of
+  them as the input: then the other, such as a title, is put in front of it.
 
-  Raises DataError for a name nobody knows, a set that is not prepared on this machine,
-  and a set that is not of one text, or two, and a class.
+  Args:
+    name: name of the set.
+    download: whether TFDS may fetch a set that is not on this machine.
+
+  Raises:
+    DataError: no set has that name, it is not on this machine, or it does not consist
+      of one or two texts and a class.
   """
   builder = tfds.find(name, download)
   columns, label_key, pair = _columns(name, builder)
   opened = {s: tfds.open_split(name, builder, s) for s in builder.info.splits}
-  found = {'train': opened['train']} if 'train' in opened else {}
-  if named := tfds.tested(opened, label_key):
-    found['test'] = opened[named]
+  splits = {'train': opened['train']} if 'train' in opened else {}
+  if test := tfds.tested(opened, label_key):
+    splits['test'] = opened[test]
 
   def read(split, rows):
     texts, label = [], np.empty(len(rows), np.int32)
-    for start in range(0, len(rows), _BLOCK):
-      records = found[split].__getitems__(rows[start : start + _BLOCK].tolist())
-      for i, record in enumerate(records, start):
-        words = tuple(_decoded(record[column]) for column in columns)
-        texts.append(words if pair else ' '.join(words))
-        label[i] = record[label_key]
+    for i, record in enumerate(tfds.decoded(splits[split], rows)):
+      words = (record[column] for column in columns)
+      words = tuple(
+        w.decode('utf-8', 'replace') if isinstance(w, bytes) else w for w in words
+      )
+      texts.append(words if pair else ' '.join(words))
+      label[i] = record[label_key]
     return texts, label
 
-  train, test = (len(found.get(split, ())) for split in ('train', 'test'))
-  classes = builder.info.features[label_key].num_classes
-  return TextSource(train, test, pair, classes, columns, tuple(opened), read)
+  return TextSource(
+    train=len(splits.get('train', ())),
+    test=len(splits.get('test', ())),
+    pair=pair,
+    classes=builder.info.features[label_key].num_classes,
+    columns=columns,
+    splits=tuple(opened),
+    read=read,
+  )
 
 
 def _columns(name: str, builder: Any) -> tuple[tuple[str, ...], str, bool]:
-  """(features with text, in the order of reading; that of the class; a pair?)."""
+  """Returns (text features in reading order, feature of the class, is it a pair)."""
   _, texts, labels = _by_type(builder)
   keys = builder.info.supervised_keys or (None, None)
-  told_from, label = keys[0], keys[1] if keys[1] in labels else (*labels, None)[0]
+  main, label = keys[0], keys[1] if keys[1] in labels else (*labels, None)[0]
   if len(texts) not in (1, 2) or label is None:
     raise DataError(
       f'data {name!r}: expected one text, or two, and a class to tell from it, got '
       f'{dict(builder.info.features)}'
     )
-  if told_from in texts:
-    others = [text for text in texts if text != told_from]
-    return (*others, told_from), label, False
+  if main in texts:
+    return (*(text for text in texts if text != main), main), label, False
   return tuple(texts), label, len(texts) == 2
 
 
 def _by_type(builder: Any) -> tuple[list[str], list[str], list[str]]:
-  """Names of the features that are images, texts and classes."""
+  """Returns the names of the features that are images, texts and classes."""
   from tensorflow_datasets import features as kinds
 
   features = dict(builder.info.features)
@@ -110,27 +131,22 @@ def _by_type(builder: Any) -> tuple[list[str], list[str], list[str]]:
   return of(kinds.Image), of(kinds.Text), of(kinds.ClassLabel)
 
 
-def _decoded(text: bytes | str) -> str:
-  return text.decode('utf-8', 'replace') if isinstance(text, bytes) else text
-
-
-SMALLEST = 8
-CHUNK = 50  # batches whose texts are sorted by length together
+# ---- batches -------------------------------------------------------------------------
 
 
 def buckets(length: int) -> tuple[int, ...]:
-  """8, 16, 32 and so on, each below `length`, and then `length`."""
+  """Returns the lengths that batches may have: 8, 16, 32, ... and then `length`."""
   powers = iter(SMALLEST << i for i in range(32))
   return (*(p for p in powers if p < length), length)
 
 
 def lengths(split: Split) -> np.ndarray:
-  """Tokens of every text, int32 [n]."""
+  """Returns the number of tokens of every text, int32 [n]."""
   return split['mask'].sum(1, dtype=np.int32)
 
 
 def bucket(split: Split, longest: int) -> int:
-  """The smallest bucket of a split that holds `longest` tokens."""
+  """Returns the smallest bucket of a split that holds `longest` tokens."""
   return next(b for b in buckets(split['tokens'].shape[1]) if b >= longest)
 
 
@@ -139,11 +155,11 @@ def _rows(split: Split, rows: np.ndarray, width: int) -> Split:
 
 
 class TextSampler(NamedTuple):
-  """batch_at(split, step): the training batch of a step, pure in (key, step).
+  """batch_at(split, step) -> batch, a pure function of the key and the step.
 
-  Every epoch goes through the texts in an order of its own, what does not fill a batch
-  takes its turn in another. The order is cut into chunks of 50 batches; each is sorted
-  by length and cut into batches, and all batches of the epoch are shuffled.
+  Every epoch goes through the texts in a new order. The order is cut into chunks of 50
+  batches; each chunk is sorted by length and cut into batches, and then all batches of
+  the epoch are shuffled.
   """
 
   key: jax.Array
@@ -154,22 +170,27 @@ class TextSampler(NamedTuple):
     return self.stepwise()(split, int(step))
 
   def stepwise(self, place: Placement = HERE) -> Callable[[Split, int], Batch]:
-    """The same for many steps: an epoch is put in order once."""
-    found: dict[int, np.ndarray] = {}
+    """Returns the same function, which orders the texts once per epoch."""
+    orders: dict[int, np.ndarray] = {}
 
     def batch_at(split, step):
       epoch, at = divmod(step, epoch_steps(split, self.size))
-      if epoch not in found:
-        found.clear()
-        found[epoch] = self.order(lengths(split), epoch)
-      rows = found[epoch][at]
+      if epoch not in orders:
+        orders.clear()
+        orders[epoch] = self.order(lengths(split), epoch)
+      rows = orders[epoch][at]
       longest = int(split['mask'][rows].sum(1).max())
       return place.whole(_rows(split, rows, bucket(split, longest)))
 
     return batch_at
 
   def order(self, length: np.ndarray, epoch: int) -> np.ndarray:
-    """The texts of every batch of an epoch, int [steps, size], by their lengths [n]."""
+    """Returns the texts of every batch of an epoch, int [steps, size].
+
+    Args:
+      length: tokens of every text, int [n].
+      epoch: number of the epoch.
+    """
     # RandomState, because its streams are frozen for all versions of numpy.
     seed = [*np.asarray(jax.random.key_data(self.key)).ravel().tolist(), epoch]
     random, steps = np.random.RandomState(seed), len(length) // self.size
@@ -182,12 +203,14 @@ class TextSampler(NamedTuple):
 
 
 def batches(split: Split, size: int) -> Iterator[Batch]:
-  """All texts once, from short to long, for evaluation.
+  """Yields all texts of a split once, from short to long, for evaluation.
 
-  Every batch has `size` rows and is as long as its bucket. The last of a bucket repeats
-  a text, with 'weight' 0 (float32 [batch]), for padding alone has nothing to attend to.
+  Every batch has `size` rows and is as long as its bucket. The last one of a bucket
+  repeats a text, with 'weight' 0 (float32 [batch]): a row of padding alone would have
+  nothing to attend to.
 
-  Raises DataError for a size below 1.
+  Raises:
+    DataError: `size` is below 1.
   """
   if size < 1:
     raise DataError(f'data: expected at least one text in a batch, got {size}')
@@ -208,13 +231,14 @@ class TextSet(NamedTuple):
   """A `Dataset` of texts in memory.
 
   Attributes:
-    name: as TFDS has it.
-    train, held_out, test: the splits, all of one length.
-    classes: how many there are.
-    length: tokens that a row has room for: of the longest text, rounded up.
-    tokenizer: the tokenizer.json. vocab: its number of tokens, the largest number and
-      one. pad: number of the padding token.
-    cut: texts that were cut to the length asked for. empty: texts without a word.
+    length: tokens that a row has room for, in all splits.
+    tokenizer: path of the tokenizer.json.
+    vocab: one more than the largest number of a token.
+    pad: number of the padding token.
+    cut: number of texts that were cut to the largest length allowed.
+    empty: number of texts without a word.
+
+  All other attributes are those of `Dataset`.
   """
 
   name: str
@@ -231,56 +255,52 @@ class TextSet(NamedTuple):
 
   tasks = ()
   ignore = None
+  normalisation = None  # tokens go into a network as they are
   names = ()
   augments = False
   streamed = False
 
   def example(self) -> tuple[jax.Array, ...]:
-    """One made-up text as long as there is room for, a quarter of it padding.
+    """Returns one made-up text of different tokens, a quarter of it padding.
 
-    (tokens int32 [1, length], mask bool [1, length]), and of pairs types int32 [1,
-    length]. Its tokens differ, so that a probe of the network sees that they do.
+    They are (tokens int32 [1, length], mask bool [1, length]), followed by types int32
+    [1, length] for pairs.
     """
     place = np.arange(self.length)
     mask = place < self.length - self.length // 4
     text = np.where(mask, place % self.vocab, self.pad)
     of_pair = (place >= self.length // 2) & mask
-    found = (text.astype(np.int32), mask, of_pair.astype(np.int32))
-    return tuple(jnp.asarray(x)[None] for x in found[: 2 + ('types' in self.train)])
+    inputs = (text.astype(np.int32), mask, of_pair.astype(np.int32))
+    return tuple(jnp.asarray(x)[None] for x in inputs[: 2 + ('types' in self.train)])
 
   def sampler(self, key: jax.Array, size: int, augment: bool) -> TextSampler:
-    """(train, step) -> training batch; texts are not augmented."""
+    """Returns the sampler of training batches; texts are not augmented."""
     del augment
     return TextSampler(key, size)
 
   def batches(
     self, split: Split, size: int, place: Placement = HERE
   ) -> Iterator[Batch]:
-    """All texts of a split once, for evaluation."""
+    """Yields all texts of a split once, from short to long, for evaluation."""
     return map(place.whole, batches(split, size))
 
   def on_device(self, put: Any = None) -> Split:
-    """The training texts, where the sampler reads them: on the host."""
+    """Returns the training split, which stays on the host."""
     del put
     return self.train
 
   def probe(self) -> dict[str, Split]:
-    """All arrays."""
+    """Returns all arrays."""
     return {'train': self.train, 'held_out': self.held_out, 'test': self.test}
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of one text, (length,)."""
+    """Shape (length,) of one text."""
     return (self.length,)
 
   @property
-  def normalisation(self) -> None:
-    """Tokens go into a network as they are."""
-    return None
-
-  @property
   def notes(self) -> tuple[str, ...]:
-    """What a reader of results must know of the data."""
+    """How many texts were cut, and how many are empty."""
     count = sum(len(s['label']) for s in (self.train, self.held_out, self.test))
     cut = f'{self.cut} of {count} texts were cut to {self.length} tokens'
     empty = f'{self.empty} of {count} texts have no word (or one of a pair has none)'
@@ -296,14 +316,23 @@ def load(
   length: int = 128,
   download: bool = False,
 ) -> TextSet:
-  """Reads and tokenises any TFDS text classification set, such as 'glue/sst2'.
+  """Reads and tokenises a TFDS set for text classification, such as 'glue/sst2'.
 
-  Splits are chosen as `data.load` does; where test labels are kept from the public, as
-  GLUE's are, the validation split is the test. TextSet have at most `length` tokens; what
-  is longer is cut, and counted. Two texts whose relation is asked for are a pair.
+  Splits are chosen as by `images.load`. Where test labels are not public, as in GLUE,
+  the validation split is the test split.
 
-  Raises DataError where the set is unknown, absent, without a training split, or not
-  one of text classification, and for a tokenizer as `tokens.check_tokenizer` does.
+  Args:
+    name: name of the set.
+    tokenizer_path: the tokenizer.json that belongs to the network.
+    seed: chooses the held-out texts and the subset out of the training texts.
+    held_out: number of held-out texts; None takes a tenth, at most 5000.
+    subset: number of texts to train on; None takes all that are left.
+    length: tokens that longer texts are cut to.
+    download: whether TFDS may fetch a set that is not in TFDS_DATA_DIR.
+
+  Raises:
+    DataError: the set is unknown, absent, of another kind or has no training split; or
+      the tokenizer is refused by `tokens.check_tokenizer`.
   """
   tokenizer = tokens.check_tokenizer(tokenizer_path)
   texts = source(name, download)
@@ -314,30 +343,24 @@ def load(
   parts = ('train', rows.train), ('train', rows.held_out), (rows.of, rows.test)
   read = [texts.read(of, chosen) for of, chosen in parts]
   pad = tokens.padding(tokenizer, tokenizer_path)
+  # All splits are encoded together, so that their rows have one length.
   every = [text for part, _ in read for text in part]
-  found = tokens.encode(tokenizer, every, length, pad)
-  train, held, test = _split(found, [label for _, label in read])
+  encoded = tokens.encode(tokenizer, every, length, pad)
+  arrays = {'tokens': encoded.tokens, 'mask': encoded.mask, 'types': encoded.types}
+  arrays = {name: array for name, array in arrays.items() if array is not None}
+  splits, start = [], 0
+  for _, label in read:
+    of_split = slice(start, start + len(label))
+    splits.append({**{k: v[of_split] for k, v in arrays.items()}, 'label': label})
+    start += len(label)
   return TextSet(
     name,
-    train,
-    held,
-    test,
-    texts.classes,
-    length=found.tokens.shape[1],
+    *splits,
+    classes=texts.classes,
+    length=encoded.tokens.shape[1],
     tokenizer=str(tokenizer_path),
-    vocab=largest(tokenizer) + 1,
+    vocab=tokens.largest(tokenizer) + 1,
     pad=pad,
-    cut=found.cut,
-    empty=found.empty,
+    cut=encoded.cut,
+    empty=encoded.empty,
   )
-
-
-def _split(found: Encoded, labels: list[np.ndarray]) -> list[Split]:
-  """The rows, which are those of one split behind another, each split by itself."""
-  arrays = {'tokens': found.tokens, 'mask': found.mask, 'types': found.types}
-  arrays = {name: array for name, array in arrays.items() if array is not None}
-  ends = np.cumsum([len(label) for label in labels])
-  return [
-    {**{k: v[end - len(label) : end] for k, v in arrays.items()}, 'label': label}
-    for end, label in zip(ends, labels, strict=True)
-  ]

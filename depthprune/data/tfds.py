@@ -1,9 +1,9 @@
-"""TFDS sets that are prepared on this machine, and what a set is before it is read."""
+"""TFDS sets that are prepared on this machine, and data sets before they are read."""
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +17,20 @@ OWN = 'digits', 'multi_fashion'  # sets that TFDS does not have
 
 
 class ImageSource(NamedTuple):
-  """A data set before it is read.
+  """A data set of images before it is read.
 
-  `read(split, rows)` decodes the rows of 'train' or 'test'. `test` is 0 where the set
-  has no labelled test split. Pixels run from 0 to `scale`.
-
-  Where every pixel has a class, `validation` is the size of the split of that name (0
-  where it has none, or is tested on), pixels labelled `ignore` have none, and `names`
-  are those of the classes, where they are known; `classes` is 0 where it is not known
-  before all masks are read. `tasks` are the names of several tasks, each of `classes`.
-  `records()` opens the images where they lie, for those that are read when they are
-  needed; None where they cannot be.
+  Attributes:
+    train: number of training images.
+    test: number of test images, 0 without a labelled test split.
+    shape: (height, width, channels) of an image.
+    classes: number of classes of each label; 0 where only the masks will tell.
+    scale: largest value of a pixel.
+    read: (split, rows) -> the images and labels of these rows.
+    validation: number of images of a validation split that is held out, else 0.
+    ignore: label of unlabelled pixels where every pixel has a label, else None.
+    names: names of the classes, () if they are not known.
+    tasks: names of the tasks if there are several, else ().
+    records: () -> `Records`, for streaming; None where images cannot be streamed.
   """
 
   train: int
@@ -45,9 +48,14 @@ class ImageSource(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """Encoded images and their classes on disk, by number: train's, and then test's.
+  """Encoded images and their classes on disk, by number.
 
-  train, test: TFDS data sources that do not decode. image, label: names of features.
+  Attributes:
+    train: TFDS data source of the training images, which come first. It does not
+      decode.
+    test: the same of the test images, whose numbers follow.
+    image: name of the feature that is the image.
+    label: name of the feature that is the class.
   """
 
   train: Sequence[Any]
@@ -62,9 +70,10 @@ class Records:
 
 
 def find(name: str, download: bool = False) -> Any:
-  """The TFDS builder of a set that is prepared on this machine, or is made so here.
+  """Returns the TFDS builder of a set, which is prepared if `download` allows it.
 
-  Raises DataError for a name nobody knows, and for a set that is not on this machine.
+  Raises:
+    DataError: no set has that name, it is not on this machine, or preparing it failed.
   """
   try:
     import tensorflow_datasets as tfds
@@ -77,7 +86,7 @@ def find(name: str, download: bool = False) -> Any:
   try:
     builder = tfds.builder(name, data_dir=str(folder))
   except ValueError as error:
-    # With the community's sets the list is fetched from the network: without them.
+    # The list of community data sets would be fetched from the network.
     known = {*OWN, *tfds.list_builders(with_community_datasets=False)}
     known |= {p.name for p in folder.glob('*') if p.is_dir()}
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
@@ -93,7 +102,7 @@ def find(name: str, download: bool = False) -> Any:
     try:
       builder = tfds.builder(name, data_dir=str(folder), file_format='array_record')
       builder.download_and_prepare()
-    except Exception as error:  # whatever a network and a hundred scripts can raise
+    except Exception as error:  # each data set has its own script, which may raise any
       raise DataError(
         f'{_absent(name, builder, folder, how)} Preparing it here failed: '
         f'{type(error).__name__}: {error}'
@@ -112,9 +121,10 @@ def _absent(name: str, builder: Any, folder: Path, how: str) -> str:
 
 
 def open_split(name: str, builder: Any, split: str, raw: tuple[str, ...] = ()) -> Any:
-  """The records of a split; raises DataError where they are in another format.
+  """Opens the records of a split; the features named in `raw` are not decoded.
 
-  raw: features that are not decoded.
+  Raises:
+    DataError: the records are stored in another format than array_record.
   """
   import tensorflow_datasets as tfds
 
@@ -129,11 +139,29 @@ def open_split(name: str, builder: Any, split: str, raw: tuple[str, ...] = ()) -
     ) from error
 
 
-def tested(opened: Mapping[str, Any], label_key: str) -> str:
-  """The name of the split to test on, '' where there is none.
+def open_splits(name: str, builder: Any) -> dict[str, Any]:
+  """Opens all splits of a set, {split: records}.
 
-  The labelled one: imagenet2012 and GLUE keep their test labels to themselves, so
-  theirs is the validation split (of MNLI the matched one).
+  Raises:
+    DataError: there is no split 'train', or records are in another format.
+  """
+  opened = {split: open_split(name, builder, split) for split in builder.info.splits}
+  if 'train' not in opened:
+    raise DataError(f"data {name!r}: expected a split 'train', got {[*opened]}")
+  return opened
+
+
+def decoded(split: Any, rows: np.ndarray) -> Iterator[Mapping[str, Any]]:
+  """Yields the decoded records of some rows of an open split."""
+  for start in range(0, len(rows), BLOCK):
+    yield from split.__getitems__(rows[start : start + BLOCK].tolist())
+
+
+def tested(opened: Mapping[str, Any], label_key: str) -> str:
+  """Returns the name of the split to test on, '' where there is none.
+
+  It has to be labelled: the test labels of imagenet2012 and GLUE are not public, so
+  their validation split is used (for MNLI the matched one).
   """
   labelled = lambda split: len(split) > 0 and split[0][label_key] >= 0
   names = [s for kind in ('test', 'validation') for s in opened if s.startswith(kind)]
@@ -141,7 +169,11 @@ def tested(opened: Mapping[str, Any], label_key: str) -> str:
 
 
 def one_shape(name: str, shape: tuple, resize: int | None) -> tuple[int, int, int]:
-  """Of all images, resized; raises DataError where they differ and are not."""
+  """Returns the shape that all images have once they are resized.
+
+  Raises:
+    DataError: images differ in shape and are not resized.
+  """
   if resize is not None:
     shape = (resize, resize, shape[-1])
   if None in shape:
@@ -153,9 +185,12 @@ def one_shape(name: str, shape: tuple, resize: int | None) -> tuple[int, int, in
 
 
 def sized(image: np.ndarray, side: int | None, nearest: bool = False) -> np.ndarray:
-  """`image` with its shorter side scaled to `side`, and the middle of the longer.
+  """Scales the shorter side of an image to `side` and crops the middle of the longer.
 
-  nearest: pixels are not mixed, for what is no picture but a class.
+  Args:
+    image: uint8 [height, width, channels].
+    side: pixels; None returns the image as it is.
+    nearest: take the nearest pixel and do not interpolate, for masks of classes.
   """
   if side is None or image.shape[:2] == (side, side):
     return image

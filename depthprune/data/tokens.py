@@ -1,6 +1,6 @@
-"""Texts to numbers, by the tokenizer.json that belongs to a network.
+"""Tokenising texts with the tokenizer.json that belongs to a network.
 
-Rust does the work (Hugging Face's `tokenizers`): 67,000 sentences take 3 s on one core.
+The work is done by Hugging Face's `tokenizers`: 67,000 sentences take 3 s on one core.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,23 @@ import numpy as np
 from depthprune.data.dataset import DataError
 
 Text = str | tuple[str, str]
-"""A text, or a pair of texts whose relation is asked for."""
+"""A text, or a pair of texts that are classified together."""
 
-_BLOCK = 8192
-_MULTIPLE = 8  # of tokens, that there is room for
+_BLOCK = 8192  # texts that are tokenised at once
+_MULTIPLE = 8  # rows have room for a multiple of this number of tokens
 _PADDING = ('[PAD]', '<pad>')
 
 
 class Encoded(NamedTuple):
-  """Texts as numbers: every row is one text, padded at its end.
+  """Tokenised texts, one per row, padded at the end.
 
   Attributes:
-    tokens: int32 [n, room]. mask: bool [n, room], False on padding.
-    types: int32 [n, room], which text of a pair a token is of; None for single ones.
-    cut: how many had more than `length` tokens. empty: how many have none, or one of a
-      pair none, but those that the tokenizer adds.
+    tokens: int32 [n, room].
+    mask: bool [n, room], False on padding.
+    types: int32 [n, room], 0 or 1 for the first or second text of a pair; None for
+      single texts.
+    cut: number of texts that had too many tokens.
+    empty: number of texts without a word of their own (or with such a part of a pair).
   """
 
   tokens: np.ndarray
@@ -38,13 +40,18 @@ class Encoded(NamedTuple):
 
 
 def check_tokenizer(path: str | Path, vocab: int | None = None) -> Any:
-  """The `tokenizers.Tokenizer` in a tokenizer.json.
+  """Reads a tokenizer.json and checks that it suits a network.
 
-  `vocab` is how many rows the network's embedding has: a tokenizer with a larger number
-  for one of its tokens belongs to another network.
+  Args:
+    path: the tokenizer.json.
+    vocab: number of rows of the network's embedding; None checks no numbers.
 
-  Raises DataError for that, a file that is not there or is no tokenizer, one without a
-  padding token, and without the package `tokenizers`.
+  Returns:
+    The `tokenizers.Tokenizer`.
+
+  Raises:
+    DataError: the package `tokenizers` is not installed; the file is absent, is not a
+      tokenizer or has no padding token; or a token's number is `vocab` or more.
   """
   try:
     from tokenizers import Tokenizer
@@ -75,33 +82,44 @@ def check_tokenizer(path: str | Path, vocab: int | None = None) -> Any:
 
 
 def largest(tokenizer: Any) -> int:
-  """The largest number that a token has."""
+  """Returns the largest number of a token."""
   return max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def padding(tokenizer: Any, path: str | Path) -> int:
-  """The number of the padding token; raises DataError where there is none."""
+  """Returns the number of the padding token.
+
+  Raises:
+    DataError: the tokenizer has none.
+  """
   if tokenizer.padding is not None:
     return tokenizer.padding['pad_id']
-  found = [tokenizer.token_to_id(token) for token in _PADDING]
-  known = [number for number in found if number is not None]
-  if not known:
-    raise DataError(
-      f'{path}: expected a padding token ({" or ".join(_PADDING)}) among its '
-      f'{tokenizer.get_vocab_size()} tokens, got none; add it to the tokenizer'
-    )
-  return known[0]
+  for token in _PADDING:
+    number = tokenizer.token_to_id(token)
+    if number is not None:
+      return number
+  raise DataError(
+    f'{path}: expected a padding token ({" or ".join(_PADDING)}) among its '
+    f'{tokenizer.get_vocab_size()} tokens, got none; add it to the tokenizer'
+  )
 
 
 def encode(tokenizer: Any, texts: Sequence[Text], length: int, pad: int) -> Encoded:
-  """Texts, or pairs of texts, cut to `length` tokens, of a pair the longer one first.
+  """Tokenises texts, or pairs of texts.
 
-  There is room for the longest that is found, rounded up to a multiple of 8 if that is
-  at most `length`. `pad` stands where a text has ended. How the tokenizer itself was
-  set to cut and pad does not count, and is overwritten.
+  Rows are as long as the longest text, rounded up to a multiple of 8 but at most to
+  `length`.
 
-  Raises DataError where `length` leaves no room for a token of every text, and for a
-  text that has no token at all.
+  Args:
+    tokenizer: a `tokenizers.Tokenizer`; its own settings for truncation and padding are
+      overwritten.
+    texts: all single texts, or all pairs.
+    length: tokens that a text is cut to; in a pair the longer one is cut first.
+    pad: number of the padding token.
+
+  Raises:
+    DataError: `length` leaves no room for a token of every text, or a text has no token
+      at all.
   """
   pair = bool(texts) and not isinstance(texts[0], str)
   added = tokenizer.num_special_tokens_to_add(pair)
@@ -114,18 +132,20 @@ def encode(tokenizer: Any, texts: Sequence[Text], length: int, pad: int) -> Enco
   tokenizer.no_padding()
   tokenizer.enable_truncation(length)
   rows, types, cut, empty = [], [], 0, 0
-  for start in range(0, len(texts), _BLOCK):  # their other fields take much memory
+  for start in range(0, len(texts), _BLOCK):  # encodings take much memory
     block = list(texts[start : start + _BLOCK])
-    for text, found in zip(block, tokenizer.encode_batch(block), strict=True):
-      rows.append(found.ids)
-      cut += bool(found.overflowing)
+    for text, encoding in zip(block, tokenizer.encode_batch(block), strict=True):
+      rows.append(encoding.ids)
+      cut += bool(encoding.overflowing)
       if pair:
-        types.append(found.type_ids)
-      empty += not _speaks(text, found.ids, added)
+        types.append(encoding.type_ids)
+      parts = (text,) if isinstance(text, str) else text
+      words = all(part.strip() for part in parts)
+      empty += not words or len(encoding.ids) <= added
   if not all(rows):
     raise DataError(
       f'texts: number {rows.index([])} has no token: it is empty, and this tokenizer '
-      'adds none ([CLS], [SEP]); leave it out, or give the tokenizer a post-processor'
+      'adds none ([CLS], [SEP]); remove it, or give the tokenizer a post-processor'
     )
   lengths = np.fromiter(map(len, rows), np.int32, len(rows))
   room = min(length, -(-lengths.max(initial=1) // _MULTIPLE) * _MULTIPLE)
@@ -134,13 +154,8 @@ def encode(tokenizer: Any, texts: Sequence[Text], length: int, pad: int) -> Enco
   return Encoded(_dense(rows, mask, pad), mask, which, cut, empty)
 
 
-def _speaks(text: Text, ids: list[int], added: int) -> bool:
-  parts = (text,) if isinstance(text, str) else text
-  return len(ids) > added and all(part.strip() for part in parts)
-
-
 def _dense(rows: Sequence[list[int]], mask: np.ndarray, fill: int) -> np.ndarray:
-  """int32 of the mask's shape: the rows where it is True, else `fill`."""
+  """Returns int32 of the mask's shape: the rows where it is True, elsewhere `fill`."""
   dense = np.full(mask.shape, fill, np.int32)
   dense[mask] = np.fromiter(chain.from_iterable(rows), np.int32, int(mask.sum()))
   return dense

@@ -1,8 +1,9 @@
-"""What is written to disk: training state (`Keeper`) and pruned networks.
+"""Pruned networks and cascades as folders: saved and loaded.
 
-A pruned network is a folder: its arrays, and `arch.json`, which says how to build the
-network around them: the model by name and fields, the decision as kept indices, the
-shapes of the full network, the normalisation of its inputs and the report of the cut.
+A pruned network is a folder with its arrays and `arch.json`, which says how to build
+the network around them: the model by name and fields, the decision as kept indices, the
+shapes of the full network, the normalisation of its inputs and the report of the cut. A
+cascade is a folder with `cascade.json` and its network.
 """
 
 import json
@@ -21,14 +22,27 @@ from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError, kind
-from depthprune.storage.keeper import Keeper as Keeper
-from depthprune.storage.keeper import Restored as Restored
-from depthprune.storage.keeper import same_config as same_config
 from depthprune.surgery.plan import cut, index_plan
 from depthprune.surgery.prune import Pruned
 
-RECORD = 'arch.json'
-_OTHER = '?'  # a node or leaf of a tree that JSON has no words for
+RECORD, CASCADE_RECORD, TOKENIZER = 'arch.json', 'cascade.json', 'tokenizer.json'
+_OTHER = '?'  # a node or leaf of a tree that JSON cannot express
+
+
+class Saved(NamedTuple):
+  """A network that was read from disk, and its cascade.
+
+  Attributes:
+    folder: the folder that holds it.
+    run: the directory of the run that made it, or None.
+    network: the pruned network.
+    cascade: the cascade that was made of it, or None.
+  """
+
+  folder: Path
+  run: Path | None
+  network: Pruned
+  cascade: Cascade | None
 
 
 def save(
@@ -37,18 +51,39 @@ def save(
   normalisation: Any = None,
   tensors: bool = False,
 ) -> None:
-  """Writes a pruned network as the folder `path`, at once; replaces one that was there.
+  """Writes a pruned network as a folder, from which `load` reads it again.
 
-  `normalisation` is what its inputs went through; `load` returns it in the report. The
-  optimizer state is not written: `Keeper` is for training that is to be continued.
-  `tensors`: the arrays as a file of safetensors, to be read by other programs too.
+      small = dp.prune(model, variables, keep, images[:1])
+      dp.save('small', small)
+      small = dp.load('small')
+      outputs = small.apply(small.variables, images)
 
-  Raises CheckpointError naming the leaf where `pruned.variables` are not what the cut
-  left (a missing leaf, another shape or dtype), and where `path` holds something else.
+  The folder appears at once, and replaces a network that was there. The state of the
+  optimizer is not saved.
+
+  Args:
+    path: the folder.
+    pruned: the network that `prune` returned, possibly with variables trained since.
+    normalisation: the normalisation of its inputs, a `data.augment.Normalisation`, kept
+      in the report.
+    tensors: whether to write the arrays as a file of safetensors, which other programs
+      can read, instead of an orbax checkpoint.
+
+  Raises:
+    CheckpointError: a leaf of `pruned.variables` is missing or has another shape or
+      dtype than the cut left, or the folder holds something else.
+    WriteError: the disk is full.
   """
   path, coupling = Path(path), pruned.coupling
   expected = _small(coupling, pruned.keep)
   checkpoint.matched(expected, checkpoint.paths(pruned.variables), f'{path}: not saved')
+  try:
+    kwargs = json.loads(json.dumps(coupling.kwargs))
+  except TypeError as error:
+    raise CheckpointError(
+      f'{path}: expected numbers, strings and flags as keyword arguments of the model, '
+      f'got {coupling.kwargs}: {error}. Couple it without them'
+    ) from error
   report = dict(pruned.report)
   if normalisation is not None:
     report['normalisation'] = normalisation._asdict()
@@ -56,7 +91,7 @@ def save(
     'model': _described(pruned),
     'arch': pruned.arch,
     'inputs': _abstract(coupling.inputs),
-    'kwargs': _plain(coupling.kwargs, path),
+    'kwargs': kwargs,
     'keep': {
       'channels': {g: np.flatnonzero(k) for g, k in pruned.keep['channels'].items()},
       'branches': {b: np.asarray(k) for b, k in pruned.keep['branches'].items()},
@@ -75,16 +110,29 @@ def load(
   variables: Any = None,
   fixed: Callable | None = None,
 ) -> Pruned:
-  """A pruned network as `save` got it, but for the optimizer state.
+  """Reads a pruned network that `save` wrote.
 
-  model: for a model of depthprune, nothing; else the full model or function that was
-    pruned. example: one input array, or a tuple of all inputs; variables: the full
-    network's, abstract ones will do. Both are only asked for where they are more than
-    dicts, lists, tuples and arrays. fixed: as it was given to `couple`.
+      small = dp.load('small')  # a model of depthprune
+      small = dp.load('mine', model=my_full_function)  # any other
+      outputs = small.apply(small.variables, images)
 
-  Raises CheckpointError where the folder is absent, foreign, of a newer format, or
-  damaged; where the model is another one; and where a leaf is missing, not expected, or
-  has another shape or dtype (naming it).
+  Args:
+    path: the folder.
+    model: None for a model of depthprune; otherwise the full model or function that was
+      pruned.
+    example: one input array, or a tuple of all inputs. It is only needed if an input is
+      not an array, or a dict, list or tuple of arrays.
+    variables: the variables of the full network, possibly abstract, needed in the same
+      case.
+    fixed: the argument `fixed` of `couple` with which the network was pruned.
+
+  Returns:
+    The network as it was saved; `opt_state` is None.
+
+  Raises:
+    CheckpointError: the folder is absent, foreign, damaged or of a newer format; the
+      model is another one; or a leaf is missing, not expected, or of another shape or
+      dtype.
   """
   path = Path(path)
   leaves, record = checkpoint.read(path, RECORD)
@@ -99,7 +147,7 @@ def load(
     )
   try:
     coupling = couple(model, variables, *inputs, fixed=fixed, **record['kwargs'])
-    keep = _keep(record, coupling)
+    keep = _keep(record['keep'], coupling)
     small = _small(coupling, keep)
   except (KeyError, ValueError, TypeError) as error:
     raise CheckpointError(
@@ -114,125 +162,6 @@ def load(
   )
 
 
-def _small(coupling: Coupling, keep: Mapping) -> Any:
-  """The abstract variables that are left."""
-  plan = index_plan(coupling, keep)
-  return jax.eval_shape(lambda full: cut(full, plan), coupling.variables)
-
-
-def _described(pruned: Pruned) -> dict[str, Any]:
-  """The model before the cut: by name and fields, or just what it was called."""
-  model = pruned.model
-  if not type(model).__module__.startswith(f'{models.__name__}.'):
-    name = getattr(model, '__qualname__', type(model).__qualname__)
-    return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
-  full = {k: v for k, v in model.arch.items() if k not in pruned.arch}
-  full |= {k: _uncut(k, v, pruned.coupling) for k, v in pruned.arch.items()}
-  return models.describe(model.clone(arch=type(model.arch)(full)))
-
-
-def _uncut(key: str, value: int, coupling: Coupling) -> int:
-  """What an entry of `arch` was before the cut, read off the full network's arrays.
-
-  What is not among the arrays had been cut before.
-  """
-  if key.startswith('exit/'):
-    return int(value or key.removeprefix('exit/') in coupling.exits)
-  if key in coupling.groups:  # what is no last axis of a kernel, as heads are
-    return coupling.axis(key).size
-  leaves = checkpoint.paths(coupling.variables)
-  if key in coupling.branches:
-    return int(np.prod(leaves[f'branches/{key}'].shape))
-  kernel = leaves.get(f'params/{key}/kernel')
-  return value if kernel is None else kernel.shape[-1]
-
-
-def _model(record: Mapping, path: Path, given: Any) -> Any:
-  described = record['model']
-  if 'foreign' in described:
-    if given is None:
-      raise CheckpointError(
-        f'{path}: {described["foreign"]} is not a model of depthprune: expected '
-        'load(path, model=...) with the full model or function that was pruned'
-      )
-    return given
-  if given is not None:
-    # `arch` is left out: it may also say what is as the fields say anyway.
-    there, here = (
-      {'name': d['name'], **d['fields'], 'arch': None}
-      for d in (described, models.describe(given))
-    )
-    apart = [f for f in sorted({*there, *here}) if there.get(f) != here.get(f)]
-    if apart:
-      what = '; '.join(
-        f'{f}: expected {there.get(f)}, got {here.get(f)}' for f in apart
-      )
-      raise CheckpointError(f'{path}: another model: {what}: leave it out of the call')
-  return models.build(described['name'], **described['fields'])
-
-
-def _keep(record: Mapping, coupling: Coupling) -> dict[str, Any]:
-  keep = record['keep']
-  masks = {}
-  for group, kept in keep['channels'].items():
-    masks[group] = np.isin(np.arange(coupling.axis(group).size), kept)
-  branches = {b: np.asarray(k, bool) for b, k in keep['branches'].items()}
-  return {'channels': masks, 'branches': branches, 'exits': keep['exits']}
-
-
-def _plain(kwargs: Mapping, path: Path) -> dict[str, Any]:
-  try:
-    return json.loads(json.dumps(kwargs))
-  except TypeError as error:
-    raise CheckpointError(
-      f'{path}: expected numbers, strings and flags as keyword arguments of the model, '
-      f'got {kwargs}: {error}. Couple it without them'
-    ) from error
-
-
-def _abstract(tree: Any) -> Any:
-  """Shapes and dtypes of a tree in JSON; tuples and lists are told apart."""
-  if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
-    return {key: _abstract(value) for key, value in tree.items()}
-  if type(tree) in (list, tuple):
-    return [type(tree).__name__, *map(_abstract, tree)]
-  if tree is None:
-    return None
-  plain = isinstance(getattr(tree, 'dtype', None), np.dtype)
-  return kind(tree) if plain else _OTHER
-
-
-def _concrete(abstract: Any, where: str) -> Any:
-  """The ShapeDtypeStructs that `_abstract` described."""
-  if isinstance(abstract, dict):
-    return {key: _concrete(value, where) for key, value in abstract.items()}
-  if isinstance(abstract, list):
-    parts = [_concrete(value, where) for value in abstract[1:]]
-    return tuple(parts) if abstract[0] == 'tuple' else parts
-  if abstract is None:
-    return None
-  if abstract == _OTHER:
-    raise CheckpointError(f'{where} of a kind that JSON has no words for')
-  dtype, shape = abstract.removesuffix(']').split('[')
-  sizes = tuple(int(size) for size in shape.split(',') if size)
-  return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
-
-
-CASCADE_RECORD, TOKENIZER = 'cascade.json', 'tokenizer.json'
-
-
-class Saved(NamedTuple):
-  """What was saved: a network, and the cascade that was made of it, if there is one.
-
-  `folder` holds it; `run` is the directory of the run that it is of, else None.
-  """
-
-  folder: Path
-  run: Path | None
-  network: Pruned
-  cascade: Cascade | None
-
-
 def save_cascade(
   path: str | Path,
   saved: Cascade,
@@ -241,14 +170,23 @@ def save_cascade(
   tokenizer: str | Path | None = None,
   tensors: bool = False,
 ) -> None:
-  """Writes a cascade as the folder `path`.
+  """Writes a cascade as a folder, from which `load_cascade` reads it again.
 
-  saved: a cascade of `network`, what `prune` left. normalisation: what its images went
-  through. tokenizer: tokenizer.json, copied beside a network that reads texts.
-  tensors: arrays as `checkpoint.save` writes them with it.
+      early = dp.cascade(small.apply, small.variables, images[:1], thresholds=chosen)
+      dp.save_cascade('early', early, small)
 
-  Raises: CheckpointError as `checkpoint.save` does, and ValueError for a cascade that
-    is not of this network.
+  Args:
+    path: the folder.
+    saved: the cascade, made of `network`.
+    network: the network that `prune` returned.
+    normalisation: the normalisation of its images, kept in the network's report.
+    tokenizer: a tokenizer.json, copied beside a network that reads texts.
+    tensors: whether to write the arrays as a file of safetensors instead of an orbax
+      checkpoint.
+
+  Raises:
+    ValueError: the cascade has other exits or arrays than the network.
+    CheckpointError: as for `save`.
   """
   path = Path(path)
   exits = [name for name, kept in network.report['exits'].items() if kept]
@@ -262,60 +200,67 @@ def save_cascade(
     raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
   text = None if tokenizer is None else Path(tokenizer).read_text()
   if distributed.writes():
-    (path / CASCADE_RECORD).unlink(missing_ok=True)  # until all of it is there again
+    (path / CASCADE_RECORD).unlink(missing_ok=True)  # written last, when all is there
     (path / TOKENIZER).unlink(missing_ok=True)
   save(path / 'network', network, normalisation, tensors)
   if text is not None and distributed.writes():
     (path / TOKENIZER).write_text(text)
   early = saved.exits[:-1]
-  plain = lambda values: {e: _finite(v) for e, v in zip(early, values.tolist())}
+  finite = lambda value: value if math.isfinite(value) else str(value)
+  by_exit = lambda values: {e: finite(v) for e, v in zip(early, values.tolist())}
   weights = None if saved.weights is None else np.asarray(saved.weights).tolist()
-  decided = {
+  record = {
     'exits': list(saved.exits),
-    'thresholds': plain(saved.thresholds),
-    'temperatures': plain(saved.temperatures),
+    'thresholds': by_exit(saved.thresholds),
+    'temperatures': by_exit(saved.temperatures),
     'confidence': saved.confidence,
     'weights': weights,
     'steps': saved.steps,
     'flops': list(saved.stages.flops),
     'whole': saved.stages.whole,
   }
-  directory.write(path / CASCADE_RECORD, decided)
+  directory.write(path / CASCADE_RECORD, record)
 
 
 def load_cascade(path: str | Path, model: Any = None) -> Cascade:
-  """A cascade as `save_cascade` got it.
+  """Reads a cascade that `save_cascade` wrote.
 
-  model: for a network of depthprune, nothing; else the full model or function.
-  What its images went through is in `path`/network/arch.json, report, normalisation.
+      early = dp.load_cascade('early')
+      answer = early(images)  # logits, the exit of every example, its score
 
-  Raises: CheckpointError for a folder without a cascade, or damaged.
+  The normalisation of its images is in the report of `load(path / 'network')`.
+
+  Args:
+    path: the folder.
+    model: None for a network of depthprune; otherwise the full model or function.
+
+  Raises:
+    CheckpointError: the folder has no cascade, or is damaged.
   """
-  decided = _decided(Path(path))
-  return _cascade(Path(path), decided, load(Path(path) / 'network', model))
+  return _read_cascade(Path(path), model)[0]
 
 
 def find(path: str | Path, model: Any = None) -> Saved:
-  """The network in the directory of a run, or in a folder that a network was saved to.
+  """Reads the network, and the cascade if there is one, of a run or a saved folder.
 
-  path: what `depthprune run` or `export` wrote, or `save` or `save_cascade`.
-  model: as for `load` and `load_cascade`.
+  Args:
+    path: a folder that `depthprune run`, `export`, `save` or `save_cascade` wrote.
+    model: None for a network of depthprune; otherwise the full model or function.
 
-  Raises: CheckpointError where there is none, or as `load` and `load_cascade` do.
+  Raises:
+    CheckpointError: the folder has no network, or is damaged.
   """
   path = Path(path)
   for folder in (path, path / 'cascade', path / 'network', path / 'pruned'):
     if (folder / CASCADE_RECORD).is_file():
-      decided = _decided(folder)
-      network = load(folder / 'network', model)
-      cascade = _cascade(folder, decided, network)
+      early, network = _read_cascade(folder, model)
     elif (folder / RECORD).is_file():
-      network, cascade = load(folder, model), None
+      early, network = None, load(folder, model)
     else:
       continue
     runs = (path / 'config.json', path.parent / 'config.json')
     run = next((config.parent for config in runs if config.is_file()), None)
-    return Saved(folder, run, network, cascade)
+    return Saved(folder, run, network, early)
   raise CheckpointError(
     f'{path}: expected the directory of a finished run, or a folder with a network '
     f'({RECORD}) or a cascade ({CASCADE_RECORD}), got none of them; a run that was '
@@ -323,33 +268,122 @@ def find(path: str | Path, model: Any = None) -> Saved:
   )
 
 
-def _decided(path: Path) -> dict[str, Any]:
+def _read_cascade(path: Path, model: Any) -> tuple[Cascade, Pruned]:
   try:
-    return json.loads((path / CASCADE_RECORD).read_text())
+    record = json.loads((path / CASCADE_RECORD).read_text())
   except (OSError, ValueError) as error:
     raise CheckpointError(
       f'{path}: expected a cascade (with {CASCADE_RECORD} and network/): {error}'
     ) from error
-
-
-def _cascade(path: Path, decided: dict[str, Any], network: Pruned) -> Cascade:
+  network = load(path / 'network', model)
   try:
-    weights = decided['weights']
+    weights = record['weights']
     settings: dict[str, Any] = {
-      'thresholds': {e: float(t) for e, t in decided['thresholds'].items()},
-      'exits': tuple(decided['exits']),
-      'temperatures': decided['temperatures'],
-      'confidence': decided['confidence'],
+      'thresholds': {e: float(t) for e, t in record['thresholds'].items()},
+      'exits': tuple(record['exits']),
+      'temperatures': record['temperatures'],
+      'confidence': record['confidence'],
       'weights': None if weights is None else np.asarray(weights, np.float32),
-      'steps': decided['steps'],
+      'steps': record['steps'],
     }
   except KeyError as error:
     raise CheckpointError(
       f'{path}: {CASCADE_RECORD} has no entry {error}: damaged, or of another version'
     ) from error
   inputs, kwargs = network.coupling.inputs, network.coupling.kwargs
-  return cascade(network.apply, network.variables, *inputs, **settings, **kwargs)
+  early = cascade(network.apply, network.variables, *inputs, **settings, **kwargs)
+  return early, network
 
 
-def _finite(value: float) -> float | str:
-  return value if math.isfinite(value) else str(value)
+def _small(coupling: Coupling, keep: Mapping) -> Any:
+  """Returns the variables that are left, abstract."""
+  plan = index_plan(coupling, keep)
+  return jax.eval_shape(lambda full: cut(full, plan), coupling.variables)
+
+
+def _described(pruned: Pruned) -> dict[str, Any]:
+  """Describes the model before the cut, or only names one that is not ours."""
+  model = pruned.model
+  if not type(model).__module__.startswith(f'{models.__name__}.'):
+    name = getattr(model, '__qualname__', type(model).__qualname__)
+    return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
+  full = {k: v for k, v in model.arch.items() if k not in pruned.arch}
+  full |= {k: _uncut(k, v, pruned.coupling) for k, v in pruned.arch.items()}
+  return models.describe(model.clone(arch=type(model.arch)(full)))
+
+
+def _uncut(key: str, value: int, coupling: Coupling) -> int:
+  """Returns an entry of `arch` before the cut, read off the arrays of the full network.
+
+  An entry without an array had been cut before.
+  """
+  if key.startswith('exit/'):
+    return int(value or key.removeprefix('exit/') in coupling.exits)
+  if key in coupling.groups:  # a size that is not the last axis of a kernel
+    return coupling.axis(key).size
+  leaves = checkpoint.paths(coupling.variables)
+  if key in coupling.branches:
+    return int(np.prod(leaves[f'branches/{key}'].shape))
+  kernel = leaves.get(f'params/{key}/kernel')
+  return value if kernel is None else kernel.shape[-1]
+
+
+def _model(record: Mapping, path: Path, model: Any) -> Any:
+  described = record['model']
+  if 'foreign' in described:
+    if model is None:
+      raise CheckpointError(
+        f'{path}: {described["foreign"]} is not a model of depthprune: expected '
+        'load(path, model=...) with the full model or function that was pruned'
+      )
+    return model
+  if model is not None:
+    # `arch` is left out, because it may repeat what the fields say.
+    there, here = (
+      {'name': d['name'], **d['fields'], 'arch': None}
+      for d in (described, models.describe(model))
+    )
+    apart = [f for f in sorted({*there, *here}) if there.get(f) != here.get(f)]
+    if apart:
+      what = '; '.join(
+        f'{f}: expected {there.get(f)}, got {here.get(f)}' for f in apart
+      )
+      raise CheckpointError(f'{path}: another model: {what}: leave it out of the call')
+  return models.build(described['name'], **described['fields'])
+
+
+def _keep(keep: Mapping, coupling: Coupling) -> dict[str, Any]:
+  masks = {
+    group: np.isin(np.arange(coupling.axis(group).size), kept)
+    for group, kept in keep['channels'].items()
+  }
+  branches = {b: np.asarray(k, bool) for b, k in keep['branches'].items()}
+  return {'channels': masks, 'branches': branches, 'exits': keep['exits']}
+
+
+def _abstract(tree: Any) -> Any:
+  """Describes the shapes and dtypes of a tree in JSON, where tuples are not lists."""
+  if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+    return {key: _abstract(value) for key, value in tree.items()}
+  if type(tree) in (list, tuple):
+    return [type(tree).__name__, *map(_abstract, tree)]
+  if tree is None:
+    return None
+  plain = isinstance(getattr(tree, 'dtype', None), np.dtype)
+  return kind(tree) if plain else _OTHER
+
+
+def _concrete(abstract: Any, where: str) -> Any:
+  """Returns the tree of ShapeDtypeStructs that `_abstract` described."""
+  if isinstance(abstract, dict):
+    return {key: _concrete(value, where) for key, value in abstract.items()}
+  if isinstance(abstract, list):
+    parts = [_concrete(value, where) for value in abstract[1:]]
+    return tuple(parts) if abstract[0] == 'tuple' else parts
+  if abstract is None:
+    return None
+  if abstract == _OTHER:
+    raise CheckpointError(f'{where} of a kind that JSON cannot express')
+  dtype, shape = abstract.removesuffix(']').split('[')
+  sizes = tuple(int(size) for size in shape.split(',') if size)
+  return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))

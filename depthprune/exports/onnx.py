@@ -1,13 +1,13 @@
-"""A traced function as an ONNX model, by jax2onnx, proven equal by onnxruntime.
+"""Converts functions to ONNX with jax2onnx, and checks the result with onnxruntime.
 
-The converter gets the equations of our own trace, so that what it does to modules and
-to jnp while it traces is not met; where it lacks an equation in our programs, or makes
-of one what onnxruntime does not run, an equal one stands in its place:
+The converter gets the equations of our own trace, because it replaces functions of
+linen and jnp while it traces. Equations that it lacks, or converts to something that
+onnxruntime does not run, are replaced by equal ones:
 
-  pad                    constants joined to the array (a symbolic batch is refused)
-  max and sum of windows pooling as linen has it (of [b, h, w, c] it is taken for 4-D)
-  cond of n branches     n - 1 of two
-  own derivatives        what they compute, as nobody asks for them
+  pad                     constants that are concatenated (it refuses a symbolic batch)
+  max and sum of windows  pooling of linen, which it converts for [b, h, w, c]
+  cond of n branches      n - 1 conds of two branches
+  custom derivatives      the function itself
 """
 
 import contextlib
@@ -28,25 +28,33 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.jaxpr import bind, interpret
 
 CONVERTER = 'jax2onnx'
-TOLERANCE = 1e-4  # of the largest number that is said, at least of 1
+TOLERANCE = 1e-4  # relative to the largest output, or to 1 if that is more
 POOLS = ('reduce_window_max', 'reduce_window_sum')
 
 
 class ExportError(ValueError):
-  """What cannot be exported, and what to do."""
+  """A network that cannot be exported; the message says why and what to do."""
 
 
 def convert(
   fn: Callable, inputs: Sequence[Any], names: Sequence[str], probe: Sequence[Any]
 ) -> tuple[bytes, float]:
-  """fn(*inputs) -> {name: array} as (an ONNX model, how far it is from fn).
+  """Converts a function to an ONNX model and compares both.
 
-  inputs: abstract; a symbolic batch stays one. names: of the inputs. probe: concrete
-  ones, on which both are run. The distance is the largest, in parts of the largest
-  number that is said (of 1, if that is more). Arrays that fn closes over are in it.
+  Args:
+    fn: fn(*inputs) -> {name: array}; arrays that it closes over become part of the
+      model.
+    inputs: abstract inputs; a symbolic batch stays symbolic.
+    names: names of the inputs.
+    probe: concrete inputs, on which both are run.
 
-  Raises: ExportError where the converter or onnxruntime is not installed, has no word
-    for something, or says something else.
+  Returns:
+    The serialised model, and the largest difference of an output, relative to the
+    largest number in it, or to 1 if that is more.
+
+  Raises:
+    ExportError: the converter or onnxruntime is not installed, cannot express
+      something, or computes something else.
   """
   try:
     import onnxruntime
@@ -65,26 +73,26 @@ def convert(
         input_names=[*names],
         output_names=[*expected],
       )
-    except Exception as error:  # whatever a converter meets
+    except Exception as error:  # the converter raises errors of many kinds
       raise _refused('cannot convert this program', error) from error
-    del model.graph.value_info[:]  # shapes of before its own rewriting, some wrong
+    del model.graph.value_info[:]  # some shapes are wrong after its own rewriting
     content = model.SerializeToString()
     try:
       options = onnxruntime.SessionOptions()
       options.log_severity_level = 4
       session = onnxruntime.InferenceSession(content, options)
-      given = dict(zip(names, map(np.asarray, probe), strict=True))
+      feed = dict(zip(names, map(np.asarray, probe), strict=True))
       known = {x.name for x in session.get_inputs()}
-      answers = session.run([*expected], {k: x for k, x in given.items() if k in known})
-    except Exception as error:  # onnxruntime has no class of its own errors
+      outputs = session.run([*expected], {k: x for k, x in feed.items() if k in known})
+    except Exception as error:  # onnxruntime has no common class of errors
       raise _refused('made what onnxruntime cannot run', error) from error
-  said = zip(expected.values(), answers, strict=True)
-  far = max(_distance(np.asarray(mine), np.asarray(theirs)) for mine, theirs in said)
-  if not far <= TOLERANCE:
+  pairs = zip(expected.values(), outputs, strict=True)
+  distance = max(_distance(np.asarray(x), np.asarray(y)) for x, y in pairs)
+  if not distance <= TOLERANCE:
     raise _refused(
-      f'made another network, {far:.1e} apart where {TOLERANCE:.0e} is allowed', ''
+      f'made another network, {distance:.1e} apart where {TOLERANCE:.0e} is allowed', ''
     )
-  return content, far
+  return content, distance
 
 
 def _refused(what: str, error: Any) -> ExportError:
@@ -96,22 +104,22 @@ def _refused(what: str, error: Any) -> ExportError:
   )
 
 
-def _distance(mine: np.ndarray, theirs: np.ndarray) -> float:
-  if mine.shape != theirs.shape:
+def _distance(expected: np.ndarray, got: np.ndarray) -> float:
+  if expected.shape != got.shape:
     return math.inf
-  mine, theirs = mine.astype(np.float64), theirs.astype(np.float64)
-  if not mine.size or not np.array_equal(np.isnan(mine), np.isnan(theirs)):
-    return math.inf if mine.size else 0.0
-  apart = np.abs(np.nan_to_num(mine) - np.nan_to_num(theirs)).max()
-  return float(apart / max(1.0, np.abs(np.nan_to_num(mine)).max()))
+  expected, got = expected.astype(np.float64), got.astype(np.float64)
+  if not expected.size or not np.array_equal(np.isnan(expected), np.isnan(got)):
+    return math.inf if expected.size else 0.0
+  distance = np.abs(np.nan_to_num(expected) - np.nan_to_num(got)).max()
+  return float(distance / max(1.0, np.abs(np.nan_to_num(expected)).max()))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without what the converter says of its plug-ins and of shapes that it guesses.
+  """Silences the converter's logs and warnings, and undoes what it does to jax.
 
-  It mixes types, which a reader's strict promotion would refuse; ours are traced. What
-  it puts in the place of functions of jax, and leaves there (jnp.cumsum), is undone.
+  It mixes types, which strict promotion would refuse, and it replaces functions of jax
+  and does not restore them all (jnp.cumsum).
   """
   before = logging.root.manager.disable
   functions = [(module, dict(vars(module))) for module in (jnp, lax, jax.nn, nn)]
@@ -126,7 +134,7 @@ def _quiet() -> Iterator[None]:
       vars(module).update(names)
 
 
-# ---- equations in other words --------------------------------------------------------
+# ---- equations that are replaced -----------------------------------------------------
 
 
 def _run(program: jx.Program, args: Sequence) -> list:
@@ -138,7 +146,7 @@ def _equation(e: jx.Equation, ins: list) -> list:
     low, high, holes = zip(*e.params['padding_config'], strict=True)
     if min(*low, *high) >= 0 == max(holes):
       return [_padded(ins[0], ins[1], [*zip(low, high, strict=True)])]
-  if e.name in POOLS and _of_images(e.params):
+  if e.name in POOLS and _pools_images(e.params):
     return [_pooled(e, ins[0])]
   if e.name == 'cond':
     branches = [lambda *a, body=body: _run(body, a) for body in e.bodies]
@@ -159,8 +167,8 @@ def _padded(x: jax.Array, value: Any, sides: Sequence[tuple[int, int]]) -> jax.A
   return x
 
 
-def _of_images(params: dict) -> bool:
-  """Whether windows lie in the two middle axes of four."""
+def _pools_images(params: dict) -> bool:
+  """Tells whether windows extend over the two middle axes of four."""
   window = params['window_dimensions']
   dilations = (*params['base_dilation'], *params['window_dilation'])
   return len(window) == 4 and window[0] == window[3] == 1 == max(dilations)

@@ -49,7 +49,7 @@ with epy.lazy_imports():
 
   from depthprune.program import units as unit_search
   from depthprune.program.coupling import Coupling
-  from depthprune.program.units import Unit
+  from depthprune.program.units import ResidualUnit
   from depthprune.train.result import Result
   from depthprune.train.task import Tree
 
@@ -130,7 +130,7 @@ def implosion(
   )
 
 
-def priority(unit: Unit, theta: Tree) -> jax.Array:
+def priority(unit: ResidualUnit, theta: Tree) -> jax.Array:
   """|w_l|, a scalar; the mean over its branches where a layer has several."""
   layer = ... if unit.layer is None else unit.layer
   w = jnp.stack([theta['branches'][branch][layer] for branch in unit.branches])
@@ -139,14 +139,14 @@ def priority(unit: Unit, theta: Tree) -> jax.Array:
 
 def erasure(
   coupling: Coupling,
-  among: Sequence[Unit],
+  among: Sequence[ResidualUnit],
   count: int,
   importance: str,
   theta: Tree,
   evaluate: Any,
   seed: int = 0,
-  gone: Sequence[Unit] = (),
-) -> tuple[Unit, ...]:
+  gone: Sequence[ResidualUnit] = (),
+) -> tuple[ResidualUnit, ...]:
   """The next `count` units that go, in the order in which they go.
 
   Args:
@@ -170,13 +170,15 @@ def erasure(
   return tuple(order[len(gone) :])
 
 
-def _three_quarters(present: Sequence[Unit]) -> int:
+def _three_quarters(present: Sequence[ResidualUnit]) -> int:
   """The default depth: at least one unit less, and never one that cannot be reached."""
   stay = sum(1 for unit in present if unit.why_not)
   return max(len(present) - max(1, len(present) // 4), stay)
 
 
-def _erasable(present: Sequence[Unit], names: Sequence[str]) -> tuple[Unit, ...]:
+def _erasable(
+  present: Sequence[ResidualUnit], names: Sequence[str]
+) -> tuple[ResidualUnit, ...]:
   """The units of these names, in order of execution.
 
   Raises: ValueError for a name that there is not, and a unit that cannot be erased."""
@@ -193,7 +195,7 @@ def _erasable(present: Sequence[Unit], names: Sequence[str]) -> tuple[Unit, ...]
 
 
 def _reachable(
-  depth: int | None, present: Sequence[Unit], among: Sequence[Unit]
+  depth: int | None, present: Sequence[ResidualUnit], among: Sequence[ResidualUnit]
 ) -> int:
   """The depth, if erasing `among` leads there; raises ValueError if it does not."""
   if not among:
@@ -215,8 +217,8 @@ def _reachable(
 
 
 def _smallest(
-  among: Sequence[Unit], scores: Sequence[float] | np.ndarray, count: int
-) -> list[Unit]:
+  among: Sequence[ResidualUnit], scores: Sequence[float] | np.ndarray, count: int
+) -> list[ResidualUnit]:
   """In order of importance; of equals the deeper first, what is not a number last."""
   value = np.nan_to_num(np.asarray(scores, np.float64), nan=np.inf)
   order = sorted(range(len(among)), key=lambda i: (value[i], -i))
@@ -282,7 +284,7 @@ def _build(setting: Setting) -> Method:
   )
 
 
-def _named_once(options: ImplosionOptions, present: Sequence[Unit]) -> None:
+def _named_once(options: ImplosionOptions, present: Sequence[ResidualUnit]) -> None:
   """Raises ValueError where layers of a stack are named and several rounds cut."""
   layers = [u.name for u in present if u.name in options.units and u.layer is not None]
   excess = len(present) - (options.depth or _three_quarters(present))

@@ -246,8 +246,8 @@ def _build(setting: Setting) -> Method:
 def _check(config: Any) -> None:
   if config.mixup and config.options.regime != 'joint':
     raise ConfigError(
-      'mixup: leave it out for sidenet, where heads learn from features of whole images '
-      '(joint trains everything together, and may mix)'
+      'mixup: leave it out for sidenet, where heads learn from features of whole '
+      'images (joint trains everything together, and may mix)'
     )
 
 

@@ -63,7 +63,7 @@ with epy.lazy_imports():
   from depthprune.program import cost
   from depthprune.program.coupling import Coupling
   from depthprune.timing import latency, layers
-  from depthprune.timing.layers import Cost
+  from depthprune.timing.layers import CostFunction
   from depthprune.train import target as targets
   from depthprune.train.result import Result
   from depthprune.train.task import Tree
@@ -75,7 +75,7 @@ LEAST = 0.1  # of the mean price of a channel, where prices are measured
 def trainable_gates(
   coupling: Coupling,
   target: float = 0.5,
-  of: str | Cost = 'flops',
+  of: str | CostFunction = 'flops',
   strength: float = 200.0,
   gate_lr: float = 2e-4,
   surrogate: Surrogate = 'constant',
@@ -85,8 +85,8 @@ def trainable_gates(
 ) -> Method:
   """Learns by gradient descent which channels of a network may go.
 
-  Every group of coupled channels gets a gate weight per channel; a channel is open where
-  it is positive. The weights are trained together with the network's own, with a
+  Every group of coupled channels gets a gate weight per channel; a channel is open
+  where it is positive. The weights are trained together with the network's own, with a
   penalty on the distance of its cost to the target. Then
   `prune(model, variables, method.decide(state.theta, {}, None), example)` cuts the
   closed channels out. No code for it is in the model:
@@ -270,7 +270,7 @@ def _build(setting: Setting) -> Method:
   )
 
 
-def _cost(setting: Setting) -> Cost:
+def _cost(setting: Setting) -> CostFunction:
   """Milliseconds, measured once: a run that is resumed goes on with its first table."""
   o = setting.options
   timed = layers.session(setting.coupling, o.latency_batch, o.round_to)

@@ -1,16 +1,16 @@
 """An auxiliary path beside a trunk: a wider network while training, dropped afterwards.
 
 Liu, Zhuang, Shen, Chen, Yin, "Training Compact Neural Networks via Auxiliary
-Overparameterization", arXiv 1909.02214. The path is that of the authors' later code
-(CVPR 2020); stages of several taps, and one width for all of it, are ours:
+Overparameterization", arXiv 1909.02214. The path follows the authors' later code
+(CVPR 2020); stages with several taps, and one width for the whole path, are ours:
 
   h_s   = relu( D_s(h_{s-1}) + sum_j g_js phi_js(out_j) )
   aux   = head(h_S)
 
   out_j     features of the trunk at tap j
-  phi, D    dense over channels (a 1 × 1 convolution) and batch normalisation, at the
-            size of the stage's last tap or, if smaller, of the next stage's: where D is
-            strided nothing else is read; there is no D in the first
+  phi, D    a 1×1 convolution and a batch normalisation, at the resolution of the last
+            tap of the stage, or of the next stage if that is smaller, because a strided
+            D reads no other positions; the first stage has no D
   g_js      gate of the connection from tap j to stage s: 1, or trained
 """
 
@@ -28,19 +28,21 @@ from depthprune.gates import branch
 from depthprune.models.arch import Arch, within
 from depthprune.models.layers import Classes, Pool, answer, hashable, he_normal, pooled
 
-NODES = 3  # stages of the path beside a trunk whose taps are one chain
+NODES = 3  # stages of the path beside a trunk whose taps form a single chain
 
 
 @dataclass(frozen=True)
 class Auxiliary:
-  """A path that reads many taps, and has an answer of its own.
+  """An auxiliary path: an exit that reads many taps of a trunk.
+
+  `beside` makes one for the taps of a given trunk.
 
   Attributes:
-    stages: taps that feed each stage of the path, in the order of depth.
-    classes: number of logits; or that of each of several tasks, by name.
+    stages: the taps that feed each stage of the path, in order of depth.
+    classes: number of logits, or {task: number of logits} for several tasks.
     width: channels of the path.
     pool: how features become a vector, as in `heads.Head`; None for a class of every
-      pixel: logits [batch, height, width, classes], of the size of the image.
+      pixel, logits [batch, height, width, classes] of the size of the image.
     gated: whether connections have gates, which a search can close.
   """
 
@@ -55,31 +57,41 @@ class Auxiliary:
 
   @property
   def reads(self) -> tuple[str, ...]:
-    """The taps that it reads, each once."""
+    """The taps that the path reads, each once."""
     return tuple(dict.fromkeys(tap for taps in self.stages for tap in taps))
 
   @property
   def widths(self) -> dict[str, int]:
-    """Every key that `arch` may hold beneath it, with its value in the full path."""
+    """Every key that `arch` may hold within the path, with its full value."""
     keys = {}
     for s, taps in enumerate(self.stages):
       for tap in taps:
-        keys[f'stage{s}/{_word(tap)}/dense'] = self.width
+        name = tap.replace('/', '_')
+        keys[f'stage{s}/{name}/dense'] = self.width
         if self.gated:
-          keys[f'stage{s}/{_word(tap)}/branch'] = 1
+          keys[f'stage{s}/{name}/branch'] = 1
       if s:
         keys[f'stage{s}/before/dense'] = self.width
     return keys
 
 
 def beside(taps: tuple[str, ...], search: bool = False, **fields: Any) -> Auxiliary:
-  """An auxiliary path for a trunk with these taps.
+  """Makes an auxiliary path that reads the taps of a trunk.
 
-  A tap called 'stage1/block0' feeds a stage with all others of its 'stage1'; of taps
-  without such a name equally many feed each of three stages. With `search` a tap may
-  feed its own and every later stage, by a gate for each.
+      trunk = dp.models.build('resnet20')
+      model = WithHeads(trunk, {'auxiliary': beside(trunk.taps, width=64)})
 
-  fields: classes, width and pool of `Auxiliary`. Raises ValueError without taps.
+  Taps with a common first part, such as 'stage1/block0' and 'stage1/block1', feed the
+  same stage of the path. Taps without a '/' are divided equally among three stages.
+
+  Args:
+    taps: names of the taps, in order of depth.
+    search: whether a tap may feed its own and every later stage, each by a gate that a
+      search can close.
+    **fields: the fields classes, width and pool of `Auxiliary`.
+
+  Raises:
+    ValueError: there are no taps.
   """
   if not taps:
     raise ValueError('auxiliary: the trunk has no taps that a path could read')
@@ -96,15 +108,10 @@ def beside(taps: tuple[str, ...], search: bool = False, **fields: Any) -> Auxili
   return Auxiliary(tuple(stages), gated=search, **fields)
 
 
-def _word(tap: str) -> str:
-  """The name of a tap as that of a module."""
-  return tap.replace('/', '_')
-
-
 class Adaptor(nn.Module):
-  """[batch, ..., c] → [batch, *size, width]: phi or D, times its gate if it has one.
+  """phi or D of the equations, times its gate: [batch, ..., c] → [batch, *size, width].
 
-  What is smaller than `size`, or no multiple of it, comes in its own size.
+  Features that are smaller than `size`, or not a multiple of it, keep their size.
   """
 
   width: int
@@ -113,12 +120,12 @@ class Adaptor(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, size: tuple[int, ...], train: bool) -> jax.Array:
-    for axis, (there, wanted) in enumerate(zip(x.shape[1:-1], size), 1):
-      step = -(-there // wanted)
-      if step > 1 and -(-there // step) == wanted:  # as a convolution of that stride
+    for axis, (n, wanted) in enumerate(zip(x.shape[1:-1], size), 1):
+      step = -(-n // wanted)
+      if step > 1 and -(-n // step) == wanted:  # like a convolution of that stride
         x = x[(slice(None),) * axis + (slice(None, None, step),)]
     layer = DenseNorm(self.width, name='dense')(x, train)
-    if self.gated:  # the layer is far smaller than what it gives
+    if self.gated:  # the arrays of the layer are far smaller than its outputs
       gate = branch(self, jnp.ones(()))
       layer = tuple(gate * each for each in layer)
     kernel, bias = (each.astype(self.dtype) for each in layer)
@@ -126,11 +133,12 @@ class Adaptor(nn.Module):
 
 
 class DenseNorm(nn.Module):
-  """The layer that is a dense one and batch normalisation: kernel [c, width], bias.
+  """A dense layer with the batch normalisation behind it folded in: kernel and bias.
 
-  While training, mean and variance of what the kernel gives follow from those of its
-  input, [batch, ..., c], which has fewer channels: the path is wide, and normalising it
-  would cost several times what it computes.
+  It reads features [batch, ..., c] and returns the arrays, kernel [c, width] and bias
+  [width]. In training, mean and variance of the outputs are computed from those of the
+  inputs, which have fewer channels: normalising the wide outputs would cost several
+  times as much as the layer.
   """
 
   width: int
@@ -148,7 +156,12 @@ class DenseNorm(nn.Module):
     )
     mean, var = (each.value for each in running)
     if train:
-      mean, var = _moments(x, kernel)
+      rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+      dot = functools.partial(jnp.matmul, precision='highest')
+      mean = rows.mean(0)
+      centred = rows - mean
+      covariance = dot(centred.T, centred) / rows.shape[0]
+      mean, var = dot(mean, kernel), (kernel * dot(covariance, kernel)).sum(0)
       if not self.is_initializing():
         for each, new in zip(running, (mean, var)):
           each.value = self.momentum * each.value + (1 - self.momentum) * new
@@ -156,22 +169,11 @@ class DenseNorm(nn.Module):
     return kernel * slope, bias - mean * slope
 
 
-def _moments(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance [width] of x @ kernel over all positions, in float32."""
-  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  dot = functools.partial(jnp.matmul, precision='highest')
-  mean = rows.mean(0)
-  apart = rows - mean
-  covariance = dot(apart.T, apart) / rows.shape[0]
-  return dot(mean, kernel), (kernel * dot(covariance, kernel)).sum(0)
-
-
 class AuxiliaryPath(nn.Module):
-  """{tap: features [batch, ..., c]} → float32 logits of `Auxiliary`, of several tasks
-  {TASK: logits}.
+  """The module of an `Auxiliary`: {tap: features [batch, ..., c]} → float32 logits.
 
-  Stages without an open connection pass on what came before them. Of vectors, images
-  and sequences; a mask bool [batch, tokens] leaves padding out of the answer.
+  Features may be vectors, images or sequences. A stage without an open connection
+  passes on the features before it. For several tasks it returns {task: logits}.
   """
 
   spec: Auxiliary
@@ -186,14 +188,25 @@ class AuxiliaryPath(nn.Module):
     mask: jax.Array | None = None,
     size: tuple[int, ...] = (),
   ) -> Any:
-    """size: height and width of the answer, where it is one of pixels."""
+    """Computes the logits.
+
+    Args:
+      features: {tap: features [batch, ..., c]}, more taps than are read if need be.
+      train: whether to normalise by the statistics of the batch, and update them.
+      mask: bool [batch, tokens], False on padding, which is left out of the answer.
+      size: height and width of the logits, if they are those of pixels.
+
+    Raises:
+      ValueError: `arch` closes every connection.
+    """
     h, sizes = None, [features[taps[-1]].shape[1:-1] for taps in self.spec.stages]
     for s, taps in enumerate(self.spec.stages):
-      name, given = f'stage{s}', {tap: features[tap] for tap in taps}
-      # Not larger than the next stage, which would read but a part of it.
-      here = tuple(map(min, sizes[s], sizes[min(s + 1, len(sizes) - 1)]))
+      name, read = f'stage{s}', {tap: features[tap] for tap in taps}
+      # Not larger than the next stage, which would read only a part of it.
+      size_s = tuple(map(min, sizes[s], sizes[min(s + 1, len(sizes) - 1)]))
       part = within(self.arch, name)
-      h = Stage(self.spec.gated, part, self.dtype, name=name)(given, h, here, train)
+      stage = PathStage(self.spec.gated, part, self.dtype, name=name)
+      h = stage(read, h, size_s, train)
     if h is None:
       raise ValueError('auxiliary: arch closes every connection; drop the exit instead')
     h = h.astype(jnp.float32)
@@ -206,8 +219,8 @@ class AuxiliaryPath(nn.Module):
     return jax.tree.map(large, logits)
 
 
-class Stage(nn.Module):
-  """h_s of h_{s-1} and the taps of a stage; None where there is neither."""
+class PathStage(nn.Module):
+  """Computes h_s of h_{s-1} and the taps of a stage; None if there is neither."""
 
   gated: bool
   arch: Arch
@@ -226,7 +239,7 @@ class Stage(nn.Module):
       before = Adaptor(self.arch['before/dense'], False, self.dtype, name='before')
       parts.append(before(h, size, train))
     for tap, x in features.items():
-      name = _word(tap)
+      name = tap.replace('/', '_')
       if self.arch.get(f'{name}/branch', 1):
         width = self.arch[f'{name}/dense']
         adaptor = Adaptor(width, self.gated, self.dtype, name=name)
@@ -235,7 +248,7 @@ class Stage(nn.Module):
 
 
 def _summed(parts: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:
-  """The sum, [batch, *size, width], of parts of any size: of each at once, in bulk."""
+  """Sums features of any size to [batch, *size, width], resizing each size once."""
   sums: dict[tuple[int, ...], jax.Array] = {}
   for x in parts:
     sums[x.shape] = sums[x.shape] + x if x.shape in sums else x

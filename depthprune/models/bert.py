@@ -1,4 +1,4 @@
-"""BERT: an encoder of text, its sums normalised behind every branch.
+"""BERT: an encoder of text that normalises after every branch.
 
 Source: Devlin, Chang, Lee, Toutanova, arXiv 1810.04805. MiniLM is the same network,
 thinner and shallower: Wang et al., arXiv 2002.10957.
@@ -28,8 +28,8 @@ normal = nn.initializers.normal(0.02)
 EPSILON = 1e-12
 
 
-class Table(nn.Module):
-  """Numbers [...] → rows [..., features] of a kernel [rows, features]."""
+class BERTTable(nn.Module):
+  """Looks up rows [..., features] of a kernel [rows, features] by numbers [...]."""
 
   rows: int
   features: int
@@ -40,17 +40,12 @@ class Table(nn.Module):
     return jnp.take(kernel, numbers, axis=0)  # NaN for a number that has no row
 
 
-class Attention(nn.Module):
-  """x + gate · attention(x) on tokens [batch, tokens, width].
+class BERTAttention(nn.Module):
+  """The branch x + gate · attention(x) on tokens [batch, tokens, width]."""
 
-  Attributes:
-    scale, arch: as `transformer.attend` has them.
-    dropout: rate, of the weights and of what is added.
-  """
-
-  scale: float
-  arch: Arch
-  dropout: float
+  scale: float  # factor on the queries
+  arch: Arch  # as for `transformer.attend`
+  dropout: float  # on the attention weights and on the result
   dtype: DTypeLike
 
   @nn.compact
@@ -60,12 +55,8 @@ class Attention(nn.Module):
     return add_branch(self, x, drop(y))
 
 
-class Perceptron(nn.Module):
-  """x + gate · down(gelu(up(x))) on tokens [batch, tokens, width], with the exact gelu.
-
-  Attributes:
-    dropout: rate, of what is added.
-  """
+class BERTPerceptron(nn.Module):
+  """The branch x + gate · down(gelu(up(x))) on tokens, with the exact gelu."""
 
   arch: Arch
   dropout: float
@@ -79,8 +70,8 @@ class Perceptron(nn.Module):
     return add_branch(self, x, nn.Dropout(self.dropout)(y, deterministic=not train))
 
 
-class Layer(nn.Module):
-  """Attention, then a perceptron, each normalised behind its sum.
+class BERTLayer(nn.Module):
+  """An attention and a perceptron, each followed by a normalisation of its sum.
 
   A branch that is removed leaves its normalisation, which is not the identity.
   """
@@ -93,39 +84,45 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
     attention, mlp = within(self.arch, 'attention'), within(self.arch, 'mlp')
-    rest = self.dropout, self.dtype
     if attention['branch']:
-      x = Attention(self.scale, attention, *rest, name='attention')(x, mask, train)
+      x = BERTAttention(
+        self.scale, attention, self.dropout, self.dtype, name='attention'
+      )(x, mask, train)
     x = layer_norm(x, self.dtype, EPSILON, 'norm1')
     if mlp['branch']:
-      x = Perceptron(mlp, *rest, name='mlp')(x, train)
+      x = BERTPerceptron(mlp, self.dropout, self.dtype, name='mlp')(x, train)
     return layer_norm(x, self.dtype, EPSILON, 'norm2')
 
 
 class BERT(nn.Module):
-  """Tokens → {'mask', 'layer0': [batch, tokens, width], ..., 'main': logits}.
+  """A BERT classifier of texts.
 
-  'mask', bool [batch, tokens], says which tokens are real, as `WithHeads` needs it. The
-  head reads tanh(dense(first token)).
+  It maps tokens int [batch, length] to {'mask': bool [batch, length], 'layer0': [batch,
+  length, width], ..., 'main': logits}: which tokens are not padding, as `WithHeads`
+  needs it; the tokens after every layer; and float32 logits [batch, classes] of
+  tanh(dense(first token)).
 
   Attributes:
-    classes: number of logits, float32 [batch, classes].
+    classes: number of logits.
     vocab: number of different tokens.
-    positions: length of the longest text.
-    types: number of token types: sentences of a pair.
-    width: length of a token.
+    positions: length of the longest text, in tokens.
+    types: number of token types, such as the two sentences of a pair.
+    width: length of the vector of a token.
     depth: number of layers.
-    heads: of every attention; they divide the width.
+    heads: number of heads of every attention; it divides the width.
     inner: width inside every perceptron.
-    dropout: rate, of embeddings, attention weights and all that is added, and of what
-      the head reads; the paper has 0.1.
-    arch: what differs from that, by key 'layer0/mlp/up', 'layer0/attention/value', ...;
-      see `models.arch`. The number of heads is 'layer0/attention/query:1', with the
-      layer axis in front of a stack 'layers0/attention/query:2'.
+    dropout: dropout rate on the embeddings, the attention weights, the branches and the
+      input of the head; 0.1 in the paper.
+    arch: the sizes that pruning changed, by key 'layer0/mlp/up',
+      'layer0/attention/value', ...; see `depthprune.models.arch`. The number of heads
+      is 'layer0/attention/query:1', or 'layers0/attention/query:2' in a stack, whose
+      first axis is the layer.
     dtype: type of the computation; parameters and logits are float32.
-    scan: the layers are `segments` stacks of one length, 'layers0', 'layers1', ...,
-      with a tap at the end of each. Surgery takes no single layer out of a stack: what
-      is left of it, its normalisations, differs from nothing.
+    scan: whether the layers are stacks of arrays, 'layers0', 'layers1', ..., that
+      compile once; each has a tap at its end. Surgery cannot remove a single layer from
+      a stack, because its normalisations stay.
+    segments: number of stacks; it divides the depth.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
   """
 
   classes: int = 2
@@ -163,8 +160,7 @@ class BERT(nn.Module):
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
     tables = dict.fromkeys(('word', 'position', 'type'), self.width)
-    sizes = self.width, self.heads, self.inner
-    layers = layer_widths(self.parts, *sizes, self.scan)
+    layers = layer_widths(self.parts, self.width, self.heads, self.inner, self.scan)
     return tables | layers | {'pooler': self.width}
 
   @nn.compact
@@ -176,23 +172,26 @@ class BERT(nn.Module):
     train: bool = False,
     until: str = '',
   ) -> dict[str, jax.Array]:
-    """Text, padded to one length, to features and logits.
+    """Computes the features and logits of texts that are padded to one length.
 
     Args:
       tokens: int [batch, length].
-      mask: bool or int [batch, length], 0 on padding; default all real.
-      types: int [batch, length], which sentence a token is of; default all 0.
-      until: the last tap to compute, nothing behind it exists; '' for everything.
+      mask: bool or int [batch, length], 0 on padding; by default there is none.
+      types: int [batch, length], the sentence that a token belongs to; 0 by default.
+      train: whether there is dropout.
+      until: the last tap to compute; '' for all outputs.
 
     Raises:
-      ValueError: text longer than `positions`; arrays of different shapes.
+      ValueError: texts longer than `positions`, or arrays of different shapes.
     """
     arch = complete(self.arch, self.widths, 'BERT')
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     types = jnp.zeros_like(tokens) if types is None else types
     self._check(tokens, mask, types)
     scale = (self.width // self.heads) ** -0.5
-    layer = lambda part, name: Layer(scale, part, self.dropout, self.dtype, name=name)
+    layer = lambda part, name: BERTLayer(
+      scale, part, self.dropout, self.dtype, name=name
+    )
     drop = nn.Dropout(self.dropout, deterministic=not train)
     x = drop(self._embedded(tokens, types, arch))
     x, taps = chain(layer, x, arch, self.parts, self.scan, until, mask, train)
@@ -206,11 +205,11 @@ class BERT(nn.Module):
     return {**outputs, 'main': classify(x, self.classes, self.pool)}
 
   def _embedded(self, tokens: jax.Array, types: jax.Array, arch: Arch) -> jax.Array:
-    """Sums of what a token is, where it stands and which sentence it is of."""
-    x = Table(self.vocab, arch['word'], name='word')(tokens)
+    """Adds the embeddings of the tokens, their positions and their types."""
+    x = BERTTable(self.vocab, arch['word'], name='word')(tokens)
     where = jnp.arange(tokens.shape[1])
-    x = x + Table(self.positions, arch['position'], name='position')(where)
-    x = x + Table(self.types, arch['type'], name='type')(types)
+    x = x + BERTTable(self.positions, arch['position'], name='position')(where)
+    x = x + BERTTable(self.types, arch['type'], name='type')(types)
     return layer_norm(x, self.dtype, EPSILON)
 
   def _check(self, tokens: jax.Array, mask: jax.Array, types: jax.Array) -> None:

@@ -1,4 +1,4 @@
-"""Heads on the taps of a trunk: exits of a network, early answers, auxiliary paths."""
+"""Heads on the taps of a trunk: early exits, several tasks, auxiliary paths."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from depthprune.models.stages import check_tap
 
 @dataclass(frozen=True)
 class Head:
-  """A perceptron on one tap of a trunk.
+  """An exit on one tap of a trunk: a linear layer or a perceptron.
 
   Attributes:
-    tap: name of the features it reads.
-    classes: number of logits; or that of each of several tasks, by name.
-    hidden: width of its hidden layer; 0 for a linear head.
-    pool: how positions [batch, ..., c] become one vector: their mean 'avg', their
-      maximum 'max', the means over a grid of 4 × 4 'grid4' (images only), or the first
-      position 'cls'. A vector [batch, c] is taken as it is.
-    dropout: rate, of what the last layer reads, while training.
+    tap: name of the features that it reads.
+    classes: number of logits, or {task: number of logits} for several tasks.
+    hidden: width of the hidden layer; 0 for a linear head.
+    pool: how features [batch, ..., c] become one vector: 'avg' takes the mean of all
+      positions, 'max' their maximum, 'grid4' the means over a grid of 4×4 cells (images
+      only), and 'cls' the first position. Vectors [batch, c] are left as they are.
+    dropout: dropout rate on the input of the last layer.
   """
 
   tap: str
@@ -44,19 +44,19 @@ class Head:
 
   @property
   def reads(self) -> tuple[str, ...]:
-    """The taps that it reads."""
+    """The taps that the head reads."""
     return (self.tap,)
 
   @property
   def widths(self) -> dict[str, int]:
-    """Every key that `arch` may hold beneath it."""
+    """Every key that `arch` may hold within the head, with its full value."""
     return {'hidden': self.hidden} if self.hidden else {}
 
 
-class Perceptron(nn.Module):
-  """Features [batch, ..., c] → pool → float32 logits [batch, classes].
+class HeadPerceptron(nn.Module):
+  """The module of a `Head`: features [batch, ..., c] → float32 logits [batch, classes].
 
-  Of several tasks {TASK: [batch, its classes]}.
+  For several tasks it returns {task: logits}.
   """
 
   head: Head
@@ -77,14 +77,16 @@ class Perceptron(nn.Module):
 
 
 class Heads(nn.Module):
-  """Heads without their trunk, on features that were computed before.
+  """Heads without their trunk, to be trained on features that were computed before.
 
-  {NAME: features of head NAME's tap, pooled or not} → {NAME: [batch, classes]}. A
-  'main' among the features, the trunk's own answer, is passed on. The arrays are
-  params/head_NAME, as in `WithHeads`.
+  It maps {name of a head: features of its tap, pooled or not} to {name: float32 logits
+  [batch, classes]}. Features called 'main', the trunk's own logits, are passed on. The
+  arrays of a head are params/head_NAME, as in `WithHeads`.
 
   Attributes:
-    heads, arch, dtype: as those of `WithHeads`, and of its trunk.
+    heads: the heads by name.
+    arch: as in `WithHeads`, without the keys of the trunk.
+    dtype: type of the computation; parameters and logits are float32.
   """
 
   heads: Mapping[str, Head]
@@ -105,23 +107,27 @@ class Heads(nn.Module):
 
 
 class WithHeads(nn.Module):
-  """A trunk and heads on its taps: {**trunk's outputs, NAME: [batch, classes], ...}.
+  """A network with further exits: a trunk, and heads on its taps.
 
-  The trunk's arrays are params/trunk, unchanged, so a trained trunk drops in; those of
-  a head are params/head_NAME. Where the trunk's outputs hold a 'mask', bool [batch,
-  tokens], heads leave padding out.
+      trunk = dp.models.build('resnet20')
+      model = WithHeads(trunk, {'early': Head('stage1/block2', hidden=64)})
+      outputs = model.apply(variables, images)  # has outputs['early'], outputs['main']
 
-  `arch` has their keys beneath 'trunk' and 'head_NAME', and {'exit/NAME': 0} for an
-  exit that is dropped: its head does not exist, and without 'main' neither does what
-  lies behind the last tap that is still read.
+  It returns the outputs of the trunk, and the float32 logits [batch, classes] of every
+  head by its name. The arrays of the trunk are params/trunk, unchanged, so that those
+  of a trained trunk can be put there; those of a head are params/head_NAME. If the
+  outputs of the trunk hold a 'mask', bool [batch, tokens], heads leave padding out.
 
   Attributes:
-    trunk: a model of this package. An `arch` that it has is taken over.
-    heads: what to put where, by name: perceptrons, or paths beside the trunk.
-    arch: see above and `models.arch`.
+    trunk: a model of this package, whose `arch` is taken over.
+    heads: a `Head`, or an `Auxiliary` path, for every exit besides 'main', by name.
+    arch: what pruning changed, by key 'trunk/...', 'head_NAME/...' and 'exit/NAME'; see
+      `depthprune.models.arch`. The value 0 drops an exit with its head; without 'main',
+      the trunk ends with the last tap that is read.
 
   Raises:
-    ValueError: a head named like an output of the trunk, or on a tap it does not have.
+    ValueError: a head is named like an output of the trunk, or reads a tap that the
+      trunk does not have, or `arch` drops every exit.
   """
 
   trunk: Any
@@ -145,11 +151,13 @@ class WithHeads(nn.Module):
 
   @property
   def exits(self) -> tuple[str, ...]:
+    """The names of the exits that are not dropped."""
     names = ('main', *self.heads)
     return tuple(name for name in names if self.arch.get(f'exit/{name}', 1))
 
   @property
   def taps(self) -> tuple[str, ...]:
+    """The taps of the trunk, in order of depth."""
     return self.trunk.taps
 
   @property
@@ -160,7 +168,7 @@ class WithHeads(nn.Module):
 
   @property
   def alone(self) -> Heads:
-    """The heads, to be trained on what `features` gives."""
+    """The heads as a module of their own, to be trained on what `features` returns."""
     arch = {k: v for k, v in self.arch.items() if k.startswith('head_')}
     return Heads(self._kept, FrozenDict(arch), self.trunk.dtype)
 
@@ -180,10 +188,15 @@ class WithHeads(nn.Module):
     return outputs | answers
 
   def features(self, *inputs: jax.Array) -> dict[str, jax.Array]:
-    """{NAME: what head NAME reads, pooled [batch, n]}, and the trunk's 'main' if kept.
+    """Computes the pooled features [batch, c] that every head reads, by its name.
 
-    `model.apply(variables, x, method='features')`; the arrays of heads are not read.
-    Raises ValueError for a path, which has no features of one tap.
+        read = model.apply(variables, images, method='features')
+
+    The trunk's own logits, 'main', are among them unless that exit is dropped. The
+    arrays of the heads are not read.
+
+    Raises:
+      ValueError: the network has an auxiliary path, which reads several taps.
     """
     if paths := [k for k, h in self._kept.items() if isinstance(h, Auxiliary)]:
       raise ValueError(f'features: {paths[0]} is an auxiliary path, no head on a tap')
@@ -199,7 +212,7 @@ class WithHeads(nn.Module):
     return {name: head for name, head in self.heads.items() if name in self.exits}
 
   def _run_trunk(self, inputs: tuple, train: bool) -> dict[str, jax.Array]:
-    """As far as an exit needs it."""
+    """Runs the trunk as far as an exit needs it."""
     read = {tap for head in self._kept.values() for tap in head.reads}
     last = [tap for tap in self.taps if tap in read][-1:]
     until = '' if 'main' in self.exits else last[0]
@@ -207,7 +220,7 @@ class WithHeads(nn.Module):
 
 
 def hidden_widths(heads: Mapping[str, Head | Auxiliary]) -> dict[str, int]:
-  """The keys of `arch` that heads have, with their values in the full network."""
+  """Returns the keys that heads have in `arch`, with their full values."""
   keys = [beneath(head.widths, f'head_{name}') for name, head in heads.items()]
   return {key: width for part in keys for key, width in part.items()}
 
@@ -215,12 +228,11 @@ def hidden_widths(heads: Mapping[str, Head | Auxiliary]) -> dict[str, int]:
 def _answers(
   heads: Mapping[str, Head], arch: Arch, dtype: DTypeLike, features, train, mask=None
 ) -> dict[str, jax.Array]:
-  """Logits of every head; to be called where its module is a child, head_NAME."""
+  """Computes the logits of every head, within a module's compact method."""
   logits = {}
   for name, head in heads.items():
-    perceptron = Perceptron(
-      head, within(arch, f'head_{name}'), dtype, name=f'head_{name}'
-    )
+    part = within(arch, f'head_{name}')
+    perceptron = HeadPerceptron(head, part, dtype, name=f'head_{name}')
     logits[name] = perceptron(features[name], train, mask)
   return logits
 
@@ -228,18 +240,23 @@ def _answers(
 def every_tap(
   trunk: Any, classes: int | None = None, pool: Pool | None = None
 ) -> WithHeads:
-  """A linear head on every tap of a trunk, in place of its own: NetCut's network.
+  """Puts a linear head on every tap of a trunk instead of its own: NetCut's network.
 
-  The exits are exit1, exit2, ..., their numbers of one length ('exit01'), so that the
-  order of the names is that of depth. The trunk's own head is dropped.
+      model = every_tap(dp.models.build('mlp20x200'))
+      model.exits  # ('exit01', 'exit02', ..., 'exit20')
+
+  Numbers are padded with zeros, so that names sort by depth. The trunk's own head is
+  dropped.
 
   Args:
     trunk: a model of this package.
-    classes: number of logits of each; default that of the trunk.
-    pool: how features become a vector, see `Head`; default what the trunk says.
+    classes: number of logits of every exit; that of the trunk by default.
+    pool: how features become a vector, see `Head`; `trunk.pool` by default.
 
   Raises:
     ValueError: the trunk has no taps.
+
+  Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172.
   """
   taps = _taps(trunk, 'every_tap')
   head = partial(Head, classes=classes or trunk.classes, pool=pool or trunk.pool)
@@ -249,15 +266,18 @@ def every_tap(
 
 
 def add_heads(network: Any, heads: Mapping[str, Head | Auxiliary]) -> WithHeads:
-  """The network with more heads on its taps, or on those of its trunk if it has heads.
+  """Adds heads to a network, or to the trunk of a network that has heads already.
 
   Args:
-    network: a model of this package, or one `WithHeads`.
-    heads: what to add, by name.
+    network: a model of this package, possibly a `WithHeads`.
+    heads: the heads and auxiliary paths to add, by name.
+
+  Returns:
+    A new network; `network` is unchanged.
 
   Raises:
-    ValueError: a head named like another one or like an output of the trunk, or on a
-      tap that it does not have.
+    ValueError: a head is named like another exit or an output of the trunk, or reads a
+      tap that the trunk does not have.
   """
   own = getattr(network, 'heads', {})
   if both := sorted({*own} & {*heads}):
@@ -268,17 +288,19 @@ def add_heads(network: Any, heads: Mapping[str, Head | Auxiliary]) -> WithHeads:
 
 
 def multitask(trunk: Any, tasks: Mapping[str, int]) -> WithHeads:
-  """Hard parameter sharing: one trunk, a linear head per task on its last tap.
+  """Makes a network for several tasks: a trunk with a linear head per task.
 
-  Inputs → {**trunk's taps, TASK: float32 logits [batch, classes], ...}. Each task is
-  an exit. The trunk's own head is dropped, so there is no 'main'.
+  All heads read the last tap (hard parameter sharing). Every task is an exit with
+  float32 logits [batch, classes]. The trunk's own head is dropped, so there is no exit
+  'main'.
 
   Args:
     trunk: a model of this package.
-    tasks: number of classes of each, such as {'left': 10, 'right': 10}.
+    tasks: number of classes of every task, such as {'left': 10, 'right': 10}.
 
   Raises:
-    ValueError: no task, one named like an output of the trunk, a trunk without taps.
+    ValueError: there is no task, or one is named like an output of the trunk, or the
+      trunk has no taps.
 
   Source: Caruana, Multitask Learning, Machine Learning 28, 1997.
   """

@@ -1,4 +1,4 @@
-"""Convolution, normalisation and pooling as the reference networks have them.
+"""Layers that all families share: convolution, normalisation, pooling, logits.
 
 Padding is symmetric, k // 2 on each side, at every stride. Flax's 'SAME' pads (0, 1) at
 stride 2, which shifts the grid: a pretrained network would import without an error and
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from depthprune.gates import branch
 
 Pool = Literal['avg', 'max', 'grid4', 'cls']
-Classes = int | Mapping[str, int]  # of several tasks: for each its number of classes
+Classes = int | Mapping[str, int]  # number of classes, or one for every task by name
 
 he_normal = nn.initializers.he_normal()
 
@@ -34,7 +34,7 @@ def conv(
   dtype: DTypeLike,
   name: str,
 ) -> nn.Conv:
-  """A square convolution, without bias where a normalisation follows: it has one."""
+  """Makes a square convolution; a normalisation behind it makes its bias redundant."""
   return nn.Conv(
     features,
     (size, size),
@@ -49,7 +49,7 @@ def conv(
 
 
 def norm(x: jax.Array, train: bool, *, dtype: DTypeLike, name: str) -> jax.Array:
-  """Batch normalisation, computed in float32 and returned as `dtype`."""
+  """Applies batch normalisation, computed in float32 and returned as `dtype`."""
   return nn.BatchNorm(
     use_running_average=not train,
     momentum=0.9,
@@ -60,36 +60,38 @@ def norm(x: jax.Array, train: bool, *, dtype: DTypeLike, name: str) -> jax.Array
 
 
 class ConvNorm(nn.Module):
-  """[batch, h, w, c] → `conv`, `norm`, ReLU if asked → [batch, h', w', features].
+  """A convolution, a batch normalisation and a ReLU on features [batch, h, w, c]."""
 
-  Attributes:
-    groups: of the convolution; c for a depthwise one.
-    ceiling: where the ReLU ends, 6 for a ReLU6.
-  """
-
-  features: int
-  size: int = 3
+  features: int  # channels that it returns
+  size: int = 3  # height and width of the kernel
   stride: int = 1
   relu: bool = True
   dtype: DTypeLike = jnp.float32
   bias: bool = False
-  groups: int = 1
-  ceiling: float = math.inf
+  groups: int = 1  # c for a depthwise convolution
+  ceiling: float = math.inf  # upper limit of the result, 6 for a ReLU6
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    options = {'bias': self.bias, 'dtype': self.dtype, 'name': 'conv'}
-    x = conv(self.features, self.size, self.stride, groups=self.groups, **options)(x)
+    x = conv(
+      self.features,
+      self.size,
+      self.stride,
+      bias=self.bias,
+      groups=self.groups,
+      dtype=self.dtype,
+      name='conv',
+    )(x)
     x = norm(x, train, dtype=self.dtype, name='norm')
     x = nn.relu(x) if self.relu else x
     return jnp.minimum(x, self.ceiling) if math.isfinite(self.ceiling) else x
 
 
 def add_branch(module: nn.Module, kept: jax.Array, y: jax.Array) -> jax.Array:
-  """kept + gate · y, the end of a unit: a shortcut and the branch of `module`.
+  """Returns kept + gate · y: the shortcut and the gated branch of the unit `module`.
 
   Raises:
-    ValueError: they differ in shape; a width of one would broadcast in silence.
+    ValueError: the shapes differ. A width of 1 would broadcast silently.
   """
   if y.shape != kept.shape:
     raise ValueError(
@@ -100,15 +102,25 @@ def add_branch(module: nn.Module, kept: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def pooled(x: jax.Array, pool: Pool, mask: jax.Array | None = None) -> jax.Array:
-  """Features [batch, ..., c] → one vector per example, as `Head.pool` says.
+  """Reduces features [batch, ..., c] to one vector per example.
 
-  mask: bool [batch, tokens], False on the padding of a sequence, which is left out.
+  Args:
+    x: the features; vectors [batch, c] are returned as they are.
+    pool: 'avg', 'max', 'cls' or 'grid4', explained at `heads.Head`.
+    mask: bool [batch, tokens], False on the padding of a sequence, which 'avg' and
+      'max' leave out.
+
+  Returns:
+    [batch, c], or [batch, 16 c] for 'grid4' of images that are large enough.
+
+  Raises:
+    ValueError: features that cannot be pooled in this way, or a mask without tokens.
   """
   positions = tuple(range(1, x.ndim - 1))
   if not positions:
     return x
   if mask is not None and x.ndim != 3:
-    raise ValueError(f'head: a mask goes with [batch, tokens, c], got {x.shape}')
+    raise ValueError(f'head: a mask needs features [batch, tokens, c], got {x.shape}')
   if pool == 'avg' and mask is not None:
     weight = mask.astype(x.dtype)[..., None]
     return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
@@ -135,22 +147,24 @@ def pooled(x: jax.Array, pool: Pool, mask: jax.Array | None = None) -> jax.Array
 def classify(
   x: jax.Array, classes: int, pool: Pool = 'avg', name: str = 'head'
 ) -> jax.Array:
-  """Features [batch, ..., c] → one vector per example → logits [batch, classes].
+  """Pools features [batch, ..., c] and computes logits [batch, classes] of them.
 
-  In float32 whatever the compute type is: it is a sliver of the cost, and losses and
-  thresholds are taken from here.
+  This is done in float32 whatever the type of the computation is: it costs little, and
+  losses and thresholds depend on it.
   """
   return answer(pooled(x.astype(jnp.float32), pool), classes, name)
 
 
 def hashable(classes: Classes) -> Classes:
-  """The same, for a field of a frozen dataclass."""
+  """Makes `classes` hashable, for a field of a frozen dataclass."""
   return FrozenDict(classes) if isinstance(classes, Mapping) else classes
 
 
 def answer(x: jax.Array, classes: Classes, name: str) -> Any:
-  """[..., c] → float32 logits [..., classes] by the layer NAME; or, of several tasks,
-  {TASK: [..., its classes]} by the layers NAME_TASK."""
+  """Computes float32 logits [..., classes] of features [..., c] by the layer `name`.
+
+  For several tasks, returns {task: logits} by the layers 'name_task'.
+  """
   if isinstance(classes, Mapping):
     return {task: answer(x, n, f'{name}_{task}') for task, n in classes.items()}
   return nn.Dense(classes, name=name)(x.astype(jnp.float32))

@@ -26,19 +26,12 @@ ConvNorm6 = partial(ConvNorm, ceiling=6.0)
 
 
 class MobileShape(NamedTuple):
-  """The sizes of an inverted residual unit before any pruning.
+  """The sizes of an inverted residual unit before any pruning."""
 
-  Attributes:
-    inputs: channels that it reads.
-    features: channels that it returns.
-    stride: stride of its depthwise convolution.
-    expansion: channels inside it, as a multiple of `inputs`.
-  """
-
-  inputs: int
-  features: int
-  stride: int
-  expansion: int
+  inputs: int  # channels that it reads
+  features: int  # channels that it returns
+  stride: int  # stride of its depthwise convolution
+  expansion: int  # channels inside it, as a multiple of `inputs`
 
   @property
   def identity(self) -> bool:

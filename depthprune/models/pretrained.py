@@ -1,7 +1,7 @@
-"""Pretrained networks of torch, read strictly into our own.
+"""Pretrained networks from torch, read strictly into models of this package.
 
-Every tensor of the file is used and every array of the model filled, in its shape, or
-nothing is. Files are .npz or .safetensors; `models.naming` has the names in them.
+Files are .npz or .safetensors. Every tensor of the file must be used and every array of
+the model filled, in its shape; otherwise the error lists what does not fit.
 """
 
 import json
@@ -22,91 +22,213 @@ from depthprune.models.bert import BERT
 from depthprune.models.resnet import IMAGENET, ResNet
 from depthprune.models.stages import STACK
 
-Shapes = Mapping[str, tuple[int, ...]]  # of a model's leaves, by path
-Tensors = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]  # shapes of a model's leaves, by path
+Tensors = Mapping[str, np.ndarray]  # the content of a file
+# Mean, standard deviation and scale of the images of torchvision's ImageNet networks.
+TORCHVISION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0
+SHOWN = 8  # names of each kind in an error
+
+
+def load(
+  path: str | Path, model: nn.Module, image: tuple[int, ...] = (32, 32, 3)
+) -> dict[str, Any]:
+  """Reads the variables of a ResNet or a BERT from a file of torch tensors.
+
+  A few tensors are ignored: '*.num_batches_tracked' for a ResNet; for a BERT
+  'embeddings.position_ids', which counts, and 'cls.*', the heads of pretraining. If the
+  file of a BERT has no 'classifier.*', its head is initialised with jax.random.key(0).
+  The number of heads of its attention is not in the tensors: it is compared with the
+  config.json beside the file, if there is one.
+
+  Args:
+    path: a .npz or .safetensors file, with torchvision's, akamaster's or transformers'
+      names of tensors.
+    model: a ResNet with preact=False, or a BERT. Layers are stacked for a scanned one.
+    image: height, width and channels of one input; unused for a BERT.
+
+  Returns:
+    The variables, float32. All branch gates are 1.
+
+  Raises:
+    ValueError: another kind of model; a file that cannot be read; or one that does not
+      fit. The message lists unused tensors, unfilled arrays and differences in shape,
+      and the fields in which the network of the file differs from the model.
+  """
+  naming = _family(model)
+  ignored = re.compile(naming.ignored)
+  tensors = {k: v for k, v in read(path).items() if not ignored.fullmatch(k)}
+  tokens = isinstance(model, BERT)
+  example = jnp.zeros((1, 1), int) if tokens else jnp.zeros((1, *image))
+  init = lambda: model.init(jax.random.key(0), example)
+  leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(init))
+  shapes = {'/'.join(key.key for key in keys): leaf.shape for keys, leaf in leaves}
+  slots = _assign(naming, shapes, tensors)
+  stated = naming.stated(Path(path))
+  faults = _faults(tensors, slots)
+  if faults or any(v != getattr(model, k) for k, v in stated.items()):
+    differences = _differences(naming.fields(tensors) | stated, model)
+    raise ValueError('\n  '.join((f'{path}: does not fit.', *differences, *faults)))
+  parts: dict[str, list[np.ndarray]] = {}
+  for name, slot in slots.items():  # several tensors are the layers of a stack
+    parts.setdefault(slot.path, []).append(_transposed(tensors[name], slot))
+  filled = {
+    path: jnp.asarray(np.reshape(arrays, shapes[path]), jnp.float32)
+    for path, arrays in parts.items()
+  }
+  left = [i for i, k in enumerate(shapes) if k not in filled]
+  # Compiled for gates and a head alone: the rest of `init` is dead code.
+  drawn = jax.jit(lambda: [jax.tree.leaves(init())[i] for i in left])()
+  filled |= zip([[*shapes][i] for i in left], drawn)
+  return jax.tree.unflatten(tree, [filled[k] for k in shapes])
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of a .npz or .safetensors file by name.
+
+  Raises:
+    ValueError: there is no such file, it has another suffix, or it is damaged.
+  """
+  path = Path(path)
+  if path.suffix not in ('.npz', '.safetensors'):
+    raise ValueError(
+      f'{path}: expected .npz or .safetensors; what torch saved becomes the latter by '
+      'safetensors.torch.save_file(state_dict, path)'
+    )
+  if not path.is_file():
+    raise ValueError(f'{path}: no such file')
+  try:
+    if path.suffix == '.safetensors':
+      return safetensors.numpy.load_file(path)
+    with path.open('rb') as stream, np.load(stream) as file:
+      return dict(file)
+  except Exception as error:  # either library has several errors for a damaged file
+    raise ValueError(
+      f'{path}: cannot be read as {path.suffix} ({error}); get the file again'
+    ) from error
+
+
+def normalisation(path: str | Path) -> tuple[tuple, tuple, float] | None:
+  """Returns how the images were normalised that the network of a file was trained on.
+
+  This is 'normalisation' in the .json file beside the file. If there is none, it is
+  torchvision's for a ResNet with the 7×7 stem for ImageNet, and unknown for others.
+
+  Args:
+    path: a .npz or .safetensors file.
+
+  Returns:
+    (mean, std, scale), where images became (x / scale - mean) / std; None if unknown.
+
+  Raises:
+    ValueError: the entry is not {'mean': [...], 'std': [...], 'scale': 'x/255'}, or the
+      file cannot be read.
+  """
+  beside = Path(path).with_suffix('.json')
+  entry = json.loads(beside.read_text()) if beside.is_file() else {}
+  if (entry := entry.get('normalisation')) is None:
+    stem = read(path).get('conv1.weight')
+    imagenet = stem is not None and stem.shape[2:] == (7, 7)
+    return TORCHVISION if imagenet else None
+  try:
+    scale = float(entry['scale'].removeprefix('x/'))
+    return tuple(map(float, entry['mean'])), tuple(map(float, entry['std'])), scale
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{beside}: expected normalisation with mean, std and scale 'x/255', got {entry}"
+    ) from error
 
 
 class Slot(NamedTuple):
-  """Where a tensor goes.
+  """The place of a tensor in a model."""
+
+  path: str  # of the leaf that it fills, or fills one layer of
+  shape: tuple[int, ...]  # with its axes in the order of this package
+  table: bool = False  # its axes are in that order already
+
+
+class Naming(NamedTuple):
+  """How the files of one family name their tensors.
 
   Attributes:
-    path: of the leaf that it fills, or a layer of which it fills.
-    shape: of the tensor, once its axes are in our order.
-    table: its axes are in our order already."""
-
-  path: str
-  shape: tuple[int, ...]
-  table: bool = False
-
-
-class Family(NamedTuple):
-  """How the files of one family are read.
-
-  Attributes:
-    dropped: pattern of the names of tensors that are left out.
-    namings: leaf shapes → for each way of naming, {tensor: where it goes}; branch
-      gates have no tensor.
-    fields: tensors → the fields of the model that can be told from them.
-    stated: path of the file → fields that are stated beside it.
+    ignored: pattern of the names of tensors that are not read.
+    slots: maps the shapes of a model's leaves to {tensor: its slot}, once for every
+      naming in use; branch gates have no tensor.
+    fields: infers fields of the model from the tensors.
+    stated: reads fields of the model that are stated beside the file.
     head: start of the paths of leaves that a file may lack, all together; '' if none.
   """
 
-  dropped: str
-  namings: Callable[[Shapes], Iterable[dict[str, Slot]]]
+  ignored: str
+  slots: Callable[[Shapes], Iterable[dict[str, Slot]]]
   fields: Callable[[Tensors], dict[str, Any]]
   stated: Callable[[Path], dict[str, Any]] = lambda path: {}
   head: str = ''
 
 
-def family(model: nn.Module) -> Family:
-  """How files for `model` are read.
-
-  Raises:
-    ValueError: there is no known naming of its tensors."""
+def _family(model: nn.Module) -> Naming:
   if isinstance(model, ResNet) and not model.preact:
-    return Family(r'.*\.num_batches_tracked', _resnet_namings, _resnet_fields)
+    return Naming(r'.*\.num_batches_tracked', _resnet_slots, _resnet_fields)
   if isinstance(model, BERT):
-    dropped = r'(bert\.)?embeddings\.position_ids|cls\..*'
-    return Family(dropped, _bert_namings, _bert_fields, _bert_stated, 'params/head/')
+    ignored = r'(bert\.)?embeddings\.position_ids|cls\..*'
+    return Naming(ignored, _bert_slots, _bert_fields, _bert_stated, 'params/head/')
   raise ValueError(
     f'pretrained: {type(model).__name__} has no known naming of tensors; expected a '
     'BERT, or a ResNet with preact=False'
   )
 
 
+def _assign(naming: Naming, shapes: Shapes, tensors: Tensors) -> dict[str, Slot]:
+  """Returns the slot of every tensor, in the naming that most tensors have."""
+  arrays = {k: v for k, v in shapes.items() if not k.startswith('branches/')}
+  slots = max(naming.slots(arrays), key=lambda s: len(s.keys() & tensors.keys()))
+  if not naming.head:
+    return slots
+  rest = {k: v for k, v in slots.items() if not v.path.startswith(naming.head)}
+  return rest if (slots.keys() - rest.keys()).isdisjoint(tensors) else slots
+
+
+def _transposed(tensor: np.ndarray, slot: Slot) -> np.ndarray:
+  """OIHW becomes HWIO and [out, in] becomes [in, out]; vectors and tables are kept."""
+  if slot.table:
+    return tensor
+  return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
 def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-  for mine, theirs in pairs:
-    name = name.replace(mine, theirs)
+  for old, new in pairs:
+    name = name.replace(old, new)
   return name
 
 
 # ---- ResNets -------------------------------------------------------------------------
 
-RESNET_HEADS = {'downsample': 'fc', 'shortcut': 'linear'}  # of torchvision, akamaster
+# The name of the head goes with that of shortcuts: torchvision's, then akamaster's.
+RESNET_HEADS = {'downsample': 'fc', 'shortcut': 'linear'}
 
 
-def _resnet_namings(shapes: Shapes) -> Iterable[dict[str, Slot]]:
+def _resnet_slots(shapes: Shapes) -> Iterable[dict[str, Slot]]:
   for shortcut in RESNET_HEADS:
-    wanted = {}
+    slots = {}
     for path, shape in shapes.items():
       stacked = f'/{STACK}/' in path
       for layer in range(shape[0] if stacked else 1):
         name = _resnet_source(path, shortcut, layer)
-        wanted[name] = Slot(path, shape[stacked:])
-    yield wanted
+        slots[name] = Slot(path, shape[stacked:])
+    yield slots
 
 
 def _resnet_source(path: str, shortcut: str, layer: int) -> str:
-  """The tensor that fills a leaf, or a layer of it in the stack of a scanned stage.
+  """Returns the tensor that fills a leaf, or one layer of a leaf in a scanned stage.
 
-  'params/stage2/block0/shortcut/conv/kernel' → 'layer2.0.downsample.0.weight'."""
+  'params/stage2/block0/shortcut/conv/kernel' → 'layer2.0.downsample.0.weight'.
+  """
   pairs = (
     ('stem/conv', 'conv1'),
     ('stem/norm', 'bn1'),
     ('shortcut/conv', f'{shortcut}/0'),
     ('shortcut/norm', f'{shortcut}/1'),
     ('stage', 'layer'),
-    (STACK, f'{layer + 1}'),  # the first block of a stage is apart
+    (STACK, f'{layer + 1}'),  # the first block of a stage is not in the stack
     ('block', ''),
     ('norm', 'bn'),
     ('head', RESNET_HEADS[shortcut]),
@@ -141,24 +263,24 @@ def _resnet_fields(tensors: Tensors) -> dict[str, Any]:
 # ---- BERTs ---------------------------------------------------------------------------
 
 
-def _bert_namings(shapes: Shapes) -> Iterable[dict[str, Slot]]:
+def _bert_slots(shapes: Shapes) -> Iterable[dict[str, Slot]]:
   for prefix in ('', 'bert.'):
     for norm in (('weight', 'bias'), ('gamma', 'beta')):
-      wanted = {}
+      slots = {}
       for path, shape in shapes.items():
         stack = re.search(r'/layers(\d+)/', path)
         layers = shape[0] if stack else 1
-        # Stacks are of one length, unless pruned: then files are not for this network.
+        # Stacks have one length unless they are pruned, and then no file fits.
         first = int(stack[1]) * layers if stack else 0
         table = bool(re.search('/(word|position|type)/', path))
         slot = Slot(path, _bert_shape(path, shape[stack is not None :]), table)
         for layer in range(first, first + layers):
-          wanted[_bert_source(path, prefix, norm, layer)] = slot
-      yield wanted
+          slots[_bert_source(path, prefix, norm, layer)] = slot
+      yield slots
 
 
 def _bert_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """That of a matrix or vector: heads and the width of one are a single axis there."""
+  """Returns the shape of the tensor, where heads and their width are a single axis."""
   if path.endswith('/bias') and len(shape) == 2:
     return (prod(shape),)
   if len(shape) < 3:
@@ -168,7 +290,7 @@ def _bert_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _bert_source(path: str, prefix: str, norm: tuple[str, str], layer: int) -> str:
-  """The tensor that fills a leaf, or a layer of it in a stack.
+  """Returns the tensor that fills a leaf, or one layer of a leaf in a stack.
 
   'params/layer3/mlp/up/kernel' → 'encoder.layer.3.intermediate.dense.weight'.
   """
@@ -194,8 +316,8 @@ def _bert_source(path: str, prefix: str, norm: tuple[str, str], layer: int) -> s
   }
   start, _, rest = name.partition('/')
   name = f'{top[start]}/{rest}' if start in top else _replaced(name, pairs)
-  theirs = norm if module.startswith('norm') else ('weight', 'bias')
-  name = f'{name.rsplit("/", 1)[0]}/{theirs[leaf == "bias"]}'.replace('/', '.')
+  kernel_bias = norm if module.startswith('norm') else ('weight', 'bias')
+  name = f'{name.rsplit("/", 1)[0]}/{kernel_bias[leaf == "bias"]}'.replace('/', '.')
   return name if start == 'head' else prefix + name
 
 
@@ -208,21 +330,22 @@ def _bert_fields(tensors: Tensors) -> dict[str, Any]:
     'layer.0.intermediate.dense.weight': ('inner',),
     'classifier.weight': ('classes',),
   }
-  found = {
+  fields = {
     field: size
-    for end, fields in sizes.items()
+    for end, names in sizes.items()
     for name, tensor in tensors.items()
     if name.endswith(end)
-    for field, size in zip(fields, tensor.shape)
+    for field, size in zip(names, tensor.shape)
   }
-  return {**found, 'depth': len(layers)}
+  return {**fields, 'depth': len(layers)}
 
 
 def _bert_stated(path: Path) -> dict[str, Any]:
-  """The heads, which no tensor tells, from the config.json of transformers.
+  """Reads the number of heads, which no tensor shows, from transformers' config.json.
 
   Raises:
-    ValueError: it states what our BERT does not compute."""
+    ValueError: it states something that our BERT does not compute.
+  """
   beside = path.with_name('config.json')
   config = json.loads(beside.read_text()) if beside.is_file() else {}
   computed = {
@@ -237,153 +360,21 @@ def _bert_stated(path: Path) -> dict[str, Any]:
   return {} if heads is None else {'heads': heads}
 
 
-# What torchvision's ImageNet networks were trained on.
-TORCHVISION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0
-SHOWN = 8  # names of each kind in an error
-
-
-def load(
-  path: str | Path, model: nn.Module, image: tuple[int, ...] = (32, 32, 3)
-) -> dict[str, Any]:
-  """The variables of a ResNet or a BERT from a .npz or .safetensors: float32, gates 1.
-
-  Tensors are dropped by name, and no others: *.num_batches_tracked for a ResNet; for a
-  BERT embeddings.position_ids, which counts, and cls.*, heads of pretraining. Where the
-  file of a BERT has no classifier.*, and only then, the head is what `model.init` gives
-  with jax.random.key(0). How many heads its attention has is not in its tensors: it is
-  compared with the config.json beside the file, and taken on trust where there is none.
-
-  Args:
-    model: a ResNet that is post-activation, or a BERT. A scanned stage has its layers
-      stacked.
-    image: height, width and channels of one input; a BERT does not ask.
-
-  Raises:
-    ValueError: another kind of model; a file that cannot be read; or one that does not
-      fit, with unused tensors, unfilled arrays, differences in shape, and in what the
-      network of the file differs from the model.
-  """
-  theirs = family(model)
-  dropped = re.compile(theirs.dropped)
-  tensors = {k: v for k, v in read(path).items() if not dropped.fullmatch(k)}
-  example = (
-    jnp.zeros((1, 1), int) if isinstance(model, BERT) else jnp.zeros((1, *image))
-  )
-  init = lambda: model.init(jax.random.key(0), example)
-  leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(init))
-  shapes = {'/'.join(key.key for key in keys): leaf.shape for keys, leaf in leaves}
-  wanted = _wanted(theirs, shapes, tensors)
-  stated = theirs.stated(Path(path))
-  faults = _faults(tensors, wanted)
-  if faults or any(v != getattr(model, k) for k, v in stated.items()):
-    differences = _differences(theirs.fields(tensors) | stated, model)
-    raise ValueError('\n  '.join((f'{path}: does not fit.', *differences, *faults)))
-  filled = _filled(tensors, wanted, shapes)
-  left = [i for i, k in enumerate(shapes) if k not in filled]
-  # Compiled for these alone, gates and a head: the rest of `init` is dead code.
-  drawn = jax.jit(lambda: [jax.tree.leaves(init())[i] for i in left])()
-  filled |= zip([[*shapes][i] for i in left], drawn)
-  return jax.tree.unflatten(tree, [filled[k] for k in shapes])
-
-
-def _wanted(
-  theirs: Family, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping
-) -> dict[str, Slot]:
-  """Where every tensor goes, by the naming that has most of them."""
-  arrays = {k: v for k, v in shapes.items() if not k.startswith('branches/')}
-  namings = theirs.namings(arrays)
-  wanted = max(namings, key=lambda wanted: len(wanted.keys() & tensors.keys()))
-  if not theirs.head:
-    return wanted
-  rest = {k: v for k, v in wanted.items() if not v.path.startswith(theirs.head)}
-  return rest if (wanted.keys() - rest.keys()).isdisjoint(tensors) else wanted
-
-
-def _filled(
-  tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Slot], shapes: Mapping
-) -> dict[str, jax.Array]:
-  """Every leaf that has tensors, by path; several are the layers of a stack."""
-  parts: dict[str, list[np.ndarray]] = {}
-  for name, slot in wanted.items():
-    parts.setdefault(slot.path, []).append(ours(tensors[name], slot))
-  return {
-    path: jnp.asarray(np.reshape(arrays, shapes[path]), jnp.float32)
-    for path, arrays in parts.items()
-  }
-
-
-def ours(tensor: np.ndarray, slot: Slot) -> np.ndarray:
-  """OIHW → HWIO, [out, in] → [in, out]; vectors and tables as they are."""
-  if slot.table:
-    return tensor
-  return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def read(path: str | Path) -> dict[str, np.ndarray]:
-  """The tensors of a file by name.
-
-  Raises:
-    ValueError: no such file, another suffix, a damaged file.
-  """
-  path = Path(path)
-  if path.suffix not in ('.npz', '.safetensors'):
-    raise ValueError(
-      f'{path}: expected .npz or .safetensors; what torch saved becomes the latter by '
-      'safetensors.torch.save_file(state_dict, path)'
-    )
-  if not path.is_file():
-    raise ValueError(f'{path}: no such file')
-  try:
-    if path.suffix == '.safetensors':
-      return safetensors.numpy.load_file(path)
-    with path.open('rb') as stream, np.load(stream) as file:
-      return dict(file)
-  except Exception as error:  # damage has many names, and a library of its own each
-    raise ValueError(
-      f'{path}: cannot be read as {path.suffix} ({error}); get the file again'
-    ) from error
-
-
-def normalisation(path: str | Path) -> tuple[tuple, tuple, float] | None:
-  """(mean, std, scale): the network of a file was trained on (x / scale - mean) / std.
-
-  From 'normalisation' in the .json beside the file. Where there is none, torchvision's
-  for a ResNet with the 7×7 stem that is for ImageNet, and None for others.
-
-  Raises:
-    ValueError: it is not {'mean': [...], 'std': [...], 'scale': 'x/255'}; the file
-      cannot be read.
-  """
-  beside = Path(path).with_suffix('.json')
-  entry = json.loads(beside.read_text()) if beside.is_file() else {}
-  if (entry := entry.get('normalisation')) is None:
-    stem = read(path).get('conv1.weight')
-    imagenet = stem is not None and stem.shape[2:] == (7, 7)
-    return TORCHVISION if imagenet else None
-  try:
-    scale = float(entry['scale'].removeprefix('x/'))
-    return tuple(map(float, entry['mean'])), tuple(map(float, entry['std'])), scale
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"{beside}: expected normalisation with mean, std and scale 'x/255', got {entry}"
-    ) from error
-
-
 # ---- errors --------------------------------------------------------------------------
 
 
-def _faults(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Slot]) -> list[str]:
-  """What keeps the tensors from filling the slots, a line for each kind."""
+def _faults(tensors: Mapping[str, np.ndarray], slots: Mapping[str, Slot]) -> list[str]:
+  """Lists why the tensors do not fill the slots, one line per kind of fault."""
   both = [
-    (name, ours(v, wanted[name]), wanted[name].path, wanted[name].shape)
+    (name, _transposed(v, slots[name]), slots[name].path, slots[name].shape)
     for name, v in tensors.items()
-    if name in wanted
+    if name in slots
   ]
   kinds = {
-    'unused tensors': [f'{n} {v.shape}' for n, v in tensors.items() if n not in wanted],
+    'unused tensors': [f'{n} {v.shape}' for n, v in tensors.items() if n not in slots],
     'unfilled arrays': [
       f'{slot.path} (from {name})'
-      for name, slot in wanted.items()
+      for name, slot in slots.items()
       if name not in tensors
     ],
     'differences in shape': [
@@ -405,11 +396,11 @@ def _faults(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Slot]) -> li
 
 
 def _differences(fields: Mapping[str, Any], model: nn.Module) -> list[str]:
-  """How the network of a file differs from a model, as far as is known of it."""
-  held = {k: v for k, v in fields.items() if v != getattr(model, k)}
-  theirs = ', '.join(f'{k}={v!r}' for k, v in held.items())
-  mine = ', '.join(f'{k}={getattr(model, k)!r}' for k in held)
+  """Writes how the network of a file differs from a model, as far as it is known."""
+  other = {k: v for k, v in fields.items() if v != getattr(model, k)}
+  if not other:
+    return []
+  in_file = ', '.join(f'{k}={v!r}' for k, v in other.items())
+  in_model = ', '.join(f'{k}={getattr(model, k)!r}' for k in other)
   kind = type(model).__name__
-  return (
-    [f'The file holds a {kind} with {theirs}; the model has {mine}.'] if held else []
-  )
+  return [f'The file holds a {kind} with {in_file}; the model has {in_model}.']

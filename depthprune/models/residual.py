@@ -1,8 +1,8 @@
-"""Residual units: what they are before any pruning, shortcuts, branch, stages of them.
+"""Residual units and stages of them, which several families share.
 
 Source: He, Zhang, Ren, Sun, arXiv 1512.03385; pre-activation: arXiv 1603.05027.
-Bottlenecks have their stride in the 3×3 convolution, as the common pretrained networks
-do.
+Bottlenecks have their stride in the 3×3 convolution, like the common pretrained
+networks.
 """
 
 from collections.abc import Sequence
@@ -19,36 +19,37 @@ from depthprune.models.arch import Arch, beneath, within
 from depthprune.models.layers import ConvNorm, add_branch, conv, norm
 
 
-class Shape(NamedTuple):
-  """What a residual unit is before any pruning. Shortcuts of option A pad by these."""
+class ResNetShape(NamedTuple):
+  """The sizes and the kind of a residual unit before any pruning."""
 
-  inputs: int
-  features: int
+  inputs: int  # channels that it reads
+  features: int  # channels that it returns
   stride: int
-  bottleneck: bool
-  shortcut: Literal['A', 'B']
-  preact: bool = False
-  first: bool = False  # of the network: its input comes from the stem
+  bottleneck: bool  # three convolutions, 1×1, 3×3 and 1×1, instead of two 3×3
+  shortcut: Literal['A', 'B']  # 'A' pads with zeros, 'B' convolves
+  preact: bool = False  # normalises before it convolves
+  first: bool = False  # the first unit of the network, which reads the stem
 
   @property
   def resized(self) -> bool:
+    """Whether the unit changes resolution or width, so that its shortcut must too."""
     return self.stride > 1 or self.inputs != self.features
 
   @property
-  def after(self) -> 'Shape':
-    """The units that follow in the same stage: identity shortcuts."""
+  def after(self) -> 'ResNetShape':
+    """The sizes of the units that follow in the same stage."""
     return self._replace(inputs=self.features, stride=1, first=False)
 
   @property
   def layers(self) -> tuple[tuple[int, int], ...]:
-    """Kernel size and stride of each convolution of the branch."""
+    """Kernel size and stride of every convolution of the branch."""
     if self.bottleneck:
       return (1, 1), (3, self.stride), (1, 1)
     return (3, self.stride), (3, 1)
 
   @property
   def widths(self) -> dict[str, int]:
-    """The unit's keys of `arch` in the full network."""
+    """The keys that the unit has in `arch`, with their values in the full network."""
     inner = self.features // 4
     widths = [inner, inner, self.features] if self.bottleneck else [self.features] * 2
     keys = {f'conv{i}': width for i, width in enumerate(widths, 1)}
@@ -57,15 +58,17 @@ class Shape(NamedTuple):
     return {**keys, 'branch': 1}
 
 
-class Unit(nn.Module):
-  """shortcut(x) + gate · F(x) on [batch, h, w, c]; without F if it is removed.
+class ResNetUnit(nn.Module):
+  """A residual unit: shortcut(x) + gate · F(x) on features [batch, h, w, c].
 
-  Post-activation: F is convolutions that are each normalised, and a ReLU follows the
-  sum. Pre-activation: normalisation and ReLU stand before each convolution, before the
-  first one on both paths where the unit is resized, and not where the stem has them.
+  With post-activation, F is convolutions that are each followed by a normalisation,
+  with ReLU between them, and a ReLU follows the sum. With pre-activation, normalisation
+  and ReLU precede every convolution. Before the first one they apply to both paths
+  if the unit changes size, and are absent if the stem has them. A unit whose branch is
+  removed has no F.
   """
 
-  shape: Shape
+  shape: ResNetShape
   arch: Arch
   dtype: DTypeLike
 
@@ -81,8 +84,8 @@ class Unit(nn.Module):
     return kept if shape.preact else nn.relu(kept)
 
 
-def postactivated(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
-  """conv, norm, ReLU, conv, norm; a bottleneck has one convolution more."""
+def postactivated(x, shape: ResNetShape, arch: Arch, train: bool, dtype: DTypeLike):
+  """The branch: conv, norm, ReLU, conv, norm; a bottleneck has a third convolution."""
   for i, (size, stride) in enumerate(shape.layers, 1):
     x = nn.relu(x) if i > 1 else x
     x = conv(arch[f'conv{i}'], size, stride, dtype=dtype, name=f'conv{i}')(x)
@@ -90,18 +93,18 @@ def postactivated(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
   return x
 
 
-def preactivated(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
-  """norm, ReLU, conv, norm, ReLU, conv; the first two only if x was not yet through."""
-  done = shape.resized or shape.first
+def preactivated(x, shape: ResNetShape, arch: Arch, train: bool, dtype: DTypeLike):
+  """The branch: norm, ReLU, conv, norm, ReLU, conv, unless x is normalised already."""
+  normalised = shape.resized or shape.first
   for i, (size, stride) in enumerate(shape.layers, 1):
-    if i > 1 or not done:
+    if i > 1 or not normalised:
       x = nn.relu(norm(x, train, dtype=dtype, name=f'norm{i}'))
     x = conv(arch[f'conv{i}'], size, stride, dtype=dtype, name=f'conv{i}')(x)
   return x
 
 
-def shortcut(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
-  """x itself, or where the unit is resized x in its new size, by option A or B."""
+def shortcut(x, shape: ResNetShape, arch: Arch, train: bool, dtype: DTypeLike):
+  """Returns x, brought to its new size by option A or B if the unit changes size."""
   if not shape.resized:
     return x
   if shape.shortcut == 'A':
@@ -112,10 +115,10 @@ def shortcut(x, shape: Shape, arch: Arch, train: bool, dtype: DTypeLike):
   return ConvNorm(width, 1, shape.stride, False, dtype, name='shortcut')(x, train)
 
 
-def subsample_and_pad(x: jax.Array, shape: Shape) -> jax.Array:
-  """Shortcut of option A: every stride-th pixel, zeros for the channels that are new.
+def subsample_and_pad(x: jax.Array, shape: ResNetShape) -> jax.Array:
+  """Takes every stride-th pixel and pads new channels with zeros: shortcut option A.
 
-  How many zeros depends on the full network alone, so pruning never changes the pad.
+  The number of zeros depends on the full network alone, so pruning never changes it.
   """
   new = shape.features - shape.inputs
   x = x[:, :: shape.stride, :: shape.stride]
@@ -123,12 +126,15 @@ def subsample_and_pad(x: jax.Array, shape: Shape) -> jax.Array:
   return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0),) * 3 + (channels,))
 
 
-class Stage(nn.Module):
-  """[batch, h, w, c] → `blocks` units, the first of which may resize → their taps."""
+class ResidualStage(nn.Module):
+  """Residual units in a row on features [batch, h, w, c]; the first may change size.
 
-  unit: Any  # (shape, arch, dtype, name) -> module, such as `Unit`
+  Returns the features after every unit or stack of units, by the name of their tap.
+  """
+
+  unit: Any  # class of the units, `ResNetUnit` or one with the same fields
   blocks: int
-  shape: Any  # of the first unit; those that follow have shape.after
+  shape: Any  # sizes of the first unit; those that follow have `shape.after`
   arch: Arch
   scan: bool
   dtype: DTypeLike
@@ -148,25 +154,35 @@ class Stage(nn.Module):
 
 
 def staged(
-  x: jax.Array, train: bool, unit: Any, blocks: Sequence[int], shapes: Sequence,
-  arch: Arch, scan: bool, dtype: DTypeLike,
-) -> dict[str, jax.Array]:  # fmt: skip
-  """Features through stage1, stage2, ... → {'stage1/block0': ..., ...}, their taps.
+  x: jax.Array,
+  train: bool,
+  unit: Any,
+  blocks: Sequence[int],
+  shapes: Sequence,
+  arch: Arch,
+  scan: bool,
+  dtype: DTypeLike,
+) -> dict[str, jax.Array]:
+  """Runs features through 'stage1', 'stage2', ..., within a module's compact method.
 
-  blocks: number of units in each; shapes: of the first unit of each, or of more stages
-  than there are. The rest as in `Stage`. To be called where its modules are children.
+  `blocks` has the number of units of every stage, `shapes` the sizes of its first unit,
+  and `arch` is complete. Returns {'stage1/block0': features, ...} for all taps.
   """
   outputs = {}
   for i, (count, shape) in enumerate(zip(blocks, shapes), 1):
     name = f'stage{i}'
-    stage = Stage(unit, count, shape, within(arch, name), scan, dtype, name=name)
+    part = within(arch, name)
+    stage = ResidualStage(unit, count, shape, part, scan, dtype, name=name)
     outputs |= beneath(stage(x, train), name)
     x = [*outputs.values()][-1]
   return outputs
 
 
 def stage_widths(blocks: Sequence[int], shapes: Sequence, scan: bool) -> dict[str, int]:
-  """The keys of `arch` of stages; shapes: of the first unit of each."""
+  """Returns the keys that stages have in `arch`, with their full values.
+
+  `blocks` has the number of units of every stage, `shapes` the sizes of its first unit.
+  """
   widths = {}
   for i, (count, shape) in enumerate(zip(blocks, shapes), 1):
     for name, _, times in stages.segments(count, scan):

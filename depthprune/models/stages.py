@@ -1,9 +1,9 @@
 """Stages of equal blocks: the names of their blocks and taps, unrolled or scanned.
 
-A stage of n blocks is `block0` to `block{n-1}`. With `scan` all blocks after the first,
-which may change width or resolution, are one module `blocks` whose arrays are stacked
-along axis 0. Inside a scan no features can be read, so only its end is a tap. A network
-that is one chain has `layer` for `block`.
+A stage of n blocks has the modules 'block0' to 'block{n-1}'. With `scan`, all blocks
+after the first, which may change width or resolution, are one module 'blocks' whose
+arrays are stacked along axis 0. Features inside a scan cannot be read, so only its end
+is a tap. A network that is a single chain says 'layer' instead of 'block'.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,17 @@ import jax
 
 from depthprune.models.arch import nearest
 
-STACK = 'blocks'  # the module that stands for all blocks of a stage after the first
-
+STACK = 'blocks'  # the module of all blocks of a stage after the first
 
 Parts = list[tuple[str, str, int]]  # module, tap at its end, number of blocks in it
 
 
 def parts(depth: int, count: int, kind: str) -> Parts:
-  """A chain of equal blocks: each a module, or all of them in `count` equal stacks.
+  """Names the modules of a chain of `depth` equal blocks, in order.
 
-  count: number of stacks, named `blocks0`, `blocks1`, ...; 0 for none."""
+  With a `count`, they are so many equal stacks, 'blocks0', 'blocks1', ...; with 0,
+  every block is a module. A block is called a `kind`.
+  """
   if not count:
     return [(f'{kind}{i}', f'{kind}{i}', 1) for i in range(depth)]
   length = depth // count
@@ -31,7 +32,7 @@ def parts(depth: int, count: int, kind: str) -> Parts:
 
 
 def segments(blocks: int, scan: bool, kind: str = 'block') -> Parts:
-  """(name of the module, name of the tap at its end, number of blocks in it)."""
+  """Names the modules of a stage: its blocks, or the first and a stack of the rest."""
   if not scan:
     return parts(blocks, 0, kind)
   rest = (f'{kind}s', f'{kind}{blocks - 1}', blocks - 1)
@@ -39,7 +40,7 @@ def segments(blocks: int, scan: bool, kind: str = 'block') -> Parts:
 
 
 def taps(stages: Sequence[int], scan: bool) -> tuple[str, ...]:
-  """The taps of a network, in order; `stages` holds the number of blocks of each."""
+  """Returns the taps of a network in order, given the number of blocks per stage."""
   return tuple(
     f'stage{i}/{tap}'
     for i, blocks in enumerate(stages, 1)
@@ -48,7 +49,11 @@ def taps(stages: Sequence[int], scan: bool) -> tuple[str, ...]:
 
 
 def up_to(until: str, stages: Sequence[int], scan: bool) -> tuple[int, ...]:
-  """The stages of the network that ends with the tap `until`; all of them if ''."""
+  """Returns the number of blocks per stage up to the tap `until`, or all if it is ''.
+
+  Raises:
+    ValueError: there is no such tap.
+  """
   if not until:
     return tuple(stages)
   check_tap(until, taps(stages, scan))
@@ -58,19 +63,19 @@ def up_to(until: str, stages: Sequence[int], scan: bool) -> tuple[int, ...]:
 
 
 def check_tap(tap: str, names: Sequence[str]) -> None:
-  """Raises ValueError unless `tap` is one of the `names` that a trunk has."""
+  """Raises ValueError unless `tap` is one of the taps `names` of a network."""
   if tap not in names:
     raise ValueError(
-      f'no tap {tap!r} (a scanned segment has one at its end only; scan=False gives '
+      f'no tap {tap!r} (a scanned segment has a tap at its end only; scan=False gives '
       f'one per block). {nearest(tap, names)} All: {", ".join(names) or "none"}.'
     )
 
 
 def repeat(block: nn.Module, x: jax.Array, times: int, *args) -> jax.Array:
-  """`x` through `times` blocks, each with its own weights, as one scan.
+  """Runs `x` through `times` blocks that each have their own weights, as one scan.
 
-  The arrays of `block` are stacked along axis 0, its batch statistics and gates too.
-  args: what every block is called with behind x, the same for all.
+  Parameters, batch statistics and gates of `block` are stacked along axis 0. It keeps
+  the shape of `x`; `args` are its further arguments, the same in every call.
   """
   scan = nn.scan(
     lambda block, x, *args: (block(x, *args), None),

@@ -1,7 +1,7 @@
 """What transformers share: attention, normalised tokens, chains of layers, `arch`.
 
-A layer is 'attention' and 'mlp', each behind a branch gate. Where the normalisations
-stand is a family's own.
+A layer has the branches 'attention' and 'mlp', each with a gate. The families differ in
+where they normalise.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ xavier = nn.initializers.xavier_uniform()
 def layer_norm(
   x: jax.Array, dtype: DTypeLike, epsilon: float = 1e-6, name: str = 'norm'
 ) -> jax.Array:
-  """Normalisation of every token, computed in float32 and returned as `dtype`."""
+  """Normalises every token, computed in float32 and returned as `dtype`."""
   norm = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
   return norm(x.astype(jnp.float32)).astype(dtype)
 
@@ -35,19 +35,26 @@ def attend(
   init: nn.initializers.Initializer = xavier,
   drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> jax.Array:
-  """Attention among tokens [batch, tokens, width], within a module's compact method.
+  """Computes attention among tokens, within a module's compact method.
 
   The module gets the dense layers 'query', 'key', 'value' and 'out'.
 
   Args:
-    scale: what queries are multiplied with. That of the full network: pruning the
-      width of queries and keys does not change it.
-    arch: 'query', 'key', 'value': width of one head; 'heads'; 'out'.
-    mask: bool [batch, tokens], False on padding, which gets no weight at all.
-    init: of the kernels. drop: applied to the weights [batch, heads, tokens, tokens].
+    x: tokens [batch, tokens, width].
+    scale: factor on the queries. It is that of the full network, which pruning the
+      width of queries and keys does not change.
+    arch: the width of one head under 'query', 'key' and 'value', the number of heads
+      under 'heads', and the width of the result under 'out'.
+    dtype: type of the computation.
+    mask: bool [batch, tokens], False on padding, which gets no attention.
+    init: initializer of the kernels.
+    drop: dropout on the attention weights [batch, heads, tokens, tokens].
+
+  Returns:
+    [batch, tokens, arch['out']].
   """
   dense = partial(nn.DenseGeneral, kernel_init=init, dtype=dtype)
-  q, k, v = (  # [batch, tokens, heads, width of one]
+  q, k, v = (  # [batch, tokens, heads, width of a head]
     dense((arch['heads'], arch[name]), name=name)(x)
     for name in ('query', 'key', 'value')
   )
@@ -62,7 +69,7 @@ def attend(
 
 
 def check_sizes(model: nn.Module, kind: str) -> None:
-  """Raises ValueError unless heads divide the width, and segments the depth."""
+  """Raises ValueError unless the heads divide the width and the segments the depth."""
   name, m = type(model).__name__, vars(model)
   if m['width'] % m['heads']:
     raise ValueError(f'{name}: {m["heads"]} heads do not divide the width {m["width"]}')
@@ -75,7 +82,7 @@ def check_sizes(model: nn.Module, kind: str) -> None:
 def layer_widths(
   parts: Parts, width: int, heads: int, inner: int, scan: bool
 ) -> dict[str, int]:
-  """Every key of `arch` that a chain of layers has, with its value in the full one."""
+  """Returns the keys that a chain of layers has in `arch`, with their full values."""
   size, widths = width // heads, {}
   for name, _, times in parts:
     attention = {'query': size, 'key': size, 'value': size, 'out': width}
@@ -95,17 +102,24 @@ def chain(
   until: str,
   *args,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """`x` through layers, within a module's compact method → (the end of it, taps).
+  """Runs tokens through a chain of layers, within a module's compact method.
 
   Args:
-    layer: (its part of arch, name) → module; the part has 'attention/heads'.
-    arch: complete, as `arch.complete` gives it.
-    parts: as `stages.parts`. scan: each of them is a stack.
+    layer: makes the module of a layer from its part of `arch`, where the number of
+      heads is 'attention/heads', and its name.
+    x: tokens [batch, tokens, width].
+    arch: the network's complete `arch`.
+    parts: the layers, as `stages.parts` lists them.
+    scan: whether the layers are stacks.
     until: the last tap to compute; '' for all.
-    *args: what every layer is called with behind x.
+    *args: further arguments of every layer.
+
+  Returns:
+    The tokens at the end, and {tap: tokens}.
 
   Raises:
-    ValueError: no such tap; branches of a stack that do not leave one number of layers.
+    ValueError: there is no such tap, or the branches of a stack leave different numbers
+      of layers.
   """
   if until:
     check_tap(until, [tap for _, tap, _ in parts])
@@ -122,17 +136,17 @@ def chain(
 
 
 def _heads(scan: bool) -> str:
-  """The axis of a query kernel that counts the heads."""
+  """The key of the number of heads: the axis of the query kernel that they are."""
   return 'query:2' if scan else 'query:1'
 
 
 def _layers(name: str, arch: Arch) -> int:
-  """The layers of a stack that are left: those of both branches, or of the one left."""
+  """Returns how many layers of a stack are left; a branch that is gone has no say."""
   left = {arch['attention/branch'], arch['mlp/branch']} - {0}
   if len(left) > 1:
     raise ValueError(
       f'{name}: arch leaves {arch["attention/branch"]} layers of attention/branch and '
       f'{arch["mlp/branch"]} of mlp/branch; expected one number, or 0 for a branch '
-      'that is gone in all of them'
+      'that is removed from all of them'
     )
   return max(left, default=0)

@@ -1,4 +1,4 @@
-"""Vision transformers: patches as tokens, pre-normalised attention and perceptrons.
+"""Vision transformers: patches as tokens, and normalisation before every branch.
 
 Source: Dosovitskiy et al., arXiv 2010.11929.
 """
@@ -25,16 +25,11 @@ from depthprune.models.transformer import (
 )
 
 
-class Attention(nn.Module):
-  """x + gate · attention(norm(x)) on tokens [batch, tokens, width].
+class ViTAttention(nn.Module):
+  """The branch x + gate · attention(norm(x)) on tokens [batch, tokens, width]."""
 
-  Attributes:
-    scale, arch: as `transformer.attend` has them.
-    dropout: rate, of what is added.
-  """
-
-  scale: float
-  arch: Arch
+  scale: float  # factor on the queries
+  arch: Arch  # as for `transformer.attend`
   dropout: float
   dtype: DTypeLike
 
@@ -44,8 +39,8 @@ class Attention(nn.Module):
     return add_branch(self, x, nn.Dropout(self.dropout)(y, deterministic=not train))
 
 
-class Perceptron(nn.Module):
-  """x + gate · down(gelu(up(norm(x)))) on tokens [batch, tokens, width]."""
+class ViTPerceptron(nn.Module):
+  """The branch x + gate · down(gelu(up(norm(x)))) on tokens [batch, tokens, width]."""
 
   arch: Arch
   dropout: float
@@ -60,8 +55,8 @@ class Perceptron(nn.Module):
     return add_branch(self, x, drop(y))
 
 
-class Block(nn.Module):
-  """Attention, then a perceptron; each is absent if its branch is removed."""
+class ViTBlock(nn.Module):
+  """An attention and a perceptron; each is absent if its branch is removed."""
 
   scale: float
   arch: Arch
@@ -71,35 +66,40 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     attention, mlp = within(self.arch, 'attention'), within(self.arch, 'mlp')
-    rest = self.dropout, self.dtype
     if attention['branch']:
-      x = Attention(self.scale, attention, *rest, name='attention')(x, train)
+      x = ViTAttention(
+        self.scale, attention, self.dropout, self.dtype, name='attention'
+      )(x, train)
     if mlp['branch']:
-      x = Perceptron(mlp, *rest, name='mlp')(x, train)
+      x = ViTPerceptron(mlp, self.dropout, self.dtype, name='mlp')(x, train)
     return x
 
 
 class ViT(nn.Module):
-  """Images [batch, h, w, c] → {'block0': [batch, tokens, width], ..., 'main': logits}.
+  """A vision transformer.
 
-  Taps are the bare sums; what the head reads is normalised once more.
+  It maps images [batch, h, w, c] to {'block0': [batch, tokens, width], ..., 'main':
+  logits}: the tokens after every block, not normalised, and float32 logits [batch,
+  classes] of the normalised tokens.
 
   Attributes:
-    classes: number of logits, float32 [batch, classes].
-    patch: height and width of the pixels that one token stands for.
+    classes: number of logits.
+    patch: height and width of the square of pixels that becomes a token.
     width: length of a token.
     depth: number of blocks.
-    heads: of every attention; they divide the width.
+    heads: number of heads of every attention; it divides the width.
     inner: width inside every perceptron.
-    token: a class token stands before the patches, and the head reads it; else the
-      head reads the mean of all tokens.
-    dropout: rate behind every dense layer but queries, keys and values.
-    arch: what differs from that, by key 'block0/mlp/up', 'block0/attention/value', ...;
-      see `models.arch`. The number of heads is 'block0/attention/query:1', with the
-      layer axis in front of a stack 'blocks0/attention/query:2'.
+    token: whether a class token stands before the patches and is read by the head.
+      Otherwise the head reads the mean of all tokens.
+    dropout: dropout rate after every dense layer but queries, keys and values.
+    arch: the sizes that pruning changed, by key 'block0/mlp/up',
+      'block0/attention/value', ...; see `depthprune.models.arch`. The number of heads
+      is 'block0/attention/query:1', or 'blocks0/attention/query:2' in a stack, whose
+      first axis is the layer.
     dtype: type of the computation; parameters and logits are float32.
-    scan: the blocks are `segments` stacks of one length, 'blocks0', 'blocks1', ...,
-      with a tap at the end of each.
+    scan: whether the blocks are stacks of arrays, 'blocks0', 'blocks1', ..., that
+      compile once; each has a tap at its end.
+    segments: number of stacks; it divides the depth.
   """
 
   classes: int = 10
@@ -133,14 +133,14 @@ class ViT(nn.Module):
 
   @property
   def pool(self) -> Pool:
-    """How a head on a tap makes a vector of it; see `heads.Head`."""
+    """How a head on a tap reduces it to a vector; see `heads.Head`."""
     return 'cls' if self.token else 'avg'
 
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    sizes = self.width, self.heads, self.inner
-    return {'embed': self.width} | layer_widths(self.parts, *sizes, self.scan)
+    layers = layer_widths(self.parts, self.width, self.heads, self.inner, self.scan)
+    return {'embed': self.width} | layers
 
   @nn.compact
   def __call__(
@@ -149,7 +149,9 @@ class ViT(nn.Module):
     """Computes all outputs, or those up to the tap `until` if it is not ''."""
     arch = complete(self.arch, self.widths, 'ViT')
     scale = (self.width // self.heads) ** -0.5
-    layer = lambda part, name: Block(scale, part, self.dropout, self.dtype, name=name)
+    layer = lambda part, name: ViTBlock(
+      scale, part, self.dropout, self.dtype, name=name
+    )
     x = nn.Dropout(self.dropout)(self._tokens(x, arch), deterministic=not train)
     x, outputs = chain(layer, x, arch, self.parts, self.scan, until, train)
     if until:
@@ -158,7 +160,7 @@ class ViT(nn.Module):
     return {**outputs, 'main': classify(x, self.classes, self.pool)}
 
   def _tokens(self, x: jax.Array, arch: Arch) -> jax.Array:
-    """Images → embedded patches, the class token before them, at their positions."""
+    """Embeds patches, puts the class token before them and adds their positions."""
     if x.shape[1] % self.patch or x.shape[2] % self.patch:
       raise ValueError(f'ViT: images {x.shape} are not made of patches of {self.patch}')
     patch, normal = (self.patch, self.patch), nn.initializers.normal(0.02)

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from depthprune.program import jaxpr as jx
-from depthprune.program.jaxpr import NOTHING
 
 UNIT = 'one slice only'
 
@@ -271,7 +270,7 @@ def mask(a: Axis, keep: Keep) -> np.ndarray:
   return out
 
 
-def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = NOTHING) -> Any:
+def count(a: Axis, keep: Keep, symbols: Mapping[Var, Any] = jx.NOTHING) -> Any:
   """Returns how many slices of `a` are kept: a number, or an expression of symbols.
 
   Args:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program.coupling import Coupling
 from depthprune.program.trace import Decision, View
+
+if TYPE_CHECKING:
+  from depthprune.program.coupling import Coupling
 
 Count = Callable[[ax.Axis], Any]
 
@@ -98,7 +100,7 @@ def peak_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
 def rounded(gates: Mapping, round_to: int) -> dict:
   """Scales channel gates so that they sum to the widths that rounding would build.
 
-  The gradient is that of the gates as they were.
+  The gradient stays the one of the unscaled gates.
 
   Args:
     gates: {'channels': {group: float [n]}}; other entries are returned as they are.
@@ -133,7 +135,7 @@ def multiple(n: Any, size: int, round_to: int, xp: Any = np) -> Any:
   return xp.where(n >= size, size, down)
 
 
-# ---- how a decision is read ----------------------------------------------------------
+# ---- what a decision keeps -----------------------------------------------------------
 
 
 def _reading(coupling: Coupling, gates: Mapping | None):
@@ -148,18 +150,13 @@ def _reading(coupling: Coupling, gates: Mapping | None):
     isinstance(g, (np.ndarray, np.bool_, bool)) and np.asarray(g).dtype == bool
     for g in [*channels.values(), *gates.get('branches', {}).values()]
   )
-  weights = {coupling.axis(g): w for g, w in channels.items()}
-
-  @functools.cache
-  def of_variable(v: ax.Var):
-    if v not in weights:
-      return v.size
-    return int(np.sum(weights[v])) if hard else jnp.sum(weights[v])
+  total = lambda w: int(np.sum(w)) if hard else jnp.sum(w)
+  totals = {coupling.axis(g): total(w) for g, w in channels.items()}
 
   def count(axis: ax.Axis):
     axis = ax.norm(axis)
     if isinstance(axis, ax.Var):
-      return of_variable(axis)
+      return totals.get(axis, axis.size)
     parts = [count(p) for p in axis.parts]
     return math.prod(parts) if isinstance(axis, ax.Prod) else sum(parts)
 
@@ -177,7 +174,7 @@ def _needed(view: View, decision: Decision) -> set[jx.Value]:
 
 
 def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], Any]:
-  """Weighs a value by the product of the gates of all branches that it depends on."""
+  """Weighs a value by the gates of all branches that make it dead when they close."""
   always = _needed(coupling.view, Decision({}, decision.exits))
   killed = {
     branch: always - _needed(coupling.view, Decision({branch: False}, decision.exits))
@@ -199,17 +196,15 @@ def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], A
 def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> Any:
   total = 0
   for e in program.equations:
-    life = max((alive(v) for v in e.outputs), key=_is_one) if e.outputs else 0
+    lives = [alive(v) for v in e.outputs]
+    # One output that is alive (1) outweighs a soft gate, which outweighs a dead one.
+    life = max(lives, key=lambda x: x if isinstance(x, int) else 0.5, default=0)
     if isinstance(life, int) and life == 0:
       continue
-    # What is alive by a soft gate outside is not made less by the same gate inside.
+    # A soft gate that weighs the whole equation must not weigh its body a second time.
     inner = alive if isinstance(life, int) else lambda _: 1
     total = total + life * _of_equation(view, e, count, inner)
   return total
-
-
-def _is_one(life: Any) -> float:
-  return float(life) if isinstance(life, int) else 0.5
 
 
 def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> Any:
@@ -237,10 +232,14 @@ def _of_convolution(e: jx.Equation, dims: Mapping, count: Count) -> Any:
   pairs = 1
   for i, (o, k) in enumerate(zip(spatial, window, strict=True)):
     pairs *= _pairs(
-      lhs[dn.lhs_spec[2 + i]].size, kernel[k].size, out[o].size,
-      p['window_strides'][i], p['padding'][i][0], p['lhs_dilation'][i],
-      p['rhs_dilation'][i],
-    )  # fmt: skip
+      size=lhs[dn.lhs_spec[2 + i]].size,
+      taps=kernel[k].size,
+      out=out[o].size,
+      stride=p['window_strides'][i],
+      pad=p['padding'][i][0],
+      holes=p['lhs_dilation'][i],
+      spread=p['rhs_dilation'][i],
+    )
   channels = math.prod(map(count, (out[batch], out[features], kernel[per_group])))
   return 2 * pairs * channels
 
@@ -260,28 +259,25 @@ def _pairs(size: int, taps: int, out: int, stride, pad, holes, spread) -> int:
 
 
 def _peak(view: View, program, count: Count, alive, held: set) -> Any:
+  """Returns the most bytes alive at one equation, without those of `held`."""
   last = {v: i for i, e in enumerate(program.equations) for v in e.inputs}
   last.update(dict.fromkeys(program.outputs, len(program.equations)))
 
   def size(v):
-    bytes_ = np.dtype(v.dtype).itemsize if not _is_key(v) else 8
+    is_key = jnp.issubdtype(v.dtype, jax.dtypes.extended)
+    bytes_ = 8 if is_key else np.dtype(v.dtype).itemsize
     return bytes_ * alive(v) * math.prod(map(count, view.facts.dims[v]))
 
   live = {v: size(v) for v in program.inputs if v in last and v not in held}
-  peak = functools.reduce(lambda a, b: a + b, live.values(), 0)
+  peak = sum(live.values())
   for i, e in enumerate(program.equations):
     live.update((v, size(v)) for v in e.outputs if v in last)
-    now = functools.reduce(lambda a, b: a + b, live.values(), 0)
+    now = sum(live.values())
     for body in e.bodies:
-      inner = _peak(view, body, count, alive, {*body.inputs, *body.constants})
-      now = now + inner
+      now += _peak(view, body, count, alive, {*body.inputs, *body.constants})
     peak = _larger(peak, now)
     live = {v: n for v, n in live.items() if last[v] > i}
   return peak
-
-
-def _is_key(v: jx.Value) -> bool:
-  return jnp.issubdtype(v.dtype, jax.dtypes.extended)
 
 
 def _larger(a: Any, b: Any) -> Any:

@@ -1,7 +1,7 @@
 """Dead code: what a program still needs once some of its inputs are known to be 0.
 
-Closing a branch gate, dropping an exit and stripping an auxiliary path are all this one
-operation; channel pruning never needs it.
+Closing a branch gate, dropping an exit and removing an auxiliary path are all this one
+operation. Channel pruning never needs it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from depthprune.program import jaxpr as jx
 
-# f(0) = 0 and, but for the arithmetic ones, f(1) = 1.
+# All of these give 0 for 0; those of LAYOUT also give 1 for 1.
 LAYOUT = frozenset(
   """broadcast_in_dim convert_element_type copy reshape slice squeeze
   stop_gradient tile transpose""".split()
@@ -29,9 +29,13 @@ SUMS = frozenset(('add', 'add_any', 'sub', 'or'))
 def simplify(
   program: jx.Program, known: Mapping[jx.Value, int], drop: Collection[int] = ()
 ) -> jx.Program:
-  """The program without what cannot matter, with the same inputs.
+  """Returns the program without everything that cannot matter, with the same inputs.
 
-  known: inputs that are 0 or 1 everywhere. drop: positions of outputs to leave out."""
+  Args:
+    program: the program.
+    known: inputs that are 0 or 1 everywhere.
+    drop: positions of outputs to leave out.
+  """
   number = dict(known)
   same: dict[jx.Value, jx.Value] = {}
   equations = []
@@ -39,7 +43,15 @@ def simplify(
 
   def read(v: jx.Value) -> jx.Value:
     v = same.get(v, v)
-    return _filled(v, number[v], equations, constants) if v in number else v
+    if v not in number:
+      return v
+    # A known number becomes an equation that fills an array with it.
+    scalar, filled = jx.Value((), v.dtype), jx.Value(v.shape, v.dtype)
+    constants[scalar] = np.asarray(number[v], v.dtype)
+    params = {'shape': v.shape, 'broadcast_dimensions': (), 'sharding': None}
+    fill = jx.Equation(jax.lax.broadcast_in_dim_p, (scalar,), (filled,), params)
+    equations.append(fill)
+    return filled
 
   for e in program.equations:
     ins = [same.get(v, v) for v in e.inputs]
@@ -58,38 +70,14 @@ def simplify(
   return _trimmed(jx.Program(program.inputs, constants, tuple(equations), outputs))
 
 
-def _trimmed(program: jx.Program) -> jx.Program:
-  """The program without equations that no output needs, in the turns of a scan too."""
-  needed, kept = set(program.outputs), []
-  for e in reversed(program.equations):
-    if not needed.isdisjoint(e.outputs):
-      kept.append(_trimmed_scan(e, needed) if e.name == 'scan' else e)
-      needed.update(kept[-1].inputs)
-  constants = {v: c for v, c in program.constants.items() if v in needed}
-  return jx.Program(program.inputs, constants, tuple(kept[::-1]), program.outputs)
-
-
-def _trimmed_scan(e: jx.Equation, needed: Collection[jx.Value]) -> jx.Equation:
-  """The scan with None, which jax scans over and stacks as nothing, in the places of
-  inputs that its turns do not read and of stacked outputs that nobody does."""
-  (body,) = e.bodies
-  _, carry, scanned = jx.scan_parts(e, body.inputs)
-  nothing: Callable[[jx.Value], jx.Value] = lambda v: jx.Literal(v.shape, v.dtype, None)
-  pairs = enumerate(zip(body.outputs, e.outputs, strict=True))
-  outputs = (v if i < len(carry) or o in needed else nothing(v) for i, (v, o) in pairs)
-  body = _trimmed(
-    jx.Program(body.inputs, body.constants, body.equations, tuple(outputs))
-  )
-  read = {*body.outputs, *(v for inner in body.equations for v in inner.inputs)}
-  if scanned and read.isdisjoint(scanned) and e.params['length'] > 1:
-    return e  # what it scans over says how many turns are left
-  read.update(carry)
-  inputs = (o if v in read else nothing(o) for v, o in zip(body.inputs, e.inputs))
-  return jx.Equation(e.primitive, tuple(inputs), e.outputs, e.params, (body,), e.source)
-
-
 def fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
-  """What an equation is worth: a number, the input it equals, or None."""
+  """Returns the value of an equation: a number, the input it equals, or None.
+
+  Args:
+    e: the equation.
+    ins: its inputs.
+    known: the number, 0 or 1, that each input holds everywhere, or None.
+  """
   if not e.outputs or all(k is None for k in known):
     return None
   name, out = e.name, e.outputs[0]
@@ -114,8 +102,51 @@ def fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
   return None
 
 
+def dependent(program: jx.Program, values: Collection[jx.Value]) -> set[jx.Value]:
+  """Returns every value that is computed from any of `values`, including these."""
+  affected = set(values)
+  for e in program.equations:
+    if e.name == 'scan':
+      affected.update(_fed(e, affected))
+    elif any(v in affected for v in e.inputs):
+      affected.update(e.outputs)
+  return affected
+
+
+def _trimmed(program: jx.Program) -> jx.Program:
+  """Removes equations that no output needs, those inside of scans included."""
+  needed, kept = set(program.outputs), []
+  for e in reversed(program.equations):
+    if not needed.isdisjoint(e.outputs):
+      kept.append(_trimmed_scan(e, needed) if e.name == 'scan' else e)
+      needed.update(kept[-1].inputs)
+  constants = {v: c for v, c in program.constants.items() if v in needed}
+  return jx.Program(program.inputs, constants, tuple(kept[::-1]), program.outputs)
+
+
+def _trimmed_scan(e: jx.Equation, needed: Collection[jx.Value]) -> jx.Equation:
+  """Removes from a scan the inputs it does not read and the outputs nobody reads.
+
+  None takes their places, which jax scans over and stacks as nothing.
+  """
+  (body,) = e.bodies
+  _, carry, scanned = jx.scan_parts(e, body.inputs)
+  nothing: Callable[[jx.Value], jx.Value] = lambda v: jx.Literal(v.shape, v.dtype, None)
+  pairs = enumerate(zip(body.outputs, e.outputs, strict=True))
+  outputs = (v if i < len(carry) or o in needed else nothing(v) for i, (v, o) in pairs)
+  body = _trimmed(
+    jx.Program(body.inputs, body.constants, body.equations, tuple(outputs))
+  )
+  read = {*body.outputs, *(v for inner in body.equations for v in inner.inputs)}
+  if scanned and read.isdisjoint(scanned) and e.params['length'] > 1:
+    return e  # without a scanned input, cutting layers could not shorten the loop
+  read.update(carry)
+  inputs = (o if v in read else nothing(o) for v, o in zip(body.inputs, e.inputs))
+  return jx.Equation(e.primitive, tuple(inputs), e.outputs, e.params, (body,), e.source)
+
+
 def _scanned(e: jx.Equation, ins: list, number: Mapping) -> tuple[jx.Program, ...]:
-  """The body of a scan for what is known of its constants and of what it scans over."""
+  """Simplifies the body of a scan, some inputs of which are known."""
   if e.name != 'scan' or not any(v in number for v in ins):
     return ()
   consts, carry, xs = jx.scan_parts(e, [number.get(v) for v in ins])
@@ -124,34 +155,13 @@ def _scanned(e: jx.Equation, ins: list, number: Mapping) -> tuple[jx.Program, ..
   return (simplify(e.bodies[0], {v: k for v, k in pairs if k is not None}),)
 
 
-def _filled(v: jx.Value, number: int, equations: list, constants: dict) -> jx.Value:
-  """A value that holds a known number in every place, by an equation of its own."""
-  scalar = jx.Value((), v.dtype)
-  constants[scalar] = np.asarray(number, v.dtype)
-  out = jx.Value(v.shape, v.dtype)
-  params = {'shape': v.shape, 'broadcast_dimensions': (), 'sharding': None}
-  equations.append(jx.Equation(jax.lax.broadcast_in_dim_p, (scalar,), (out,), params))
-  return out
-
-
-def dependent(program: jx.Program, values: Collection[jx.Value]) -> set[jx.Value]:
-  """Everything that is computed from any of the values."""
-  found = set(values)
-  for e in program.equations:
-    if e.name == 'scan':
-      found.update(_fed(e, found))
-    elif any(v in found for v in e.inputs):
-      found.update(e.outputs)
-  return found
-
-
-def _fed(e: jx.Equation, found: Collection[jx.Value]) -> list[jx.Value]:
-  """The outputs of a scan that are computed from any of the values found."""
+def _fed(e: jx.Equation, affected: Collection[jx.Value]) -> list[jx.Value]:
+  """Returns the outputs of a scan that are computed from any affected value."""
   (body,) = e.bodies
   carry = jx.scan_parts(e, body.inputs)[1]
-  inside = {v for v, o in zip(body.inputs, e.inputs, strict=True) if o in found}
+  inside = {v for v, o in zip(body.inputs, e.inputs, strict=True) if o in affected}
   size = -1
-  while size != len(inside):  # what a turn leaves in the carry feeds the next one
+  while size != len(inside):  # the carry of one iteration feeds the next one
     size = len(inside)
     inside |= {v for v, o in zip(carry, body.outputs) if o in inside}
     inside = dependent(body, inside)

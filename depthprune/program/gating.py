@@ -1,13 +1,13 @@
 """Channel gates for any function, placed where an axis is contracted.
 
 x·(g∘W) = (x∘g)·W: scaling the weight of every equation that sums over an axis equals
-gating the activation at every read, whatever produced it, in value and in gradient. The
-operand *at that equation* is scaled, never the stored array, so a square kernel or one
-that is used twice is gated on its reading side only. Where two activations meet
+gating the activation wherever it is read, in value and in gradient, whatever produced
+it. The operand *at that equation* is scaled, never the stored array, so a square kernel
+or one that is used twice is gated on its reading side only. Where two activations meet
 (query · key), the smaller of them is scaled, once.
 
-Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"); placing
-it at the contraction is ours (design.md).
+Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"). Placing
+it at the contraction is ours.
 """
 
 from __future__ import annotations
@@ -21,24 +21,32 @@ import jax.numpy as jnp
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
+from depthprune.program import rules
 from depthprune.program.coupling import Coupling
-from depthprune.program.jaxpr import bind, interpret
-from depthprune.program.rules import contracted
 from depthprune.program.trace import View, paths_of, remembered, runnable, split_arrays
 
 
 def plug(model: Any, coupling: Coupling) -> Callable:
-  """f(variables, gates, *inputs, **kwargs): the model with its channels gated.
+  """Adds channel gates to a network, with no change to its code.
 
-  gates: {'channels': {group: [n]}, 'branches': {path: ()}}; both parts optional and
-    groups may be missing (open). Branch gates replace variables['branches'].
-  The result runs at every input shape and in every mode the model has, and returns what
-  the model returns (of our models: the exits).
+  With all gates open the result is that of the network. A closed gate (0) acts as if
+  its channel were removed, and gates can be trained by gradient.
 
-  Raises: KeyError for an unknown or pinned group, ValueError for a group that cannot be
-    gated or a gate of the wrong shape."""
+  Args:
+    model: the network that was coupled: a linen module, or a function of (variables,
+      *inputs, **kwargs).
+    coupling: made by `couple`; `coupling.gates()` are its open gates.
+
+  Returns:
+    f(variables, gates, *inputs, **kwargs), for every input shape and mode of the model.
+    Its outputs are those of the model, without taps that no exit needs. `gates` is
+    {'channels': {group: [slices]}, 'branches': {path: () or [layers]}}. Groups that are
+    missing are open, and branch gates replace those in the variables. It raises
+    KeyError for an unknown or pinned group or branch, and ValueError for a group that
+    cannot be gated, a gate of the wrong shape, or a mode with other groups.
+  """
   fn = runnable(model)
-  views = remembered(lambda inputs, kwargs: coupling.again(fn, inputs, kwargs))
+  views = remembered(lambda inputs, kwargs: coupling.retrace(fn, inputs, kwargs))
 
   def gated(variables, gates, *inputs, **kwargs):
     channels = gates.get('channels', {})
@@ -46,11 +54,23 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     if gates.get('branches'):
       variables = with_branches(variables, gates['branches'])
     view = views(inputs, kwargs)
-    coupling.same(view, channels)
+    coupling.check_view(view, channels)
     weights: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
       place(group, view.groups[group], jnp.asarray(gate), weights)
-    run = _gated(view, weights)
+    made = made_of_variables(view)
+
+    def run(program: jx.Program, args: Sequence) -> list:
+      return jx.interpret(program, args, execute)
+
+    def execute(e: jx.Equation, ins: list) -> list:
+      for k, axis in gated_side(e, made):
+        scale = expand(view.facts.dims[e.inputs[k]][axis], weights)
+        if scale is not None:
+          shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
+          ins[k] = ins[k] * scale.astype(ins[k].dtype).reshape(shape)
+      return jx.bind(e, ins, e.params, run)
+
     arrays, _ = split_arrays((inputs, kwargs))
     return view.unpack(run(view.program, [*jax.tree.leaves(variables), *arrays]))
 
@@ -58,7 +78,12 @@ def plug(model: Any, coupling: Coupling) -> Callable:
 
 
 def check(coupling: Coupling, channels: Mapping):
-  """Every gate stands for a group that can be gated and has one entry per slice."""
+  """Checks that every gate belongs to a group that can be gated and has its size.
+
+  Raises:
+    KeyError: no such group.
+    ValueError: the group cannot be gated, or the gate has another shape.
+  """
   for name, gate in channels.items():
     coupling.axis(name)
     group = coupling.groups[name]
@@ -73,9 +98,11 @@ def check(coupling: Coupling, channels: Mapping):
 
 
 def with_branches(variables: Any, branches: Mapping[str, Any]) -> Any:
-  """The variables with these branch gates in place of theirs.
+  """Returns the variables with these branch gates in the place of theirs.
 
-  Raises: KeyError for a branch that the variables do not have."""
+  Raises:
+    KeyError: the variables have no such branch.
+  """
   paths = paths_of(variables)
   missing = [b for b in branches if f'branches/{b}' not in paths]
   if missing:
@@ -85,13 +112,16 @@ def with_branches(variables: Any, branches: Mapping[str, Any]) -> Any:
 
 
 def place(group: str, axis: ax.Axis, gate: jax.Array, gates: dict):
-  """Puts a group's gate on the axis variables that the group has in a view.
+  """Adds the gate of a group to `gates`, for each of its axis variables in a view.
 
   Args:
-    group: its name, for errors. axis: what it is in the view. gate: [slices].
-    gates: {axis variable: gate}, added to.
+    group: name of the group, for errors.
+    axis: the axis of the group in the view.
+    gate: the gate, [slices].
+    gates: {axis variable: gate}, to which it is added.
 
-  Raises: ValueError where the axis is laid out otherwise than where it was coupled.
+  Raises:
+    ValueError: the axis is laid out in another way than where it was coupled.
   """
   axis = ax.norm(axis)
   if isinstance(axis, ax.Cat):
@@ -108,25 +138,8 @@ def place(group: str, axis: ax.Axis, gate: jax.Array, gates: dict):
     gates[axis] = gate
 
 
-def _gated(view: View, gates: dict[ax.Axis, jax.Array]) -> Callable:
-  made = made_of_variables(view)
-
-  def run(program: jx.Program, args: Sequence) -> list:
-    return interpret(program, args, execute)
-
-  def execute(e: jx.Equation, ins: list) -> list:
-    for k, axis in gated_side(e, made):
-      weights = expand(view.facts.dims[e.inputs[k]][axis], gates)
-      if weights is not None:
-        shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
-        ins[k] = ins[k] * weights.astype(ins[k].dtype).reshape(shape)
-    return bind(e, ins, e.params, run)
-
-  return run
-
-
 def expand(axis: ax.Axis, gates: Mapping) -> jax.Array | None:
-  """The gate of every slice of an axis [axis.size], or None where none is gated."""
+  """Returns the gate of every slice of an axis [axis.size]; None where all are open."""
   axis = ax.norm(axis)
   if isinstance(axis, ax.Var):
     return gates.get(axis)
@@ -146,8 +159,8 @@ def expand(axis: ax.Axis, gates: Mapping) -> jax.Array | None:
 
 
 def gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
-  """The side of a contraction to scale: a weight, else the smaller activation."""
-  sides = [side for side in contracted(e) if side]
+  """Returns which side of a contraction to scale: a weight, else the smaller array."""
+  sides = [side for side in rules.contracted(e) if side]
 
   def order(side):
     v = e.inputs[side[0][0]]
@@ -157,7 +170,10 @@ def gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
 
 
 def made_of_variables(view: View) -> set[jx.Value]:
-  """Values computed from variables and constants alone, loop-carried ones aside."""
+  """Returns the values that depend on variables and constants alone.
+
+  Values that a loop carries are left out.
+  """
 
   def walk(program: jx.Program, inputs: list[bool]):
     made.update(v for v, m in zip(program.inputs, inputs, strict=True) if m)

@@ -1,12 +1,12 @@
-"""Our view of a traced program; the only file that knows how jax lays out a jaxpr.
+"""Traced programs in a form of our own; no other file depends on jax's internals.
 
-A `Program` is a flat list of equations over `Value`s. Calls that mean nothing (jit,
-remat, closed calls) are inlined; control flow and functions with a derivative rule of
-their own keep their bodies as nested programs. Every call site is decoded anew, so a
-Value is written exactly once in the whole tree of programs.
+A `Program` is a flat list of equations over `Value`s. Calls without a meaning of their
+own (jit, remat, closed calls) are inlined. Control flow, and functions with their own
+derivative rule, keep their bodies as nested programs. Every call site is decoded anew,
+so each Value is written exactly once in the whole tree of programs.
 
-What differs between jax 0.10, 0.11 and 0.12 (ClosedJaxpr against Jaxpr, the layout of
-scan) is decoded here and nowhere else.
+The differences between jax 0.10, 0.11 and 0.12 (ClosedJaxpr against Jaxpr, the layout
+of scan) are handled here and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ INLINED = {
   'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
 }  # fmt: skip
 OWN_DERIVATIVE = ('custom_jvp_call', 'custom_vjp_call')
-NOTHING: Mapping[Any, Any] = MappingProxyType({})  # no axis or literal has a new value
+BODIES = {
+  'scan': ('jaxpr',), 'while': ('cond_jaxpr', 'body_jaxpr'),
+  'custom_jvp_call': ('call_jaxpr',), 'custom_vjp_call': ('call_jaxpr',),
+}  # fmt: skip
+NOTHING: Mapping[Any, Any] = MappingProxyType({})  # the default of optional mappings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +51,7 @@ class Literal(Value):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
-  """outputs = primitive(inputs; params). `bodies` are the programs of control flow."""
+  """outputs = primitive(inputs; params); `bodies` are the programs of control flow."""
 
   primitive: Any
   inputs: tuple[Value, ...]
@@ -62,7 +66,10 @@ class Equation:
 
   @property
   def where(self) -> str:
-    """'reduce_sum in Net/LayerNorm_0 (normalization.py:122)', for messages."""
+    """Says where the equation comes from, for messages.
+
+    For example 'reduce_sum in Net/LayerNorm_0 (normalization.py:122)'.
+    """
     if self.source is None:
       return self.name
     scope = str(self.source.name_stack)
@@ -73,7 +80,7 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-  """inputs, constants -> outputs, by equations in order."""
+  """A function from inputs and constants to outputs, as a sequence of equations."""
 
   inputs: tuple[Value, ...]
   constants: dict[Value, Any]
@@ -82,7 +89,7 @@ class Program:
 
 
 class Traced(NamedTuple):
-  """A program and how its flat inputs and outputs are packed."""
+  """A program, and the tree structure of its flat outputs."""
 
   program: Program
   out_tree: Any
@@ -91,18 +98,20 @@ class Traced(NamedTuple):
 # ---- decoding ----------------------------------------------------------------------
 
 
-def trace(fn: Callable, args: tuple, kwargs: dict | None = None) -> Traced:
-  """Traces fn(*args, **kwargs) on shapes; kwargs are static.
+def trace(fn: Callable, args: tuple) -> Traced:
+  """Traces fn(*args) on shapes.
 
-  args: arrays or ShapeDtypeStructs; their leaves are the program's inputs, in order."""
-  closed, out = jax.make_jaxpr(lambda *a: fn(*a, **(kwargs or {})), return_shape=True)(
-    *args
-  )
+  Args:
+    fn: a traceable function.
+    args: trees of arrays or ShapeDtypeStructs, whose leaves become the program's
+      inputs in this order.
+  """
+  closed, out = jax.make_jaxpr(lambda *xs: fn(*xs), return_shape=True)(*args)
   return Traced(decode(closed), jax.tree.structure(out))
 
 
 def decode(jaxpr: Any) -> Program:
-  """A jax (Closed)Jaxpr as a Program."""
+  """Converts a jax Jaxpr or ClosedJaxpr into a Program."""
   env: dict[Any, Value] = {}
   equations: list[Equation] = []
   jaxpr, consts = _open(jaxpr)
@@ -151,20 +160,13 @@ def _read(v, env) -> Value:
 
 
 def _bodies(e) -> tuple:
-  p, name = e.params, e.primitive.name
-  if name == 'scan':
-    return (p['jaxpr'],)
-  if name == 'while':
-    return p['cond_jaxpr'], p['body_jaxpr']
-  if name == 'cond':
-    return tuple(p['branches'])
-  if name in OWN_DERIVATIVE:
-    return (p['call_jaxpr'],)
-  return ()
+  if e.primitive.name == 'cond':
+    return tuple(e.params['branches'])
+  return tuple(e.params[key] for key in BODIES.get(e.primitive.name, ()))
 
 
 def scan_parts(e: Equation, values: Sequence) -> tuple[list, list, list]:
-  """Splits what stands at a scan's inputs into (constants, carry, scanned)."""
+  """Splits values at the inputs of a scan into (constants, carry, scanned)."""
   if 'num_consts' in e.params:
     consts, carry = e.params['num_consts'], e.params['num_carry']
   else:  # jax >= 0.12
@@ -174,14 +176,14 @@ def scan_parts(e: Equation, values: Sequence) -> tuple[list, list, list]:
 
 
 def while_parts(e: Equation, values: Sequence) -> tuple[list, list, list]:
-  """Splits what stands at a while's inputs: (test constants, body constants, carry)."""
+  """Splits the inputs of a while into (test constants, body constants, carry)."""
   a = e.params['cond_nconsts']
   b = a + e.params['body_nconsts']
   return list(values[:a]), list(values[a:b]), list(values[b:])
 
 
 def bodies_with_inputs(e: Equation) -> list[tuple[Program, list]]:
-  """Each body of an equation with what stands outside at its inputs."""
+  """Returns each body of an equation with the values that are passed to its inputs."""
   if e.name == 'while':
     test, body, carry = while_parts(e, e.inputs)
     return [(e.bodies[0], [*test, *carry]), (e.bodies[1], [*body, *carry])]
@@ -193,7 +195,7 @@ def bodies_with_inputs(e: Equation) -> list[tuple[Program, list]]:
 
 
 def walk(program: Program) -> Iterator[Equation]:
-  """Every equation, those of bodies after the one that holds them."""
+  """Yields every equation; those of bodies follow the equation that holds them."""
   for e in program.equations:
     yield e
     for body in e.bodies:
@@ -201,7 +203,7 @@ def walk(program: Program) -> Iterator[Equation]:
 
 
 def live(program: Program) -> tuple[list[Equation], set[Value]]:
-  """The equations and values that the outputs depend on."""
+  """Returns the equations and the values that the outputs depend on."""
   needed = set(program.outputs)
   kept = []
   for e in reversed(program.equations):
@@ -212,7 +214,7 @@ def live(program: Program) -> tuple[list[Equation], set[Value]]:
 
 
 def lean(program: Program) -> Program:
-  """The program without what its outputs do not depend on."""
+  """Returns the program without equations that its outputs do not depend on."""
   return dataclasses.replace(program, equations=tuple(live(program)[0]))
 
 
@@ -220,22 +222,21 @@ def lean(program: Program) -> Program:
 
 
 def original(e: Equation, inputs: Sequence) -> list:
-  """Binds a custom_jvp / custom_vjp call as it was traced: its rule stays in force."""
+  """Binds a custom_jvp or custom_vjp call as traced, with its derivative rule."""
   params = e.primitive.get_bind_params(e.params)
-  if isinstance(params, tuple):  # older jax hands the functions over apart
+  if isinstance(params, tuple):  # jax 0.10 returns the functions separately
     return e.primitive.bind(*params[0], *inputs, **params[1])
   return e.primitive.bind(*inputs, **params)
 
 
 def differentiable(v) -> bool:
+  """Returns whether a value has a tangent: whether it is of a float type."""
   return jnp.issubdtype(v.dtype, np.inexact)
 
 
 def no_tangent(v) -> np.ndarray:
+  """Returns what jax expects as the tangent of an integer value."""
   return np.zeros(np.shape(v), jax.dtypes.float0)
-
-
-Run = Callable[[Program, Sequence], list]  # runs a body
 
 
 def interpret(
@@ -244,9 +245,16 @@ def interpret(
   execute: Callable,
   written: Mapping[Literal, Any] = NOTHING,
 ) -> list:
-  """Runs a program; execute(equation, inputs) -> outputs does each step.
+  """Runs a program with a function of yours for each equation.
 
-  written: other values of some literals.
+  Args:
+    program: the program.
+    args: its inputs.
+    execute: (equation, list of its inputs) -> list of its outputs.
+    written: values that replace those of some literals.
+
+  Returns:
+    The list of outputs.
   """
   env = {**program.constants, **dict(zip(program.inputs, args, strict=True))}
 
@@ -260,17 +268,21 @@ def interpret(
 
 
 def run(program: Program, args: Sequence) -> list:
-  """Runs a program as it was traced."""
+  """Runs a program as it was traced, and returns the list of outputs."""
   return interpret(program, args, lambda e, ins: bind(e, ins, e.params, run))
 
 
-def bind(e: Equation, ins: Sequence, params: dict, run: Run, derive=None) -> list:
-  """The outputs of one equation.
+def bind(e: Equation, ins: Sequence, params: dict, run: Callable, derive=None) -> list:
+  """Returns the outputs of one equation.
 
-  params: the primitive's parameters, possibly for other sizes than were traced.
-  run: how a body is run. derive(equation): the function that computes derivative at
-    the new sizes; asked for only where a function with a rule of its own changes
-    size."""
+  Args:
+    e: the equation.
+    ins: its inputs.
+    params: the primitive's parameters, which may be for other sizes than were traced.
+    run: (program, inputs) -> outputs, which runs a body.
+    derive: (equation) -> the function that computes `derivative` at the new sizes. It
+      is called only where a function with its own derivative rule changes size.
+  """
   if e.name == 'scan':
     return _scan(e, ins, params, run)
   if e.name == 'while':
@@ -317,40 +329,45 @@ def _while(e, ins, run):
   )
 
 
+def _smooth(values: Sequence[Value], xs: Sequence) -> list:
+  """Of one entry per value, those of the values that have a tangent."""
+  return [x for v, x in zip(values, xs, strict=True) if differentiable(v)]
+
+
+def _with_gaps(values: Sequence[Value], tangents: Sequence, xs: Sequence) -> list:
+  """The tangents of all `values`, from those of the values that have one."""
+  rest = iter(tangents)
+  pairs = zip(values, xs, strict=True)
+  return [next(rest) if differentiable(v) else no_tangent(x) for v, x in pairs]
+
+
 def derivative(e: Equation) -> Program:
-  """The derivative rule of a custom call at its traced shapes, as a program.
+  """Returns the derivative rule of a custom call at its traced shapes, as a program.
 
-  custom_jvp: (inputs, tangents of float inputs) -> (outputs, tangents of float outputs)
-  custom_vjp: (inputs, cotangents of float outputs) -> cotangents of float inputs"""
-  avals = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in e.inputs]
-  smooth = [a for v, a in zip(e.inputs, avals, strict=True) if differentiable(v)]
-  if e.name == 'custom_jvp_call':
+  A custom_jvp maps (inputs, tangents of float inputs) to (outputs, tangents of float
+  outputs); a custom_vjp maps (inputs, cotangents of float outputs) to cotangents of
+  float inputs.
+  """
+  call = lambda *args: original(e, args)
 
-    def jvp(args, tangents):
-      rest = iter(tangents)
-      full = [next(rest) if differentiable(v) else no_tangent(v) for v in e.inputs]
-      outs, dots = jax.jvp(lambda *a: original(e, a), args, full)
-      return outs, [
-        d for v, d in zip(e.outputs, dots, strict=True) if differentiable(v)
-      ]
-
-    return decode(jax.make_jaxpr(jvp)(avals, smooth))
+  def jvp(args, tangents):
+    full = _with_gaps(e.inputs, tangents, e.inputs)
+    outs, dots = jax.jvp(call, args, full)
+    return outs, _smooth(e.outputs, dots)
 
   def vjp(args, cotangents):
-    rest = iter(cotangents)
-    _, pull = jax.vjp(lambda *a: original(e, a), *args)
-    full = [next(rest) if differentiable(v) else no_tangent(v) for v in e.outputs]
-    back = pull(full)
-    return [d for v, d in zip(e.inputs, back, strict=True) if differentiable(v)]
+    _, pull = jax.vjp(call, *args)
+    return _smooth(e.inputs, pull(_with_gaps(e.outputs, cotangents, e.outputs)))
 
-  outs = [
-    jax.ShapeDtypeStruct(v.shape, v.dtype) for v in e.outputs if differentiable(v)
-  ]
-  return decode(jax.make_jaxpr(vjp)(avals, outs))
+  abstract = lambda values: [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
+  forward = e.name == 'custom_jvp_call'
+  moved = e.inputs if forward else e.outputs
+  traced = jax.make_jaxpr(jvp if forward else vjp)
+  return decode(traced(abstract(e.inputs), _smooth(moved, abstract(moved))))
 
 
 def _resized_jvp(e, run, derive):
-  """The forward body at its new sizes with the rebound rule as its derivative."""
+  """Runs the body at its new sizes, with the derivative rule at these sizes."""
 
   @jax.custom_jvp
   def call(*ins):
@@ -358,14 +375,9 @@ def _resized_jvp(e, run, derive):
 
   @call.defjvp
   def rule(ins, tangents):
-    smooth = [t for v, t in zip(e.inputs, tangents, strict=True) if differentiable(v)]
-    both = derive(e)([*ins, *smooth])
-    outs, rest = both[: len(e.outputs)], iter(both[len(e.outputs) :])
-    dots = [
-      next(rest) if differentiable(v) else no_tangent(o)
-      for v, o in zip(e.outputs, outs, strict=True)
-    ]
-    return outs, dots
+    both = derive(e)([*ins, *_smooth(e.inputs, tangents)])
+    outs, dots = both[: len(e.outputs)], both[len(e.outputs) :]
+    return outs, _with_gaps(e.outputs, dots, outs)
 
   return call
 
@@ -376,12 +388,8 @@ def _resized_vjp(e, run, derive):
     return run(e.bodies[0], ins)
 
   def backward(ins, cotangents):
-    pairs = zip(e.outputs, cotangents, strict=True)
-    back = iter(derive(e)([*ins, *(c for v, c in pairs if differentiable(v))]))
-    return tuple(
-      next(back) if differentiable(v) else no_tangent(x)
-      for v, x in zip(e.inputs, ins, strict=True)
-    )
+    back = derive(e)([*ins, *_smooth(e.outputs, cotangents)])
+    return tuple(_with_gaps(e.inputs, back, ins))
 
   call.defvjp(lambda *ins: (call(*ins), ins), backward)
   return call

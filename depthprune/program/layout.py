@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
+from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program.axes import (
-  Axis,
-  Cat,
-  Prod,
-  Var,
-  equal,
-  fresh,
-  norm,
-  opaque,
-  pin,
-  split,
-  unify,
-)
 
 
 def rev(facts, e, x):
   for d in e.params['dimensions']:
-    pin(x[d], 'reversed')
+    ax.pin(x[d], 'reversed')
   return [x]
 
 
 def fft(facts, e, x):
   k = len(e.params['fft_lengths'])
   for d in x[len(x) - k :]:
-    pin(d, 'fft')
-  return [[*x[: len(x) - k], *fresh(e.outputs[0].shape[len(x) - k :], 'fft')]]
+    ax.pin(d, 'fft')
+  return [[*x[: len(x) - k], *ax.fresh(e.outputs[0].shape[len(x) - k :], 'fft')]]
 
 
 # ---- moving axes ---------------------------------------------------------------------
@@ -43,7 +31,7 @@ def squeeze(facts, e, x):
 
 
 def broadcast_in_dim(facts, e, x, *_):
-  out = fresh(e.outputs[0].shape)
+  out = ax.fresh(e.outputs[0].shape)
   for i, o in enumerate(e.params['broadcast_dimensions']):
     if x[i].size == out[o].size:
       out[o] = x[i]
@@ -54,8 +42,8 @@ def reshape(facts, e, x, *_):
   """Matches runs of axes whose sizes have the same product: prod(ins) = prod(outs)."""
   shape = e.outputs[0].shape
   if 0 in shape:
-    return opaque(facts, e, x)
-  out: list[Axis] = fresh(shape)
+    return ax.opaque(facts, e, x)
+  out: list[ax.Axis] = ax.fresh(shape)
   i = j = 0
   while i < len(x) or j < len(shape):
     i0, j0, a, b = i, j, 1, 1
@@ -71,18 +59,18 @@ def reshape(facts, e, x, *_):
     ins = [d for d in x[i0:i] if d.size != 1]
     big = [k for k in range(j0, j) if shape[k] != 1]
     if len(big) == 1:
-      out[big[0]] = norm(Prod(*ins))
+      out[big[0]] = ax.norm(ax.Prod(*ins))
     elif big:
-      unify(Prod(*ins), Prod(*(out[k] for k in big)), e)
+      ax.unify(ax.Prod(*ins), ax.Prod(*(out[k] for k in big)), e)
   return [out]
 
 
-def cut(a: Axis, lo: int, hi: int, e: jx.Equation) -> Axis:
+def cut(a: ax.Axis, lo: int, hi: int, e: jx.Equation) -> ax.Axis:
   """Returns the part of an axis from slice lo to slice hi."""
   if (lo, hi) == (0, a.size):
     return a
-  _, rest = split(a, lo, e)
-  return norm(split(rest, hi - lo, e)[0])
+  _, rest = ax.split(a, lo, e)
+  return ax.norm(ax.split(rest, hi - lo, e)[0])
 
 
 def split_rule(facts, e, x):
@@ -97,28 +85,30 @@ def slice_rule(facts, e, x):
   p = e.params
   steps = p['strides'] or [1] * len(x)
   out = []
-  for d, lo, hi, step in zip(x, p['start_indices'], p['limit_indices'], steps):
+  for d, lo, hi, step in zip(
+    x, p['start_indices'], p['limit_indices'], steps, strict=True
+  ):
     out.append(cut(d, lo, hi, e) if step == 1 else strided(d, lo, hi, step, e))
   return [out]
 
 
-def strided(d: Axis, lo: int, hi: int, step: int, e: jx.Equation) -> Axis:
+def strided(d: ax.Axis, lo: int, hi: int, step: int, e: jx.Equation) -> ax.Axis:
   """Returns every step-th slice: the outer part of outer*step where that fits."""
   count = -(-(hi - lo) // step)
   if lo < step and count * step == d.size:
-    outer = Var(count)
-    unify(d, Prod(outer, Var(step, 'strided slice')), e)
-    return norm(outer)
-  pin(d, 'strided slice')
-  return Var(count, 'strided slice')
+    outer = ax.Var(count)
+    ax.unify(d, ax.Prod(outer, ax.Var(step, 'strided slice')), e)
+    return ax.norm(outer)
+  ax.pin(d, 'strided slice')
+  return ax.Var(count, 'strided slice')
 
 
 def concatenate(facts, e, *ins):
   k = e.params['dimension']
   first, *rest = ins
   for x in rest:
-    equal([*first[:k], *first[k + 1 :]], [*x[:k], *x[k + 1 :]], e)
-  return [[*first[:k], norm(Cat(*(x[k] for x in ins))), *first[k + 1 :]]]
+    ax.equal([*first[:k], *first[k + 1 :]], [*x[:k], *x[k + 1 :]], e)
+  return [[*first[:k], ax.norm(ax.Cat(*(x[k] for x in ins))), *first[k + 1 :]]]
 
 
 def pad(facts, e, x, _):
@@ -127,24 +117,24 @@ def pad(facts, e, x, _):
     x, e.params['padding_config'], e.outputs[0].shape, strict=True
   ):
     if inner or lo < 0 or hi < 0:
-      pin(d, 'padded inside or cropped')
-      out.append(Var(n, 'padded inside or cropped'))
+      ax.pin(d, 'padded inside or cropped')
+      out.append(ax.Var(n, 'padded inside or cropped'))
     else:
-      left, right = (Var(n, 'padding') if n else Cat() for n in (lo, hi))
-      out.append(norm(Cat(left, d, right)))
+      left, right = (ax.Var(n, 'padding') if n else ax.Cat() for n in (lo, hi))
+      out.append(ax.norm(ax.Cat(left, d, right)))
   return [out]
 
 
 def tile(facts, e, x):
   pairs = zip(x, e.params['reps'], strict=True)
-  return [[norm(Prod(Var(r, 'tiled'), d)) if r > 1 else d for d, r in pairs]]
+  return [[ax.norm(ax.Prod(ax.Var(r, 'tiled'), d)) if r > 1 else d for d, r in pairs]]
 
 
 def stack(facts, e, *ins):
   for x in ins[1:]:
-    equal(ins[0], x, e)
+    ax.equal(ins[0], x, e)
   axis = e.params['axis']
-  return [[*ins[0][:axis], Var(len(ins), 'stacked'), *ins[0][axis:]]]
+  return [[*ins[0][:axis], ax.Var(len(ins), 'stacked'), *ins[0][axis:]]]
 
 
 def unstack(facts, e, x):
@@ -156,7 +146,9 @@ def unstack(facts, e, x):
 
 def iota(facts, e, *_):
   d = e.params['dimension']
-  return [[Var(n, 'iota' if i == d else None) for i, n in enumerate(e.params['shape'])]]
+  return [
+    [ax.Var(n, 'iota' if i == d else None) for i, n in enumerate(e.params['shape'])]
+  ]
 
 
 # ---- indexing ------------------------------------------------------------------------
@@ -168,10 +160,10 @@ def gather(facts, e, x, idx):
     zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
   )
   for i, j in batching.items():
-    unify(x[i], idx[j], e)
+    ax.unify(x[i], idx[j], e)
   for i, n in enumerate(sizes):
     if i in dn.start_index_map or (i not in batching and n != x[i].size):
-      pin(x[i], 'indexed')
+      ax.pin(x[i], 'indexed')
   offset = iter(
     i for i in range(len(x)) if i not in {*dn.collapsed_slice_dims, *batching}
   )
@@ -181,7 +173,7 @@ def gather(facts, e, x, idx):
       out.append(next(rows))
       continue
     i = next(offset)
-    out.append(x[i] if sizes[i] == x[i].size else Var(sizes[i], 'indexed'))
+    out.append(x[i] if sizes[i] == x[i].size else ax.Var(sizes[i], 'indexed'))
   return [out]
 
 
@@ -191,20 +183,20 @@ def scatter(facts, e, x, idx, updates):
     zip(dn.operand_batching_dims, dn.scatter_indices_batching_dims, strict=True)
   )
   for i, j in batching.items():
-    unify(x[i], idx[j], e)
+    ax.unify(x[i], idx[j], e)
   for i in dn.scatter_dims_to_operand_dims:
-    pin(x[i], 'indexed')
+    ax.pin(x[i], 'indexed')
   windows = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
   for i, k in zip(windows, dn.update_window_dims, strict=True):
     _same_or_pin(x[i], updates[k], e)
   rows = [d for k, d in enumerate(updates) if k not in dn.update_window_dims]
-  equal(rows, idx[:-1], e)
+  ax.equal(rows, idx[:-1], e)
   return [x]
 
 
 def dynamic_slice(facts, e, x, *_):
   pairs = zip(x, e.params['slice_sizes'], strict=True)
-  return [[_same_or_pin(d, Var(n), e) for d, n in pairs]]
+  return [[_same_or_pin(d, ax.Var(n), e) for d, n in pairs]]
 
 
 def dynamic_update_slice(facts, e, x, update, *_):
@@ -213,11 +205,11 @@ def dynamic_update_slice(facts, e, x, update, *_):
   return [x]
 
 
-def _same_or_pin(d: Axis, part: Axis, e: jx.Equation) -> Axis:
+def _same_or_pin(d: ax.Axis, part: ax.Axis, e: jx.Equation) -> ax.Axis:
   """Equates a window over all of an axis with that axis; a smaller window pins both."""
   if d.size == part.size:
-    unify(d, part, e)
+    ax.unify(d, part, e)
   else:
-    pin(d, f'part of it is addressed by {e.name}')
-    pin(part, f'part of an axis addressed by {e.name}')
+    ax.pin(d, f'part of it is addressed by {e.name}')
+    ax.pin(part, f'part of an axis addressed by {e.name}')
   return part

@@ -1,7 +1,13 @@
-"""The small network of any function: the same program at its new sizes."""
+"""The small network of any function, which is the same program at its new sizes.
+
+Inputs may have symbolic sizes (`jax.export`). Such an input is traced with a number in
+the place of the symbol, at three different numbers: where only sizes differ between the
+three programs, the symbol is put back wherever the number was.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +18,7 @@ import numpy as np
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
-from depthprune.program.axes import Facts
 from depthprune.program.coupling import Coupling
-from depthprune.program.jaxpr import bind, derivative, interpret
 from depthprune.program.trace import (
   GONE,
   View,
@@ -25,109 +29,36 @@ from depthprune.program.trace import (
   split_arrays,
 )
 
-Resized = Callable[[jx.Equation, int], Mapping[str, Any]]
-NUMBER = 3  # stands for a symbol; no equation takes it for a single slice
+NUMBER = 3  # stands for a symbol while tracing; 1 could be broadcast
 OTHERS = NUMBER + 1, NUMBER + 2
 
 
-def numbered(x: Any, number: int = NUMBER) -> Any:
-  """An array, its shape with a number for every symbol; others as they are."""
-  if _is_fixed(x):
-    return x
-  shape = tuple(n if isinstance(n, int) else number for n in x.shape)
-  return jax.ShapeDtypeStruct(shape, x.dtype)
-
-
-def symbolic_sizes(view: View, arrays: Sequence) -> dict[ax.Var, Any]:
-  """The symbol of every axis variable that has one; view: of the numbered arrays.
-
-  Raises: ValueError where the function divides such an axis."""
-  found: dict[ax.Var, Any] = {}
-  data = view.program.inputs[len(view.leaves) :]
-  for v, x in zip(data, arrays, strict=True):
-    for d, n in zip(view.facts.dims[v], x.shape, strict=True):
-      if isinstance(n, int):
-        continue
-      axis = ax.norm(d)
-      if not isinstance(axis, ax.Var) or found.setdefault(axis, n) != n:
-        raise ValueError(f'size {n}: the function divides this axis; choose a number')
-  return found
-
-
-def followers(view: View, others: Sequence[View], resized: Resized) -> set[jx.Literal]:
-  """The literals in which a size that has a symbol is written.
-
-  view: of the numbered arrays; others: with OTHERS in their place.
-  resized: (equation, number) -> its parameters at that size.
-
-  Raises: ValueError where the function is another program at another size, in more than
-    its sizes.
-  """
-  found: set[jx.Literal] = set()
-  equations = [[*jx.walk(each.program)] for each in (view, *others)]
-  if len({tuple(e.name for e in each) for each in equations}) > 1:
-    raise ValueError('its equations depend on the size of an input; choose a number')
-  for e, *same in zip(*equations, strict=True):
-    found |= _followers(e, same)
-    for number, other in zip(OTHERS, same, strict=True):
-      params = resized(e, number)
-      plain = {p: x for p, x in other.params.items() if _is_plain(x)}
-      if any(x != params.get(p) for p, x in plain.items()):
-        raise _depends(e)
-  constants = [[*each.program.constants.values()] for each in (view, *others)]
-  if len({*map(len, constants)}) > 1 or not all(map(_alike, *constants)):
-    raise ValueError('a constant depends on the size of an input; choose a number')
-  return found
-
-
-def _followers(e: jx.Equation, others: Sequence[jx.Equation]) -> set[jx.Literal]:
-  """Those among the inputs of one equation."""
-  found = set()
-  for v, *same in zip(e.inputs, *(other.inputs for other in others), strict=True):
-    if not isinstance(v, jx.Literal) or v.val is None:
-      continue
-    written = [v.val, *(getattr(other, 'val', None) for other in same)]
-    if v.shape == () and written == [NUMBER, *OTHERS]:
-      found.add(v)
-    elif not _alike(*written):
-      raise _depends(e)
-  return found
-
-
-def _depends(e: jx.Equation) -> ValueError:
-  return ValueError(f'{e.where}: depends on the size of an input; choose a number')
-
-
-def _alike(first: Any, *others: Any) -> bool:
-  same = lambda x: x is first or np.array_equal(x, first)
-  return all(map(same, others)) or all(map(np.all, map(np.isnan, (first, *others))))
-
-
-def _is_plain(x: Any) -> bool:
-  """Whether it is made of whole numbers and words, as all that may hold a size."""
-  if isinstance(x, tuple):
-    return all(map(_is_plain, x))
-  return x is None or isinstance(x, int | str | np.integer)
-
-
-def _is_fixed(x: Any) -> bool:
-  return all(isinstance(n, int) for n in getattr(x, 'shape', ()))
-
-
 def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
-  """f(small_variables, *inputs, **kwargs): the model after surgery.
+  """Returns the network that is left after a decision, as a function.
 
-  keep: {'channels': {group: bool [n]}, 'branches': {path: bool},
-    'exits': {name: bool}}, each part optional; what is missing stays. Branches
-    that stay count as 1: `prune` has folded their value into the arrays.
-  The model is traced anew at its full sizes for every input shape and mode, what is
-  dead is dropped, and every equation is rebound at the sizes that `keep` leaves.
-  Inputs may have symbolic sizes (`jax.export`).
+  The model is traced at its full sizes, once per input shapes and mode. Dead equations
+  are removed, and all others run at the sizes that `keep` leaves. `prune` calls this
+  and cuts the variables to match.
 
-  Raises: KeyError for an unknown group, ValueError where a variable is missing or has
-    another shape than `keep` leaves, and where the program depends on a symbol."""
+  Args:
+    model: the network that was coupled: a linen module, or a function of (variables,
+      *inputs, **kwargs).
+    coupling: made by `couple`.
+    keep: {'channels': {group: bool [slices]}, 'branches': {path: bool}, 'exits':
+      {name: bool}}. What is missing is kept. Branches that are kept count as 1, because
+      `prune` has multiplied their gates into the arrays.
+
+  Returns:
+    f(small_variables, *inputs, **kwargs), for every input shape and mode of the model;
+    sizes of inputs may be symbolic (`jax.export`). It raises ValueError for a variable
+    that is missing or has another shape than `keep` leaves, and where the program
+    depends on a symbolic size in more than its shapes.
+
+  Raises:
+    KeyError: `keep` has a group that the coupling does not have.
+  """
   fn = runnable(model)
-  views = remembered(lambda inputs, kwargs: coupling.again(fn, inputs, kwargs, keep))
+  views = remembered(lambda inputs, kwargs: coupling.retrace(fn, inputs, kwargs, keep))
   channels = keep.get('channels', {})
   cut = [group for group, slices in channels.items() if not np.all(slices)]
   for group in channels:
@@ -135,16 +66,16 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
 
   def small(variables, *inputs, **kwargs):
     arrays, merge = split_arrays((inputs, kwargs))
-    view = views(*merge([*map(numbered, arrays)]))
-    coupling.same(view, cut)
+    view = views(*merge([_numbered(x, NUMBER) for x in arrays]))
+    coupling.check_view(view, cut)
     kept = decided(view, keep)
-    symbols = symbolic_sizes(view, arrays)
+    symbols = _symbolic_sizes(view, arrays)
     written = {}
     if symbols:
-      # Traced with symbols, too: jax refuses what decides by one how to go on.
+      # Tracing with the symbols lets jax refuse a program that branches on them.
       call = lambda v, arrays: fn(v, *merge(arrays)[0], **merge(arrays)[1])
       jx.trace(call, (coupling.variables, abstract(arrays)))
-      others = (merge([numbered(x, n) for x in arrays]) for n in OTHERS)
+      others = (merge([_numbered(x, n) for x in arrays]) for n in OTHERS)
       written = _written(view, [views(*other) for other in others], symbols)
     flat = [*_arguments(view, kept, variables), *arrays]
     outs = rebound(view.facts, kept, symbols, written)(view.program, flat)
@@ -153,25 +84,12 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
   return small
 
 
-def _written(view: View, others: Sequence[View], symbols: Mapping) -> dict:
-  """The symbol of every literal that is the size of an input; see `anysize`."""
-  full = lambda v: [ax.mask(d, {}) for d in view.facts.dims[v]]
-
-  def resized(e, number):
-    sizes = dict.fromkeys(symbols, number)
-    return _resized(e, full, view.facts, lambda axis: ax.count(axis, {}, sizes))
-
-  found = followers(view, others, resized)
-  first, *more = dict.fromkeys(symbols.values())
-  if found and more:
-    raise ValueError('one of several sizes is written as a number; choose numbers')
-  return {literal: jnp.asarray(first).astype(literal.dtype) for literal in found}
-
-
 def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
-  """The decision on groups as one on the axis variables of a view.
+  """Returns the masks of a view's axis variables for a decision on groups.
 
-  Raises: ValueError where the view ties groups together that keep treats apart."""
+  Raises:
+    ValueError: the view couples slices that `keep` treats differently.
+  """
   kept: dict[ax.Var, np.ndarray] = {}
   for group, slices in keep.get('channels', {}).items():
     try:
@@ -183,8 +101,52 @@ def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
   return kept
 
 
+def rebound(
+  facts: ax.Facts,
+  kept: ax.Keep,
+  symbols: Mapping[ax.Var, Any] = jx.NOTHING,
+  written: Mapping[jx.Literal, Any] = jx.NOTHING,
+) -> Callable:
+  """Returns run(program, args), which runs a program at the sizes that `kept` leaves.
+
+  Args:
+    facts: the axes of every value of the program.
+    kept: bool [size] for each axis variable that is cut.
+    symbols: symbolic sizes of axis variables.
+    written: values that replace those of some literals.
+  """
+  derived: dict[jx.Equation, Callable] = {}
+
+  def masks(v: jx.Value) -> list[np.ndarray]:
+    return [ax.mask(d, kept) for d in facts.dims[v]]
+
+  def run(program: jx.Program, args: Sequence) -> list:
+    constants = {v: _take(c, masks(v)) for v, c in program.constants.items()}
+    resized = jx.Program(program.inputs, constants, program.equations, program.outputs)
+    return jx.interpret(resized, args, execute, written)
+
+  def execute(e: jx.Equation, ins: list) -> list:
+    outs = [masks(v) for v in e.outputs]
+    if e.name in rules.ANY_SHAPE:  # slices of the full network's random bits
+      full = jx.bind(e, ins, e.params, run)
+      return [_take(x, m) for x, m in zip(full, outs, strict=True)]
+    params = _resized(e, masks, facts, lambda axis: ax.count(axis, kept, symbols))
+    if e.name == 'scan' and params['length'] == 0:  # all layers are gone
+      _, carry, _ = jx.scan_parts(e, ins)
+      empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)
+      return [*carry, *(jnp.zeros([m.sum() for m in ms], v.dtype) for v, ms in empty)]
+    return jx.bind(e, ins, params, run, derive)
+
+  def derive(e: jx.Equation) -> Callable:
+    if e not in derived:
+      derived[e] = _derivative(e, facts, kept, symbols)
+    return derived[e]
+
+  return run
+
+
 def _arguments(view: View, kept: dict, variables: Any) -> list:
-  """The leaves of the small variables, in the order of the program's inputs."""
+  """Returns the leaves of the small variables in the order of the program's inputs."""
   _, needed = jx.live(view.program)
   leaves = paths_of(variables)
   args = []
@@ -205,46 +167,6 @@ def _arguments(view: View, kept: dict, variables: Any) -> list:
   return args
 
 
-def rebound(
-  facts: Facts,
-  kept: ax.Keep,
-  symbols: Mapping[ax.Var, Any] = jx.NOTHING,
-  written: Mapping[jx.Literal, Any] = jx.NOTHING,
-) -> Callable:
-  """run(program, args) at the sizes that `kept` leaves, symbols among them.
-
-  written: other values of some literals.
-  """
-  derived: dict[jx.Equation, Callable] = {}
-
-  def masks(v: jx.Value) -> list[np.ndarray]:
-    return [ax.mask(d, kept) for d in facts.dims[v]]
-
-  def run(program: jx.Program, args: Sequence) -> list:
-    constants = {v: _take(c, masks(v)) for v, c in program.constants.items()}
-    resized = jx.Program(program.inputs, constants, program.equations, program.outputs)
-    return interpret(resized, args, execute, written)
-
-  def execute(e: jx.Equation, ins: list) -> list:
-    outs = [masks(v) for v in e.outputs]
-    if e.name in rules.ANY_SHAPE:  # random bits of the full network, then its slices
-      full = bind(e, ins, e.params, run)
-      return [_take(x, m) for x, m in zip(full, outs, strict=True)]
-    params = _resized(e, masks, facts, lambda axis: ax.count(axis, kept, symbols))
-    if e.name == 'scan' and params['length'] == 0:  # all layers are gone
-      _, carry, _ = jx.scan_parts(e, ins)
-      empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)
-      return [*carry, *(jnp.zeros([m.sum() for m in ms], v.dtype) for v, ms in empty)]
-    return bind(e, ins, params, run, derive)
-
-  def derive(e: jx.Equation) -> Callable:
-    if e not in derived:
-      derived[e] = _derivative(e, facts, kept, symbols)
-    return derived[e]
-
-  return run
-
-
 def _take(x, masks):
   for axis, m in enumerate(masks):
     if not m.all():
@@ -253,16 +175,16 @@ def _take(x, masks):
 
 
 def _derivative(
-  e: jx.Equation, facts: Facts, kept: ax.Keep, symbols: Mapping[ax.Var, Any]
+  e: jx.Equation, facts: ax.Facts, kept: ax.Keep, symbols: Mapping[ax.Var, Any]
 ) -> Callable:
-  """The derivative rule of a custom call at its new sizes."""
-  program = derivative(e)
+  """Returns the derivative rule of a custom call at its new sizes."""
+  program = jx.derivative(e)
   smooth_in = [v for v in e.inputs if jx.differentiable(v)]
   smooth_out = [v for v in e.outputs if jx.differentiable(v)]
   rest = smooth_in if e.name == 'custom_jvp_call' else smooth_out
   memo: dict[ax.Var, ax.Var] = {}
   dims = [[ax.copy(d, memo) for d in facts.dims[v]] for v in (*e.inputs, *rest)]
-  inner = Facts()
+  inner = ax.Facts()
   rules.infer(inner, program, dims)
   inside: dict[ax.Var, np.ndarray] = {}
   for outer, copied in memo.items():
@@ -270,12 +192,14 @@ def _derivative(
       ax.assign(copied, kept[outer], inside)
   copies = ((ax.norm(memo.get(v, v)), n) for v, n in symbols.items())
   named = {axis: n for axis, n in copies if isinstance(axis, ax.Var)}
-  run = rebound(inner, inside, named)
-  return lambda args: run(program, args)
+  return functools.partial(rebound(inner, inside, named), program)
 
 
-def _resized(e: jx.Equation, masks, facts: Facts, count: Callable) -> dict:
-  """The parameters of an equation at its new sizes; count(axis) of each."""
+def _resized(e: jx.Equation, masks, facts: ax.Facts, count: Callable) -> dict:
+  """Returns the parameters of an equation at its new sizes.
+
+  `masks` maps a value to the bool masks of its axes, `count` an axis to its new size.
+  """
   p = dict(e.params)
   outs = [[*map(count, facts.dims[v])] for v in e.outputs]
   shape = tuple(outs[0]) if outs else ()
@@ -312,6 +236,81 @@ def _resize_slice(p: dict, masks: list[np.ndarray], sizes: list):
       continue
     if p['strides'] is None or p['strides'][i] == 1:
       starts[i], limits[i] = int(m[: starts[i]].sum()), int(m[: limits[i]].sum())
-    else:  # whole periods were dropped (rules.strided): the offset stays
+    else:  # layout.strided allows to cut whole periods only, so the offset stays
       limits[i] = int(m.sum())
   p['start_indices'], p['limit_indices'] = tuple(starts), tuple(limits)
+
+
+# ---- symbolic sizes ------------------------------------------------------------------
+
+
+def _numbered(x: Any, number: int) -> Any:
+  """The shape of an array with a number for every symbol; x where it has none."""
+  if all(isinstance(n, int) for n in getattr(x, 'shape', ())):
+    return x
+  shape = tuple(n if isinstance(n, int) else number for n in x.shape)
+  return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+def _symbolic_sizes(view: View, arrays: Sequence) -> dict[ax.Var, Any]:
+  """The symbol of each axis variable that has one, for a view of numbered arrays."""
+  symbols: dict[ax.Var, Any] = {}
+  data = view.program.inputs[len(view.leaves) :]
+  for v, x in zip(data, arrays, strict=True):
+    for d, n in zip(view.facts.dims[v], x.shape, strict=True):
+      if isinstance(n, int):
+        continue
+      axis = ax.norm(d)
+      if not isinstance(axis, ax.Var) or symbols.setdefault(axis, n) != n:
+        raise ValueError(f'size {n}: the function divides this axis; choose a number')
+  return symbols
+
+
+def _written(view: View, others: Sequence[View], symbols: Mapping) -> dict:
+  """The symbol for every literal in which the size of an input is written.
+
+  `view` was traced with NUMBER in the place of symbols, `others` with OTHERS.
+  """
+  full = lambda v: [ax.mask(d, {}) for d in view.facts.dims[v]]
+  depends = lambda e: ValueError(
+    f'{e.where}: depends on the size of an input; choose a number'
+  )
+  equations = [[*jx.walk(each.program)] for each in (view, *others)]
+  if len({tuple(e.name for e in each) for each in equations}) > 1:
+    raise ValueError('its equations depend on the size of an input; choose a number')
+  literals: set[jx.Literal] = set()
+  for e, *same in zip(*equations, strict=True):
+    for v, *alike in zip(e.inputs, *(other.inputs for other in same), strict=True):
+      if not isinstance(v, jx.Literal) or v.val is None:
+        continue
+      values = [v.val, *(getattr(other, 'val', None) for other in alike)]
+      if v.shape == () and values == [NUMBER, *OTHERS]:
+        literals.add(v)
+      elif not _alike(*values):
+        raise depends(e)
+    for number, other in zip(OTHERS, same, strict=True):
+      sizes = dict.fromkeys(symbols, number)
+      count = functools.partial(ax.count, keep={}, symbols=sizes)
+      params = _resized(e, full, view.facts, count)
+      plain = {p: x for p, x in other.params.items() if _is_plain(x)}
+      if any(x != params.get(p) for p, x in plain.items()):
+        raise depends(e)
+  constants = [[*each.program.constants.values()] for each in (view, *others)]
+  if len({*map(len, constants)}) > 1 or not all(map(_alike, *constants)):
+    raise ValueError('a constant depends on the size of an input; choose a number')
+  first, *more = dict.fromkeys(symbols.values())
+  if literals and more:
+    raise ValueError('one of several sizes is written as a number; choose numbers')
+  return {literal: jnp.asarray(first).astype(literal.dtype) for literal in literals}
+
+
+def _alike(first: Any, *others: Any) -> bool:
+  same = lambda x: x is first or np.array_equal(x, first)
+  return all(map(same, others)) or all(map(np.all, map(np.isnan, (first, *others))))
+
+
+def _is_plain(x: Any) -> bool:
+  """Whether a parameter consists of integers and strings; only these hold sizes."""
+  if isinstance(x, tuple):
+    return all(map(_is_plain, x))
+  return x is None or isinstance(x, int | str | np.integer)

@@ -9,22 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import layout
-from depthprune.program.axes import (
-  Axis,
-  Dims,
-  Facts,
-  Prod,
-  Var,
-  equal,
-  fresh,
-  norm,
-  note,
-  opaque,
-  pin,
-  unify,
-)
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
@@ -54,7 +41,9 @@ ANY_SHAPE = frozenset(
 )
 
 
-def infer(facts: Facts, program: jx.Program, in_dims: Sequence[Dims]) -> list[Dims]:
+def infer(
+  facts: ax.Facts, program: jx.Program, in_dims: Sequence[ax.Dims]
+) -> list[ax.Dims]:
   """States the equations of a program and returns the axes of its outputs.
 
   Args:
@@ -63,12 +52,12 @@ def infer(facts: Facts, program: jx.Program, in_dims: Sequence[Dims]) -> list[Di
     in_dims: the axes of each input.
   """
   env = facts.dims
-  env.update((v, fresh(v.shape)) for v in program.constants)
+  env.update((v, ax.fresh(v.shape)) for v in program.constants)
   env.update(zip(program.inputs, in_dims, strict=True))
 
   def read(v):
     if isinstance(v, jx.Literal):
-      return env.setdefault(v, fresh(v.shape))
+      return env.setdefault(v, ax.fresh(v.shape))
     return env[v]
 
   for e in program.equations:
@@ -76,7 +65,8 @@ def infer(facts: Facts, program: jx.Program, in_dims: Sequence[Dims]) -> list[Di
     for v, dims in zip(e.outputs, outs, strict=True):
       if tuple(d.size for d in dims) != v.shape:
         raise AssertionError(
-          f'rule of {e.where}: {[d.size for d in dims]} for {v.shape}'
+          f'the rule of {e.where} gave axes of the sizes {[d.size for d in dims]}, '
+          f'expected {v.shape}'
         )
       env[v] = dims
   return [read(v) for v in program.outputs]
@@ -89,9 +79,9 @@ def rule_of(name: str) -> Callable:
   families = (
     (ELEMENTWISE, elementwise), (REDUCE, reduce), (ARGREDUCE, argreduce),
     (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, layout.scatter),
-    (ANY_SHAPE, lambda facts, e, *_: [fresh(v.shape) for v in e.outputs]),
+    (ANY_SHAPE, lambda facts, e, *_: [ax.fresh(v.shape) for v in e.outputs]),
   )  # fmt: skip
-  return next((rule for names, rule in families if name in names), opaque)
+  return next((rule for names, rule in families if name in names), ax.opaque)
 
 
 # ---- shape-preserving ----------------------------------------------------------------
@@ -104,8 +94,8 @@ def elementwise(facts, e, *ins):
     for i, n in enumerate(v.shape):
       same = [x[i] for x in ins if len(x) == len(v.shape) and x[i].size == n]
       for other in same[1:]:
-        unify(same[0], other, e)
-      dims.append(same[0] if same else Var(n))
+        ax.unify(same[0], other, e)
+      dims.append(same[0] if same else ax.Var(n))
     outs.append(dims)
   return outs
 
@@ -119,27 +109,27 @@ def bitcast(facts, e, x):
   """Adds or removes the last axis, over which one element of a wider type is spread."""
   rank = len(e.outputs[0].shape)
   if rank > len(x):
-    return [[*x, Var(e.outputs[0].shape[-1], 'bitcast')]]
+    return [[*x, ax.Var(e.outputs[0].shape[-1], 'bitcast')]]
   if rank < len(x):
-    pin(x[-1], 'bitcast')
+    ax.pin(x[-1], 'bitcast')
   return [x[:rank]]
 
 
 def cumulative(facts, e, x):
-  note(x[e.params['axis']], f'accumulated along by {e.where}')
+  ax.note(x[e.params['axis']], f'accumulated along by {e.where}')
   return [x]
 
 
 def sort(facts, e, *ins):
   for x in ins:
-    pin(x[e.params['dimension']], 'sorted along')
+    ax.pin(x[e.params['dimension']], 'sorted along')
   return elementwise(facts, e, *ins)
 
 
 def top_k(facts, e, x):
   axis = e.params.get('axis', -1) % len(x)
-  pin(x[axis], 'top_k')
-  last = fresh([e.outputs[0].shape[axis]], 'top_k')
+  ax.pin(x[axis], 'top_k')
+  last = ax.fresh([e.outputs[0].shape[axis]], 'top_k')
   return [[*x[:axis], *last, *x[axis + 1 :]]] * len(e.outputs)
 
 
@@ -149,7 +139,7 @@ def top_k(facts, e, x):
 def dot_general(facts, e, lhs, rhs):
   (lc, rc), (lb, rb) = e.params['dimension_numbers']
   for i, j in zip([*lc, *lb], [*rc, *rb], strict=True):
-    unify(lhs[i], rhs[j], e)
+    ax.unify(lhs[i], rhs[j], e)
   free_lhs = [d for i, d in enumerate(lhs) if i not in {*lc, *lb}]
   free_rhs = [d for i, d in enumerate(rhs) if i not in {*rc, *rb}]
   return [[lhs[i] for i in lb] + free_lhs + free_rhs]
@@ -162,20 +152,20 @@ def conv_general_dilated(facts, e, lhs, rhs):
   """
   p, dn = e.params, e.params['dimension_numbers']
   if p['batch_group_count'] != 1:
-    return opaque(facts, e, lhs, rhs)
+    return ax.opaque(facts, e, lhs, rhs)
   (n_l, c_l, *s_l), (o_r, i_r, *s_r) = dn.lhs_spec, dn.rhs_spec
   n_o, c_o, *_ = dn.out_spec
   for i in s_r:
-    pin(rhs[i], 'kernel window')
+    ax.pin(rhs[i], 'kernel window')
   for i in s_l:
-    pin(lhs[i], 'spatial')
-  groups = Var(p['feature_group_count'])
-  per_group = Var(rhs[o_r].size // groups.size)
-  unify(lhs[c_l], norm(Prod(groups, rhs[i_r])), e)
-  unify(rhs[o_r], norm(Prod(groups, per_group)), e)
+    ax.pin(lhs[i], 'spatial')
+  groups = ax.Var(p['feature_group_count'])
+  per_group = ax.Var(rhs[o_r].size // groups.size)
+  ax.unify(lhs[c_l], ax.norm(ax.Prod(groups, rhs[i_r])), e)
+  ax.unify(rhs[o_r], ax.norm(ax.Prod(groups, per_group)), e)
   facts.hidden[e] = groups
-  out: list[Axis] = fresh(e.outputs[0].shape, 'spatial')
-  out[n_o], out[c_o] = lhs[n_l], norm(Prod(groups, per_group))
+  out: list[ax.Axis] = ax.fresh(e.outputs[0].shape, 'spatial')
+  out[n_o], out[c_o] = lhs[n_l], ax.norm(ax.Prod(groups, per_group))
   return [out]
 
 
@@ -183,13 +173,13 @@ def reduce(facts, e, *ins):
   axes = e.params['axes']
   for x in ins:
     for i in axes:
-      note(x[i], f'reduced over by {e.where}')
+      ax.note(x[i], f'reduced over by {e.where}')
   return [[d for i, d in enumerate(ins[0]) if i not in axes]] * len(e.outputs)
 
 
 def argreduce(facts, e, x):
   for i in e.params['axes']:
-    pin(x[i], e.name)
+    ax.pin(x[i], e.name)
   return reduce(facts, e, x)
 
 
@@ -199,8 +189,8 @@ def window(facts, e, *ins):
     if p['window_dimensions'][i] == p['window_strides'][i] == 1 and d.size == n:
       out.append(d)
     else:
-      pin(d, 'window')
-      out.append(Var(n, 'window'))
+      ax.pin(d, 'window')
+      out.append(ax.Var(n, 'window'))
   return [out] * len(e.outputs)
 
 
@@ -209,14 +199,14 @@ def window(facts, e, *ins):
 
 def scan(facts, e, *ins):
   consts, carry, xs = jx.scan_parts(e, ins)
-  loop = Var(e.params['length'])
+  loop = ax.Var(e.params['length'])
   loop.notes.add(LAYER)
   for x in xs:
-    unify(loop, x[0], e)
+    ax.unify(loop, x[0], e)
   facts.hidden[e] = loop
   outs = infer(facts, e.bodies[0], [*consts, *carry, *(x[1:] for x in xs)])
   for a, b in zip(carry, outs[: len(carry)], strict=True):
-    equal(a, b, e)
+    ax.equal(a, b, e)
   return [*carry, *([loop, *y] for y in outs[len(carry) :])]
 
 
@@ -224,7 +214,7 @@ def while_rule(facts, e, *ins):
   test, body, carry = jx.while_parts(e, ins)
   infer(facts, e.bodies[0], [*test, *carry])
   for a, b in zip(carry, infer(facts, e.bodies[1], [*body, *carry]), strict=True):
-    equal(a, b, e)
+    ax.equal(a, b, e)
   return carry
 
 
@@ -232,7 +222,7 @@ def cond(facts, e, _, *ins):
   first, *rest = (infer(facts, body, ins) for body in e.bodies)
   for outs in rest:
     for a, b in zip(first, outs, strict=True):
-      equal(a, b, e)
+      ax.equal(a, b, e)
   return first
 
 
@@ -244,12 +234,12 @@ def own_derivative(facts, e, *ins):
   outs = infer(facts, e.bodies[0], ins)
   for inner in jx.walk(e.bodies[0]):
     for k, axis in (pair for side in contracted(inner) for pair in side):
-      note(facts.dims[inner.inputs[k]][axis], f'contracted inside a {e.name}')
+      ax.note(facts.dims[inner.inputs[k]][axis], f'contracted inside a {e.name}')
   return outs
 
 
 def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
-  """Returns the (input, axis) pairs an equation sums over, per side that can be gated."""
+  """Returns the (input, axis) pairs that are summed over, for each side to gate."""
   if e.name == 'dot_general':
     (lhs, rhs), _ = e.params['dimension_numbers']
     return [[(0, i) for i in lhs], [(1, i) for i in rhs]]

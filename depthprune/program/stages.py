@@ -1,32 +1,29 @@
-"""A program split at its exits: what each stage computes, what crosses each cut.
+"""A network split at its exits: what each stage computes, and what crosses each cut.
 
-Stage k is every equation that exit k needs and no earlier exit did. What later stages
-need of it crosses the cut: hidden states, in a masked transformer the mask too. Both
-are read from the traced program, and so is which axis of what crosses counts examples.
-
-Source: design.md, "Cascades"; prototype/stages.py.
+Stage k is every equation that exit k needs and no earlier exit does. What later stages
+need of these values crosses the cut: hidden states, and in a masked transformer the
+mask too. Both are read from the traced program, as is the axis along which an array
+that crosses counts examples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import cost, jaxpr
+from depthprune.program import cost
 from depthprune.program import jaxpr as jx
-from depthprune.program.axes import Facts, fresh
 from depthprune.program.deadcode import dependent
 from depthprune.program.trace import View, abstract, look, paths_of, runnable
 
-SEVERAL = 2  # examples that are traced to see which axes count them
-# Reasons to keep every slice of an axis that do not mix its slices.
+SEVERAL = 2  # examples that are traced to find the axes that count them
+# Pins of an axis whose slices are nevertheless computed independently.
 APART = ('input', ax.UNIT, 'indexed')
 
 
@@ -34,9 +31,10 @@ class Crossing(NamedTuple):
   """An array that a later stage needs.
 
   Attributes:
-    shape, dtype: for one example.
-    axis: which of its axes counts examples, None where it is the same for all of them.
-      Where that axis is a product, as `reshape` builds it, examples vary slowest.
+    shape: shape for one example.
+    dtype: type of its elements.
+    axis: which of its axes counts examples; None where the array is the same for all of
+      them. Where that axis is a product, as `reshape` builds it, examples vary slowest.
   """
 
   shape: tuple[int, ...]
@@ -45,13 +43,13 @@ class Crossing(NamedTuple):
 
 
 class Stage(NamedTuple):
-  """What is computed between the exit before and this one.
+  """The part of a network between the previous exit and this one.
 
   Attributes:
     exit: name of the output that it ends with.
-    flops: of one example, 1 MAC = 2 FLOPs; those of all stages add up to the whole.
+    flops: FLOPs of one example, where 1 MAC = 2 FLOPs.
     params: trainable parameters that no earlier stage has read.
-    crossing: what the stages behind it need, of it or of earlier ones.
+    crossing: the arrays that later stages need from this stage or earlier ones.
   """
 
   exit: str
@@ -68,7 +66,11 @@ class Stage(NamedTuple):
 
 
 def batched(inputs: tuple, batch: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """The inputs for so many examples, a number or a symbolic size."""
+  """Returns the shapes of the inputs for `batch` examples, a number or a symbolic size.
+
+  Raises:
+    ValueError: an input is not an array with examples along axis 0.
+  """
   if not inputs or any(not getattr(x, 'shape', ()) for x in inputs):
     raise ValueError(
       'expected arrays with examples along axis 0 of every input (no dict, no scalar), '
@@ -77,77 +79,29 @@ def batched(inputs: tuple, batch: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
   return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs)
 
 
-def counting(view: View, inputs: int) -> set[ax.Axis]:
-  """The axes that count examples, from those of the `inputs` last inputs.
-
-  Raises: ValueError where examples are summed over: one would depend on the others."""
-  count = {ax.norm(view.facts.dims[v][0]) for v in view.program.inputs[-inputs:]}
-  parts = [v for a in count for v in ax.leaves(a)]
-  why = {note for v in parts for note in v.notes}
-  why |= {pin for v in parts for pin in v.pins if not pin.startswith(APART)}
-  why |= set(_summed(view, count))
-  if why:
-    raise ValueError(
-      f'split: examples look at each other ({"; ".join(sorted(why))}), so they cannot '
-      'leave one by one; a network is split in evaluation mode: train=False'
-    )
-  return count
-
-
-def crossing(view: View, v: jx.Value, count: Iterable[ax.Axis]) -> Crossing:
-  """What a value is where it crosses a cut; `view` is of SEVERAL examples.
-
-  Raises: ValueError where examples are told apart, but along no axis."""
-  count = set(count)
-  data = view.program.inputs[len(view.leaves) :]
-  for i, d in enumerate(map(ax.norm, view.facts.dims[v])):
-    first = ax.norm(d.parts[0]) if isinstance(d, ax.Prod) else d
-    if first in count:
-      shape = (*v.shape[:i], v.shape[i] // SEVERAL, *v.shape[i + 1 :])
-      return Crossing(shape, v.dtype, i)
-  if v not in dependent(view.program, data):
-    return Crossing(v.shape, v.dtype, None)
-  maker = next((e for e in view.program.equations if v in e.outputs), None)
-  unknown = ', '.join(sorted(view.facts.unknown))
-  hint = f' (primitives without a rule: {unknown})' if unknown else ''
-  raise ValueError(
-    f'split: {v.dtype}{list(v.shape)} of {maker.where if maker else "an input"} '
-    f'crosses a cut, but no axis of it counts examples{hint}; put the exit elsewhere'
-  )
-
-
-def _summed(view: View, count: set[ax.Axis]) -> Iterator[str]:
-  """The contractions that sum over examples, which leave no other trace."""
-  for e in jx.walk(view.program):
-    if e.name == 'dot_general':
-      ((contracted, _), _), axes = e.params['dimension_numbers'], view.facts.dims
-      read = [axes[e.inputs[0]][i] for i in contracted]
-    elif e.name == 'conv_general_dilated':
-      lhs = view.facts.dims[e.inputs[0]]
-      read = [lhs[i] for i in e.params['dimension_numbers'].lhs_spec[1:]]
-    else:
-      continue
-    if any(v in count for d in read for v in ax.leaves(d)):
-      yield f'summed over by {e.where}'
-
-
-Run = Callable[[Any, Sequence], tuple[Any, list]]
 """(variables, what crossed the cut before) -> (the exit, what crosses the next one);
 the first stage gets the inputs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stages(Sequence[Stage]):
-  """What `split` found; a sequence of its stages.
+  """A network split at its exits, as `split` returns it; a sequence of `Stage`.
+
+  `print(stages.explain())` shows the stages. `cascade` runs them.
 
   Attributes:
-    fn: the function, of (variables, *inputs). variables, inputs: abstract, one example.
-    stages: in order.
-    whole: FLOPs of one example for the last exit alone.
-    least: examples that stages can run on, at least: 2 where one example crosses the
-      cuts otherwise (a broadcast to the batch is nothing then), else 1.
-    runs: (batch) -> the stages as functions for so many examples.
-    again: (*inputs) -> the stages for inputs of another shape, such as longer texts.
+    fn: the network, a function of (variables, *inputs).
+    variables: its variables, a tree of ShapeDtypeStruct.
+    inputs: the inputs of one example, ShapeDtypeStructs [1, ...].
+    stages: the stages in order.
+    whole: FLOPs of one example that is answered by the last exit alone.
+    least: the smallest batch that stages can run on: 2 where the arrays that cross the
+      cuts differ for a single example (a broadcast over the batch disappears then),
+      else 1.
+    runs: (batch) -> one function per stage for that many examples. Each maps
+      (variables, what crossed the previous cut) to (the exit, what crosses the next
+      one); the first gets the inputs.
+    again: (*inputs) -> the Stages for inputs of another shape, such as longer texts.
   """
 
   fn: Callable
@@ -156,7 +110,7 @@ class Stages(Sequence[Stage]):
   stages: tuple[Stage, ...]
   whole: int
   least: int
-  runs: Callable[[int], tuple[Run, ...]]
+  runs: Callable[[int], tuple[Callable, ...]]
   again: Callable[..., Stages]
 
   def __len__(self) -> int:
@@ -167,6 +121,7 @@ class Stages(Sequence[Stage]):
 
   @property
   def exits(self) -> tuple[str, ...]:
+    """Names of the exits in order."""
     return tuple(stage.exit for stage in self.stages)
 
   @property
@@ -175,25 +130,33 @@ class Stages(Sequence[Stage]):
     return tuple(int(n) for n in np.cumsum([stage.flops for stage in self.stages]))
 
   def explain(self) -> str:
-    """The stages, one line each."""
+    """Returns the stages as text, one line each."""
     return '\n'.join(map(str, self.stages))
 
 
 def split(
   model: Any, variables: Any, *inputs: Any, exits: Sequence[str] = (), **kwargs
 ) -> Stages:
-  """Splits a function that returns a dict of exits.
+  """Splits a network that returns a dict of exits into one stage per exit.
 
-  model: f(variables, *inputs, **kwargs), or an object with such an `apply`; examples
-    lie along axis 0 of every input and do not look at each other.
-  variables: its arrays. inputs: examples, arrays or shapes; nothing is computed.
-  exits: in order, the last is the deepest. Default: all, by how many equations lead to
-    them, 'main' last.
+  Args:
+    model: a linen module, or a function of (variables, *inputs, **kwargs). Its examples
+      do not influence each other.
+    variables: its arrays or ShapeDtypeStructs.
+    *inputs: arrays or ShapeDtypeStructs with examples along axis 0.
+    exits: names of the exits to split at, in order; the last is the deepest. By default
+      all of them, in the order of how many equations lead to them, 'main' last.
+    **kwargs: further arguments of the call, such as train=False.
 
-  Raises: ValueError for no dict of two exits or more, for an exit that there is not,
-    one that costs nothing after the one before it (as those read from one scan do), a
-    function of examples together (train mode), and where what crosses has no axis that
-    counts examples; names it."""
+  Returns:
+    The Stages.
+
+  Raises:
+    ValueError: the model returns no dict of two exits or more; an exit is unknown or
+      costs nothing after the previous one (as those read from one scan do); examples
+      influence each other (as in train mode); or an array that crosses a cut has no
+      axis that counts examples. The message names the exit or the array.
+  """
   fn = functools.partial(runnable(model), **kwargs) if kwargs else runnable(model)
   variables = jax.eval_shape(lambda v: v, variables)
   known: dict[tuple, Stages] = {}
@@ -209,40 +172,60 @@ def split(
 
 
 def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> Stages:
-  one, several = (_view(fn, variables, inputs, n) for n in (1, SEVERAL))
+  def view(batch: int) -> View:
+    dims = {p: ax.fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
+    return look(fn, variables, batched(inputs, batch), {}, dims)
+
+  one, several = view(1), view(SEVERAL)
   names = _ordered(one, exits)
   parts, single = _parts(several, names), _parts(one, names)
-  count = counting(several, len(inputs))
-  crossings = [[crossing(several, v, count) for v in p.outward] for p in parts]
+  counting = _counting(several, len(inputs))
+  crossings = [[_crossing(several, v, counting) for v in p.outward] for p in parts]
   named = {p for p in one.leaves if p.startswith('params/')}
   trainable = named or {p for p in one.leaves if not p.startswith('branches/')}
-  stages, seen = [], set()
+  paths, stages = list(one.leaves), []
+  seen: set[str] = set()
   for part, crossed in zip(single, crossings, strict=True):
-    read = trainable & {*part.reads}
-    sizes = [int(np.prod(one.leaves[p].shape)) for p in read - seen]
+    new = trainable & {paths[i] for i in part.places} - seen
+    sizes = [int(np.prod(one.leaves[p].shape)) for p in new]
     flops = cost.of_program(one, part.program)
+    if stages and not flops:
+      raise ValueError(
+        f'split: exit {part.exit} costs nothing after {stages[-1].exit}: they are read '
+        'from one place, or out of one scan, which always runs to its end; scan only '
+        'between exits, or drop one of them'
+      )
     stages.append(Stage(part.exit, flops, sum(sizes), tuple(crossed)))
-    seen |= read
-  _not_for_nothing(stages)
+    seen |= new
 
   @functools.cache
-  def runs(batch: int) -> tuple[Run, ...]:
-    return tuple(map(_run, _parts(_traced(fn, variables, inputs, batch), names)))
+  def runs(batch: int) -> tuple[Callable, ...]:
+    # Axes are not solved here, so `batch` may be a symbolic size.
+    program, tree = jx.trace(fn, (variables, *batched(inputs, batch)))
+    leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
+    view = View(program, ax.Facts(), leaves, {}, tree, frozenset())
+    return tuple(functools.partial(_run, part) for part in _parts(view, names))
 
   kinds = lambda parts: [[(v.dtype, len(v.shape)) for v in p.outward] for p in parts]
   least = 1 if kinds(parts) == kinds(single) else SEVERAL
-  whole = cost.of_program(one, _upto(one, names[-1]))
+  whole = cost.of_program(one, one.upto(names[-1]))
   return Stages(fn, variables, inputs, tuple(stages), whole, least, runs, again)
 
 
 class _Part(NamedTuple):
-  """A stage of one traced program; program: (variables read, what crossed) -> (leaves
-  of the exit, what crosses)."""
+  """A stage of one traced program.
+
+  Attributes:
+    exit: name of the exit.
+    tree: structure of the exit.
+    program: (variables read, what crossed) -> (leaves of the exit, what crosses).
+    places: positions of the variables that are read among all variables.
+    outward: the values that cross the next cut.
+  """
 
   exit: str
   tree: Any
   program: jx.Program
-  reads: tuple[str, ...]
   places: tuple[int, ...]
   outward: tuple[jx.Value, ...]
 
@@ -250,12 +233,11 @@ class _Part(NamedTuple):
 def _parts(view: View, names: Sequence[str]) -> list[_Part]:
   program, outputs = view.program, view.unpack(view.program.outputs)
   held = {v: i for i, v in enumerate(view.leaves.values())}
-  paths = list(view.leaves)
   flat = {name: tuple(jax.tree.leaves(outputs[name])) for name in names}
   done: set[jx.Equation] = set()
   inside = []
   for name in names:
-    kept = _upto(view, name).equations
+    kept = view.upto(name).equations
     inside.append([e for e in kept if e not in done])
     done.update(kept)
   made = list(program.inputs[len(held) :])
@@ -272,32 +254,59 @@ def _parts(view: View, names: Sequence[str]) -> list[_Part]:
     constants = {v: c for v, c in program.constants.items() if v in used}
     own = jx.Program((*read, *crossed), constants, tuple(equations), outs)
     places = tuple(held[v] for v in read)
-    reads, tree = tuple(paths[i] for i in places), jax.tree.structure(outputs[name])
-    parts.append(_Part(name, tree, own, reads, places, outward))
+    parts.append(_Part(name, jax.tree.structure(outputs[name]), own, places, outward))
     crossed = outward
   return parts
 
 
-def _run(part: _Part) -> Run:
-  def run(variables, crossed):
-    leaves = jax.tree.leaves(variables)
-    outs = jaxpr.run(part.program, [*(leaves[i] for i in part.places), *crossed])
-    n = part.tree.num_leaves
-    return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
-
-  return run
+def _run(part: _Part, variables: Any, crossed: Sequence) -> tuple[Any, list]:
+  leaves = jax.tree.leaves(variables)
+  outs = jx.run(part.program, [*(leaves[i] for i in part.places), *crossed])
+  n = part.tree.num_leaves
+  return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
 
 
-def _view(fn: Callable, variables: Any, inputs: tuple, batch: int) -> View:
-  dims = {p: fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
-  return look(fn, variables, batched(inputs, batch), {}, dims)
+def _counting(view: View, inputs: int) -> set[ax.Axis]:
+  """The axes that count examples: axis 0 of the last `inputs` inputs of the program."""
+  count = {ax.norm(view.facts.dims[v][0]) for v in view.program.inputs[-inputs:]}
+  parts = [v for a in count for v in ax.leaves(a)]
+  why = {note for v in parts for note in v.notes}
+  why |= {pin for v in parts for pin in v.pins if not pin.startswith(APART)}
+  for e in jx.walk(view.program):  # sums over examples leave no other trace
+    if e.name == 'dot_general':
+      ((read, _), _) = e.params['dimension_numbers']
+    elif e.name == 'conv_general_dilated':
+      read = e.params['dimension_numbers'].lhs_spec[1:]
+    else:
+      continue
+    lhs = view.facts.dims[e.inputs[0]]
+    if any(v in count for i in read for v in ax.leaves(lhs[i])):
+      why.add(f'summed over by {e.where}')
+  if why:
+    raise ValueError(
+      f'split: examples look at each other ({"; ".join(sorted(why))}), so they cannot '
+      'leave one by one; a network is split in evaluation mode: train=False'
+    )
+  return count
 
 
-def _traced(fn: Callable, variables: Any, inputs: tuple, batch: Any) -> View:
-  """The program alone, its axes not solved: its batch may be symbolic."""
-  program, tree = jx.trace(fn, (variables, *batched(inputs, batch)))
-  leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
-  return View(program, Facts(), leaves, {}, tree, frozenset())
+def _crossing(view: View, v: jx.Value, counting: set[ax.Axis]) -> Crossing:
+  """Describes a value that crosses a cut, in a view of SEVERAL examples."""
+  data = view.program.inputs[len(view.leaves) :]
+  for i, d in enumerate(map(ax.norm, view.facts.dims[v])):
+    first = ax.norm(d.parts[0]) if isinstance(d, ax.Prod) else d
+    if first in counting:
+      shape = (*v.shape[:i], v.shape[i] // SEVERAL, *v.shape[i + 1 :])
+      return Crossing(shape, v.dtype, i)
+  if v not in dependent(view.program, data):
+    return Crossing(v.shape, v.dtype, None)
+  maker = next((e for e in view.program.equations if v in e.outputs), None)
+  unknown = ', '.join(sorted(view.facts.unknown))
+  hint = f' (primitives without a rule: {unknown})' if unknown else ''
+  raise ValueError(
+    f'split: {v.dtype}{list(v.shape)} of {maker.where if maker else "an input"} '
+    f'crosses a cut, but no axis of it counts examples{hint}; put the exit elsewhere'
+  )
 
 
 def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
@@ -315,21 +324,5 @@ def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
       "split: expected two different exits or more, 'main' the last of them, got "
       f'{", ".join(exits)}'
     )
-  depth = lambda name: (name == 'main', len(_upto(view, name).equations))
+  depth = lambda name: (name == 'main', len(view.upto(name).equations))
   return tuple(exits) or tuple(sorted(names, key=depth))
-
-
-def _upto(view: View, name: str) -> jx.Program:
-  """What one exit needs."""
-  outputs = tuple(jax.tree.leaves(view.unpack(view.program.outputs)[name]))
-  return jx.lean(dataclasses.replace(view.program, outputs=outputs))
-
-
-def _not_for_nothing(stages: Sequence[Stage]) -> None:
-  for before, stage in itertools.pairwise(stages):
-    if not stage.flops:
-      raise ValueError(
-        f'split: exit {stage.exit} costs nothing after {before.exit}: they are read '
-        'from one place, or out of one scan, which always runs to its end; scan only '
-        'between exits, or drop one of them'
-      )

@@ -1,4 +1,4 @@
-"""A function at one set of input shapes and in one mode: traced, its axes solved."""
+"""A function traced at given input shapes and in one mode, with its axes solved."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from jax.core import Tracer
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
-from depthprune.program.axes import Facts, fresh
 from depthprune.program.deadcode import dependent, simplify
 
-GONE = object()  # stands in a pytree for what is to be taken out of it
+GONE = object()  # marks what `without` removes from a pytree
 
 
 class Decision(NamedTuple):
-  """What a `keep` says of depth.
+  """The part of a `keep` tree that concerns depth.
 
   Attributes:
-    branches: by path, is the branch kept. exits: by name, is the output kept.
-    dead: paths of the variables that nothing needs any more."""
+    branches: by path, whether the branch is kept.
+    exits: by name, whether the output is kept.
+    dead: paths of the variables that nothing needs any more.
+  """
 
   branches: Mapping[str, Any]
   exits: Mapping[str, Any]
@@ -35,21 +36,23 @@ class View(NamedTuple):
   """A traced function.
 
   Attributes:
-    program, facts: its equations, and the axes of every value.
+    program: its equations.
+    facts: the axes of every value.
     leaves: the program's input for every variable, by path.
-    groups: the axis that each group of a coupling has here.
-    tree: structure of what the function returns; dropped: which of its leaves are not
-      among the program's outputs."""
+    groups: the axis that each group of a coupling has in this view.
+    tree: structure of what the function returns.
+    dropped: positions of the leaves of `tree` that are not among the program's outputs.
+  """
 
   program: jx.Program
-  facts: Facts
+  facts: ax.Facts
   leaves: dict[str, jx.Value]
   groups: dict[str, ax.Axis]
   tree: Any
   dropped: frozenset[int]
 
   def unpack(self, flat: Sequence) -> Any:
-    """What the function returns, from the program's outputs, some of them GONE."""
+    """Packs the program's outputs, some of them GONE, as the function returns them."""
     rest = iter(flat)
     full = [
       GONE if i in self.dropped else next(rest) for i in range(self.tree.num_leaves)
@@ -58,25 +61,33 @@ class View(NamedTuple):
     return without(out) if any(x is GONE for x in full) else out
 
   def decided(self, decision: Decision) -> jx.Program:
-    """The program after a decision on branches and exits."""
+    """Returns the program after a decision on branches and exits."""
     return _decided(self.program, self.tree, self.leaves, decision)[0]
 
   def kept(self, exits: Mapping[str, Any]) -> jx.Program:
-    """The program without the outputs of exits that are not kept."""
+    """Returns the program without the outputs of exits that are not kept."""
     gone = _outputs_of(exits, self.tree)
     outputs = tuple(v for i, v in enumerate(self.program.outputs) if i not in gone)
     return dataclasses.replace(self.program, outputs=outputs)
 
+  def upto(self, exit_: str) -> jx.Program:
+    """Returns the program that one output of a dict needs."""
+    outputs = tuple(jax.tree.leaves(self.unpack(self.program.outputs)[exit_]))
+    return jx.lean(dataclasses.replace(self.program, outputs=outputs))
+
   def unneeded(self, decision: Decision) -> frozenset[str]:
-    """Paths of the variables that a decision leaves without a reader."""
+    """Returns the paths of the variables that nothing reads after a decision."""
     _, needed = jx.live(self.decided(decision))
     return frozenset(p for p, v in self.leaves.items() if v not in needed)
 
 
 def runnable(model: Any) -> Callable:
-  """A model's `apply`, restricted to its exits; a function as it is.
+  """Returns a model as a function of (variables, *inputs, **kwargs).
 
-  Taps that no exit needs are then dead code."""
+  Args:
+    model: a function, or an object with `apply`. Where the object has a tuple `exits`,
+      the function returns these outputs only, so that taps no exit needs are dead code.
+  """
   apply = getattr(model, 'apply', model)
   exits = getattr(model, 'exits', None)
   if not isinstance(exits, tuple):
@@ -96,9 +107,11 @@ def runnable(model: Any) -> Callable:
 
 
 def paths_of(tree: Any) -> dict[str, Any]:
-  """The leaves of a pytree by their paths, joined with '/'.
+  """Returns the leaves of a pytree by their paths, joined with '/'.
 
-  Raises: ValueError where two leaves have the same path."""
+  Raises:
+    ValueError: two leaves have the same path.
+  """
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
   named = [(jax.tree_util.keystr(p, simple=True, separator='/'), x) for p, x in flat]
   if len(dict(named)) < len(named):
@@ -108,13 +121,24 @@ def paths_of(tree: Any) -> dict[str, Any]:
 
 
 def look(
-  fn: Callable, variables: Any, inputs: tuple, kwargs: dict,
-  dims: Mapping[str, ax.Dims], decision: Decision | None = None,
-) -> View:  # fmt: skip
+  fn: Callable,
+  variables: Any,
+  inputs: tuple,
+  kwargs: dict,
+  dims: Mapping[str, ax.Dims],
+  decision: Decision | None = None,
+) -> View:
   """Traces fn(variables, *inputs, **kwargs) on shapes and solves its axes.
 
-  dims: the axes of every variable, by path. decision: what is dropped first; branches
-  that stay open then count as 1, which is what folding leaves behind."""
+  Args:
+    fn: a traceable function.
+    variables: its first argument, a tree of arrays or ShapeDtypeStructs.
+    inputs: its other positional arguments.
+    kwargs: its keyword arguments; those that are not arrays are static.
+    dims: the axes of every variable, by path.
+    decision: what is removed first. Branches that are kept then count as 1, because
+      `fold` multiplies their gates into the arrays.
+  """
   arrays, merge = split_arrays((inputs, kwargs))
 
   def call(variables, arrays):
@@ -126,14 +150,18 @@ def look(
   dropped = frozenset()
   if decision is not None:
     program, dropped = _decided(program, tree, leaves, decision)
-  facts = Facts()
-  data = [fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
+  facts = ax.Facts()
+  data = [ax.fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
   rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
   return View(program, facts, leaves, {}, tree, dropped)
 
 
 def split_arrays(arguments: Any) -> tuple[list, Callable]:
-  """The arrays among arguments, and merge(arrays) -> arguments; the rest is static."""
+  """Separates the arrays among arguments from what is static.
+
+  Returns:
+    The list of arrays, and merge(arrays), which gives the arguments back.
+  """
   leaves, tree = jax.tree.flatten(arguments)
   array = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
   is_array = [isinstance(x, array) for x in leaves]
@@ -147,21 +175,32 @@ def split_arrays(arguments: Any) -> tuple[list, Callable]:
 
 
 def abstract(tree: Any) -> Any:
-  """The tree with ShapeDtypeStructs for its arrays."""
+  """Returns the tree with ShapeDtypeStructs in the place of its arrays."""
   arrays, merge = split_arrays(tree)
   return merge(jax.eval_shape(lambda x: x, arrays))
 
 
 def remembered(build: Callable) -> Callable:
-  """look-ups of build(inputs, kwargs) -> View by shapes, dtypes and static arguments.
+  """Caches views by the shapes, dtypes and static arguments that they were built for.
 
-  A view that closes over arrays of an outer trace is never kept."""
+  Args:
+    build: (inputs, kwargs) -> View. A view that closes over arrays of an outer trace
+      is not cached.
+
+  Returns:
+    (inputs, kwargs) -> View.
+  """
   views: dict[Any, View] = {}
+
+  def signature(x: Any) -> tuple:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x.shape, x.dtype, x.weak_type
+    return type(x), x
 
   def view(inputs: tuple, kwargs: dict) -> View:
     arguments = abstract((inputs, kwargs))
     leaves, tree = jax.tree.flatten(arguments)
-    key = (tree, *(_signature(x) for x in leaves))
+    key = (tree, *map(signature, leaves))
     if key in views:
       return views[key]
     built = build(*arguments)
@@ -173,15 +212,31 @@ def remembered(build: Callable) -> Callable:
   return view
 
 
-def _signature(x: Any) -> Any:
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return x.shape, x.dtype, x.weak_type
-  return type(x), x
+def without(tree: Any) -> Any:
+  """Removes dict entries that hold nothing but GONE; elsewhere GONE becomes None."""
+  leaves = jax.tree.leaves(tree)
+  if leaves and all(x is GONE for x in leaves):
+    return GONE
+  if isinstance(tree, Mapping):
+    below, _ = jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=lambda x: x is not tree
+    )
+    parts = {path[0].key: without(x) for path, x in below}
+    make: Any = type(tree)
+    return make({k: v for k, v in parts.items() if v is not GONE})
+  if isinstance(tree, tuple | list) and any(x is GONE for x in leaves):
+    empty = {} if type(tree) is tuple else None  # (outputs, updates) stays a pair
+    parts = [empty if (v := without(x)) is GONE else v for x in tree]
+    make = type(tree)
+    return make(*parts) if hasattr(tree, '_fields') else make(parts)
+  return tree
 
 
 def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int]]:
-  """Closes branches, drops exits, and drops the outputs that dead variables feed
-  (the running statistics of a closed branch)."""
+  """Closes branches, and removes exits and the outputs that only dead variables feed.
+
+  Such outputs are the running statistics of a closed branch.
+  """
   known = {
     leaf: int(np.any(decision.branches.get(path.removeprefix('branches/'), True)))
     for path, leaf in leaves.items()
@@ -196,28 +251,9 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
 
 
 def _outputs_of(exits: Mapping[str, Any], tree: Any) -> set[int]:
-  """Positions of the outputs that belong to exits which are not kept."""
+  """Returns the positions of the outputs that belong to exits that are not kept."""
   out = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
-  named: Any = out[0] if isinstance(out, tuple) and out else out  # beside updates
+  # A module with mutable collections returns (outputs, updates).
+  named: Any = out[0] if isinstance(out, tuple) and out else out
   closed = [name for name, kept in exits.items() if not kept]
   return {i for name in closed for i in jax.tree.leaves(named[name])}
-
-
-def without(tree: Any) -> Any:
-  """The tree, its dict entries that hold nothing but GONE taken out; None elsewhere."""
-  leaves = jax.tree.leaves(tree)
-  if leaves and all(x is GONE for x in leaves):
-    return GONE
-  if isinstance(tree, Mapping):
-    below, _ = jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=lambda x: x is not tree
-    )
-    parts = {path[0].key: without(x) for path, x in below}
-    make: Any = type(tree)
-    return make({k: v for k, v in parts.items() if v is not GONE})
-  if isinstance(tree, tuple | list) and any(x is GONE for x in leaves):
-    empty = {} if type(tree) is tuple else None  # (outputs, updates) keep their places
-    parts = [empty if (v := without(x)) is GONE else v for x in tree]
-    make = type(tree)
-    return make(*parts) if hasattr(tree, '_fields') else make(parts)
-  return tree

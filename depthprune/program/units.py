@@ -1,8 +1,8 @@
-"""Units: what can be erased of a network's depth, read off its program.
+"""Residual units, which can be erased from a network, found in its program.
 
-A unit is shortcut + gate · F(x). Close the gate and the sum is its shortcut, which is
-one layer less if it is the x that F is computed from. A projection or a pad is not:
-it has to stay, so such a unit is not erased.
+A unit computes shortcut + gate · F(x). Closing the gate leaves the shortcut. If this is
+the x that F is computed from, the network has one layer less. A projection or a pad has
+to stay, so a unit with such a shortcut is not erased.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from depthprune.program.deadcode import LAYOUT, fold
 NOT_IDENTITY = 'its shortcut is not the identity: it'
 
 
-class Unit(NamedTuple):
-  """One residual unit.
+class ResidualUnit(NamedTuple):
+  """One residual unit of a network.
 
   Attributes:
     name: path of its gate without '/branch' ('stage1/block1'); for a layer of a scanned
-      stack what the paths of its gates have in common, and its index
+      stack the common part of the paths of its gates, and its index
       ('stage1/blocks[3]').
-    branches: paths of its gates, several where a layer of a stack has several.
-    layer: index into the first axis of these gates, or None if all of a gate is meant.
-    why_not: why it cannot be erased, or ''."""
+    branches: paths of its gates; a layer of a stack may have several.
+    layer: index into the first axis of these gates, or None for a unit outside a stack.
+    why_not: why it cannot be erased; '' where it can.
+  """
 
   name: str
   branches: tuple[str, ...]
@@ -38,60 +39,73 @@ class Unit(NamedTuple):
 
 
 class Meeting(NamedTuple):
-  """Where what is 0 with a gate ends.
+  """Where the values that are 0 with a closed gate end.
 
   Attributes:
-    at: index of the equation, behind those of the scans that it lies in.
-    stacked: does a scan run over the gate's first axis.
-    why_not: '' where it ends in a sum whose other side is the identity."""
+    at: index of the equation, preceded by those of the scans around it.
+    stacked: whether a scan runs over the first axis of the gate.
+    why_not: why the unit cannot be erased; '' where the values end in a sum with the
+      identity.
+  """
 
   at: tuple[int, ...]
   stacked: bool
   why_not: str
 
 
-def units(coupling: Coupling) -> tuple[Unit, ...]:
-  """Every unit of a function, in order of execution: one per branch gate, and one per
-  layer of a scanned stack, however many gates a layer has.
+def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
+  """Returns the residual units of a network in order of execution.
 
-  Source of what can be erased: Ida and Fujiwara, arXiv 1906.03826."""
+  There is one per branch gate, and one per layer of a scanned stack, however many gates
+  a layer has.
+
+  Args:
+    coupling: of the network, made by `couple`.
+
+  Source of what can be erased: Ida and Fujiwara, arXiv 1906.03826.
+  """
   program, leaves = coupling.view.program, coupling.view.leaves
   unread = Meeting((len(program.equations),), False, 'nothing reads its gate')
-  stacks: dict[object, list[tuple[str, list[Meeting]]]] = {}
-  met = [
+  followed = [
     (branch, sorted(_meetings(program, {leaves[f'branches/{branch}']})) or [unread])
     for branch in coupling.branches
   ]
-  for branch, meetings in sorted(met, key=lambda pair: pair[1][0].at):
+  stacks: dict[object, list[tuple[str, list[Meeting]]]] = {}
+  for branch, meetings in sorted(followed, key=lambda pair: pair[1][0].at):
     at, stacked, _ = meetings[0]
     size = coupling.branch_shape(branch)[:1]
     key = (at[0], size) if stacked else branch
     stacks.setdefault(key, []).append((branch, meetings))
-  return tuple(u for key, met in stacks.items() for u in _units(key, met))
+  in_order = []
+  for key, met in stacks.items():
+    branches = tuple(branch for branch, _ in met)
+    name = branches[0].removesuffix('/branch')
+    if len(branches) > 1:
+      name = os.path.commonpath(branches) or '+'.join(branches)
+    reasons = (m.why_not for _, meetings in met for m in meetings if m.why_not)
+    why_not = next((f'{reason} ({name})' for reason in reasons), '')
+    if not isinstance(key, tuple):
+      in_order.append(ResidualUnit(name, branches, None, why_not))
+      continue
+    _, (layers,) = key
+    in_order += [
+      ResidualUnit(f'{name}[{i}]', branches, i, why_not) for i in range(layers)
+    ]
+  return tuple(in_order)
 
 
-def _units(key: object, met: Sequence[tuple[str, list[Meeting]]]) -> Iterator[Unit]:
-  """The unit of one gate, or the layers of one stack."""
-  branches = tuple(branch for branch, _ in met)
-  name = branches[0].removesuffix('/branch')
-  if len(branches) > 1:
-    name = os.path.commonpath(branches) or '+'.join(branches)
-  reasons = (m.why_not for _, meetings in met for m in meetings if m.why_not)
-  why_not = next((f'{reason} ({name})' for reason in reasons), '')
-  if not isinstance(key, tuple):
-    yield Unit(name, branches, None, why_not)
-    return
-  _, (layers,) = key
-  for i in range(layers):
-    yield Unit(f'{name}[{i}]', branches, i, why_not)
+def closing(closed: Sequence[ResidualUnit], coupling: Coupling) -> dict:
+  """Returns the keep tree that closes these units and leaves all others open.
 
+  Args:
+    closed: units from `units`.
+    coupling: of the network.
 
-def closing(units_: Sequence[Unit], coupling: Coupling) -> dict:
-  """The keep tree that closes these units and leaves all others open.
-
-  Returns: {'branches': {path: bool, () or [layers]}}, with every branch."""
+  Returns:
+    {'branches': {path: bool () or [layers]}} with every branch.
+  """
   branches = {b: np.ones(coupling.branch_shape(b), bool) for b in coupling.branches}
-  for unit in units_:
+  for unit in closed:
     for branch in unit.branches:
       branches[branch][... if unit.layer is None else unit.layer] = False
   return {'branches': branches}
@@ -129,7 +143,7 @@ def _meetings(program: jx.Program, zeros: Collection[jx.Value]) -> Iterator[Meet
 
 
 def _not_identity(shortcut: jx.Value, branch: jx.Value, made_by: Mapping) -> str:
-  """Why a shortcut is not what its branch is computed from, or ''."""
+  """Says why a shortcut is not what its branch is computed from; '' where it is."""
   above = set(_ancestors(branch, made_by))
   parts = _summands(shortcut, made_by)
   if any(v in above and v.shape == shortcut.shape for v in parts):
@@ -142,11 +156,12 @@ def _not_identity(shortcut: jx.Value, branch: jx.Value, made_by: Mapping) -> str
   if old == new:
     return f'{NOT_IDENTITY} passes through {made_by[shortcut].where}'
   differ = next((i for i in (-1, -2, -3) if old[i:] != new[i:]), -4)
-  return f'{NOT_IDENTITY} changes {_ends(old, differ)} to {_ends(new, differ)}'
+  ends = (', '.join(map(str, shape[differ:])) for shape in (old, new))
+  return f'{NOT_IDENTITY} changes {" to ".join(f"[.., {end}]" for end in ends)}'
 
 
 def _summands(v: jx.Value, made_by: Mapping) -> Iterator[jx.Value]:
-  """v, and what it is a sum of, through casts and layout: each may be the identity."""
+  """Yields v and what it is a sum of, through casts and layout."""
   yield v
   e = made_by.get(v)
   if e is not None and (e.name in LAYOUT or e.name in ('add', 'add_any')):
@@ -155,7 +170,7 @@ def _summands(v: jx.Value, made_by: Mapping) -> Iterator[jx.Value]:
 
 
 def _ancestors(v: jx.Value, made_by: Mapping) -> Iterator[jx.Value]:
-  """v and all that it is computed from, the nearest first."""
+  """Yields v and all that it is computed from, the nearest first."""
   seen, queue = {v: None}, [v]
   for v in queue:
     yield v
@@ -163,8 +178,3 @@ def _ancestors(v: jx.Value, made_by: Mapping) -> Iterator[jx.Value]:
       if u not in seen:
         seen[u] = None
         queue.append(u)
-
-
-def _ends(shape: tuple[int, ...], axes: int) -> str:
-  """The last axes of a shape, '[.., 16]'."""
-  return f'[.., {", ".join(map(str, shape[axes:]))}]'

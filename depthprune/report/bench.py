@@ -1,18 +1,15 @@
-"""What `depthprune bench` measured, as a table on the screen.
-
-Takes the result of `inference.bench`.
-"""
+"""The measurements of `depthprune bench`, as tables on the screen."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
 from rich.console import Group
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from depthprune.report.numbers import count, milliseconds, percent
+from depthprune.report.screen import indented, titled_table
 
 HEAD = ('batch', 'before', 'after', 'speed-up', 'a second', 'of the roof')
 LEGEND = {
@@ -26,20 +23,22 @@ ROOF = (
 
 
 def screen(result: Mapping[str, Any]) -> Group:
-  """All networks for `rich.print`: a table each, notes, and the device's peaks."""
+  """Returns a table for each network, notes and the device's peaks for `rich.print`.
+
+  Args:
+    result: the value of `run.bench.bench`.
+  """
   parts: list[Any] = []
   for network in result['networks']:
     parts.append(_table(network) if network['batches'] else _exits(network))
-    parts += [
-      Padding(Text(f'· {note}', style='yellow'), (0, 2)) for note in network['notes']
-    ]
+    parts += indented((f'· {note}' for note in network['notes']), style='yellow')
     parts.append(Text())
   lines = [ROOF, f'{result["device"]}, measured in this process:', *peaks(result)]
-  return Group(*parts, *(Padding(Text(line), (0, 2)) for line in lines))
+  return Group(*parts, *indented(lines))
 
 
 def peaks(result: Mapping[str, Any]) -> list[str]:
-  """`float32: 98.1 GFLOP/s (product of 2048 x 2048); copies: 64 GB/s of 1 MiB`."""
+  """Returns the device's peaks for every type of number, one line for each."""
 
   def copies(speeds: Mapping[Any, float]) -> str:
     of = ((int(size) / 2**20, count(speed)) for size, speed in speeds.items())
@@ -53,7 +52,7 @@ def peaks(result: Mapping[str, Any]) -> list[str]:
 
 
 def rows(network: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-  """The cells of a network's table, under HEAD; empty where there is nothing."""
+  """Yields the rows of a network's table, with empty cells where nothing is known."""
   for batch, line in network['batches'].items():
     before = line.get('before_ms')
     yield (
@@ -67,14 +66,14 @@ def rows(network: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def title(network: Mapping[str, Any]) -> str:
-  """`runs/demo: 8.1 M of 16.3 M FLOPs, float32`."""
+  """Returns `runs/demo: 8.1 M of 16.3 M FLOPs, float32`."""
   flops = network['flops']
   sizes = [count(flops[k]) for k in ('after', 'before') if flops.get(k)]
   return f'{network["path"]}: {" of ".join(sizes)} FLOPs, {network["dtype"]}'
 
 
 def _table(network: Mapping[str, Any]) -> Table:
-  table = _empty(network)
+  table = titled_table(title(network), box=box.SIMPLE_HEAD)
   compared = any('before_ms' in line for line in network['batches'].values())
   table.caption = LEGEND[network['kind']] if compared else None
   shown = [i for i, name in enumerate(HEAD) if compared or name not in HEAD[1:4:2]]
@@ -86,19 +85,9 @@ def _table(network: Mapping[str, Any]) -> Table:
 
 
 def _exits(network: Mapping[str, Any]) -> Table:
-  table = _empty(network)
+  table = titled_table(title(network), box=box.SIMPLE_HEAD)
   table.add_column('an example, leaving at')
   table.add_column('', justify='right')
   for name, ms in network['exits_ms'].items():
     table.add_row(name, milliseconds(ms))
   return table
-
-
-def _empty(network: Mapping[str, Any]) -> Table:
-  return Table(
-    title=title(network),
-    title_justify='left',
-    title_style='bold',
-    caption_justify='left',
-    box=box.SIMPLE_HEAD,
-  )

@@ -1,4 +1,7 @@
-"""Charts of a run. Every function returns a matplotlib Figure and shows nothing."""
+"""Charts of runs: widths, training curves, and what methods learn.
+
+Every function returns a matplotlib Figure and shows nothing.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -12,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from depthprune.report.numbers import in_order
-from depthprune.report.run_files import Run
+from depthprune.report.run_files import FinishedRun
 from depthprune.report.style import (
   FAINT,
   FIRST,
@@ -31,8 +34,8 @@ from depthprune.report.style import (
   heat_map,
   name_rows,
   name_stages,
+  new_figure,
   steps_of,
-  styled,
   thin,
 )
 from depthprune.report.tables import erased, first_names
@@ -45,17 +48,25 @@ COSTS = {
   'milliseconds': 'time kept',
 }
 PANELS = {'loss': 'loss', 'accuracy': 'accuracy', **COSTS}
+SERIES = ((FIRST, 'o'), (SECOND, 's'), (THIRD, '^'), (MUTED, 'D'))  # colour, marker
+WHEN = {'before': ('right after erasing', '--'), 'after': ('retrained', '-')}
+
+Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
+"""{series: {'before' or 'after' retraining: {erased units: accuracies by seed}}}"""
+
+
+# ---- one run -------------------------------------------------------------------------
 
 
 def width_chart(widths: Mapping[str, tuple[int, int]]) -> Figure:
-  """Channels of every layer, before (pale) and after (solid): {name: (before, after)}.
+  """Draws the channels of every layer, before (pale) and after (solid).
 
-  `tables.widths(result)` gives them in the network's order.
+  Args:
+    widths: {layer: (before, after)}, as in `Result.widths`.
   """
   names = list(widths)
   before, after = (np.array([w[i] for w in widths.values()]) for i in (0, 1))
-  with styled():
-    figure = Figure(figsize=(7.2, 0.8 + ROW * len(names)), layout='constrained')
+  with new_figure(0.8 + ROW * len(names)) as figure:
     axes = figure.subplots()
     rows = np.arange(len(names))
     axes.barh(rows, before, color=FAINT, height=0.72, label='before')
@@ -81,10 +92,12 @@ def width_chart(widths: Mapping[str, tuple[int, int]]) -> Figure:
 def training_curves(
   history: Sequence[Mapping[str, Any]], target: float | None = None, of: str = 'flops'
 ) -> Figure:
-  """Loss, accuracy and cost over all stages, from the lines of history.jsonl.
+  """Draws loss, accuracy and cost over all stages.
 
-  `target`: the requested fraction of the cost `of` (a key of COSTS), drawn as a
-  dashed line.
+  Args:
+    history: lines of history.jsonl.
+    target: requested fraction of a cost, drawn as a dashed line.
+    of: the cost, a key of COSTS.
   """
   panels = {
     key: label
@@ -92,9 +105,8 @@ def training_curves(
     if any(_number(record, key) is not None for record in history)
   }
   stages = by_stage(history)
-  with styled():
-    rows = max(len(panels), 1)
-    figure = Figure(figsize=(7.2, 0.6 + 1.5 * rows), layout='constrained')
+  rows = max(len(panels), 1)
+  with new_figure(0.6 + 1.5 * rows) as figure:
     grid = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes, (key, label) in zip(grid, panels.items()):
       for steps, records in stages.values():
@@ -113,8 +125,8 @@ def training_curves(
   return figure
 
 
-def draw(chart: Chart, run: Run) -> Figure | None:
-  """What a method wants drawn of what it learns; None where a run has nothing of it."""
+def draw(chart: Chart, run: FinishedRun) -> Figure | None:
+  """Draws a chart of a method's recipe; None if the run has no data for it."""
   if chart.kind == 'connections':
     learned = run.result.rounds[-1].learned if run.result.rounds else {}
     weights, open_ = learned.get(chart.key), learned.get('open')
@@ -136,20 +148,20 @@ def channel_map(
   key: str = 'open',
   label: str = 'open channels',
 ) -> Figure:
-  """Open channels of every layer over training, as a heat map of shares.
+  """Draws the share of open channels of every layer over training, as a heat map.
 
   Args:
     gates: lines of gates.jsonl, with `key`: {layer: open channels}.
     widths: {layer: (before, after)}, for the sizes.
-    key: which entry of the lines. label: of the scale.
+    key: name of the entry of the lines.
+    label: label of the scale.
   """
   names = [name for name in widths if any(name in line[key] for line in gates)]
   opened = np.array(
     [[line[key].get(name, np.nan) / widths[name][0] for line in gates]
      for name in names]
   ).reshape(len(names), len(gates))  # fmt: skip
-  with styled():
-    figure = Figure(figsize=(7.2, 1.0 + ROW * len(names)), layout='constrained')
+  with new_figure(1.0 + ROW * len(names)) as figure:
     axes = figure.subplots()
     mesh = heat_map(axes, gates, opened, vmin=0, vmax=1)
     axis = colour_bar(mesh, axes, label)
@@ -165,7 +177,7 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
 
 
 def _curve(axes: Axes, steps: Sequence[float], values: Sequence[float | None]) -> None:
-  """The points, pale, and their running median, which is what the eye looks for."""
+  """Draws the points, pale, and their running median."""
   points = [(s, v) for s, v in zip(steps, values) if v is not None]
   if not points:
     return
@@ -176,33 +188,26 @@ def _curve(axes: Axes, steps: Sequence[float], values: Sequence[float | None]) -
   axes.plot(x, smooth, color=FIRST, lw=1.6)
 
 
-SERIES = ((FIRST, 'o'), (SECOND, 's'), (THIRD, '^'), (MUTED, 'D'))
-WHEN = {'before': ('right after erasing', '--'), 'after': ('retrained', '-')}
-
-Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
-"""{series: {'before' or 'after' retraining: {erased units: accuracies by seed}}}"""
-
-
 def exit_map(
   runs: Mapping[str, tuple[Lines, str]],
   key: str = 'importance',
   label: str = 'importance w',
 ) -> Figure:
-  """The weight in [0, 1] of every exit over training, a heat map for each run.
+  """Draws the weight in [0, 1] of every exit over training, a heat map for each run.
 
   Args:
-    runs: {title: (lines, kept)}. Lines of gates.jsonl with `key`: {exit: weight}, and
+    runs: {title: (lines, kept)}: lines of gates.jsonl with `key`: {exit: weight}, and
       the exit that was kept, whose label is marked. All runs have the same exits.
-    key: which entry of the lines. label: of the scale.
+    key: name of the entry of the lines.
+    label: label of the scale.
   """
   names = in_order(next(iter(runs.values()))[0][0][key])
   height, every = thin(len(names))
-  with styled():
-    figure = Figure(figsize=(7.2, 1.0 + height * len(names)), layout='constrained')
+  with new_figure(1.0 + height * len(names)) as figure:
     grid = list(figure.subplots(1, len(runs), squeeze=False)[0])
     for axes, (title, (lines, kept)) in zip(grid, runs.items()):
       w = np.array([[line[key][name] for line in lines] for name in names])
-      # The root, because all exits begin at 1 / exits, which is next to nothing.
+      # A square root scale shows the start too, where all weights are 1 / exits.
       mesh = heat_map(axes, lines, w, norm=PowerNorm(0.5, 0, 1))
       name_rows(axes, names, every if axes is grid[0] else len(names), kept)
       axes.xaxis.set_major_locator(MaxNLocator(max(2, 9 // len(runs))))
@@ -219,12 +224,13 @@ def unit_map(
   key: str = 'priority',
   label: str = 'priority |w|',
 ) -> Figure:
-  """The weight of every residual unit over all rounds; a row ends where it was erased.
+  """Draws the weight of every residual unit over all rounds, until it is erased.
 
   Args:
     gates: lines of gates.jsonl, with `key`: {unit: weight}, a stage for each round.
-    rounds: those of a result, whose `erased` names what went.
-    key: which entry of the lines. label: of the scale.
+    rounds: the rounds of a result.
+    key: name of the entry of the lines.
+    label: label of the scale.
   """
   stages, gone = by_stage(gates), erased(rounds, key)
   names = in_order(gates[0][key])
@@ -232,8 +238,7 @@ def unit_map(
   borders = edges(steps_of(gates)).tolist()
   ends = list(accumulate(len(records) for _, records in stages.values()))
   height, every = thin(len(names))
-  with styled():
-    figure = Figure(figsize=(7.2, 1.2 + height * len(names)), layout='constrained')
+  with new_figure(1.2 + height * len(names)) as figure:
     axes = figure.subplots()
     mesh = heat_map(axes, gates, weights, vmin=0)
     colour_bar(mesh, axes, label)
@@ -248,18 +253,16 @@ def unit_map(
 
 
 def connections(weights: Mapping[str, float], open_: Mapping[str, float]) -> Figure:
-  """Taps against stages of a path: a full mark for an open gate, else a ring.
+  """Draws the connections of taps to stages: a disc for an open gate, else a ring.
 
   Args:
     weights: {path of a connection, '.../STAGE/TAP/gate': weight of its gate}.
-    open_: the same, above 0 where the gate is open.
+    open_: {path of a connection: a number above 0 where its gate is open}.
   """
   ends = {path: path.split('/')[-3:-1] for path in in_order(weights)}
   stages = in_order({stage for stage, _ in ends.values()})
   taps = in_order({tap for _, tap in ends.values()})
-  with styled():
-    height = 1.2 + ROW * len(taps)
-    figure = Figure(figsize=(7.2, height), layout='constrained')
+  with new_figure(1.2 + ROW * len(taps)) as figure:
     axes = figure.subplots()
     for path, (stage, tap) in ends.items():
       at, is_open = (stages.index(stage), taps.index(tap)), open_[path] > 0
@@ -275,42 +278,48 @@ def connections(weights: Mapping[str, float], open_: Mapping[str, float]) -> Fig
   return figure
 
 
-def curve(
+# ---- several runs --------------------------------------------------------------------
+
+
+def collect_curve(
   *runs: Sequence[tuple[Sequence[int], Accuracies]],
 ) -> dict[str, dict[int, list[float]]]:
-  """Held-out accuracy by number of erased units, before and after retraining.
+  """Collects held-out accuracies by the number of erased units, for `erased_curve`.
 
   Args:
-    *runs: for every round of a run its residual units before and after, and its
-      held-out accuracies; what lies before retraining has fresh batch statistics.
+    *runs: for every round of a run, its residual units before and after, and its
+      held-out accuracies.
 
   Returns:
-    {'before' or 'after': {erased units: [accuracy of every run]}}, for `erased_curve`.
+    {'before' or 'after': {erased units: [accuracy of every run]}}, where 'before' is
+    before retraining, with fresh batch statistics.
   """
-  found: dict[str, dict[int, list[float]]] = {'before': {}, 'after': {}}
+  curves: dict[str, dict[int, list[float]]] = {'before': {}, 'after': {}}
   for rounds in runs:
     (units, _), first = rounds[0]
     points = [(units, first.before, first.before)]
     for (_, left), accuracy in rounds:
       points.append((left, accuracy.recalibrated or 0, accuracy.after or 0))
     for left, before, after in points:
-      found['before'].setdefault(units - left, []).append(before)
-      found['after'].setdefault(units - left, []).append(after)
-  return found
+      curves['before'].setdefault(units - left, []).append(before)
+      curves['after'].setdefault(units - left, []).append(after)
+  return curves
 
 
 def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
-  """Accuracy against the number of erased units: mean, and ± one standard deviation.
+  """Draws mean accuracy ± one standard deviation against the number of erased units.
 
-  curves: a colour for each series; where a series has both, what was measured right
-    after erasing is dashed and what was measured after retraining is solid.
+  Args:
+    curves: {series: what `collect_curve` returns}, a colour for each. Accuracy right
+      after erasing is dashed where there is also accuracy after retraining.
+    ylabel: label of the accuracy.
 
-  Raises: ValueError for more series than there are colours.
+  Raises:
+    ValueError: there are more series than colours.
   """
   if len(curves) > len(SERIES):
     raise ValueError(f'expected at most {len(SERIES)} series, got {", ".join(curves)}')
-  with styled():
-    figure = Figure(figsize=(7.2, 3.4), layout='constrained')
+  with new_figure(3.4) as figure:
     axes = figure.subplots()
     kinds = {when: None for curve in curves.values() for when in curve}
     for look, curve in zip(SERIES, curves.values()):
@@ -329,10 +338,12 @@ def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
 
 
 def against_beta(rows: Sequence[Mapping[str, Any]]) -> Figure:
-  """Accuracy, cost and depth against beta: mean over seeds, ± one standard deviation.
+  """Draws accuracy, cost and depth against beta: mean ± one standard deviation.
 
-  rows: of one network and one way to train it, each with 'beta', 'kept' of 'exits',
-    'accuracy_before' and 'accuracy_cut', 'flops' and 'params', each also with '_full'.
+  Args:
+    rows: runs of one network and one way to train it, each with 'beta', 'kept' of
+      'exits', 'accuracy_before', 'accuracy_cut', 'flops', 'flops_full', 'params' and
+      'params_full'.
   """
   share = lambda cost: lambda row: row[cost] / row[f'{cost}_full']
   panels: dict[str, dict[str, Callable]] = {
@@ -345,11 +356,10 @@ def against_beta(rows: Sequence[Mapping[str, Any]]) -> Figure:
   }
   betas = sorted({row['beta'] for row in rows})
   at = lambda beta, of: [of(row) for row in rows if row['beta'] == beta]
-  with styled():
-    figure = Figure(figsize=(7.2, 2.8), layout='constrained')
+  with new_figure(2.8) as figure:
     for axes, (label, lines) in zip(figure.subplots(1, 3), panels.items()):
       for i, (look, of) in enumerate(zip(SERIES, lines.values())):
-        # Side by side, so that equal values are both seen.
+        # Lines lie side by side, so that equal values can both be seen.
         shift = 0.1 * (i - (len(lines) - 1) / 2)
         _spread(axes, {j + shift: at(beta, of) for j, beta in enumerate(betas)}, look)
       axes.set_xticks(range(len(betas)), [f'{beta:g}' for beta in betas])
@@ -358,24 +368,19 @@ def against_beta(rows: Sequence[Mapping[str, Any]]) -> Figure:
       axes.grid(axis='y', color=LINE, lw=0.5)
       if len(lines) > 1:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        _name_lines(axes, list(lines))
+        axes.legend(  # in one line between the title and the panel
+          handles=[_line(look, name) for look, name in zip(SERIES, lines)],
+          loc='lower left',
+          bbox_to_anchor=(-0.04, 0.98),
+          borderaxespad=0,
+          columnspacing=1,
+          ncols=2,
+          frameon=False,
+          fontsize=7,
+        )
       if label != 'test accuracy':
         axes.set_ylim(bottom=0)
   return figure
-
-
-def _name_lines(axes: Axes, names: Sequence[str]) -> None:
-  """A legend in one line between the title and the panel."""
-  axes.legend(
-    handles=[_line(look, name) for look, name in zip(SERIES, names)],
-    loc='lower left',
-    bbox_to_anchor=(-0.04, 0.98),
-    borderaxespad=0,
-    columnspacing=1,
-    ncols=2,
-    frameon=False,
-    fontsize=7,
-  )
 
 
 def _weights_by_first_names(
@@ -384,7 +389,7 @@ def _weights_by_first_names(
   names: Sequence[str],
   key: str,
 ) -> np.ndarray:
-  """Weights [units, lines], NaN where a unit is gone; by the names of round one."""
+  """Returns weights [units, lines] by the first names, NaN where a unit is erased."""
   index = {name: i for i, name in enumerate(names)}
   columns = []
   for (_, lines), first in zip(stages.values(), first_names(rounds, key)):
@@ -406,7 +411,7 @@ def _number_rounds(axes: Axes, starts: Sequence[float]) -> None:
 def _spread(
   axes: Axes, values: Mapping[Any, Sequence[float]], look: tuple, dashes: str = '-'
 ) -> None:
-  """Mean with a bar of one standard deviation (of the sample) up and down."""
+  """Draws the mean with bars of one standard deviation of the sample."""
   x = sorted(values)
   mean = [np.mean(values[at]) for at in x]
   several = lambda at: len(values[at]) > 1
@@ -418,6 +423,6 @@ def _spread(
 
 
 def _line(look: tuple[str, str], name: str, dashes: str = '-') -> Line2D:
-  """What a legend shows for a series."""
+  """Returns the entry of a series in a legend."""
   colour, marker = look
   return Line2D([], [], color=colour, marker=marker, ls=dashes, ms=4, label=name)

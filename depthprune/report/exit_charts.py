@@ -1,6 +1,7 @@
-"""Charts of single exits: who leaves there, and whether their confidence is right.
+"""Charts of cascades: accuracy against FLOPs, where examples leave, and calibration.
 
-Every function returns a matplotlib Figure and shows nothing.
+Every function but `collect_series` and `name_points` returns a matplotlib Figure and
+shows nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from depthprune.report.style import (
   ROW,
   SECOND,
   name_rows,
-  styled,
+  new_figure,
 )
 from depthprune.train.result import (
   Accuracies,
@@ -38,22 +39,24 @@ ACROSS = 3  # reliability diagrams in a row
 
 
 def reliability(calibration: Mapping[str, ExitCalibration]) -> Figure:
-  """Accuracy against confidence before and after temperature, a panel for each exit.
+  """Draws accuracy against confidence for each exit, before and after temperature.
 
-  calibration: {exit: how calibrated it is}. On the diagonal confidence is right;
-    faint bars, and the size of the marks, are the share of examples in each bin.
+  On the diagonal confidence is right. Faint bars, and the size of the marks, show the
+  share of examples in each bin.
+
+  Args:
+    calibration: {exit: its calibration}.
   """
   rows = -(-len(calibration) // ACROSS)
   columns = min(ACROSS, len(calibration))
-  with styled():
-    figure = Figure(figsize=(7.2, 0.5 + 2.4 * rows), layout='constrained')
-    # Room between panels, so that 100 % of one does not run into 0 % of the next.
+  with new_figure(0.5 + 2.4 * rows) as figure:
+    # Room between the panels' labels, 100 % of one and 0 % of the next.
     figure.get_layout_engine().set(wspace=0.08)  # pyright: ignore
     grid = figure.subplots(rows, ACROSS, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(calibration) :]:
       axes.set_visible(False)
-    for axes, (name, found) in zip(grid.flat, calibration.items()):
-      _diagram(axes, name, found)
+    for axes, (name, of_exit) in zip(grid.flat, calibration.items()):
+      _diagram(axes, name, of_exit)
     for axes in grid[:, 0]:
       axes.set_ylabel('accuracy')
     # The last panel of every column, which may be in the last row but one.
@@ -77,14 +80,14 @@ def reliability(calibration: Mapping[str, ExitCalibration]) -> Figure:
 def leaving(
   shares: Mapping[str, float], right: Mapping[str, float | None] = {}
 ) -> Figure:
-  """Where examples leave, a bar for every exit.
+  """Draws where examples leave, a bar for every exit.
 
-  shares: {exit: part of all examples}. right: {exit: accuracy of those that leave
-    there}, where it is known.
+  Args:
+    shares: {exit: part of all examples}.
+    right: {exit: accuracy of the examples that leave there}, where it is known.
   """
   names = list(shares)
-  with styled():
-    figure = Figure(figsize=(7.2, 0.7 + 1.2 * ROW * len(names)), layout='constrained')
+  with new_figure(0.7 + 1.2 * ROW * len(names)) as figure:
     axes = figure.subplots()
     axes.barh(range(len(names)), list(shares.values()), color=FIRST, height=0.68)
     for row, name in enumerate(names):
@@ -104,16 +107,16 @@ def leaving(
   return figure
 
 
-def _diagram(axes: Axes, name: str, found: ExitCalibration) -> None:
-  before = found.all.before if found.all else None
-  after = found.all.after if found.all else None
+def _diagram(axes: Axes, name: str, exit_: ExitCalibration) -> None:
+  before = exit_.all.before if exit_.all else None
+  after = exit_.all.after if exit_.all else None
   axes.plot([0, 1], [0, 1], color=LINE, lw=1)
   if after and after.bins:
     bins, n = after.bins, max(1, sum(after.bins.count))
     edges = np.array(bins.edges, float)
     share = np.array(bins.count) / n
     axes.bar(edges[:-1], share, np.diff(edges), align='edge', color=FAINT)
-  temperature = found.temperature
+  temperature = exit_.temperature
   scaled = temperature not in (None, 1)
   if scaled:
     _bins(axes, before, SECOND, 's')
@@ -131,9 +134,9 @@ def _diagram(axes: Axes, name: str, found: ExitCalibration) -> None:
 
 
 def _bins(axes: Axes, part: Calibration | None, colour: str, marker: str) -> None:
-  """Accuracy over mean confidence of the bins that have examples.
+  """Draws accuracy over mean confidence of the bins that have examples.
 
-  A mark is as large as its bin is full: few examples say little, and often zigzag.
+  The size of a mark is the share of examples in its bin, as few examples say little.
   """
   bins = part.bins if part else None
   if bins is None:
@@ -145,7 +148,9 @@ def _bins(axes: Axes, part: Calibration | None, colour: str, marker: str) -> Non
   axes.scatter(x, y, size, color=colour, marker=marker, lw=0, clip_on=False, zorder=3)
 
 
-NEAR = 0.03  # of accuracy below the MainNet: what the closer look shows
+# ---- accuracy against FLOPs ----------------------------------------------------------
+
+NEAR = 0.03  # of accuracy below the MainNet, which the closer look shows
 
 Curve = Sequence[tuple[float, float]]
 """[(share of the MainNet's FLOPs, accuracy), ...]"""
@@ -155,10 +160,10 @@ class Series(NamedTuple):
   """Cascades of one network, of one seed or several.
 
   Attributes:
-    seeds: for every seed, the cascades that there are to choose from.
+    seeds: for every seed, the efficient cascades.
     own: accuracy of the MainNet alone, by seed.
     chosen: the cascade that was chosen, by seed.
-    exits: {exit: by seed, what it costs and reaches if all leave there}.
+    exits: {exit: cost and accuracy if all examples leave there, by seed}.
   """
 
   seeds: Sequence[Curve]
@@ -167,40 +172,40 @@ class Series(NamedTuple):
   exits: Mapping[str, Curve] = {}
 
 
-def series(*runs: tuple[CascadeResult, Accuracies, Change]) -> Series:
-  """What is drawn of the cascades of one network, of one run for every seed.
+def collect_series(*runs: tuple[CascadeResult, Accuracies, Change]) -> Series:
+  """Collects the cascades of one network from its runs, one for every seed.
 
   Args:
-    *runs: the cascade of a run, its accuracy on test data and its change in FLOPs.
+    *runs: the cascade of a run, its accuracies on test data and its change in FLOPs.
   """
   seeds, own, chosen = [], [], []
   exits: dict[str, list[tuple[float, float]]] = {}
-  for found, accuracy, flops in runs:
-    whole = found.whole
-    seeds.append(
-      [
-        (p.cost / whole, p.accuracy)
-        for p in found.curve
-        if p.cost is not None and p.accuracy is not None
-      ]
-    )
+  for cascade, accuracy, flops in runs:
+    whole = cascade.whole
+    points = ((p.cost, p.accuracy) for p in cascade.curve)
+    seeds.append([(c / whole, a) for c, a in points if c is not None and a is not None])
     own.append(accuracy.before)
     chosen.append((flops.kept, accuracy.after))
-    for name in found.exits[:-1]:
-      reached = found.exit_accuracy.get(name)
+    for name in cascade.exits[:-1]:
+      reached = cascade.exit_accuracy.get(name)
       if reached is not None:
-        exits.setdefault(name, []).append((found.cost[name] / whole, reached))
+        exits.setdefault(name, []).append((cascade.cost[name] / whole, reached))
   return Series(seeds, own, chosen, exits)
 
 
 def compute_curve(curves: Mapping[str, Series]) -> Figure:
-  """Accuracy against FLOPs: {name: series}, a colour for each.
+  """Draws accuracy against FLOPs.
 
-  Of several seeds the mean and a band from the worst to the best. The MainNet is a
-  dashed line, a star is a chosen cascade, a ring an exit at which all leave. A second
-  panel looks closer at what is near the MainNet, where the first shows much else.
+  Several seeds are drawn as their mean and a band from the worst to the best. The
+  MainNet is a dashed line, a star is a chosen cascade, and a ring is an exit at which
+  all examples leave. If the accuracies differ much, a second panel shows those near the
+  MainNet.
 
-  Raises: ValueError for more series than there are colours.
+  Args:
+    curves: {name: series}, a colour for each.
+
+  Raises:
+    ValueError: there are more series than colours.
   """
   if len(curves) > len(SERIES):
     raise ValueError(f'expected at most {len(SERIES)} series, got {", ".join(curves)}')
@@ -208,8 +213,7 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
   lowest = min(a for c in curves.values() for _, a in _everything(c))
   shared = len({tuple(c.own) for c in curves.values()}) == 1
   panels = 2 if lowest < floor - NEAR else 1
-  with styled():
-    figure = Figure(figsize=(7.2, 3.4), layout='constrained')
+  with new_figure(3.4) as figure:
     grid = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in grid:
       for look, curve in zip(SERIES, curves.values()):
@@ -247,9 +251,10 @@ def _draw(axes: Axes, curve: Series, look: tuple[str, str], shared: bool) -> Non
 
 
 def _aligned(seeds: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-  """Shares [n] that all seeds reach, accuracy [seeds, n] there.
+  """Returns shares [n] that all seeds reach, and accuracy [seeds, n] there.
 
-  Between two cascades lie those that toss a coin for each example.
+  It is interpolated: choosing one of two cascades at random for each example reaches
+  any point between them.
   """
   curves = [_sorted(curve) for curve in seeds]
   low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
@@ -291,7 +296,7 @@ def _look_closer(axes: Axes, curves: Sequence[Series], floor: float) -> None:
 
 
 def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-  """Names to the lower right of points, those left out that would cover another."""
+  """Writes names to the lower right of points, except where they would overlap."""
   to_inches = axes.get_figure().dpi_scale_trans.inverted()  # pyright: ignore[reportOptionalMemberAccess]
   free: list[np.ndarray] = []
   for name, at in points.items():
@@ -306,7 +311,7 @@ def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _keys(curves: Mapping[str, Series]) -> Iterator[Line2D]:
-  """What the legend explains: the colours, if several, and the marks."""
+  """Yields the entries of the legend: the colours, if there are several, and marks."""
   alone = len(curves) == 1
   for (colour, marker), (name, curve) in zip(SERIES, curves.items()):
     marker = marker if len(curve.seeds) == 1 else ''

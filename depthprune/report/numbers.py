@@ -1,4 +1,4 @@
-"""Numbers and names as people read them: three digits, percent, 2 before 10."""
+"""Numbers and names as text for people, and names in their natural order."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def count(number: float) -> str:
-  """`40550000` as `40.6 M`: three significant digits."""
+  """Returns `40.6 M` for 40550000, with three significant digits."""
   for unit, scale in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
     if number >= 0.9995 * scale:
       return f'{_three(number / scale)} {unit}'
@@ -19,7 +19,7 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 
 def points(before: float, after: float) -> str:
-  """The change of a fraction, in percentage points with its sign."""
+  """Returns the change of a fraction in percentage points, with its sign."""
   return f'{100 * (after - before):+.2f} points'
 
 
@@ -32,7 +32,7 @@ def seconds(value: float) -> str:
 
 
 def _three(value: float) -> str:
-  """Three significant digits without an exponent."""
+  """Returns three significant digits without an exponent."""
   if value <= 0:
     return f'{value:g}'
   rounded = float(f'{value:.3g}')
@@ -40,13 +40,13 @@ def _three(value: float) -> str:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-  """Names in the network's order: `block2` before `block10`."""
+  """Sorts names by the numbers in them: `block2` before `block10`."""
   number = lambda word: (int(word), '') if word.isdigit() else (-1, word)
   return sorted(names, key=lambda name: [number(w) for w in re.split(r'(\d+)', name)])
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
-  """'97.10 ± 0.21': mean and standard deviation (of the sample)."""
+  """Returns '97.10 ± 0.21': the mean and the standard deviation of the sample."""
   values = list(values)
   mean = f'{statistics.mean(values):z.{digits}f}'
   return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean

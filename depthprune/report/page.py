@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: no script, no font, no outside address."""
+"""The report of a run: one HTML page without scripts, fonts or external addresses."""
 
 import json
 import os
@@ -11,18 +11,23 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from depthprune.report import charts, exit_charts, sentences, style, tables
-from depthprune.report.run_files import Run, read
+from depthprune.report.run_files import FinishedRun, read
 from depthprune.report.tables import Table
 from depthprune.train.result import CascadeResult, Result
 
 
 class Section(NamedTuple):
-  """A part of the page.
+  """A section of the page.
 
   Attributes:
-    title: its heading. table: with a class of the style sheet in `kind`.
-    chart: an <svg> element. notes: a list. small: how to read it.
-    kept: {layer: kept channels}, folded up.
+    title: heading of the section.
+    table: a table.
+    kind: class of the table in the style sheet.
+    chart: an <svg> element.
+    notes: items of a list.
+    text: a paragraph.
+    small: sentences in small print that explain the rest.
+    kept: {layer: kept channels}, which is folded up.
   """
 
   title: str
@@ -36,9 +41,10 @@ class Section(NamedTuple):
 
 
 def write(path: str | Path) -> Path:
-  """Writes RUN/report.html from the files in RUN; returns its path.
+  """Writes RUN/report.html from the files in RUN, and returns its path.
 
-  Raises: RunError where the run has not finished or is not one.
+  Raises:
+    RunError: the run has not finished, or the directory is not that of a run.
   """
   run = read(path)
   written = run.path / 'report.html'
@@ -48,8 +54,8 @@ def write(path: str | Path) -> Path:
   return written
 
 
-def page(run: Run) -> str:
-  """The page as text."""
+def page(run: FinishedRun) -> str:
+  """Returns the page as text."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('depthprune.report', '.'),
     autoescape=True,
@@ -68,13 +74,13 @@ def page(run: Run) -> str:
   )
 
 
-def _sections(run: Run) -> Iterator[Section]:
-  result = run.result
-  small = [tables.legend(result), *sentences.all_of(result)]
+def _sections(run: FinishedRun) -> Iterator[Section]:
+  result, recipe = run.result, sentences.recipe_of(run.result)
+  small = [recipe.legend, *sentences.all_of(result)]
   yield Section('What was gained', tables.costs(result), small=small)
   if notes := [*sentences.notes(result), *run.notes]:
     yield Section('To note', notes=notes)
-  if sentences.recipe_of(result).erases_units:
+  if recipe.erases_units:
     rounds = tables.rounds(result)
     yield Section('Rounds', rounds, 'wide last-names', small=[sentences.ROUNDS])
   if result.cascade is not None:
@@ -92,7 +98,7 @@ def _sections(run: Run) -> Iterator[Section]:
 
 
 def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
-  """What only a cascade has: its requests, curve and exits."""
+  """Yields the sections of a cascade: its requests, curve and exits."""
   said = [*sentences.certified(cascade), *sentences.refused(cascade)]
   yield Section(
     'Requested and reached',
@@ -101,7 +107,7 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     small=[*said, sentences.READING],
   )
   chart = exit_charts.compute_curve(
-    {'': exit_charts.series((cascade, result.accuracy, result.flops))}
+    {'': exit_charts.collect_series((cascade, result.accuracy, result.flops))}
   )
   yield Section('Accuracy against FLOPs', chart=_svg(chart), small=[sentences.CURVE])
   yield Section(
@@ -117,14 +123,13 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     yield Section('Reliability', chart=_svg(chart), small=[sentences.RELIABILITY])
 
 
-def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
-  """The charts that there is data for, with their titles."""
+def _figures(run: FinishedRun) -> Iterator[tuple[str, Figure]]:
+  """Yields the titles and charts for which the run has data."""
   result, recipe = run.result, sentences.recipe_of(run.result)
   if recipe.erases_units:
     points = [(each.units, each.held_out) for each in result.rounds]
-    curves = {'': charts.curve(points)}
-    chart = charts.erased_curve(curves, 'held-out accuracy')
-    yield 'Accuracy by erased units', chart
+    curves = {'': charts.collect_curve(points)}
+    yield 'Accuracy by erased units', charts.erased_curve(curves, 'held-out accuracy')
   for chart in recipe.charts:
     figure = charts.draw(chart, run)
     if figure is not None:
@@ -142,7 +147,7 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _facts(result: Result) -> dict[str, str]:
-  """How the run was made, by what it is called."""
+  """Returns how the run was made: command, device, time and versions."""
   seconds = result.wall_seconds
   facts = {
     'command': result.command,
@@ -154,7 +159,7 @@ def _facts(result: Result) -> dict[str, str]:
 
 
 def _ranges(indices: Iterable[int]) -> str:
-  """`[0, 1, 2, 5]` as `0–2, 5`."""
+  """Returns `0–2, 5` for `[0, 1, 2, 5]`."""
   runs: list[list[int]] = []
   for index in sorted(indices):
     if runs and index == runs[-1][1] + 1:

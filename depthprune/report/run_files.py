@@ -1,4 +1,4 @@
-"""Reading what a run left in its directory."""
+"""Reading the files of a finished run: its result, its history and its gates."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,18 @@ from depthprune.train.result import Result, from_json
 
 
 class RunError(ValueError):
-  """A directory that no report can be made of: which file, what to do."""
+  """No report can be made of a directory; the message says why and what to do."""
 
 
-class Run(NamedTuple):
-  """A finished run: result.json, history.jsonl and gates.jsonl, read.
+class FinishedRun(NamedTuple):
+  """The files of a finished run.
 
   Attributes:
-    path: its directory. result: what it reached.
-    history: a line for every few steps of training. gates: what the method had learnt.
-    notes: what could not be read.
+    path: the run's directory.
+    result: the result, from result.json.
+    history: lines of history.jsonl, one for every few steps of training.
+    gates: lines of gates.jsonl, with what the method had learnt.
+    notes: sentences about lines that could not be read.
   """
 
   path: Path
@@ -28,11 +30,14 @@ class Run(NamedTuple):
   notes: list[str]
 
 
-def read(path: str | Path) -> Run:
-  """Reads a run directory; raises RunError where there is nothing to report on.
+def read(path: str | Path) -> FinishedRun:
+  """Reads the directory of a run.
 
-  A resumed run repeats the steps since its last checkpoint: the later record of a
+  A resumed run repeats the steps since its last checkpoint, and the later record of a
   step replaces the earlier one. Lines cut short by a kill are skipped and noted.
+
+  Raises:
+    RunError: the run has not finished, or the directory is not that of a run.
   """
   path = Path(path)
   if not path.is_dir():
@@ -44,7 +49,9 @@ def read(path: str | Path) -> Run:
   result = _result(path / 'result.json')
   history, damaged = _lines(path / 'history.jsonl')
   gates, damaged_gates = _lines(path / 'gates.jsonl')
-  return Run(path, result, _latest(history), _latest(gates), damaged + damaged_gates)
+  return FinishedRun(
+    path, result, _latest(history), _latest(gates), damaged + damaged_gates
+  )
 
 
 def _result(path: Path) -> Result:
@@ -68,7 +75,7 @@ def _result(path: Path) -> Result:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-  """The records of a .jsonl file (none where it is absent), and what was skipped."""
+  """Returns the records of a .jsonl file, if it exists, and notes about bad lines."""
   records, damaged = [], 0
   for line in path.read_text().splitlines() if path.is_file() else []:
     try:
@@ -80,7 +87,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """One record per step, the last written; stages in order of appearance, by step."""
+  """Returns the last record of every step, by stage in order of appearance."""
   last = {(record.get('stage'), record.get('step')): record for record in records}
   stages = {record.get('stage'): None for record in records}
   order = {stage: index for index, stage in enumerate(stages)}

@@ -1,4 +1,4 @@
-"""What a run reached, on the screen."""
+"""The result of a run on the screen, and the form of all tables there."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,81 +13,75 @@ from depthprune.report import sentences, tables
 from depthprune.train.result import CascadeResult, Result
 
 BAR = 24  # characters of a layer's full width
+PLAIN: Any = {'box': None, 'pad_edge': False, 'padding': (0, 1)}
 
 
 def screen(result: Result) -> Group:
-  """The whole result for `rich.print`: costs, rounds, widths, what there is to note."""
+  """Returns the result for `rich.print`: costs, rounds, widths and notes."""
   parts: list[Any] = [_costs(result), Text()]
-  parts += _indented(sentences.all_of(result))
+  parts += indented(sentences.all_of(result))
   parts.append(Text())
   if sentences.recipe_of(result).erases_units:
     title = 'rounds: held-out accuracy, FLOPs of the whole'
-    parts += [_listed(title, tables.rounds(result)), Text()]
+    parts += [_numbers(title, tables.rounds(result)), Text()]
   if result.cascade is not None:
     parts += _cascade(result.cascade)
   if tables.narrowed(result):
     parts += [_widths(result), Text()]
     if removed := sentences.removed(result):
-      parts += _indented([f'removed: {", ".join(removed)}'])
+      parts += indented([f'removed: {", ".join(removed)}'])
   notes = [f'· {note}' for note in sentences.notes(result)]
-  return Group(*parts, *_indented(notes, style='yellow'))
+  return Group(*parts, *indented(notes, style='yellow'))
 
 
-def _indented(lines: Iterable[str], style: str = '') -> Iterator[Padding]:
+def titled_table(title: str, **style: Any) -> Table:
+  """Returns an empty table under a bold title."""
+  left: Any = {'title_justify': 'left', 'caption_justify': 'left'}
+  return Table(title=title, title_style='bold', **left, **style)
+
+
+def indented(lines: Iterable[str], style: str = '') -> Iterator[Padding]:
+  """Yields the lines, two characters to the right, without those that are empty."""
   return (Padding(Text(line, style=style), (0, 2)) for line in lines if line)
 
 
 def _costs(result: Result) -> Table:
-  found = tables.costs(result)
-  table = Table(
-    title=sentences.title(result),
-    title_justify='left',
-    title_style='bold',
-    caption=tables.legend(result),
-    caption_justify='left',
-    box=box.SIMPLE_HEAD,
-  )
+  costs, legend = tables.costs(result), sentences.recipe_of(result).legend
+  table = titled_table(sentences.title(result), caption=legend, box=box.SIMPLE_HEAD)
   table.add_column('')
-  for name in found.head[1:-1]:
+  for name in costs.head[1:-1]:
     table.add_column(name, justify='right', no_wrap=True)
   table.add_column('', justify='left', no_wrap=True)
-  for row in found.rows:
+  for row in costs.rows:
     table.add_row(*row)
   return table
 
 
 def _cascade(cascade: CascadeResult) -> Iterator[Any]:
-  """Requests with what was refused, and the exits; each table with how to read it."""
-  yield _listed('requested and reached', tables.requests(cascade), names=0)
+  """Yields the tables of requests and exits, each with how to read it."""
+  yield _numbers('requested and reached', tables.requests(cascade), names=0)
   said = [*sentences.certified(cascade), *sentences.refused(cascade)]
-  yield from _indented([*said, sentences.READING])
+  yield from indented([*said, sentences.READING])
   yield Text()
-  yield _listed('exits', tables.exits(cascade), names=1)
-  yield from _indented([sentences.EXITS, sentences.cut_heads(cascade)])
+  yield _numbers('exits', tables.exits(cascade), names=1)
+  yield from indented([sentences.EXITS, sentences.cut_heads(cascade)])
   yield Text()
 
 
-def _listed(title: str, found: tables.Table, names: int = -1) -> Table:
-  """A table of numbers, and one column `names` that may be folded."""
-  table = Table(
-    title=title,
-    title_justify='left',
-    title_style='bold',
-    box=None,
-    pad_edge=False,
-    padding=(0, 1),
-  )
-  for index, name in enumerate(found.head):
-    folded = index == names % len(found.head)
+def _numbers(title: str, cells: tables.Table, names: int = -1) -> Table:
+  """Returns a table of numbers, in which one column of names may be folded."""
+  table = titled_table(title, **PLAIN)
+  for index, name in enumerate(cells.head):
+    folded = index == names % len(cells.head)
     side = 'left' if folded or index < names else 'right'
     table.add_column(name, justify=side, no_wrap=not folded, overflow='fold')
-  for row in found.rows:
+  for row in cells.rows:
     table.add_row(*row)
   return table
 
 
 def _widths(result: Result) -> Table:
-  table = Table(box=None, pad_edge=False, padding=(0, 1))
+  table = Table(**PLAIN)
   table.add_column('  layer', no_wrap=True)
   table.add_column('before', justify='right')
   table.add_column('after', justify='right')

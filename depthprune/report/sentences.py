@@ -1,4 +1,4 @@
-"""What a run decided and reached, in sentences."""
+"""Sentences about what a run decided and reached, for the page and the screen."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,23 +34,23 @@ ROUNDS = 'Accuracy of held-out images; FLOPs as part of the whole network.'
 
 
 def recipe_of(result: Result) -> Recipe:
-  """What the method's file says of its reports."""
+  """Returns the recipe of the run's method, which says how to report on it."""
   return methods.recipe(result.method)
 
 
 def target_of(result: Result) -> Target | None:
-  """The part of a cost that the run was asked for, if it was."""
+  """Returns the run's target, the part of a cost that was to be kept, if it had one."""
   return recipe_of(result).target(result.options)
 
 
 def title(result: Result) -> str:
-  """`resnet20 on digits, seed 0`."""
+  """Returns `resnet20 on digits, seed 0`."""
   seed = '' if result.seed is None else f', seed {result.seed}'
   return f'{result.model} on {result.data}{seed}'
 
 
 def decided(result: Result) -> str:
-  """What was asked for and what was decided, in the words of the method."""
+  """Says what was requested and decided; for a cascade, what it loses and saves."""
   if result.cascade is not None:
     return _cascade(result, result.cascade)
   sentence = recipe_of(result).sentence
@@ -58,22 +58,21 @@ def decided(result: Result) -> str:
 
 
 def lead(result: Result) -> str:
-  """What was decided, and the accuracy on test data: the page's first paragraph."""
+  """Returns the page's first paragraph: the decision, and the accuracy on test data."""
   said = decided(result)
   said = f'{said[:1].upper()}{said[1:]}. ' if said else ''
-  found = result.accuracy
+  before, after = result.accuracy.before, result.accuracy.after or 0
   if result.cascade is None:
-    before, after = percent(found.before), percent(found.after or 0)
-    return f'{said}Test accuracy {before} before, {after} after.'
-  own, early = percent(found.before, 2), percent(found.after or 0, 2)
-  original = result.cascade.original.get('test', found.before)
-  if original != found.before:
+    return f'{said}Test accuracy {percent(before)} before, {percent(after)} after.'
+  own = percent(before, 2)
+  original = result.cascade.original.get('test', before)
+  if original != before:
     own += f' ({percent(original, 2)} before it was trained with its heads)'
-  return f'{said}Test accuracy: MainNet {own}, cascade {early}.'
+  return f'{said}Test accuracy: MainNet {own}, cascade {percent(after, 2)}.'
 
 
 def all_of(result: Result) -> list[str]:
-  """The sentences that go with the numbers."""
+  """Returns the sentences that go with the numbers of a result."""
   cascade = result.cascade
   lines = (
     decided(result),
@@ -86,13 +85,10 @@ def all_of(result: Result) -> list[str]:
 
 
 def recalibrated(result: Result) -> str:
-  """What fresh batch statistics alone did after the cut; nothing if not measured.
-
-  Nothing either for a network that has none and is not trained again.
-  """
-  found = result.accuracy
-  accuracy = found.recalibrated
-  if accuracy is None or accuracy == found.pruned == found.after:
+  """Says what accuracy fresh batch statistics gave; '' if they changed nothing."""
+  measured = result.accuracy
+  accuracy = measured.recalibrated
+  if accuracy is None or accuracy == measured.pruned == measured.after:
     return ''
   return (
     f'test accuracy with fresh batch statistics, not yet tuned: {percent(accuracy)}'
@@ -100,10 +96,10 @@ def recalibrated(result: Result) -> str:
 
 
 def proven(result: Result) -> str:
-  """How far the small network was from the masked one."""
+  """Says how far the small network was from the masked one."""
   proofs = [each.verify for each in result.rounds if each.verify]
   last = result.verify or result.report.verify
-  proof = max(proofs, key=lambda found: found.difference, default=last)
+  proof = max(proofs, key=lambda proof: proof.difference, default=last)
   if not proof:
     return 'the small network was not compared with the masked one'
   text = (
@@ -116,48 +112,44 @@ def proven(result: Result) -> str:
 
 
 def measured_on(result: Result) -> str:
-  """Which device the times are of."""
+  """Says on which device times were measured; '' if there are none."""
   measured = result.latency_ms or result.cascade
   return f'measured on {result.device}' if measured and result.device else ''
 
 
 def removed(result: Result) -> list[str]:
-  """The branches and exits that are no longer there."""
+  """Returns the names of the branches and exits that were removed."""
   parts = {**result.report.branches, **result.report.exits}
   return [name for name, kept in parts.items() if not kept]
 
 
 def notes(result: Result) -> list[str]:
-  """Everything that the run has to say about itself: surgery and timing."""
-  found = list(result.report.notes)
-  for each in result.rounds:
-    found += each.notes
-  for measured in result.latency_ms.values():
-    found += measured.notes
-  return list(dict.fromkeys(found))
+  """Returns all notes of a run, about surgery and timing, each of them once."""
+  parts = (result.report, *result.rounds, *result.latency_ms.values())
+  return list(dict.fromkeys(note for part in parts for note in part.notes))
 
 
 # ---- cascades ------------------------------------------------------------------------
 
 
 def executed(cascade: CascadeResult) -> str:
-  """Whether what ran left where it was simulated to; nothing where none ran."""
-  found = cascade.executed
-  if found.differ is None:
+  """Says whether examples left at the simulated exits; '' if nothing was executed."""
+  run = cascade.executed
+  if run.differ is None:
     return ''
   broken = ''
-  if found.broken:
-    broken = f'; {found.broken:,} had an answer that is not finite, and went on'
-  if not found.differ:
-    return f'executed: all {found.n:,} examples left where simulated{broken}'
+  if run.broken:
+    broken = f'; {run.broken:,} had an answer that is not finite, and went on'
+  if not run.differ:
+    return f'executed: all {run.n:,} examples left where simulated{broken}'
   return (
-    f'executed: {found.differ:,} of {found.n:,} examples left elsewhere than '
-    f'simulated, {found.near:,} of them within 1e-5 of a threshold{broken}'
+    f'executed: {run.differ:,} of {run.n:,} examples left elsewhere than '
+    f'simulated, {run.near:,} of them within 1e-5 of a threshold{broken}'
   )
 
 
 def refused(cascade: CascadeResult) -> list[str]:
-  """Why requests cannot be met."""
+  """Says why requests cannot be met."""
   return [
     f'{asked(request)} was refused: {request.refused}'
     for request in cascade.requests
@@ -166,8 +158,8 @@ def refused(cascade: CascadeResult) -> list[str]:
 
 
 def certified(cascade: CascadeResult) -> list[str]:
-  """What is guaranteed of the requests for a risk."""
-  found = [
+  """Says what is guaranteed for the requests of a risk."""
+  certificates = [
     (request, request.test.certificate if request.test else None)
     for request in cascade.requests
   ]
@@ -175,13 +167,13 @@ def certified(cascade: CascadeResult) -> list[str]:
     f'{asked(request)} holds with probability {percent(1 - c["delta"])} for examples '
     f'drawn as the held-out ones are: {c["losses"]:,} of {c["rows"]:,} that nothing '
     f'was searched on; at most {percent(c["bound"], 2)} for these thresholds alone'
-    for request, c in found
+    for request, c in certificates
     if c
   ]
 
 
 def cut_heads(cascade: CascadeResult) -> str:
-  """Which heads the saved cascade no longer has, and that the tables have them."""
+  """Says which heads the saved cascade no longer has, although the tables do."""
   left = {stage['exit'] for stage in cascade.stages}
   gone = [name for name in cascade.exits if name not in left]
   if not left or not gone:
@@ -194,7 +186,7 @@ def cut_heads(cascade: CascadeResult) -> str:
 
 
 def asked(request: RequestResult) -> str:
-  """`drop ≤ 0.5`, `cost ≤ 67 %`, `risk ≤ 2 %`, `time ≤ 0.8 ms`, `threshold 0.9`."""
+  """Returns a request as `drop ≤ 0.5`, `cost ≤ 67 %`, `time ≤ 0.8 ms` and so on."""
   kind, value = request.kind, request.requested
   if kind == 'threshold':
     return f'threshold {value:g}'
@@ -203,7 +195,7 @@ def asked(request: RequestResult) -> str:
 
 
 def reached(request: RequestResult) -> str:
-  """In the unit that was asked for, and whether it is more than that."""
+  """Returns what was reached in the unit of the request, and whether it was missed."""
   test = request.test
   values: Mapping[str, Any] = {}
   if test is not None:
@@ -222,18 +214,24 @@ def reached(request: RequestResult) -> str:
 
 
 def share(part: float) -> str:
-  """`0.5` as `50 %`."""
+  """Returns `50 %` for 0.5."""
   return f'{100 * part:g} %'
 
 
 def points(number: float) -> str:
-  """The word that goes with a number of percentage points."""
+  """Returns 'point' or 'points', as a number of percentage points needs it."""
   return 'point' if 0 < number <= 1 else 'points'
 
 
 def _cascade(result: Result, cascade: CascadeResult) -> str:
-  """`asked to lose at most 0.5 point: loses 0.31 point and saves 35.2 % of ...`."""
-  lost, saved = _lost(result), _saved(result)
+  """Returns `asked to lose at most 0.5 point: loses 0.31 point and saves ...`."""
+  points_lost = round(100 * (result.accuracy.before - (result.accuracy.after or 0)), 2)
+  verb = 'loses' if points_lost >= 0 else 'gains'
+  lost = f'{verb} {abs(points_lost):.2f} {points(abs(points_lost))}'
+  kept = result.flops.kept
+  saved = f'saves {percent(1 - kept)} of the FLOPs'
+  if kept > 1:
+    saved = f'spends {percent(kept - 1)} more FLOPs'
   chosen: Sequence[RequestResult] = [r for r in cascade.requests if r.chosen]
   if not chosen:
     return f'{lost} and {saved}'
@@ -242,14 +240,14 @@ def _cascade(result: Result, cascade: CascadeResult) -> str:
   if kind == 'budget':
     return (
       f'asked to spend at most {share(value)} of the FLOPs: spends '
-      f'{percent(result.flops.kept)}, {lost}'
+      f'{percent(kept)}, {lost}'
     )
   if kind == 'risk':
     risk = request.test.risk if request.test else None
-    found = NONE if risk is None else percent(risk, 2)
+    actual = NONE if risk is None else percent(risk, 2)
     return (
       f'asked to be wrong where the MainNet is right in at most {share(value)} of the '
-      f'examples: is so in {found}, {lost} and {saved}'
+      f'examples: is so in {actual}, {lost} and {saved}'
     )
   if kind == 'threshold':
     return f'asked for a {asked(request)}: {lost} and {saved}'
@@ -257,16 +255,3 @@ def _cascade(result: Result, cascade: CascadeResult) -> str:
     took = reached(request)
     return f'asked to take at most {value:g} ms an example: takes {took}, {lost}'
   return f'asked to lose at most {value:g} {points(value)}: {lost} and {saved}'
-
-
-def _lost(result: Result) -> str:
-  lost = round(100 * (result.accuracy.before - (result.accuracy.after or 0)), 2)
-  verb = 'loses' if lost >= 0 else 'gains'
-  return f'{verb} {abs(lost):.2f} {points(abs(lost))}'
-
-
-def _saved(result: Result) -> str:
-  saved = 1 - result.flops.kept
-  if saved < 0:
-    return f'spends {percent(-saved)} more FLOPs'
-  return f'saves {percent(saved)} of the FLOPs'

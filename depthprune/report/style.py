@@ -1,4 +1,4 @@
-"""What all charts share: colours, rows, steps, and the way to the page."""
+"""What all charts share: figures, colours, rows, steps, and how SVG is written."""
 
 import io
 import math
@@ -15,8 +15,8 @@ from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-# Light-mode colours. `svg` replaces them by the page's variables, so that the same
-# drawing follows a dark page; no two roles may share a value.
+# Light-mode colours. `svg` replaces them by the page's variables, so that drawings also
+# suit a dark page; no two roles may share a value.
 INK, MUTED, LINE, FAINT = '#1f2430', '#5d6675', '#d5dae2', '#e6e9ef'
 FIRST, SECOND, THIRD = '#0b7285', '#d9480f', '#7048a8'
 PAPER = '#fdfdfc'
@@ -31,16 +31,16 @@ ROLES = {
   PAPER: 'paper',
 }
 OFFSET: Any = {'textcoords': 'offset points'}
-ROW, THINNEST, TALLEST = 0.22, 0.09, 5.5  # inches: a row, at least, all rows
-LABEL = 0.15  # inches that the label of a row takes
-CHARACTER = 0.011  # of a chart's width
+# Inches: height of a row, its least height, height of all rows, height of a label.
+ROW, THINNEST, TALLEST, LABEL = 0.22, 0.09, 5.5, 0.15
+CHARACTER = 0.011  # width of a character, as a part of a chart's width
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of history.jsonl or gates.jsonl."""
 
 
 def svg(figure: Figure) -> str:
-  """The figure as an <svg> element whose colours are the page's variables."""
+  """Returns a figure as an <svg> element whose colours are the page's variables."""
   text = io.StringIO()
   _write(figure, text, fonttype='none', transparent=True)
   element = text.getvalue()
@@ -52,7 +52,7 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """Writes an SVG file that needs no page and no font: light, letters as outlines."""
+  """Writes a light SVG file whose letters are outlines, so that it needs no font."""
   _write(figure, path, fonttype='path', transparent=False)
 
 
@@ -63,7 +63,8 @@ def _write(figure: Figure, to: Any, fonttype: str, transparent: bool) -> None:
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def new_figure(height: float) -> Iterator[Figure]:
+  """Makes a figure of so many inches; what is drawn within the context is styled."""
   settings: dict[Any, Any] = {
     'font.size': 9,
     'font.family': 'sans-serif',
@@ -80,15 +81,15 @@ def styled() -> Iterator[None]:
     'savefig.dpi': 150,
   }
   with mpl.rc_context(settings):
-    yield
+    yield Figure(figsize=(7.2, height), layout='constrained')
 
 
 def name_rows(
   axes: Axes, names: Sequence[str], every: int = 1, marked: str = ''
 ) -> None:
-  """Labels every so many rows of a chart, from the top.
+  """Labels every `every`-th row of a chart, from the top.
 
-  marked: a name that is labelled in any case, in a colour of its own.
+  The name `marked` is always labelled, in a colour of its own.
   """
   at = names.index(marked) if marked in names else 0
   labelled = range(at % every, len(names), every)
@@ -103,7 +104,7 @@ def name_rows(
 
 
 def thin(rows: int) -> tuple[float, int]:
-  """(inches, n): how high each of so many rows is; every n-th has a label."""
+  """Returns (height of each row in inches, n), where every n-th row has a label."""
   height = min(ROW, max(THINNEST, TALLEST / max(rows, 1)))
   return height, math.ceil(LABEL / height)
 
@@ -130,12 +131,12 @@ def colour_bar(mesh: QuadMesh, beside: Axes | Sequence[Axes], label: str) -> Axi
 
 
 def steps_of(lines: Lines) -> np.ndarray:
-  """Steps of all stages, one after the other."""
+  """Returns the steps of all stages, one after the other."""
   return np.concatenate([steps for steps, _ in by_stage(lines).values()])
 
 
 def by_stage(history: Lines) -> dict[str, tuple[list, list]]:
-  """{stage: (steps, records)}; each stage's steps follow those of the one before."""
+  """Returns {stage: (steps, records)}, each stage's steps after those of the last."""
   stages: dict[str, tuple[list, list]] = {}
   end = 0
   for name in dict.fromkeys(record.get('stage', '') for record in history):
@@ -148,7 +149,7 @@ def by_stage(history: Lines) -> dict[str, tuple[list, list]]:
 
 
 def name_stages(grid: Sequence[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
-  """A line where a stage begins, and its name above, where there is room."""
+  """Draws a line where a stage begins, and its name above it if there is room."""
   steps = [step for steps, _ in stages.values() for step in steps]
   free = -math.inf
   for name, (steps_of, _) in stages.items():
@@ -168,7 +169,7 @@ def name_stages(grid: Sequence[Axes], stages: Mapping[str, tuple[list, list]]) -
 
 
 def edges(steps: np.ndarray) -> np.ndarray:
-  """Borders of the cells: half way between neighbours."""
+  """Returns the borders of a heat map's cells, half way between steps."""
   if len(steps) < 2:
     return np.array([steps[0] - 0.5, steps[0] + 0.5] if len(steps) else [0, 1])
   middles = (steps[1:] + steps[:-1]) / 2

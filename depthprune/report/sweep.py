@@ -1,4 +1,4 @@
-"""What a sweep reached: a table of its settings, and the front of the best."""
+"""The report of a sweep: a table of its settings, and a chart of the best of them."""
 
 import json
 import statistics
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Group
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from depthprune import methods
@@ -18,8 +16,9 @@ from depthprune.cascades.pareto import efficient
 from depthprune.report.exit_charts import name_points
 from depthprune.report.numbers import count, spread
 from depthprune.report.run_files import RunError
+from depthprune.report.screen import PLAIN, indented, titled_table
 from depthprune.report.sentences import NONE
-from depthprune.report.style import FIRST, INK, LINE, MUTED, save, styled
+from depthprune.report.style import FIRST, INK, LINE, MUTED, new_figure, save
 from depthprune.train.options import shown
 from depthprune.train.recipe import COSTS
 from depthprune.train.result import Accuracies, SweepResult, structured
@@ -32,11 +31,12 @@ READING = (
 
 
 class SweptSetting(NamedTuple):
-  """One setting of a sweep, over its seeds.
+  """One setting of a sweep, with the results of its seeds.
 
   Attributes:
-    values: of the options that were swept, but for the seed.
-    results: of the runs that are finished. runs: how many there are to be.
+    values: values of the options that were swept, without the seed.
+    results: results of the finished runs.
+    runs: number of runs, finished or not.
     of: the cost that counts, 'flops' or 'params'.
   """
 
@@ -50,17 +50,17 @@ class SweptSetting(NamedTuple):
     return ' '.join(map(shown, self.values)) or 'all seeds'
 
   def mean(self, of: Callable[[SweepResult], float]) -> float:
-    """Of a value of every run."""
+    """Averages a value of every finished run."""
     return statistics.mean(map(of, self.results))
 
   @property
   def share(self) -> float:
-    """Of the cost that is left, in the mean."""
+    """Mean share of the cost that is left."""
     return self.mean(lambda result: getattr(result, self.of).kept)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-  """sweep.json of a directory. Raises RunError where it is not one."""
+  """Reads the sweep.json of a directory; raises RunError if there is none."""
   file = Path(path) / SWEEP
   try:
     return json.loads(file.read_text())
@@ -72,7 +72,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def settings(sweep: Mapping[str, Any]) -> list[SweptSetting]:
-  """All settings of a sweep, in order; results are those of their seeds."""
+  """Returns all settings of a sweep, in order."""
   config = sweep['config']
   target = methods.recipe(config['method']).target(config['options'])
   of = 'params' if target and target.cost == 'params' else 'flops'
@@ -91,76 +91,73 @@ def settings(sweep: Mapping[str, Any]) -> list[SweptSetting]:
   ]
 
 
-def front(found: Iterable[SweptSetting]) -> list[SweptSetting]:
-  """Those that no other beats in cost and held-out accuracy, by falling cost."""
-  there = [setting for setting in found if setting.results]
-  return efficient(there, lambda s: (s.share, -s.mean(lambda r: _after(r.held_out))))
+def front(swept: Iterable[SweptSetting]) -> list[SweptSetting]:
+  """Returns the settings that no other beats in both cost and held-out accuracy.
+
+  They are sorted by falling cost.
+  """
+  measured = [setting for setting in swept if setting.results]
+  return efficient(measured, lambda s: (s.share, -s.mean(lambda r: _after(r.held_out))))
 
 
 def rows(sweep: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
-  """Head and lines of the table; a dash where there is no result yet."""
-  found = settings(sweep)
-  best = front(found)
+  """Returns the head and the rows of the table, with dashes for missing results."""
+  swept = settings(sweep)
+  best = front(swept)
   options = [name.replace('_', ' ') for name in sweep['swept'] if name != 'seed']
   head = (*options, *('test', 'held-out', 'FLOPs', 'params', 'speed-up'))
-  return (*head, 'runs', ''), [_row(s, '★' if s in best else '') for s in found]
+  return (*head, 'runs', ''), [_row(s, '★' if s in best else '') for s in swept]
 
 
 def screen(sweep: Mapping[str, Any]) -> Group:
-  """The whole sweep for `rich.print`."""
+  """Returns the table of a sweep and its notes for `rich.print`."""
   head, lines = rows(sweep)
   config = sweep['config']
-  table = Table(
-    title=f'{config["method"]}, {config["model"]} on {config["data"]}',
-    title_justify='left',
-    title_style='bold',
-    box=None,
-    pad_edge=False,
-    padding=(0, 1),
-  )
+  title = f'{config["method"]}, {config["model"]} on {config["data"]}'
+  table = titled_table(title, **PLAIN)
   for name in head:
     table.add_column(name, justify='right', no_wrap=True)
   for line in lines:
     table.add_row(*line)
   refused = [f'{r["folder"]}: {r["refused"]}' for r in sweep['runs'] if r['refused']]
-  said = [_before(sweep), READING, *refused]
-  return Group(table, Text(), *(Padding(Text(line), (0, 2)) for line in said if line))
+  return Group(table, Text(), *indented([_before(sweep), READING, *refused]))
 
 
 def chart(sweep: Mapping[str, Any]) -> Figure:
-  """Test accuracy against the cost that is left: seeds, means, and the front.
+  """Draws test accuracy against the cost that is left: seeds, means and the front.
 
-  The line joins the settings of the front; the network before is dashed.
+  A line joins the settings of the front, and the network before pruning is dashed.
   """
-  found = [setting for setting in settings(sweep) if setting.results]
-  best = front(found)
-  with styled():
-    figure = Figure(figsize=(7.2, 3.4), layout='constrained')
+  measured = [setting for setting in settings(sweep) if setting.results]
+  best = front(measured)
+  with new_figure(3.4) as figure:
     axes = figure.subplots()
-    for s in found:
+    for s in measured:
       points = [(getattr(r, s.of).kept, _after(r.accuracy)) for r in s.results]
       axes.plot(*zip(*points), '.', color=MUTED, ms=4, alpha=0.6)
     at = lambda s: (s.share, s.mean(lambda r: _after(r.accuracy)))
-    for s in found:
+    for s in measured:
       filled = FIRST if s in best else 'none'
       axes.plot(*at(s), 'o', color=FIRST, mfc=filled, ms=6)
     if best:
       axes.plot(*zip(*map(at, best)), color=FIRST, lw=1.5, label='front')
-      before = statistics.mean(s.mean(lambda r: r.accuracy.before) for s in found)
+      before = statistics.mean(s.mean(lambda r: r.accuracy.before) for s in measured)
       axes.axhline(before, color=MUTED, lw=1, ls=(0, (4, 3)), label='before')
       axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    axes.set_xlabel(f'{COSTS[found[0].of] if found else "FLOPs"}, share that is left')
+    axes.set_xlabel(
+      f'{COSTS[measured[0].of] if measured else "FLOPs"}, share that is left'
+    )
     axes.set_ylabel('test accuracy', color=INK)
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_formatter(PercentFormatter(1))
     axes.grid(color=LINE, lw=0.5)
     figure.draw_without_rendering()  # lays out: names need to know where points are
-    name_points(axes, {s.name: at(s) for s in found})
+    name_points(axes, {s.name: at(s) for s in measured})
   return figure
 
 
 def draw(sweep: Mapping[str, Any], path: Path) -> Path:
-  """Writes the chart beside sweep.json; returns its file."""
+  """Writes the chart beside sweep.json, and returns its file."""
   save(chart(sweep), path / PLOT)
   return path / PLOT
 
@@ -184,7 +181,7 @@ def _row(s: SweptSetting, mark: str) -> Sequence[str]:
 
 
 def _before(sweep: Mapping[str, Any]) -> str:
-  """What the costs are shares of, and where speed was measured."""
+  """Returns a sentence about the network before, and where speed was measured."""
   results = [result for s in settings(sweep) for result in s.results]
   if not results:
     return ''
@@ -197,5 +194,5 @@ def _before(sweep: Mapping[str, Any]) -> str:
   )
 
 
-def _after(found: Accuracies) -> float:
-  return found.after or 0.0
+def _after(accuracy: Accuracies) -> float:
+  return accuracy.after or 0.0

@@ -1,4 +1,4 @@
-"""What a run reached, as rows of text: for the screen and for the page."""
+"""Tables of what a run reached, as rows of text for the screen and the page."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from depthprune.report.numbers import (
   points,
   seconds,
 )
-from depthprune.report.sentences import NONE, asked, reached, recipe_of, target_of
+from depthprune.report.sentences import NONE, asked, reached, target_of
 from depthprune.train.result import (
   Accuracies,
   CascadeResult,
@@ -26,7 +26,12 @@ FLOPS = 'FLOPs (1 MAC = 2)'
 
 
 class Table(NamedTuple):
-  """Names of the columns, and the cells of every row."""
+  """A table of text.
+
+  Attributes:
+    head: names of the columns.
+    rows: cells of every row.
+  """
 
   head: Sequence[str]
   rows: Sequence[Sequence[str]]
@@ -40,13 +45,8 @@ class Tile(NamedTuple):
   detail: str
 
 
-def legend(result: Result) -> str:
-  """What the columns of `costs` are."""
-  return recipe_of(result).legend
-
-
 def costs(result: Result) -> Table:
-  """Accuracy, cost and measured latency, before and after."""
+  """Returns accuracy, cost and measured latency, before and after."""
   if result.cascade is not None:
     head = ('', 'MainNet', 'cascade', '')
     return Table(head, [*_costs_of_cascade(result, result.cascade)])
@@ -73,26 +73,21 @@ def _costs(result: Result) -> Iterator[Sequence[str]]:
     yield f'median latency, batch {batch}', before, '', after, speedup
   compiled = result.compile_s
   if compiled:
+    before, after = seconds(compiled.before), seconds(compiled.after)
     speedup = f'speed-up {compiled.before / compiled.after:.2f} x'
-    yield (
-      'compile time',
-      seconds(compiled.before),
-      '',
-      seconds(compiled.after),
-      speedup,
-    )
+    yield 'compile time', before, '', after, speedup
 
 
 def _score_name(key: str) -> str:
-  """What a row of that score is called: of pixels, or of one of several tasks."""
+  """Returns the name of a score that has a row: the mean IoU, or a task's accuracy."""
   task = key.removeprefix('accuracy_')
   return 'mean IoU' if key == 'miou' else f'accuracy of {task}' if task != key else ''
 
 
-def _accuracy(name: str, found: Accuracies) -> Sequence[str]:
-  cut = '' if found.pruned is None else percent(found.pruned, 2)
-  before, after = percent(found.before, 2), percent(found.after or 0, 2)
-  return name, before, cut, after, points(found.before, found.after or 0)
+def _accuracy(name: str, accuracy: Accuracies) -> Sequence[str]:
+  cut = '' if accuracy.pruned is None else percent(accuracy.pruned, 2)
+  before, after = percent(accuracy.before, 2), percent(accuracy.after or 0, 2)
+  return name, before, cut, after, points(accuracy.before, accuracy.after or 0)
 
 
 def _cost(name: str, cost: Change) -> Sequence[str]:
@@ -102,10 +97,10 @@ def _cost(name: str, cost: Change) -> Sequence[str]:
 def _costs_of_cascade(
   result: Result, cascade: CascadeResult
 ) -> Iterator[Sequence[str]]:
-  """The cost three times: ideal, padded, measured."""
-  for name, found in (('test', result.accuracy), ('held-out', result.held_out)):
-    if found:
-      before, _, after, change = _accuracy('', found)[1:]
+  """Yields the cost three times: ideal, padded and measured."""
+  for name, accuracy in (('test', result.accuracy), ('held-out', result.held_out)):
+    if accuracy:
+      before, _, after, change = _accuracy('', accuracy)[1:]
       yield f'accuracy, {name}', before, after, change
   executed, flops, params = cascade.executed, result.flops, result.params
   kept = lambda change: (
@@ -127,25 +122,24 @@ def _costs_of_cascade(
 
 
 def tiles(result: Result) -> Iterator[Tile]:
-  """Accuracy, what is kept of each cost, and speed."""
-  found, after = result.accuracy, result.accuracy.after or 0
+  """Yields the page's tiles: accuracy, the kept part of each cost, and speed."""
+  before, after = result.accuracy.before, result.accuracy.after or 0
   cascade = result.cascade
   digits = 1 if cascade is None else 2
-  yield Tile(percent(after, digits), 'accuracy', points(found.before, after))
+  yield Tile(percent(after, digits), 'accuracy', points(before, after))
   if cascade is None:
     for name, cost in (('FLOPs', result.flops), ('parameters', result.params)):
       yield _kept(f'{name} kept', cost)
-    for batch, measured in result.latency_ms.items():
-      times = measured.before, measured.after
-      yield _speed(batch, measured.speedup, *times)
+    for batch, ms in result.latency_ms.items():
+      yield _speed(batch, ms.speedup, ms.before, ms.after)
     return
   executed, flops = cascade.executed, result.flops
   yield _kept('FLOPs kept, ideal', flops)
   if executed.padded is not None:
     yield _kept('FLOPs kept, padded', Change(flops.before, executed.padded))
   if executed.ms is not None and executed.whole_ms is not None:
-    times = executed.whole_ms, executed.ms
-    yield _speed(executed.batch, executed.speedup or 0, *times)
+    speedup = executed.speedup or 0
+    yield _speed(executed.batch, speedup, executed.whole_ms, executed.ms)
 
 
 def _kept(name: str, cost: Change) -> Tile:
@@ -158,7 +152,7 @@ def _speed(batch: Any, speedup: float, before: float, after: float) -> Tile:
 
 
 def narrowed(result: Result) -> bool:
-  """Whether there is a width to speak of: layers that went whole became no narrower."""
+  """Whether the run had a target, or any layer that is left became narrower."""
   return target_of(result) is not None or any(
     0 < after < before for before, after in result.widths.values()
   )
@@ -168,7 +162,7 @@ def narrowed(result: Result) -> bool:
 
 
 def rounds(result: Result) -> Table:
-  """A row for every round and, where there are several, their total."""
+  """Returns a row for every round and, if there are several, for their total."""
   columns = 'round units before cut recalibrated after FLOPs erased'
   each = result.rounds
   full = each[0].flops.before
@@ -194,15 +188,15 @@ def rounds(result: Result) -> Table:
 
 def _round(name: str, round_: RoundResult, names: str, full: float) -> Sequence[str]:
   before, after = round_.units
-  found = round_.held_out
+  accuracy = round_.held_out
   at = lambda value: '' if value is None else percent(value, 2)
   return (
     name,
     f'{before} → {after}',
-    at(found.before),
-    at(found.pruned),
-    at(found.recalibrated),
-    at(found.after),
+    at(accuracy.before),
+    at(accuracy.pruned),
+    at(accuracy.recalibrated),
+    at(accuracy.after),
     percent(round_.flops.after / full),
     names,
   )
@@ -212,48 +206,47 @@ STACKED = r'(.*)\[(\d+)\]'  # a layer of a scanned stack
 
 
 def erased(rounds: Sequence[RoundResult], key: str) -> list[list[str]]:
-  """The units that every round erased, by the names they had before the first.
+  """Returns the units that every round erased, by their names in the first round.
 
   Args:
-    rounds: in order.
-    key: what the method had learnt of each unit, such as 'priority'.
+    rounds: the rounds of a result.
+    key: entry of `learned` with a value for each unit, such as 'priority'.
   """
-  found = []
-  for round_, first in zip(rounds, first_names(rounds, key)):
-    found.append([first.get(name, name) for name in round_.erased])
-  return found
+  return [
+    [first.get(name, name) for name in round_.erased]
+    for round_, first in zip(rounds, first_names(rounds, key))
+  ]
 
 
 def first_names(rounds: Sequence[RoundResult], key: str) -> list[dict[str, str]]:
-  """For every round {name of a unit then: its name before the first round}.
+  """Returns {name of a unit in a round: its name in the first} for every round.
 
-  The layers of a scanned stack are numbered anew when one of them goes: after
-  `blocks[1]` was erased, what is called `blocks[1]` was `blocks[2]`.
+  The layers of a scanned stack are renumbered when one of them is erased: without
+  `blocks[1]`, the former `blocks[2]` is called `blocks[1]`.
   """
-  now = {name: name for name in in_order(rounds[0].learned.get(key, {}))}
-  found = []
+  names = {name: name for name in in_order(rounds[0].learned.get(key, {}))}
+  by_round = []
   for round_ in rounds:
-    found.append(now)
+    by_round.append(names)
     left: dict[str, int] = {}
-    then = {}
-    for name, first in now.items():
-      stacked = re.fullmatch(STACKED, name)
+    renamed = {}
+    for name, first in names.items():
       if name in round_.erased:
         continue
-      if stacked:
+      if stacked := re.fullmatch(STACKED, name):
         stack = stacked[1]
         name = f'{stack}[{left.setdefault(stack, 0)}]'
         left[stack] += 1
-      then[name] = first
-    now = then
-  return found
+      renamed[name] = first
+    names = renamed
+  return by_round
 
 
 # ---- cascades ------------------------------------------------------------------------
 
 
 def requests(cascade: CascadeResult) -> Table:
-  """What was asked for and what was reached, in the order in which the run has them."""
+  """Returns what was requested and what was reached, in the order of the result."""
   lines = []
   for request in cascade.requests:
     name = asked(request) + (', chosen' if request.chosen else '')
@@ -277,7 +270,7 @@ def _interval(ends: Any, scale: float, digits: int) -> str:
 
 
 def exits(cascade: CascadeResult) -> Table:
-  """The exits, the network's own last; each number is of test data."""
+  """Returns a row for every exit, the network's own last, with numbers of test data."""
   head = ('exit', 'tap', 'cost', 'accuracy', 'threshold', 'leave', 'ECE', 'AUROC')
   lines = []
   for name in cascade.exits:
@@ -300,17 +293,16 @@ def exits(cascade: CascadeResult) -> Table:
 
 
 def accuracy_of_leavers(cascade: CascadeResult) -> dict[str, float]:
-  """Accuracy of those that leave at each exit, where anybody does."""
-  found = {}
-  for name, calibrated in cascade.calibration.items():
-    accuracy = calibrated.exited.accuracy if calibrated.exited else None
-    if accuracy is not None:
-      found[name] = accuracy
-  return found
+  """Returns the accuracy of the examples that leave at each exit, where any do."""
+  return {
+    name: exit_.exited.accuracy
+    for name, exit_ in cascade.calibration.items()
+    if exit_.exited and exit_.exited.accuracy is not None
+  }
 
 
 def _threshold(cascade: CascadeResult, name: str) -> str:
-  """What confidence must exceed. Without a threshold either all leave or nobody."""
+  """Returns an exit's threshold; 'none' if all examples leave, 'never' if none do."""
   if name == cascade.exits[-1]:
     return ''
   value = cascade.thresholds.get(name)
@@ -318,7 +310,7 @@ def _threshold(cascade: CascadeResult, name: str) -> str:
     return 'none' if cascade.shares.get(name) else 'never'
   if value == round(value):
     return f'{value:g}'
-  # 0.99996 is not 1: a probability has as many digits as tell it from 1.
+  # 0.99996 must not read as 1, so it has the digits that tell the two apart.
   digits = next((d for d in range(3, 8) if round(value, d) != 1), 7)
   return f'{value:.{digits}f}'
 

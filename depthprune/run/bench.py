@@ -1,8 +1,8 @@
-"""Saved networks and cascades on the device at hand: latency, throughput, the roof.
+"""Latency and throughput of saved networks and cascades, beside the device's peak.
 
-A network takes turns with the one that its run began with, where the run's directory
-says which; a cascade with its network alone, on the run's own test data: who leaves
-early depends on them.
+A network takes turns with the one that its run began with, if the run's directory is
+there. A cascade takes turns with its network alone, on the run's own test data, which
+decides where examples leave.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from depthprune.program.stages import batched
 from depthprune.program.trace import runnable
 from depthprune.run import data
 from depthprune.run.config import Config, from_json
-from depthprune.run.network import network as network_of
+from depthprune.run.network import network as build_network
 from depthprune.storage import directory
 from depthprune.surgery.prune import Pruned
 from depthprune.timing import latency, roofline
@@ -36,7 +36,7 @@ BATCHES = (1, 8, 32, 128)
 
 
 class Original(NamedTuple):
-  """What a run began with, with made-up arrays, and FLOPs of one example."""
+  """The network that a run began with, with made-up arrays; FLOPs of one example."""
 
   network: Network
   flops: int
@@ -48,13 +48,21 @@ def bench(
   batches: Sequence[int] = BATCHES,
   seconds: float = 2.0,
 ) -> dict[str, Any]:
-  """Measures what `find` finds, each at every batch size for about so many `seconds`.
+  """Measures saved networks and cascades at every batch size.
 
-  Returns: plain values for JSON: the device, its peak for every type of number, and
-    for each network and batch milliseconds, examples a second, the time of the roof.
+  Args:
+    paths: directories of runs, or folders of saved networks.
+    batches: batch sizes.
+    seconds: time to spend on each batch size of each network.
 
-  Raises: ValueError for no path, a batch below 1, or no time; CheckpointError as `find`
-    does.
+  Returns:
+    Plain values for JSON: the device, its peak for every type of number, and for each
+    network and batch size the milliseconds, examples per second, and the milliseconds
+    at the device's peak.
+
+  Raises:
+    ValueError: there is no path, a batch is below 1, or `seconds` is not positive.
+    CheckpointError: a path holds no network, or a damaged one.
   """
   if not paths:
     raise ValueError('bench: expected a run or a saved network, got none')
@@ -62,13 +70,13 @@ def bench(
     raise ValueError(
       f'bench: expected batches >= 1 and seconds > 0, got {[*batches]} and {seconds}'
     )
-  found = [find(path) for path in paths]
-  peaks = {dtype: roofline.measure(dtype) for dtype in sorted({*map(_dtype, found)})}
+  networks = [find(path) for path in paths]
+  peaks = {dtype: roofline.measure(dtype) for dtype in sorted({*map(_dtype, networks)})}
   measured = []
-  for path, saved in zip(paths, found, strict=True):
-    of = _cascade if saved.cascade is not None else _network
-    told = of(saved, peaks[_dtype(saved)], sorted({*batches}), seconds)
-    measured.append({'path': str(path), 'dtype': _dtype(saved), **told})
+  for path, saved in zip(paths, networks, strict=True):
+    measure = _network if saved.cascade is None else _cascade
+    values = measure(saved, peaks[_dtype(saved)], sorted({*batches}), seconds)
+    measured.append({'path': str(path), 'dtype': _dtype(saved), **values})
   return {
     'device': latency.device(),
     'versions': directory.versions(),
@@ -79,35 +87,37 @@ def bench(
 
 
 def original(run: Path, after: Pruned) -> Original:
-  """The network that a run began with, as its config says, up to its own answers.
+  """Builds the network that a run began with, up to the exits that answer.
 
-  Raises: ValueError where this version cannot build it.
+  Args:
+    run: directory of the run, for its config.
+    after: the network that was saved at its end.
+
+  Raises:
+    ValueError: this version cannot build it.
   """
   config = _config(run)
   if config.pretrained is not None and not Path(config.pretrained).is_dir():
-    config = dataclasses.replace(config, pretrained=None)  # arrays, which are made up
+    config = dataclasses.replace(config, pretrained=None)  # arrays are made up anyway
   classes = getattr(after.model, 'trunk', after.model).classes
-  model, inputs = network_of(config, classes), after.coupling.inputs
-  told = () if config.recipe.deepest_answers else after.model.exits
-  answers = [name for name in told if name in model.exits] or model.exits[-1:]
+  model, inputs = build_network(config, classes), after.coupling.inputs
+  kept = () if config.recipe.deepest_answers else after.model.exits
+  answers = [name for name in kept if name in model.exits] or model.exits[-1:]
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   variables = jax.tree.map(lambda s: made_up(s.shape, s.dtype), shapes)
-  fn = runnable(model)
+  run_all = runnable(model)
 
-  def only(variables, *inputs):
-    said = fn(variables, *inputs)
-    return {name: said[name] for name in answers}
+  def answer(variables, *inputs):
+    outputs = run_all(variables, *inputs)
+    return {name: outputs[name] for name in answers}
 
-  coupling = couple(only, variables, *inputs)
+  coupling = couple(answer, variables, *inputs)
   flops = cost.flops(coupling) // inputs[0].shape[0]
-  return Original(Network(only, variables), flops, cost.params(coupling))
+  return Original(Network(answer, variables), flops, cost.params(coupling))
 
 
 def _config(run: Path) -> Config:
   return from_json(json.loads((run / 'config.json').read_text())['config'])
-
-
-# ---- networks ------------------------------------------------------------------------
 
 
 def _network(
@@ -119,7 +129,7 @@ def _network(
   if saved.run is not None:
     try:
       before = original(saved.run, small)
-    except (ValueError, AttributeError) as error:  # a model or file that is no more
+    except (ValueError, AttributeError) as error:  # a model or a file is gone
       notes.append(f'without what the run began with, which cannot be built: {error}')
   flops = cost.flops(small.coupling, small.keep) // inputs[0].shape[0]
   networks = [before.network, after] if before else [after]
@@ -163,47 +173,44 @@ def _against(before: Timing, speedup: float) -> dict[str, Any]:
 
 
 def _moved(network: Network, inputs: Sequence[Any], batch: int) -> int:
-  """Bytes that have to be read and written once: arrays, inputs, outputs."""
-  given = batched(tuple(inputs), batch)
-  outputs = jax.eval_shape(network.apply, network.variables, *given)
-  leaves = jax.tree.leaves((network.variables, given, outputs))
+  """Returns the bytes of arrays, inputs and outputs, which all have to be moved."""
+  shapes = batched(tuple(inputs), batch)
+  outputs = jax.eval_shape(network.apply, network.variables, *shapes)
+  leaves = jax.tree.leaves((network.variables, shapes, outputs))
   return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _dtype(saved: Saved) -> str:
-  """What the network computes in."""
+  """Returns the type of number in which the network computes."""
   model = getattr(saved.network.model, 'trunk', saved.network.model)
   return jnp.dtype(getattr(model, 'dtype', jnp.float32)).name
-
-
-# ---- cascades ------------------------------------------------------------------------
 
 
 def _cascade(
   saved: Saved, peak: roofline.Peak, batches: Sequence[int], seconds: float
 ) -> dict[str, Any]:
-  found, small = saved.cascade, saved.network
-  assert found is not None
-  alone = lambda v, *inputs: found.stages.fn(v, *inputs)[found.exits[-1]]
+  early, small = saved.cascade, saved.network
+  assert early is not None
+  alone = lambda v, *inputs: early.stages.fn(v, *inputs)[early.exits[-1]]
   whole = Network(alone, small.variables)
-  told = {
+  values = {
     'kind': 'cascade',
-    'flops': {'before': found.stages.whole},
+    'flops': {'before': early.stages.whole},
     'params': {'before': None, 'after': cost.params(small.coupling, small.keep)},
-    'exits': dict(zip(found.exits, found.stages.flops)),
+    'exits': dict(zip(early.exits, early.stages.flops)),
   }
   try:
     examples = _examples(saved, max(batches))
   except DataError as error:
     inputs = probe(batched(small.coupling.inputs, max(batches)))
-    each, main = race.exit_milliseconds(found, *inputs, seconds=seconds)
-    ms = {'alone': main, **dict(zip(found.exits, map(float, each)))}
+    each, main = race.exit_milliseconds(early, *inputs, seconds=seconds)
+    ms = {'alone': main, **dict(zip(early.exits, map(float, each)))}
     note = f'without its data ({error}): an example if all leave at one exit'
-    return {**told, 'batches': {}, 'exits_ms': ms, 'notes': [note]}
-  lines, notes = {}, []
+    return {**values, 'batches': {}, 'exits_ms': ms, 'notes': [note]}
+  lines = {}
   for batch in batches:
     inputs = [jnp.take(x, np.arange(batch) % x.shape[0], axis=0) for x in examples]
-    run = race.race(found, *inputs, seconds=seconds)
+    run = race.race(early, *inputs, seconds=seconds)
     moved = _moved(whole, inputs, batch)
     line = _line(batch, run.cascade, peak.milliseconds(batch * run.cost.ideal, moved))
     lines[str(batch)] = {
@@ -212,11 +219,11 @@ def _cascade(
       'ideal': run.cost.ideal,
       'padded': run.cost.padded,
     }
-  return {**told, 'batches': lines, 'notes': notes}
+  return {**values, 'batches': lines, 'notes': []}
 
 
 def _examples(saved: Saved, count: int) -> list[jax.Array]:
-  """The first test examples of the run that a cascade is of."""
+  """Reads the first test examples of the cascade's run."""
   if saved.run is None:
     raise DataError(f'{saved.folder} is not in the directory of a run')
   images = data.read(_config(saved.run))

@@ -1,4 +1,4 @@
-"""One run, described once: what the command line reads and `config.json` keeps."""
+"""The configuration of a run: the options of the command line, and `config.json`."""
 
 import dataclasses
 import json
@@ -35,8 +35,8 @@ THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of 
 BY_SIZE = tyro.conf.arg(
   metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
 )
-TRAIN = 'train'  # the stage before anything of a method
-# What training does not depend on, and what the first stage does not besides.
+TRAIN = 'train'  # name of the first stage, which trains the network without a method
+# Fields on which no training depends, and those on which only later stages depend.
 UNRELATED = ('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers')
 LATER = ('options', 'gate_epochs', 'finetune_epochs', 'distill')
 O = TypeVar('O')
@@ -44,15 +44,15 @@ O = TypeVar('O')
 
 @dataclasses.dataclass(frozen=True)
 class Config(Generic[O]):
-  """Train a network, decide what may go, cut it out, fine-tune what is left.
+  """The configuration of a run: train a network, cut it, fine-tune what is left.
 
-  `default(method)` is a config with the settings that suit a method. Raises ConfigError
-  for a value no run can use. Model and data set are looked up when the run starts,
-  where the nearest names are known.
+  `default(method)` makes a config with the settings that suit a method. Making one
+  raises ConfigError for a value that cannot be used. Names of models and data sets are
+  checked when the run starts.
   """
 
   options: Annotated[O, tyro.conf.arg(name='method')]
-  """What the method lets you choose; their type says which method it is."""
+  """Options of the method; their type says which method it is."""
 
   model: str = 'resnet20'
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
@@ -75,13 +75,13 @@ class Config(Generic[O]):
   """Tokens of a text, at most."""
 
   seed: int = 0
-  """Of the initial weights, the order of the images, the augmentation."""
+  """Seed of the initial weights, the order of the images and the augmentation."""
 
   batch: int = 128
   """Images in a training step."""
 
   train_epochs: Annotated[int | None, BY_DATA] = None
-  """Passes over the images before anything is pruned; none if pretrained."""
+  """Passes over the images before anything is pruned; 0 if pretrained."""
 
   gate_epochs: Annotated[int | None, BY_DATA] = None
   """Passes while the weights and what the method learns are trained together."""
@@ -94,19 +94,19 @@ class Config(Generic[O]):
   Adam with that schedule."""
 
   learning_rate: float = 0.1
-  """Of the weights, at the peak of the schedule."""
+  """Learning rate of the weights, at the peak of the schedule."""
 
   weight_decay: float = 5e-4
-  """Of kernels; a gate that is closed spares its slices from it."""
+  """Weight decay of kernels; slices behind a closed gate are spared."""
 
   augment: bool = True
-  """Random crops, and mirror images where those mean the same."""
+  """Random crops, and mirror images where these have the same class."""
 
   mixup: Annotated[float | None, NONE] = None
   """Blend images, and their labels, in pairs, by shares from Beta(this, this)."""
 
   randaugment: Annotated[int | None, NONE] = None
-  """Magnitude of RandAugment, 1 to 30, on images that are streamed."""
+  """Magnitude of RandAugment, 1 to 30, for streamed images."""
 
   distill: bool = False
   """Fine-tune towards the unpruned network's answers as well as the labels."""
@@ -122,7 +122,7 @@ class Config(Generic[O]):
   evaluation. It takes grain, and a TFDS set with a class for every image."""
 
   workers: Annotated[int | None, THREADS] = None
-  """Processes that read what is streamed."""
+  """Processes that read streamed images."""
 
   scan: bool = False
   """Compile equal blocks once (scan): faster to compile, the same numbers."""
@@ -160,7 +160,14 @@ class Config(Generic[O]):
     finite(self, 'learning_rate', positive=True)
     if self.mesh is not None:
       axes(self.mesh)
-    self._check_augmentation()
+    if self.mixup is not None:
+      finite(self, 'mixup', positive=True)
+    if (self.randaugment or 0) > STRONGEST:
+      raise ConfigError(
+        f'randaugment: expected a magnitude of 1 to {STRONGEST}, got {self.randaugment}'
+      )
+    if (self.mixup or self.randaugment) and not self.augment:
+      raise ConfigError('mixup, randaugment: leave them out, or pass --augment')
     recipe = self.recipe
     if recipe.cascade and self.distill:
       raise ConfigError(
@@ -173,29 +180,19 @@ class Config(Generic[O]):
       )
     recipe.check(self)
 
-  def _check_augmentation(self):
-    if self.mixup is not None:
-      finite(self, 'mixup', positive=True)
-    if (self.randaugment or 0) > STRONGEST:
-      raise ConfigError(
-        f'randaugment: expected a magnitude of 1 to {STRONGEST}, got {self.randaugment}'
-      )
-    if (self.mixup or self.randaugment) and not self.augment:
-      raise ConfigError('mixup, randaugment: leave them out, or pass --augment')
-
   @property
   def method(self) -> str:
-    """The method's file."""
+    """Name of the method's file."""
     return methods.name_of(self.options)
 
   @property
   def recipe(self) -> Recipe:
-    """How a run uses the method."""
+    """The method's recipe."""
     return methods.recipe(self.method)
 
   @property
   def epochs(self) -> Epochs:
-    """Passes per stage, with the data set's defaults where none were asked for."""
+    """Passes in each stage: those of the config, else the data set's defaults."""
     by_data = self.recipe.epochs
     defaults = by_data.get(self.data, by_data[''])
     if self.pretrained is not None:
@@ -207,7 +204,7 @@ class Config(Generic[O]):
 
   @property
   def path(self) -> Path:
-    """The run's directory: `workdir`, or one named after what is being run."""
+    """The run's directory: `workdir`, or one named after the method and its options."""
     if self.workdir is not None:
       return Path(self.workdir)
     options: Any = self.options
@@ -215,28 +212,28 @@ class Config(Generic[O]):
     return Path('runs') / '-'.join(words)
 
   def to_json(self) -> dict[str, Any]:
-    """Plain values, as `config.json` and `result.json` keep them."""
+    """Returns plain values, as `config.json` and `result.json` contain them."""
     return {'method': self.method, **dataclasses.asdict(self)}
 
 
 def default(method: str, options: Any = None, **fields) -> Config:
-  """The config that suits a method, with some of its options or fields set otherwise.
+  """Returns the config that suits a method.
 
   Args:
-    method: its file's name, or the last word of it: 'netcut', 'gates'.
-    options: an instance of its recipe's `options`; the defaults if None.
-    **fields: fields of Config.
+    method: name of the method's file, or the last word of it: 'netcut', 'gates'.
+    options: an instance of its recipe's `options`; None for the defaults.
+    **fields: fields of Config that are to have other values.
 
   Raises:
-    ValueError: no such method; names the nearest.
-    ConfigError: a value that no run can use.
+    ValueError: there is no such method; the message names the nearest.
+    ConfigError: a value cannot be used.
   """
   recipe = methods.recipe(method)
   return Config(options or recipe.options(), **{**recipe.defaults, **fields})
 
 
 def from_json(values: Mapping[str, Any]) -> Config:
-  """The Config whose `to_json()` gave `values`; fields added since get defaults."""
+  """Returns the Config of some `to_json()` values; later fields get their defaults."""
   values = dict(values)
   try:
     recipe = methods.recipe(values.pop('method', ''))
@@ -246,7 +243,7 @@ def from_json(values: Mapping[str, Any]) -> Config:
 
 
 def relevant(values: Mapping[str, Any], stage: str = '') -> dict[str, Any]:
-  """What of `Config.to_json()` training depends on, or the stage of that name."""
+  """Returns the part of `Config.to_json()` on which a stage depends, or any stage."""
   if stage == TRAIN:
     return {k: v for k, v in values.items() if k not in (*UNRELATED, *LATER)}
   decides_only = methods.recipe(values['method']).decides_only

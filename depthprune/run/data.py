@@ -1,4 +1,4 @@
-"""The data set that a run is about: images or texts, whichever its name stands for."""
+"""The data set of a run: images or texts, with their normalisation or tokenizer."""
 
 import zlib
 from pathlib import Path
@@ -16,16 +16,32 @@ from depthprune.storage.checkpoint import kind
 
 
 def read(config: Config) -> Dataset:
-  """The data set of a config, split by its seed.
+  """Reads the data set of a config and splits it by the config's seed.
 
   Raises:
-    DataError: it is unknown, absent or of another kind; texts have no tokenizer; an
-      option is not for such data.
-    CheckpointError: the pretrained network's folder holds none.
+    DataError: the data set is unknown, absent or of another kind, texts have no
+      tokenizer, or an option does not suit the data.
+    CheckpointError: the pretrained network's folder holds no network.
   """
-  # What is no text is read as images: what it is instead is said there.
   if text.kind_of(config.data) == 'text':
-    return _texts(config)
+    for_images = 'mixup', 'randaugment', 'stream', 'workers'
+    if wrong := [name for name in for_images if getattr(config, name) is not None]:
+      raise DataError(
+        f'data {config.data!r}: {", ".join(wrong)}: for images, these are texts: leave '
+        'it out'
+      )
+    if config.resize is not None:
+      raise DataError(
+        f'data {config.data!r}: resize is for images, got resize={config.resize} for '
+        'texts: leave it out, and give the tokens of a text with length'
+      )
+    return text.load(
+      config.data,
+      tokenizer(config),
+      seed=config.seed,
+      subset=config.subset,
+      length=config.length,
+    )
   return images.load(
     config.data,
     seed=config.seed,
@@ -40,53 +56,38 @@ def read(config: Config) -> Dataset:
 
 
 def checksums(data: Dataset) -> dict[str, str]:
-  """Shape and checksum of every array by which a data set is known."""
+  """Returns the shape and checksum of every array of a data set's `probe`."""
   crc32 = lambda x: zlib.crc32(np.ascontiguousarray(x).data)
   arrays = checkpoint.paths(data.probe())
   return {k: f'{kind(x)} {crc32(x):08x}' for k, x in arrays.items()}
 
 
 def normalisation(path: str) -> Normalisation | None:
-  """What weights were trained on: as their file's .json says, or their folder's record.
+  """Returns the normalisation that weights were trained with, None if it is unknown.
 
-  Raises as `pretrained.normalisation` does, and CheckpointError for a folder that is no
-  pruned network.
+  Args:
+    path: a file of weights, beside which a .json may say it, or the folder of a pruned
+      network.
+
+  Raises:
+    CheckpointError: the folder holds no network.
+    ValueError: the .json does not describe a normalisation.
   """
   if not Path(path).is_dir():
-    found = pretrained.normalisation(path)
-    return None if found is None else Normalisation(*found)
+    stored = pretrained.normalisation(path)
+    return None if stored is None else Normalisation(*stored)
   record = checkpoint.read_record(Path(path), networks.RECORD)
-  found = record['report'].get('normalisation')
-  if found is None:
+  stored = record['report'].get('normalisation')
+  if stored is None:
     return None
-  return Normalisation(tuple(found['mean']), tuple(found['std']), found['scale'])
-
-
-def _texts(config: Config) -> Dataset:
-  options = 'mixup', 'randaugment', 'stream', 'workers'
-  if given := [name for name in options if getattr(config, name) is not None]:
-    raise DataError(
-      f'data {config.data!r}: {", ".join(given)}: for images, these are texts: leave '
-      'it out'
-    )
-  if config.resize is not None:
-    raise DataError(
-      f'data {config.data!r}: resize is for images, got resize={config.resize} for '
-      'texts: leave it out, and give the tokens of a text with length'
-    )
-  return text.load(
-    config.data,
-    tokenizer(config),
-    seed=config.seed,
-    subset=config.subset,
-    length=config.length,
-  )
+  return Normalisation(tuple(stored['mean']), tuple(stored['std']), stored['scale'])
 
 
 def tokenizer(config: Config) -> Path:
-  """The tokenizer.json of a run: as given, else the one beside the weights.
+  """Returns the config's tokenizer.json, or the one beside the pretrained weights.
 
-  Raises DataError where there is neither.
+  Raises:
+    DataError: there is neither.
   """
   if config.tokenizer is not None:
     return Path(config.tokenizer)

@@ -1,8 +1,8 @@
-"""A whole run of a method with early exits: a network goes in, a cascade comes out.
+"""A complete run of a method with early exits, which makes a cascade of a network.
 
-Heads are trained (`run.heads`); held-out data gives temperatures and thresholds; the
-exits that are used become the cascade that is saved; test data says what it reaches,
-and decides nothing.
+Heads are trained (`run.heads`), held-out data decides temperatures and thresholds, and
+the exits that are used become the cascade that is saved. Test data shows what it
+reaches, and decides nothing.
 """
 
 import itertools
@@ -32,8 +32,8 @@ from depthprune.timing import latency
 from depthprune.train.result import Result, from_json
 from depthprune.train.task import Tree
 
-# What else is asked of the held-out data, to be shown beside what was asked for: points
-# of accuracy, parts of the network's FLOPs, parts of all examples.
+# Further requests that the report shows beside the run's own: points of accuracy, parts
+# of the network's FLOPs, and parts of all examples.
 ALSO = {
   'drop': (0.0, 0.25, 0.5, 1.0, 2.0),
   'budget': (0.5, 0.65, 0.8),
@@ -42,13 +42,17 @@ ALSO = {
 
 
 class Decided(NamedTuple):
-  """What held-out data decided.
+  """The decisions of the held-out data.
 
   Attributes:
-    stages: of the network with all heads.
-    temperatures: float32 [exits - 1]; weights: of a learned confidence, [exits - 1, 4].
-    kind, requested: what was asked for. chosen: the thresholds for it.
-    held_out, test: what every exit says there, and how sure it is; costs in FLOPs.
+    stages: stages of the network with all heads.
+    temperatures: float32 [exits - 1].
+    weights: weights of a learned confidence, [exits - 1, 4], else None.
+    kind: kind of the run's request.
+    requested: value of the run's request.
+    chosen: the thresholds for it.
+    held_out: answers and confidence of every exit on held-out data; costs in FLOPs.
+    test: the same on test data.
   """
 
   stages: Stages
@@ -62,17 +66,18 @@ class Decided(NamedTuple):
 
 
 def run(job: Job) -> Result:
-  """Trains, decides, saves the cascade in `cascade/` and measures it.
+  """Trains heads, decides thresholds, measures the cascade and saves it in `cascade/`.
 
-  Raises: DataError for data that have no class each, ValueError for a request that
-    cannot be met.
+  Raises:
+    DataError: the data has no single class per example.
+    ValueError: the request cannot be met.
   """
   if len(job.labels) != 1:
     raise DataError(
       f'data {job.images.name!r}: a cascade tells one class per example, got labels '
       f'{list(job.labels)}: use another method, or a data set with one class each'
     )
-  job = splits(job)
+  job = choose_held_out(job)
   record_config(job)
   trained = train(job)
   decided = decide(job, trained)
@@ -85,8 +90,8 @@ def run(job: Job) -> Result:
   return from_json(reached)
 
 
-def splits(job: Job) -> Job:
-  """The job, its held-out data replaced where the options say `decide_on` test data."""
+def choose_held_out(job: Job) -> Job:
+  """Returns the job with half of the test data held out, if the options ask for it."""
   config, test = job.config, job.images.test
   asked = cascade_plan(config).decide_on
   seen = config.pretrained is not None and not config.epochs.train
@@ -99,31 +104,37 @@ def splits(job: Job) -> Job:
 
 
 def decide(job: Job, trained: Trained) -> Decided:
-  """Temperatures and thresholds for what the options ask.
+  """Decides temperatures and thresholds for the run's request on held-out data.
 
-  Temperatures see only the half of the held-out data on which a certified risk is
-  searched for, so that the half that certifies has decided nothing. An example for
-  which an exit's answer is not finite never leaves there, and decides nothing of it.
+  Temperatures are fitted only on the half on which thresholds for a certified risk are
+  searched, so that the half that certifies has decided nothing. An example for which an
+  exit's answer is not finite never leaves there, and does not count for that exit.
 
-  Raises: ValueError for a budget or risk that cannot be met.
+  Raises:
+    ValueError: the budget or the risk cannot be met.
   """
   plan, held_out = cascade_plan(job.config), trained.held_out
   stages = split(trained.model, trained.variables, *job.inputs, exits=trained.exits)
   some, _ = halves(len(held_out.labels))
   part = Answers(held_out.logits[:, some], held_out.labels[some])
-  scale = [_temperature(logits, part.labels) for logits in part.logits[:-1]]
-  scale = np.asarray(scale, np.float32)
+  scale = np.ones(len(part.logits) - 1, np.float32)
+  for i, logits in enumerate(part.logits[:-1]):
+    finite, labels = calibration.finite(logits, part.labels)
+    if len(labels):
+      scale[i] = calibration.temperature(finite, labels)
   tempered = lambda logits: logits / np.append(scale, np.float32(1))[:, None, None]
   weights = None
   if plan.confidence == 'learned':
     weights = sure.learn(tempered(part.logits), part.labels)
 
-  def seen(answers: Answers, examples: Tree) -> Predictions:
+  def predict(answers: Answers, examples: Tree) -> Predictions:
     scores = sure.scores(plan.confidence, tempered(answers.logits), weights)
-    return Predictions(trained.exits, *answers, scores, *costs(job, stages, examples))
+    cost, whole = costs(job, stages, examples)
+    logits, labels = answers
+    return Predictions(trained.exits, logits, labels, scores, cost, whole)
 
-  decides = seen(held_out, job.images.held_out)
-  reports = seen(trained.test, job.images.test)
+  decides = predict(held_out, job.images.held_out)
+  reports = predict(trained.test, job.images.test)
   kind, requested = plan.request
   priced = decides
   if kind == 'milliseconds':
@@ -131,38 +142,32 @@ def decide(job: Job, trained: Trained) -> Decided:
       trained.model, trained.variables, *job.inputs,
       exits=trained.exits, confidence=plan.confidence, weights=weights,
     )  # fmt: skip
-    cost, whole = distributed.agreed(exit_milliseconds(early, *usual(job)))
+    cost, whole = distributed.agreed(exit_milliseconds(early, *typical_inputs(job)))
     priced = decides._replace(cost=cost, whole=float(whole))
   chosen = choose(priced, kind, requested, plan.delta)
   return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
 
 
-def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-  """Of the finite answers, 1 where there are none."""
-  logits, labels = calibration.finite(logits, labels)
-  return calibration.temperature(logits, labels) if len(labels) else 1.0
-
-
-def usual(job: Job) -> tuple:
-  """The inputs of a test batch of the shape that most of them have."""
-  found: dict[tuple, list[tuple]] = {}
+def typical_inputs(job: Job) -> tuple:
+  """Returns the inputs of a test batch of the most frequent shape."""
+  by_shape: dict[tuple, list[tuple]] = {}
   for batch in _shapes(job, job.images.test):
     inputs = inputs_of(batch)
-    same = found.setdefault(tuple(x.shape for x in inputs), [])
-    same.append(() if same else inputs)  # one of a kind is held, of any number
-  return max(found.values(), key=len)[0]
+    same = by_shape.setdefault(tuple(x.shape for x in inputs), [])
+    same.append(() if same else inputs)  # only the first of a shape stays in memory
+  return max(by_shape.values(), key=len)[0]
 
 
 def _shapes(job: Job, split: Tree) -> Iterator[Tree]:
-  """Batches for the sake of their shapes: of images from disk one stands for all."""
+  """Yields a split's batches for their shapes; one is enough of streamed images."""
   batches = job.own_batches(split)
   return itertools.islice(batches, 1) if job.images.streamed else batches
 
 
 def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
-  """FLOPs of leaving at each exit [exits], and of the network alone, in the mean.
+  """Returns mean FLOPs of leaving at each exit [exits], and of the network alone.
 
-  Texts are as long as their batch, so that each length has its own costs.
+  Texts are as long as their batch, so each length has its own costs.
   """
   total, count = np.zeros(len(stages) + 1), 0
   for batch in _shapes(job, examples):
@@ -174,9 +179,16 @@ def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
 
 
 def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> Choice:
-  """Thresholds for a request; raises ValueError where it cannot be met.
+  """Chooses thresholds for a request.
 
-  p: of held-out data, its costs in milliseconds if that is what is asked for.
+  Args:
+    p: predictions on held-out data; costs in milliseconds for such a request.
+    kind: kind of the request, as in `CascadePlan.request`.
+    requested: its value.
+    delta: probability with which the guarantee of a risk may fail.
+
+  Raises:
+    ValueError: the request cannot be met.
   """
   ways: dict[str, Callable[[], Choice]] = {
     'drop': lambda: thresholds.for_drop(p, requested),
@@ -192,10 +204,13 @@ NEAR = 1e-5  # a decision closer to its threshold than this may go either way
 
 
 def assembled(job: Job, trained: Trained, decided: Decided) -> tuple[Pruned, Cascade]:
-  """The network without the exits that nobody takes, cut, and its cascade.
+  """Cuts the exits at which no examples leave, and makes the cascade of the others.
 
-  Where no exit is used, the deepest stays, with a threshold that nobody passes; where
-  confidence is patience all stay, as each of them is asked.
+  If no exit is used, the deepest stays, with a threshold that no example passes. If the
+  confidence is patience all exits stay, as it counts exits that agree.
+
+  Returns:
+    (the cut network, its cascade).
   """
   early, taken = trained.exits[:-1], np.isfinite(decided.chosen.thresholds)
   taken |= decided.chosen.thresholds < 0
@@ -226,7 +241,7 @@ def assembled(job: Job, trained: Trained, decided: Decided) -> tuple[Pruned, Cas
 def measure(
   job: Job, trained: Trained, decided: Decided, pruned: Pruned, early: Cascade
 ) -> dict[str, Any]:
-  """Everything that result.json says, but for the time it took."""
+  """Returns the content of result.json, except for the time of the run."""
   executed = execute(job, decided, early)
   chosen = thresholds.measured(decided.chosen, decided.held_out)
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
@@ -252,7 +267,7 @@ def measure(
 
 
 def structure(decided: Decided, trained: Trained, early: Cascade) -> dict[str, Any]:
-  """What the network with all its heads is, and the stages of the cascade left."""
+  """Describes the network with all its heads, and the stages of the cascade."""
   heads = trained.model.heads
   text = lambda c: f'{np.dtype(c.dtype).name}[{",".join(map(str, c.shape))}]'
   stages = [
@@ -272,9 +287,11 @@ def structure(decided: Decided, trained: Trained, early: Cascade) -> dict[str, A
 
 
 def behaviour(decided: Decided, milliseconds: float) -> dict[str, Any]:
-  """What the thresholds, and others, do on test data; how calibrated the exits are.
+  """Describes what thresholds reach on test data, and how calibrated the exits are.
 
-  milliseconds: of an example of the chosen cascade, executed.
+  Args:
+    decided: the decisions of the held-out data.
+    milliseconds: measured time of an example in the chosen cascade.
   """
   p, chosen = decided.test, decided.chosen
   achieved = thresholds.achieved(chosen, p)
@@ -291,7 +308,7 @@ def behaviour(decided: Decided, milliseconds: float) -> dict[str, Any]:
 
 
 def curve(decided: Decided) -> list[dict[str, float]]:
-  """The efficient thresholds of the held-out data, on both splits, dearest first."""
+  """Returns what the efficient thresholds reach on both splits, most costly first."""
   points = thresholds.front(decided.held_out)
   lines = []
   for point in sorted(points, key=lambda p: -p.measured.cost):
@@ -308,17 +325,17 @@ def curve(decided: Decided) -> list[dict[str, float]]:
 
 
 def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
-  """Requested against reached, for what was asked and for what else may be."""
+  """Returns requested and reached values of the run's request and of those in ALSO."""
   asked = [(kind, value) for kind, values in ALSO.items() for value in values]
   mine = decided.kind, decided.requested
   rows = []
   for kind, value in asked if mine in asked else [mine, *asked]:
-    row: dict[str, Any] = {'kind': kind, 'requested': value}
     is_mine = (kind, value) == mine
-    row |= {'chosen': is_mine, 'refused': None}
+    row: dict[str, Any] = {'kind': kind, 'requested': value, 'chosen': is_mine}
+    row['refused'] = None
     try:
-      found = decided.chosen if is_mine else choose(decided.held_out, kind, value)
-      row |= outcome(decided, found)
+      choice = decided.chosen if is_mine else choose(decided.held_out, kind, value)
+      row |= outcome(decided, choice)
       if kind == 'milliseconds':
         row['test'] |= {'milliseconds': milliseconds}
     except ValueError as error:
@@ -327,35 +344,35 @@ def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
   return rows
 
 
-def outcome(decided: Decided, found: Choice) -> dict[str, Any]:
-  """What a choice gave where it was made, and gives on test data."""
+def outcome(decided: Decided, choice: Choice) -> dict[str, Any]:
+  """Returns what thresholds reach on held-out data and on test data."""
   p = decided.test
-  test = thresholds.achieved(found, p)
+  test = thresholds.achieved(choice, p)
   reached = {
     'accuracy': test.accuracy,
     'cost': test.cost,
     'drop': drop(test, p),
     'saved': saved(test, p),
   }
-  if found.risk is not None:
-    left = leave(p.scores, found.thresholds)
-    gap = losses(p, found.risk.loss)[left, np.arange(len(left))]
-    reached |= {'risk': float(gap.mean()), 'certificate': found.risk._asdict()}
-  here = thresholds.measured(found, decided.held_out)
+  if choice.risk is not None:
+    left = leave(p.scores, choice.thresholds)
+    gap = losses(p, choice.risk.loss)[left, np.arange(len(left))]
+    reached |= {'risk': float(gap.mean()), 'certificate': choice.risk._asdict()}
+  here = thresholds.measured(choice, decided.held_out)
   held_out = {'accuracy': here.accuracy, 'cost': here.cost}
-  interval = thresholds.bootstrap(found, p)._asdict()
+  interval = thresholds.bootstrap(choice, p)._asdict()
   interval = {name: list(ends) for name, ends in interval.items()}
   return {'held_out': held_out, 'test': reached, 'interval': interval}
 
 
 def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
-  """The cascade run on the test data, beside what was simulated, and timed."""
+  """Runs the cascade on test data, compares it with the simulation, and times it."""
   p, names = decided.test, early.exits[:-1]
   rows = [decided.test.exits.index(name) for name in names]
   expected = leave(p.scores[rows], early.thresholds)
   gap = np.abs(p.scores[rows] - early.thresholds[:, None]).min(0)
-  # Raced before anything else compiles it, so that the seconds of that are seen.
-  timed = race(early, *usual(job))
+  # The race comes first, because it also measures the time to compile the cascade.
+  timed = race(early, *typical_inputs(job))
   left, right, costs = [], [], []
   for batch in job.own_batches(job.images.test):
     inputs, label = inputs_of(batch), np.asarray(batch['label'])
@@ -367,7 +384,7 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
     costs.append((len(left[-1]), *cost))
   n, ideal, padded, whole = np.array(costs).T
   differ = np.concatenate(left) != expected
-  before = np.arange(len(rows))[:, None] < expected  # exits that were passed
+  before = np.arange(len(rows))[:, None] < expected  # exits that an example passed
   stayed = before & np.isnan(p.scores[rows])
   return {
     **timed.to_json(),

@@ -1,4 +1,4 @@
-"""A network and heads on its taps, trained: heads alone, or everything together."""
+"""Training a network with heads on its taps: the heads alone, or all of it."""
 
 import dataclasses
 import functools
@@ -26,26 +26,35 @@ from depthprune.train.method import plain
 from depthprune.train.recipe import CascadePlan
 from depthprune.train.task import Tree
 
-SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth: where heads are put
+SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth, where heads are put
 
 
 class Answers(NamedTuple):
-  """What every exit says of a split: logits float32 [exits, n, classes], labels [n]."""
+  """The answers of every exit to a split, and the labels.
+
+  Attributes:
+    logits: float32 [exits, n, classes].
+    labels: int [n].
+  """
 
   logits: np.ndarray
   labels: np.ndarray
 
   @property
   def accuracy(self) -> float:
-    """Of the last exit, the network itself."""
+    """Accuracy of the last exit, which is the network's own."""
     return float((self.logits[-1].argmax(-1) == self.labels).mean())
 
 
 class Trained(NamedTuple):
-  """A network with heads, trained, and its answers on the splits of the job.
+  """A trained network with heads, and its answers.
 
   Attributes:
-    exits: in order, 'main' last.
+    model: the network with its heads.
+    variables: its variables.
+    exits: names of the exits by depth, 'main' last.
+    held_out: answers to the held-out split.
+    test: answers to the test split.
     original: accuracy on 'held_out' and 'test' of the network alone, before it was
       trained together with heads; empty where it was not trained before.
   """
@@ -59,16 +68,20 @@ class Trained(NamedTuple):
 
 
 def train(job: Job) -> Trained:
-  """Trains the network where that is asked for, and its heads, by the regime."""
+  """Trains the network, if it is not pretrained, and its heads, as the plan says."""
   config, epochs, plan = job.config, job.config.epochs, cascade_plan(job.config)
   trunk = network(config, job.images.classes)
   variables = initial_variables(job, trunk)
   model = with_sides(plan, trunk, job)
   if not plan.frozen:
-    whole = with_trunk(job, model, variables)
-    original = alone(job, trunk, variables) if config.pretrained else {}
-    count = epochs.train + epochs.gates
-    return together(job, 'joint', model, whole, count, original)
+    original = {}
+    if config.pretrained:
+      measure = job.scores(trunk)
+      splits = {'held_out': job.images.held_out, 'test': job.images.test}
+      original = {k: measure(variables, of)['accuracy'] for k, of in splits.items()}
+    variables = with_trunk(job, model, variables)
+    total = epochs.train + epochs.gates
+    return together(job, 'joint', model, variables, total, original)
   if epochs.train:
     peak = config.learning_rate
     state = stage(
@@ -84,22 +97,16 @@ def train(job: Job) -> Trained:
 
 
 def cascade_plan(config: Config) -> CascadePlan:
-  """How the run's method puts exits on a network, trains and uses them."""
+  """Returns how the run's method puts exits on a network, trains and uses them."""
   assert config.recipe.cascade is not None
   return config.recipe.cascade(config.options)
 
 
-def alone(job: Job, trunk: Any, variables: Tree) -> dict[str, float]:
-  """Accuracy of a network without heads, on held-out and test data."""
-  measure, images = job.scores(trunk), job.images
-  splits = {'held_out': images.held_out, 'test': images.test}
-  return {name: measure(variables, of)['accuracy'] for name, of in splits.items()}
-
-
 def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
-  """The trunk with the heads that the plan asks for: exit1, exit2, ... by depth.
+  """Puts the heads that the plan asks for on a trunk: exit1, exit2, ... by depth.
 
-  Raises: ValueError for a tap that there is not, and a trunk without two taps.
+  Raises:
+    ValueError: there is no such tap, or the trunk has fewer than two taps.
   """
   taps = trunk.taps
   chosen = sorted(set(plan.taps), key=lambda t: taps.index(t) if t in taps else -1)
@@ -108,8 +115,8 @@ def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
     chosen = [taps[i - 1] for i in numbers if i < len(taps)]
   if not chosen:
     raise ValueError(
-      f'{job.config.method}: {type(trunk).__name__} has the taps {", ".join(taps) or "none"}: too '
-      'few for an exit before its own'
+      f'{job.config.method}: {type(trunk).__name__} has the taps '
+      f'{", ".join(taps) or "none"}: too few for an exit before its own'
     )
   pool = plan.pool or pool_of(trunk, job)
   head = lambda tap: Head(tap, job.images.classes, plan.hidden, pool, plan.dropout)
@@ -117,28 +124,31 @@ def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
 
 
 def with_trunk(job: Job, model: WithHeads, variables: Tree) -> Tree:
-  """The variables of a network with heads: new heads, its trunk's as they are given.
+  """Returns the variables of a network with new heads on a trunk.
 
-  The trunk may be any module with taps that the model was made with: pruned before, or
-  quantised, whatever its arrays are then.
+  Args:
+    job: the run, whose seed initialises the heads.
+    model: the network with heads.
+    variables: those of its trunk, which may be pruned or quantised.
   """
 
-  def fresh(key, *inputs):  # an own trunk would only be compiled to be thrown away
-    whole = model.init(key, *inputs)
-    given = lambda name: {'trunk'} if name in variables else set()
+  def init(key, *inputs):  # without a new trunk, which would be compiled for nothing
     return {
-      name: {k: v for k, v in tree.items() if k not in given(name)}
-      for name, tree in whole.items()
+      name: {k: v for k, v in tree.items() if k != 'trunk' or name not in variables}
+      for name, tree in model.init(key, *inputs).items()
     }
 
-  whole = jax.jit(fresh)(job.key('heads'), *job.inputs)
+  merged = jax.jit(init)(job.key('heads'), *job.inputs)
   for name, tree in variables.items():
-    whole[name]['trunk'] = tree
-  return whole
+    merged[name]['trunk'] = tree
+  return merged
 
 
 def pool_of(trunk: Any, job: Job) -> Pool:
-  """A grid of images; the mean of tokens, as an early [CLS] has seen little."""
+  """Returns how heads pool: images on a grid, tokens by their mean.
+
+  In early layers the [CLS] token has seen little of a text.
+  """
   shapes = jax.eval_shape(trunk.init_with_output, job.key('shapes'), *job.inputs)[0]
   pools: dict[int, Pool] = {2: 'avg', 3: 'avg', 4: 'grid4'}
   return pools[shapes[trunk.taps[0]].ndim]
@@ -147,9 +157,13 @@ def pool_of(trunk: Any, job: Job) -> Pool:
 def fit_heads(
   job: Job, model: WithHeads, variables: Tree, features: FeatureSet | None = None
 ) -> Trained:
-  """Heads on a frozen trunk: its features once, then one program for all heads.
+  """Trains all heads together on a frozen trunk, whose features are computed once.
 
-  features: of the trunk, where there are some already, such as those of another seed.
+  Args:
+    job: the run.
+    model: the network with heads.
+    variables: its variables.
+    features: features of the trunk that were computed before, such as for another seed.
   """
   config, plan, heads = job.config, cascade_plan(job.config), model.alone
   features = features or feature_set(job, model, variables)
@@ -157,10 +171,10 @@ def fit_heads(
   own = job._replace(
     config=dataclasses.replace(config, optimizer='adamw'),
     images=features,
-    train=features.on_device(functools.partial(mesh.whole, job.mesh)),
+    train=features.on_device(functools.partial(mesh.replicate, job.mesh)),
     task=tasks.classification(job.images.classes, plan.smoothing),
   )
-  # There is no trunk here to keep in evaluation mode; heads have dropout.
+  # Without a trunk, nothing has to stay in evaluation mode, and heads have dropout.
   coupling = couple(heads, mine, *features.example())
   method = methods.build(config.options, coupling, stage='heads')
   state = stage(
@@ -172,12 +186,18 @@ def fit_heads(
     epochs=config.epochs.gates,
     peak=plan.head_learning_rate,
   )
-  params = {**variables['params'], **state.params}
-  says = lambda split: answers(own, heads, state.variables, model, split)
-  splits = {'held_out': says(features.held_out), 'test': says(features.test)}
-  original = {name: split.accuracy for name, split in splits.items()}
-  whole = {**variables, 'params': params}
-  return Trained(model, whole, in_order(model), **splits, original=original)
+  held_out, test = (
+    answers(own, heads, state.variables, model, split)
+    for split in (features.held_out, features.test)
+  )
+  return Trained(
+    model=model,
+    variables={**variables, 'params': {**variables['params'], **state.params}},
+    exits=in_order(model),
+    held_out=held_out,
+    test=test,
+    original={'held_out': held_out.accuracy, 'test': test.accuracy},
+  )
 
 
 def together(
@@ -188,35 +208,45 @@ def together(
   epochs: int,
   original: dict[str, float],
 ) -> Trained:
-  """Network and heads trained as one."""
+  """Trains a network together with its heads, in the stage 'joint' or 'mixed'."""
   first, later = job.config.recipe.peaks
   peak = (first if name == 'joint' else later) * job.config.learning_rate
   coupling = couple(model, variables, *job.inputs)
   method = methods.build(job.config.options, coupling, stage=name)
   task = tasks.classification(job.images.classes, cascade_plan(job.config).smoothing)
-  smoothed, given = job._replace(task=task), (model, method, variables)
-  state = stage(smoothed, name, *given, epochs=epochs, peak=peak)
-  says = lambda split: answers(job, model, state.variables, model, split)
-  images = job.images
-  splits = says(images.held_out), says(images.test)
-  return Trained(model, state.variables, in_order(model), *splits, original)
+  state = stage(
+    job._replace(task=task), name, model, method, variables, epochs=epochs, peak=peak
+  )
+  held_out, test = (
+    answers(job, model, state.variables, model, split)
+    for split in (job.images.held_out, job.images.test)
+  )
+  return Trained(model, state.variables, in_order(model), held_out, test, original)
 
 
 def in_order(model: WithHeads) -> tuple[str, ...]:
-  """The exits by depth, the network's own last."""
+  """Returns the names of the exits by depth, the network's own last."""
   return (*(name for name in model.exits if name != 'main'), 'main')
 
 
 def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Answers:
-  """What every exit of `model` says of a split, by a `run` that may be its heads."""
+  """Computes the answers of all exits of `model` to a split.
+
+  Args:
+    job: the run.
+    run: the module that is run: the model, or its heads alone on features.
+    variables: variables of `run`.
+    model: the network with heads, for the order of its exits.
+    split: the examples.
+  """
   apply, names = jax.jit(runnable(run)), in_order(model)
   logits, labels = [], []
   variables = job.on_mesh(variables)
   for batch in job.own_batches(split):
     inputs = mesh.by_rows(job.mesh, inputs_of(batch))
-    found = fetch(apply(variables, *inputs))
+    outputs = fetch(apply(variables, *inputs))
     real = real_rows(batch)
-    logits.append(np.stack([found[name][real] for name in names]))
+    logits.append(np.stack([outputs[name][real] for name in names]))
     labels.append(np.asarray(batch['label'])[real])
   return Answers(np.concatenate(logits, 1), np.concatenate(labels))
 
@@ -225,7 +255,7 @@ def answers(job: Job, run: Any, variables: Tree, model: WithHeads, split) -> Ans
 
 
 def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
-  """What the heads read of every split; of training data, several augmented views."""
+  """Computes the features that the heads read, with augmented views for training."""
   read: Any = functools.partial(model.apply, method='features')
   images, folder = job.images, job.folder / 'features'
   crc32 = lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
@@ -248,7 +278,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
 
 
 def _views(job: Job, views: int) -> Iterator[Tree]:
-  """All training data as it is, then again and again augmented."""
+  """Yields all training data as it is, and then augmented, `views` times in all."""
   yield from job.batches(job.images.train)
   for i in range(1, views):
     batch_at = job.batch_at(f'view{i}').stepwise()

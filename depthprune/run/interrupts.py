@@ -1,4 +1,4 @@
-"""SIGTERM, as a machine sends it before it is taken away: save, say so, end."""
+"""SIGTERM, which machines send before they are taken away: save, say so, and end."""
 
 import signal
 import threading
@@ -8,26 +8,26 @@ from contextlib import contextmanager
 
 
 class Preempted(BaseException):
-  """The run was told to end, and did; no `except Exception` takes it for a failure."""
+  """SIGTERM ended the run; no `except Exception` may take it for a failure."""
 
 
 @contextmanager
-def noticed() -> Iterator[threading.Event]:
-  """An Event that SIGTERM sets, instead of what it would do.
+def deferred() -> Iterator[threading.Event]:
+  """Makes SIGTERM set an Event, the context's value, instead of ending the process.
 
-  What nobody has acted on when the block ends is delivered then. Off the main thread,
-  where Python has no signals, the Event is never set.
+  A signal on which the block has not acted is delivered when it ends. Off the main
+  thread, where Python has no signals, the Event is never set.
   """
-  told = threading.Event()
-  with _handled(lambda *_: told.set()):
-    yield told
-  if told.is_set():
+  stopping = threading.Event()
+  with _handled(lambda *_: stopping.set()):
+    yield stopping
+  if stopping.is_set():
     signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager
-def ends() -> Iterator[None]:
-  """Within, SIGTERM raises Preempted wherever the program is."""
+def raised() -> Iterator[None]:
+  """Makes SIGTERM raise Preempted, wherever the program is within the context."""
 
   def end(*_):
     raise Preempted('stopped by SIGTERM; the same command continues from here')
@@ -48,11 +48,11 @@ def _handled(handler: Callable) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def speaks(error: Exception) -> bool:
-  """Whether the message says it all, or the traceback is needed to find a mistake.
+def is_explained(error: Exception) -> bool:
+  """Whether an error's message is enough for the user, without a traceback.
 
-  Errors of our own classes, and a ValueError that our own code raises, name what was
-  given, what was expected and what to do. What comes from below is a mistake of ours.
+  Errors of our own classes, and a ValueError raised in our own code, say what was
+  expected and what to do. An error from another package is a mistake in ours.
   """
   if type(error).__module__.split('.')[0] == 'depthprune':
     return True

@@ -1,4 +1,4 @@
-"""What all stages of a run share, and one stage: trained, recorded and resumable."""
+"""What all stages of a run share, and `stage`, which trains and resumes one of them."""
 
 import shutil
 import threading
@@ -33,7 +33,7 @@ from depthprune.train.method import Method
 from depthprune.train.step import State, init_state, make_step
 from depthprune.train.task import Tree
 
-LINES = 50  # of history that a stage writes
+LINES = 50  # lines of history that a stage writes, at least
 CACHED = 'checkpoints', 'features'
 LOGS = 'history.jsonl', 'gates.jsonl', 'input.jsonl'
 WRITTEN = *LOGS, 'costs.json', 'result.json', 'report.html'
@@ -43,11 +43,14 @@ class Job(NamedTuple):
   """What all stages of a run share.
 
   Attributes:
-    config: what is run. folder: its directory.
-    images: the data set, of images, of texts or of features.
-    train: its training examples, where batches are made: on the device, or for texts
-      and streamed images on the host.
-    task: what is learnt. mesh: the devices. show: whether to draw progress bars.
+    config: the configuration of the run.
+    folder: the run's directory.
+    images: the data set, of images, texts or features.
+    train: the training split where batches are made: on the device, or on the host for
+      texts and streamed images.
+    task: the task of the data set.
+    mesh: the devices.
+    show: whether to draw progress bars.
   """
 
   config: Config
@@ -60,10 +63,7 @@ class Job(NamedTuple):
 
   @property
   def inputs(self) -> tuple[jax.Array, ...]:
-    """One example as the network reads it: `apply(variables, *inputs)`.
-
-    An image of zeros, [1, height, width, channels]; or tokens and mask [1, length].
-    """
+    """One made-up example as the network reads it, `apply(variables, *inputs)`."""
     return self.images.example()
 
   @property
@@ -73,42 +73,42 @@ class Job(NamedTuple):
     return np.shape(train['label']) if 'label' in train else (count(train),)
 
   def steps(self, epochs: int) -> int:
-    """Training steps in so many epochs."""
+    """Returns the number of training steps in some epochs."""
     return epochs * epoch_steps(self.train, self.config.batch)
 
   def key(self, name: str) -> jax.Array:
-    """A random key made of the run's seed and a name, such as that of a stage."""
+    """Returns a random key made of the run's seed and a name, such as a stage's."""
     return jax.random.fold_in(
       jax.random.key(self.config.seed), zlib.crc32(name.encode()) >> 1
     )
 
   def batch_at(self, name: str) -> Any:
-    """(examples, step) -> augmented training batch, for the stage of that name.
+    """Returns (examples, step) -> augmented training batch, for the stage `name`.
 
-    `batch_at(name).stepwise()` is the same function, faster, for a loop on the host.
+    `batch_at(name).stepwise()` is the same function in a form that is fast in a loop.
     """
     key, augment = self.key(f'{name}/data'), self.config.augment
     sampler = self.images.sampler(key, self.config.batch, augment)
     return meshes.Sharded(sampler, self.mesh)
 
   def batches(self, split: Tree) -> Iterator[Tree]:
-    """All examples of a split once, for evaluation; 'weight' is 0 on padding."""
+    """Yields all examples of a split once, for evaluation; 'weight' is 0 on padding."""
     return self.images.batches(split, self.config.batch, meshes.placement(self.mesh))
 
   def own_batches(self, split: Tree) -> Iterator[Tree]:
-    """The same batches as `batches`, whole, on this process's own device."""
+    """Yields the same batches as `batches`, complete and on this process's device."""
     return self.images.batches(split, self.config.batch)
 
   def on_mesh(self, tree: Tree) -> Tree:
-    """Variables, or a state, where training and evaluation read them."""
+    """Puts variables, or a state, where training and evaluation read them."""
     return meshes.by_weights(self.mesh, tree)
 
   def scores(self, model: Any, answer: Callable | None = None) -> Callable[..., dict]:
-    """measure(variables, split): scores of a network over all of a split.
+    """Returns (variables, split) -> scores of a network over a split.
 
     Args:
-      model: a module with `apply`, or such a function.
-      answer: (outputs) -> logits, what is measured; by default the task's answer.
+      model: a module with `apply`, or an apply function.
+      answer: (outputs) -> the logits that are measured; None takes the task's answer.
     """
     measure = evaluator(model, self.task, answer=answer)
     return lambda variables, split: measure(
@@ -116,15 +116,15 @@ class Job(NamedTuple):
     )
 
   def relevant(self, stage: str = '') -> dict[str, Any]:
-    """The part of the config that training, or the stage of that name, depends on."""
+    """Returns the part of the config on which a stage depends, or any stage."""
     return relevant(self.config.to_json(), stage)
 
 
 def prepare(config: Config, show: bool = True) -> Job:
-  """Joins the other processes, reads the data and makes the run's directory ready.
+  """Joins the other processes, reads the data and prepares the run's directory.
 
   Raises:
-    HostError: processes have other configs, versions or data, or one of them failed.
+    HostError: processes differ in config, versions or data, or one of them failed.
     ConfigError: the mesh does not fit the devices or the batch.
     DataError: the data set cannot be read.
     CheckpointError: the directory belongs to a run of another config.
@@ -132,19 +132,19 @@ def prepare(config: Config, show: bool = True) -> Job:
   distributed.join()
   known = {**checkpoint.paths(config.to_json()), **directory.versions()}
   distributed.alike('config', known, 'Start all of them by the same command')
-  mesh = meshes.of(config.mesh, config.batch)
+  mesh = meshes.make_mesh(config.mesh, config.batch)
   images = distributed.together(lambda: read(config))
   digests = checksums(images) if jax.process_count() > 1 else {}
   distributed.alike(f'data {config.data!r}', digests, 'Copy the files from one to all')
   folder = config.path
-  train = images.on_device(partial(meshes.whole, mesh))
+  train = images.on_device(partial(meshes.replicate, mesh))
   show = show and distributed.writes()
-  job = Job(config, folder, images, train, tasks.of(images), mesh, show)
+  job = Job(config, folder, images, train, tasks.task_of(images), mesh, show)
   begun = any((folder / name).exists() for name in ('history.jsonl', *CACHED))
   distributed.alike(str(folder), {'begun': begun}, SHARED)
   if config.resume:
-    # A damaged config.json is written anew, as every state has the config too. Where
-    # nothing was trained yet, a mistake in the command may be mended.
+    # A damaged config.json is written again, as every checkpoint has the config too.
+    # Before anything is trained, another config may replace it.
     stored = directory.read(folder / 'config.json') if begun else None
     if stored is not None:
       same_config(relevant(stored['config']), job.relevant(), str(folder))
@@ -158,7 +158,7 @@ def prepare(config: Config, show: bool = True) -> Job:
 
 
 def surroundings() -> dict[str, Any]:
-  """What a result depends on besides its config: versions, device and command."""
+  """Returns what a result depends on besides its config: versions, device, command."""
   return {
     'versions': directory.versions(),
     'device': latency.device(),
@@ -167,22 +167,22 @@ def surroundings() -> dict[str, Any]:
 
 
 def record_config(job: Job) -> None:
-  """Writes config.json: what is run, with what, and the command."""
+  """Writes config.json: the config, versions, device and command."""
   values = {'config': job.config.to_json(), **surroundings()}
   directory.write(job.folder / 'config.json', values)
 
 
 def remembering(path: Path) -> Callable[..., np.ndarray]:
-  """The `remember` of a `Setting`, which keeps what was measured in the file `path`.
+  """Returns the `remember` of a `Setting`, which stores measurements in a file.
 
-  Of several processes the first one measures for all.
+  All processes use the measurement of the first.
   """
 
   def remember(measure, to_json, from_json):
-    known = directory.read(path)
-    found = None if known is None else from_json(known)
-    measured = distributed.agreed(measure() if found is None else found)
-    if found is None:
+    stored = directory.read(path)
+    known = None if stored is None else from_json(stored)
+    measured = distributed.agreed(measure() if known is None else known)
+    if known is None:
       directory.write(path, to_json(measured))
     return measured
 
@@ -205,21 +205,22 @@ def stage(
 
   Args:
     job: the run.
-    name: of the stage; its random numbers depend on it.
-    model: a module with `apply`, or such a function.
+    name: name of the stage, on which its random numbers depend.
+    model: a module with `apply`, or an apply function.
     method: what is trained besides the weights, and how.
-    variables: where to start.
+    variables: the variables to start from.
     epochs: passes over the training examples.
     peak: highest learning rate of the schedule.
-    coupling: of the network, for a method that gates channels.
+    coupling: the network's coupling, for a method that gates channels.
     teacher: a network to learn from, for a method wrapped by `distill`.
 
   Returns:
     The state after training, on this process's own device and the same on all.
 
   Raises:
-    NonFiniteLoss: training diverged. Preempted: SIGTERM ended it, the state is saved.
-    CheckpointError: the checkpoints are of another run or damaged.
+    NonFiniteLoss: training diverged.
+    Preempted: SIGTERM ended the stage, and its state is saved.
+    CheckpointError: the checkpoints are damaged, or belong to another run.
   """
   steps = job.steps(epochs)
   tx = optimizer(job.config, peak, steps)
@@ -242,11 +243,11 @@ def stage(
     rates = throughput.measure(batch_at, job.train, step, state, key, taught)
     line = throughput.tell(rates, name, job.show)
     directory.append(job.folder / 'input.jsonl', line)
-  callbacks = [historian(job.folder, name)]
+  callbacks = [write_history(job.folder, name)]
   if state.theta:
-    callbacks.append(learnt(job.folder, name, method))
+    callbacks.append(write_learned(job.folder, name, method))
   try:
-    with interrupts.noticed() as told:
+    with interrupts.deferred() as stopping:
       every_s = job.config.checkpoint_every_s
       state = fit(
         step,
@@ -257,7 +258,7 @@ def stage(
         steps=steps,
         every=max(1, min(100, steps // LINES)),
         teacher=taught,
-        callbacks=[*callbacks, saver(keeper, name, steps, every_s, told)],
+        callbacks=[*callbacks, save_state(keeper, name, steps, every_s, stopping)],
         label=name,
         show=job.show,
       )
@@ -267,13 +268,13 @@ def stage(
   return distributed.local(state)
 
 
-# ---- what a stage does every few steps -----------------------------------------------
+# ---- callbacks of the training loop --------------------------------------------------
 
 Callback = Callable[[State, Row], None]
 
 
-def historian(folder: Path, stage: str) -> Callback:
-  """Writes a line of history.jsonl."""
+def write_history(folder: Path, stage: str) -> Callback:
+  """Returns a callback that writes a line of history.jsonl."""
 
   def write(state: State, row: Row) -> None:
     del state
@@ -283,14 +284,17 @@ def historian(folder: Path, stage: str) -> Callback:
   return write
 
 
-def saver(
-  keeper: Keeper, stage: str, steps: int, every_s: float, told: threading.Event
+def save_state(
+  keeper: Keeper, stage: str, steps: int, every_s: float, stopping: threading.Event
 ) -> Callback:
-  """Saves every `every_s` seconds, at the last step, and when SIGTERM has come.
+  """Returns a callback that saves the state, now and then and at the last step.
 
-  The score of a state is the training loss since the last line of history.
-
-  Raises: Preempted after SIGTERM, once the state is on disk.
+  Args:
+    keeper: where states are saved; their score is the training loss.
+    stage: name of the stage, for the message.
+    steps: number of the last step.
+    every_s: seconds between two checkpoints.
+    stopping: set by SIGTERM; the callback then saves and raises Preempted.
   """
   last = time.monotonic()
 
@@ -298,7 +302,7 @@ def saver(
     nonlocal last
     step = int(row['step'])
     due = step == steps or time.monotonic() - last >= every_s
-    due, ends = distributed.anywhere(due and distributed.writes(), told.is_set())
+    due, ends = distributed.anywhere(due and distributed.writes(), stopping.is_set())
     if due or ends:
       keeper.save(step, state, score=row['loss'])
       last = time.monotonic()
@@ -312,16 +316,13 @@ def saver(
   return save
 
 
-def learnt(folder: Path, stage: str, method: Method) -> Callback:
-  """Writes what the method has learnt so far, a line of gates.jsonl."""
+def write_learned(folder: Path, stage: str, method: Method) -> Callback:
+  """Returns a callback that writes what the method has learnt into gates.jsonl."""
   report = jax.jit(method.report)
 
   def write(state: State, row: Row) -> None:
-    line = {
-      'stage': stage,
-      'step': int(row['step']),
-      **directory.plain(report(state.theta)),
-    }
+    learned = directory.plain(report(state.theta))
+    line = {'stage': stage, 'step': int(row['step']), **learned}
     directory.append(folder / 'gates.jsonl', line)
 
   return write
@@ -331,7 +332,7 @@ def learnt(folder: Path, stage: str, method: Method) -> Callback:
 
 
 def optimizer(config: Config, peak: float, steps: int) -> optax.GradientTransformation:
-  """What the config asks for: `sgd` below, or Adam, at a constant rate or scheduled."""
+  """Returns the config's optimizer: `sgd`, or Adam at a constant or scheduled rate."""
   if config.optimizer == 'sgd':
     return sgd(peak, steps, config.weight_decay)
   rate = peak if config.optimizer == 'adam' else scheduled(peak, steps)
@@ -339,11 +340,13 @@ def optimizer(config: Config, peak: float, steps: int) -> optax.GradientTransfor
 
 
 def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
-  """Nesterov momentum 0.9, cosine to zero after a warm-up, decay of kernels only.
+  """Returns SGD with Nesterov momentum 0.9 and the schedule of `cosine`.
 
   Args:
-    peak: learning rate after the warm-up, which is a twentieth of all `steps`.
-    weight_decay: its gradient, weight_decay * kernel, goes through the momentum.
+    peak: highest learning rate.
+    steps: steps of the schedule.
+    weight_decay: of kernels only. Its gradient, weight_decay * kernel, goes through the
+      momentum.
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=_kernels),
@@ -352,12 +355,13 @@ def sgd(peak: float, steps: int, weight_decay: float) -> optax.GradientTransform
 
 
 def scheduled(peak: float, steps: int) -> optax.Schedule:
-  """(step) -> learning rate of `cosine`."""
+  """Returns (step) -> learning rate of `cosine`."""
   return lambda step: cosine(jnp.asarray(step), peak, steps)
 
 
 def cosine(step: jax.Array, peak: float, steps: int) -> jax.Array:
-  """Learning rate of a step: linear warm-up to peak, then half a cosine to zero."""
+  """Computes the learning rate of a step: a linear warm-up over a twentieth of the
+  steps to `peak`, then half a cosine to zero."""
   t, warm = step.astype(jnp.float32), max(1, steps // 20)
   up = (t + 1) / warm
   down = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - warm) / max(1, steps - warm), 0, 1)))

@@ -1,6 +1,10 @@
-"""The network that a run is about, and the variables that it starts with."""
+"""The network of a run, and the variables that it starts with.
 
-from collections.abc import Mapping, Sequence
+A run may start from a file of pretrained weights or from the folder of a network that
+was pruned before (`as_thin`, `pruned`).
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,131 @@ from depthprune.storage.checkpoint import CheckpointError
 from depthprune.train.task import Tree
 
 
-def as_thin(model: Any, path: str | Path) -> Any:
-  """The model with the `arch` of the pruned network in a folder.
+def network(config: Config, classes: int) -> Any:
+  """Builds the model of a run, with the exits that its method needs.
 
-  Raises: CheckpointError where the folder holds none, or not of this model; how many
-    classes it has, and the type it computes in, may differ.
+  For data with several tasks it has a head for each. If the run starts from the folder
+  of a pruned network, the model has the `arch` of that network, and its exit if NetCut
+  cut it.
+
+  Args:
+    config: the run's configuration.
+    classes: number of classes of the data, for each task.
+
+  Raises:
+    ValueError: there is no model of that name.
+    DataError: the method cannot be used for several tasks.
+    CheckpointError: the folder holds another model, or one that has exits already.
+  """
+  chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
+  model = models.build(
+    config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
+  )
+  own_exits = config.recipe.own_exits
+  if tasks := images.tasks(config.data):
+    if own_exits or getattr(model, 'pool', None) is None:
+      able = [
+        methods.word(k) for k, each in methods.all().items() if not each.own_exits
+      ]
+      raise DataError(
+        f'data {config.data!r} has several tasks ({", ".join(tasks)}): expected the '
+        f'method {", ".join(able)} and a network with taps that classifies, such as '
+        f'resnet20, got {config.method} and {config.model}'
+      )
+    model = multitask(model, dict.fromkeys(tasks, classes))
+  if config.pretrained is not None and Path(config.pretrained).is_dir():
+    model = as_thin(model, config.pretrained)
+  if own_exits and hasattr(model, 'trunk') and model.exits:
+    raise CheckpointError(
+      f'{config.pretrained}: expected a network that {config.method} can put exits on, '
+      f'got one that has {", ".join(model.exits)}'
+    )
+  if config.recipe.heads is None:
+    return model
+  return config.recipe.heads(config.options, model, heads)
+
+
+def initial_variables(job: Job, model: Any) -> Tree:
+  """Returns the first variables of a run: random, or those of a file or a folder.
+
+  Heads of the method are always random. All processes get the variables of the first.
+
+  Raises:
+    ValueError: a file of weights does not fit the model.
+    CheckpointError: the network in a folder does not fit the model.
+    DataError: the tokenizer belongs to another network.
+  """
+  variables = distributed.together(lambda: _read_or_init(job, model))
+  return jax.tree.map(jnp.asarray, distributed.agreed(variables))
+
+
+def _read_or_init(job: Job, model: Any) -> Tree:
+  path = job.config.pretrained
+  tokenizer = job.images.tokenizer
+  if tokenizer is not None:
+    vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)
+    tokens.check_tokenizer(tokenizer, vocab)
+  init = lambda: jax.jit(model.init)(job.key('init'), *job.inputs)
+  if path is None:
+    return init()
+  if not hasattr(model, 'trunk'):
+    return _read(job, path, model)
+  if Path(path).is_dir() and (names := heads_of(path)):
+    own = {name: model.heads[name] for name in names}
+    stored = _read(job, path, model.clone(heads=own))
+  else:
+    trunk = _read(job, path, model.trunk)
+    stored = {collection: {'trunk': tree} for collection, tree in trunk.items()}
+  merged = dict(init())  # for the heads that are not stored
+  for collection, tree in stored.items():
+    new = merged[collection]
+    # The stored trunk may have a head of its own that this network does not use.
+    trunk = {k: tree['trunk'][k] for k in new['trunk']}
+    merged[collection] = {**new, **tree, 'trunk': trunk}
+  return merged
+
+
+def check_answer(job: Job, model: Any) -> None:
+  """Checks that the model's answer has the form of the labels.
+
+  Raises:
+    DataError: it has another; the message names a model that suits the data.
+  """
+  if images.tasks(job.config.data):
+    return  # the task itself names the outputs that are missing
+  outputs = jax.eval_shape(model.init_with_output, job.key('shapes'), *job.inputs)[0]
+  answers = {name: tuple(outputs[name].shape) for name in model.exits}
+  label = job.labels
+  if any(len(shape) != len(label) + 1 for shape in answers.values()):
+    kinds = {1: 'a class of every image or text', 3: 'a class of every pixel'}
+    raise DataError(
+      f'data {job.config.data!r} has {kinds.get(len(label), "labels")} {label}, but '
+      f'{job.config.model} answers {answers}: choose a model of that kind, such as '
+      f'{"segnet8" if len(label) == 3 else "resnet20"}'
+    )
+
+
+def _read(job: Job, path: str, model: Any) -> Tree:
+  if Path(path).is_dir():
+    return pruned(path, model, *job.inputs)
+  return pretrained.load(path, model, job.images.shape)
+
+
+# ---- networks that were pruned before ------------------------------------------------
+
+
+def as_thin(model: Any, path: str | Path) -> Any:
+  """Returns the model with the `arch` of the pruned network in a folder.
+
+  Raises:
+    CheckpointError: the folder holds no network, or one of another model. Only the
+      number of classes and the type of its numbers may differ.
   """
   record = checkpoint.read_record(Path(path), networks.RECORD)
   stored, arch, _ = _compact(record)
-  if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut: with its exit
-    there = models.build(stored['name'], **stored['fields'])
-    model = WithHeads(model, there.heads, {'exit/main': 0})
+  if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut, with its exit
+    original = models.build(stored['name'], **stored['fields'])
+    model = WithHeads(model, original.heads, {'exit/main': 0})
   theirs, ours = _described(stored), _described(models.describe(model))
   fixed = sorted({*theirs, *ours} - {'arch', 'classes', 'dtype'})
   if apart := [k for k in fixed if theirs.get(k) != ours.get(k)]:
@@ -44,11 +162,17 @@ def as_thin(model: Any, path: str | Path) -> Any:
 
 
 def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
-  """The variables of the pruned network in a folder, for a model `as_thin` as it.
+  """Reads the variables of the pruned network in a folder.
 
-  Branch gates are open, as those of the folder are folded into its arrays.
+  Branch gates are open, as those of the stored network are folded into its arrays.
 
-  Raises: CheckpointError for another number of classes, and for arrays that do not fit.
+  Args:
+    path: the folder.
+    model: the model that `as_thin` returned.
+    *inputs: an example of what the network reads.
+
+  Raises:
+    CheckpointError: the number of classes differs, or arrays do not fit.
   """
   leaves, record = checkpoint.read(Path(path), networks.RECORD)
   stored, _, inside = _compact(record)
@@ -67,7 +191,7 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 
 
 def heads_of(path: str | Path) -> tuple[str, ...]:
-  """Names of the heads that the network in a folder has besides its trunk's own."""
+  """Returns the names of the heads on the trunk of the network in a folder."""
   stored, _, _ = _compact(checkpoint.read_record(Path(path), networks.RECORD))
   return _heads(stored)
 
@@ -77,10 +201,10 @@ def _heads(stored: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str]:
-  """(model, arch, what its arrays lie in) of a record, '/' if in nothing.
+  """Returns (model, arch, path of its arrays) of a record, without dropped heads.
 
-  Heads that were dropped, such as an auxiliary path, are not among them; of a trunk
-  whose left were all dropped they are those of the trunk.
+  If only the trunk is left, they are those of the trunk and the path is '/trunk/';
+  otherwise it is '/'.
   """
   model, arch = record['model'], record['arch']
   if model.get('name') != 'heads.WithHeads':
@@ -96,10 +220,9 @@ def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str
 
 
 def _described(described: Mapping[str, Any]) -> dict[str, Any]:
-  """{'name': ..., field: value}, of what `models.describe` gave.
+  """Flattens the value of `models.describe` into {'name': ..., field: value}.
 
-  The fields of a trunk are among those of the network that has it, and say how many
-  classes there are; its heads have taps.
+  A network with heads gets the fields of its trunk, and the taps of its heads.
   """
   if 'foreign' in described:
     return {'name': described['foreign']}
@@ -109,114 +232,3 @@ def _described(described: Mapping[str, Any]) -> dict[str, Any]:
   tap = lambda head: head['fields'].get('tap', head['name'])
   taps = {of: tap(head) for of, head in fields['heads'].items()}
   return {'name': name, **fields['trunk']['fields'], 'heads': taps}
-
-
-def network(config: Config, classes: int) -> Any:
-  """The model of a run, with the exits that its method needs.
-
-  Where the data have several tasks, of `classes` each, it has a head for each. Where it
-  starts from a pruned network, a folder, the model has that one's `arch`, and if NetCut
-  cut it that one's exit.
-
-  Raises: ValueError for a name that there is not, DataError for a method that is not
-    for several tasks; CheckpointError for a folder that holds another model.
-  """
-  chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
-  model = models.build(
-    config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
-  )
-  if tasks := images.tasks(config.data):
-    _check_several(config, model, tasks)
-    model = multitask(model, dict.fromkeys(tasks, classes))
-  if config.pretrained is not None and Path(config.pretrained).is_dir():
-    model = as_thin(model, config.pretrained)
-  _check_exits(config, model)
-  if config.recipe.heads is None:
-    return model
-  return config.recipe.heads(config.options, model, heads)
-
-
-def _check_several(config: Config, model: Any, tasks: Sequence[str]) -> None:
-  if config.recipe.own_exits or getattr(model, 'pool', None) is None:
-    able = [
-      methods.word(name) for name, each in methods.all().items() if not each.own_exits
-    ]
-    raise DataError(
-      f'data {config.data!r} has several tasks ({", ".join(tasks)}): expected the '
-      f'method {", ".join(able)} and a network with taps that classifies, such as '
-      f'resnet20, got {config.method} and {config.model}'
-    )
-
-
-def _check_exits(config: Config, model: Any) -> None:
-  exits = model.exits if hasattr(model, 'trunk') else ()
-  if exits and config.recipe.own_exits:
-    raise CheckpointError(
-      f'{config.pretrained}: expected a network that {config.method} can put exits on, '
-      f'got one that has {", ".join(exits)}'
-    )
-
-
-def initial_variables(job: Job, model: Any) -> Tree:
-  """The first variables of a run: random, or the trunk read from a file or a folder.
-
-  Of several processes all have those of the first.
-
-  Raises: ValueError for a file, CheckpointError for a folder, that does not fit, and
-    DataError for the tokenizer of another network.
-  """
-  found = distributed.together(lambda: _read_or_made(job, model))
-  return jax.tree.map(jnp.asarray, distributed.agreed(found))
-
-
-def _read_or_made(job: Job, model: Any) -> Tree:
-  path = job.config.pretrained
-  tokenizer = job.images.tokenizer
-  if tokenizer is not None:
-    vocab = getattr(getattr(model, 'trunk', model), 'vocab', None)
-    tokens.check_tokenizer(tokenizer, vocab)
-  init = lambda: jax.jit(model.init)(job.key('init'), *job.inputs)
-  if path is None:
-    return init()
-  if not hasattr(model, 'trunk'):
-    return _read(job, path, model)
-  merged = dict(init())  # heads of the method are new
-  for collection, tree in _known(job, path, model).items():
-    new = merged[collection]
-    # What the network has of the trunk; its own head may not be in use.
-    trunk = {k: tree['trunk'][k] for k in new['trunk']}
-    merged[collection] = {**new, **tree, 'trunk': trunk}
-  return merged
-
-
-def _known(job: Job, path: str, model: Any) -> Tree:
-  """The arrays of a network with heads that a file or folder has: of its trunk, and
-  where the folder holds a network with heads of these too."""
-  held = heads_of(path) if Path(path).is_dir() else ()
-  if not held:
-    found = _read(job, path, model.trunk)
-    return {collection: {'trunk': tree} for collection, tree in found.items()}
-  own = {name: model.heads[name] for name in held}
-  return _read(job, path, model.clone(heads=own))
-
-
-def check_answer(job: Job, model: Any) -> None:
-  """Raises DataError unless the model has an answer of the kind that the labels are."""
-  if images.tasks(job.config.data):
-    return  # `tasks.several` names those that are missing
-  given = jax.eval_shape(model.init_with_output, job.key('shapes'), *job.inputs)[0]
-  said = {name: tuple(given[name].shape) for name in model.exits}
-  label = job.labels
-  if any(len(shape) != len(label) + 1 for shape in said.values()):
-    kinds = {1: 'a class of every image or text', 3: 'a class of every pixel'}
-    raise DataError(
-      f'data {job.config.data!r} has {kinds.get(len(label), "labels")} {label}, but '
-      f'{job.config.model} answers {said}: choose a model of that kind, such as '
-      f'{"segnet8" if len(label) == 3 else "resnet20"}'
-    )
-
-
-def _read(job: Job, path: str, model: Any) -> Tree:
-  if Path(path).is_dir():
-    return pruned(path, model, *job.inputs)
-  return pretrained.load(path, model, job.images.shape)

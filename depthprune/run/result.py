@@ -1,8 +1,8 @@
-"""What a run reached, measured: accuracy, cost, latency."""
+"""Measuring what a run reached: accuracy, cost and latency."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,8 +12,7 @@ from depthprune.data.dataset import count
 from depthprune.program.trace import runnable
 from depthprune.run.job import Job, surroundings
 from depthprune.timing import latency
-from depthprune.train.result import Accuracies, Change, Proof, Result, RoundResult
-from depthprune.train.result import from_json as from_json
+from depthprune.train.result import Result, from_json
 from depthprune.train.task import as_dict
 
 if TYPE_CHECKING:
@@ -24,10 +23,12 @@ SPLITS = ('train', 'held_out', 'test')
 
 
 def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
-  """Everything that result.json says of a network and its cuts, but for the time.
+  """Measures a network before and after its cuts, all but the time of the run.
 
   Args:
-    job: the run. model: the network before pruning. small: what became of it.
+    job: the run.
+    model: the network before pruning.
+    small: what it became.
   """
   full, thin = job.scores(model, small.answer), job.scores(small.model)
   test, held_out = (
@@ -39,29 +40,31 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
     }
     for split in (job.images.test, job.images.held_out)
   )
-  accuracies = lambda found: Accuracies(**{k: v['accuracy'] for k, v in found.items()})
-  reports = small.reports
-  cost = lambda name: {
-    'before': reports[0][name]['before'],
-    'after': reports[-1][name]['after'],
+  accuracies = lambda scores: {k: v['accuracy'] for k, v in scores.items()}
+  first, last = small.reports[0], small.reports[-1]
+  cost = lambda name: {'before': first[name]['before'], 'after': last[name]['after']}
+  after = {
+    group: width
+    for report in small.reports
+    for group, (_, width) in report['widths'].items()
   }
   values = {
     **described(job),
     **{name: cost(name) for name in ('flops', 'params', 'peak_bytes')},
     **(_times(job, model, small) if distributed.writes() else {}),
-    'accuracy': dataclasses.asdict(accuracies(test)),
-    'held_out': dataclasses.asdict(accuracies(held_out)),
+    'accuracy': accuracies(test),
+    'held_out': accuracies(held_out),
     'scores': {when: finite(test[when]) for when in ('before', 'after')},
-    'verify': reports[-1]['verify'],
-    'widths': _widths(reports),
+    'verify': last['verify'],
+    'widths': {g: [full, after[g]] for g, (full, _) in first['widths'].items()},
     'rounds': [dataclasses.asdict(each) for each in small.rounds],
-    'report': reports[-1],
+    'report': last,
   }
   return from_json(values)
 
 
 def described(job: Job) -> dict[str, Any]:
-  """What was run, on what, with what: entries of a result."""
+  """Returns the entries of a result that say what was run, and with what."""
   config = job.config
   return {
     'config': config.to_json(),
@@ -77,25 +80,13 @@ def described(job: Job) -> dict[str, Any]:
   }
 
 
-def round_from(report: dict[str, Any], **known: Any) -> RoundResult:
-  """One cut, of which surgery says `report`; known: the fields that it does not say."""
-  return RoundResult(
-    exits=[name for name, kept in report['exits'].items() if kept],
-    flops=Change(**report['flops']),
-    params=Change(**report['params']),
-    verify=Proof(**report['verify']),
-    notes=report['notes'],
-    **known,
-  )
-
-
 def finite(scores: dict[str, float]) -> dict[str, float | None]:
-  """All scores; None for one of nothing, as the IoU of a class that is not there."""
+  """Returns the scores with None for NaN, such as the IoU of an absent class."""
   return {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
 
 
 def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
-  """Milliseconds of an answer, and seconds to compile it, before and after."""
+  """Measures milliseconds of an answer and seconds to compile, before and after."""
   networks = (
     latency.Network(_answering(model, small.answer), small.before),
     latency.Network(_answering(small.model, job.task.answer), small.variables),
@@ -103,7 +94,7 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   seconds = [latency.compile_seconds(network, *job.inputs) for network in networks]
   values: dict[str, Any] = {'compile_s': dict(zip(('before', 'after'), seconds))}
   target = job.config.recipe.target(dataclasses.asdict(job.config.options))
-  asked = target.batch if target else None  # where the target counts milliseconds
+  asked = target.batch if target else None  # the batch of a target in milliseconds
   batches = (*LATENCY_BATCHES, *((asked,) if asked else ()))
   measured = latency.compare(*networks, *job.inputs, batches=batches)
   values['latency_ms'] = latency.to_json(measured)
@@ -121,9 +112,3 @@ def _answering(model: Any, answer: Callable):
   return lambda variables, *inputs: answer(
     as_dict(run(variables, *inputs, train=False))
   )
-
-
-def _widths(reports: Sequence[dict]) -> dict[str, list[int]]:
-  """{group: [width before the first round, width after the last]}"""
-  after = {g: width for report in reports for g, (_, width) in report['widths'].items()}
-  return {g: [full, after[g]] for g, (full, _) in reports[0]['widths'].items()}

@@ -1,12 +1,13 @@
-"""A whole run: fit, decide, prune, recalibrate, as often as the method asks; measure.
+"""A complete run: train, decide, cut and recalibrate in rounds, then measure.
 
-The sequence is the same for every method. Surgery proves each cut itself. A run that
-was stopped restarts every stage from its checkpoints; decisions and cuts are pure
-functions of what is in them and are made again.
+The sequence is the same for every method, and surgery proves each cut. A run that was
+stopped continues every stage from its checkpoints; decisions and cuts are pure
+functions of these and are made again.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,30 +31,40 @@ from depthprune.surgery.oneshot import rank
 from depthprune.surgery.prune import Pruned, prune
 from depthprune.train.distill import Teacher, distill
 from depthprune.train.evaluate import COLLECTION, recalibrate
-from depthprune.train.judge import Judge, judge, kept_gates
+from depthprune.train.judge import judge, kept_gates
 from depthprune.train.method import Method, plain
-from depthprune.train.result import Accuracies, Result, RoundResult, to_json
+from depthprune.train.result import (
+  Accuracies,
+  Change,
+  Proof,
+  Result,
+  RoundResult,
+  from_json,
+  to_json,
+)
 from depthprune.train.step import State, apply_of, branches_of, gated
 from depthprune.train.task import Tree, as_dict
 
-RECALIBRATION = 50  # batches, at most
-JUDGING = 4  # batches that each candidate of a decision is recalibrated on
+RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
+JUDGING = 4  # batches for fresh statistics of each candidate of a decision
 
 Build = Callable[..., Method]
-"""(coupling, steps, scores, whole) -> method; scores are the channels' L1 norms, whole
-is the coupling of the network before any cut."""
+"""(coupling, steps, scores, whole) -> method; `scores` are the channels' L1 norms, and
+`whole` is the coupling of the network before any cut."""
 
 
 class Shrunk(NamedTuple):
-  """A network before and after.
+  """A network before and after its cuts.
 
   Attributes:
-    before: variables of the whole network. answer: (outputs) -> logits, what it says.
-    pruned: of the last round. model: what runs the small variables: a module of ours,
-      else pruned.apply.
-    recalibrated: variables after surgery, with fresh batch statistics.
-    variables: after fine-tuning.
-    rounds: the cuts, in order. reports: what surgery says of each.
+    before: variables of the network before any cut.
+    answer: (outputs) -> logits, the answer of that network.
+    pruned: the result of the last cut.
+    model: what runs the small variables: a module of ours, else `pruned.apply`.
+    recalibrated: variables after the last cut, with fresh batch statistics.
+    variables: variables after fine-tuning.
+    rounds: results of the rounds, in order.
+    reports: reports of surgery about each cut.
   """
 
   before: Tree
@@ -66,8 +77,8 @@ class Shrunk(NamedTuple):
   reports: tuple[dict[str, Any], ...]
 
 
-class _Cut(NamedTuple):
-  """What one round leaves: `model` runs `fresh`, the recalibrated small variables."""
+class _Round(NamedTuple):
+  """One round; `model` runs `fresh`, the small variables with fresh statistics."""
 
   coupling: Coupling
   method: Method
@@ -79,45 +90,43 @@ class _Cut(NamedTuple):
 
 
 def run(config: Config, show: bool = True) -> Result:
-  """The whole job of one command: data, training, decisions, surgery, measurements.
+  """Does what `depthprune run` does: trains a network, cuts it and measures the result.
 
-  Writes everything into `config.path` (config.json, history.jsonl, gates.jsonl,
-  checkpoints/, pruned/ or cascade/, result.json) and continues a run that was stopped
-  there. The test images are looked at once, at the end.
+  Everything is written into `config.path` (config.json, history.jsonl, gates.jsonl,
+  checkpoints/, pruned/ or cascade/, result.json), and a run that was stopped there is
+  continued. Test data is used only once, at the end.
 
   Args:
-    config: what to run.
+    config: the configuration of the run.
     show: whether to draw progress bars.
 
   Returns:
-    What result.json contains.
+    The content of result.json.
 
   Raises:
-    ValueError: an unknown model or data set, a target that cannot be reached, weights
-      that do not fit.
-    CutRefused: a cut that costs too much.
+    ValueError: the model or the data set is unknown, the target cannot be reached, or
+      pretrained weights do not fit.
+    CutRefused: the cut costs too much accuracy.
     CheckpointError: the directory belongs to another run.
-    InUse: a run is alive in the directory.
-    NonFiniteLoss, WriteError, HostLost: training diverged, the disk is full, another
-      process is gone.
+    InUse: another process runs in the directory.
+    NonFiniteLoss: training diverged.
+    WriteError: the disk is full.
+    HostLost: another process of the run is gone.
   """
   started = time.monotonic()
-  network(config, classes=1)  # an unknown name is found before the data are read
+  network(config, classes=1)  # refuses an unknown name before the data is read
   distributed.join()
   with distributed.watched(), directory.held(config.path):
     job = prepare(config, show)
-    if config.recipe.cascade:
-      reached = early_exit.run(job)
-    else:
-      reached = _prune(job)
+    reached = early_exit.run(job) if config.recipe.cascade else _prune(job)
     values = {**to_json(reached), 'wall_seconds': time.monotonic() - started}
     values = distributed.gathered(values)[0]
     directory.write(job.folder / 'result.json', values)
-    return result.from_json(values)
+    return from_json(values)
 
 
 def _prune(job: Job) -> Result:
-  """Trains the network, shrinks it, saves what is left and measures it."""
+  """Trains the network, cuts it, measures what is left and saves it."""
   config = job.config
   model = network(config, job.images.classes)
   check_answer(job, model)
@@ -128,7 +137,7 @@ def _prune(job: Job) -> Result:
     remember=remembering(job.folder / 'costs.json'),
   )
   variables = initial_variables(job, model)
-  # Before any training: a target below what can be reached is found now, not later.
+  # Before any training, this refuses a target that cannot be reached.
   build(couple(model, variables, *job.inputs))
   record_config(job)
   if config.epochs.train:
@@ -146,34 +155,36 @@ def _prune(job: Job) -> Result:
 
 
 def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
-  """Fits, decides, prunes and recalibrates, once or more, and fits what is left.
+  """Trains, decides and cuts in one or more rounds, and fine-tunes what is left.
 
   Args:
     job: the run, with the epochs of each stage.
-    model, variables: the network that is to be cut.
-    build: the method for a coupling; it is asked again in every round. The branch gates
-      that it trains go on from round to round and are folded in at the last cut.
+    model: the network that is to be cut.
+    variables: its variables.
+    build: makes the method for a coupling, in every round. Branch gates that the method
+      trains are carried from round to round and folded in at the last cut.
   """
   config = job.config
-  # What was not trained before has nothing to teach before the first cut.
+  # A network that was not trained cannot teach before the first round has trained it.
   trained_before = bool(
     config.epochs.train or (config.pretrained and not config.recipe.heads)
   )
-  whole, answer, teacher = variables, job.task.answer, None
+  before, answer, teacher = variables, job.task.answer, None
   if config.distill and trained_before:
     teacher = Teacher(apply_of(model), variables)
-  cuts = [_round(job, model, variables, build, teacher, ())]
+  rounds = [_round(job, model, variables, build, teacher, ())]
   if not trained_before:
-    method, first = cuts[0].method, cuts[0].state
-    whole = trained(method, first)
+    method, first = rounds[0].method, rounds[0].state
+    before = trained(method, first)
     answer = lambda outputs: method.answer(job.task, outputs, first.theta)
     if config.distill:
-      apply = gated(model)
-      says = lambda v, *inputs, **mode: answer(as_dict(apply(v, {}, *inputs, **mode)))
-      teacher = Teacher(says, whole)
-  while cuts[-1].method.rounds > 1:
-    cuts.append(_round(job, cuts[-1].model, cuts[-1].fresh, build, teacher, cuts))
-  last = cuts[-1]
+      run = gated(model)
+      says = lambda v, *inputs, **mode: answer(as_dict(run(v, {}, *inputs, **mode)))
+      teacher = Teacher(says, before)
+  while rounds[-1].method.rounds > 1:
+    last = rounds[-1]
+    rounds.append(_round(job, last.model, last.fresh, build, teacher, rounds))
+  last = rounds[-1]
   state = stage(
     job,
     'finetune',
@@ -185,22 +196,25 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     teacher=teacher,
   )
   accuracy = job.scores(last.model)(state.variables, job.images.held_out)['accuracy']
-  # What a round was worth once retrained is seen before the next one cuts.
-  afters = [*(cut.held_out.before for cut in cuts[1:]), accuracy]
+  # The accuracy of a round after retraining is the next one's before its cut.
+  afters = [*(each.held_out.before for each in rounds[1:]), accuracy]
   return Shrunk(
-    before=whole,
+    before=before,
     answer=answer,
     pruned=last.pruned,
     model=last.model,
     recalibrated=last.fresh,
     variables=state.variables,
-    rounds=tuple(map(_described, cuts, afters)),
-    reports=tuple(cut.pruned.report for cut in cuts),
+    rounds=tuple(map(_round_result, rounds, afters)),
+    reports=tuple(each.pruned.report for each in rounds),
   )
 
 
-def _round(job: Job, model, variables, build: Build, teacher, before) -> _Cut:
-  """Fits with the method, decides on held-out data, cuts, recalibrates."""
+def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
+  """Trains with the method, decides on held-out data, cuts and recalibrates.
+
+  `before` are the rounds so far.
+  """
   coupling = couple(model, variables, *job.inputs)
   epochs = job.config.epochs.finetune if before else job.config.epochs.gates
   method = build(
@@ -209,10 +223,9 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Cut:
     scores=rank(coupling, variables, 'l1'),
     whole=before[0].coupling if before else coupling,
   )
-  several = before or method.rounds > 1
   state = stage(
     job,
-    f'gates-{len(before) + 1}' if several else 'gates',
+    f'gates-{len(before) + 1}' if before or method.rounds > 1 else 'gates',
     model,
     distill(method) if teacher else method,
     variables,
@@ -221,32 +234,48 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Cut:
     coupling=coupling,
     teacher=teacher,
   )
-  evaluate = _judge(job, model, method, state, coupling)
+  evaluate = judge(
+    model,
+    method,
+    job.task,
+    job.on_mesh(state),
+    held_out=list(job.batches(job.images.held_out)),
+    calibration=list(_augmented_batches(job, 'judge', JUDGING)),
+    coupling=coupling,
+  )
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep = distributed.agreed(decision)
   pruned, small = _cut(job, model, method, state, keep, coupling)
   model = pruned.model if pruned.arch else pruned.apply
-  fresh = _recalibrated(job, model, small) if _touched(pruned.keep) else small
+  fresh, kept = small, pruned.keep
+  closed = any(
+    not np.all(k) for part in ('channels', 'branches') for k in kept[part].values()
+  )
+  # Cutting dead code alone leaves the batch statistics as they were.
+  if closed and jax.tree.leaves(small.get(COLLECTION, {})):
+    batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)
+    fresh = local(recalibrate(model, job.on_mesh(small), batches))
   scores, held_out = job.scores(model), job.images.held_out
   accuracies = Accuracies(
     before=evaluate({})['accuracy'],
     pruned=scores(small, held_out)['accuracy'],
     recalibrated=scores(fresh, held_out)['accuracy'],
   )
-  return _Cut(coupling, method, state, pruned, model, fresh, accuracies)
+  return _Round(coupling, method, state, pruned, model, fresh, accuracies)
 
 
-def _judge(job: Job, model, method: Method, state: State, coupling) -> Judge:
-  batch_at = job.batch_at('judge').stepwise()
-  count = min(JUDGING, epoch_steps(job.train, job.config.batch))
-  calibration = [batch_at(job.train, i) for i in range(count)]
-  held_out = list(job.batches(job.images.held_out))
-  state = job.on_mesh(state)
-  return judge(model, method, job.task, state, held_out, calibration, coupling)
+def _augmented_batches(job: Job, name: str, most: int) -> Iterator[Tree]:
+  """Yields at most `most` training batches; `name` selects their random numbers."""
+  batch_at = job.batch_at(name).stepwise()
+  for i in range(min(most, epoch_steps(job.train, job.config.batch))):
+    yield batch_at(job.train, i)
 
 
 def _cut(job: Job, model, method: Method, state: State, keep, coupling):
-  """(what surgery returns, the small variables, with branch gates if not the last)."""
+  """Returns (the result of surgery, the small variables).
+
+  Before the last round, these have the branch gates that the method trains on.
+  """
   last = method.rounds <= 1
   gates = method.forward(state.theta, None, state.step)
   channels = {'channels': gates.get('channels', {})}
@@ -275,61 +304,47 @@ def _cut(job: Job, model, method: Method, state: State, keep, coupling):
   return pruned, carried(pruned, branches, *job.inputs)
 
 
-def _described(cut: _Cut, after: float) -> RoundResult:
-  """One cut for the result, with the held-out accuracy of the retraining behind it."""
-  report, kept = cut.pruned.report, cut.pruned.keep['branches']
-  present = units(cut.coupling)
-  dead = cut.coupling.decision(cut.pruned.keep).dead
+def _round_result(one: _Round, after: float) -> RoundResult:
+  """Returns the result of a round; `after` is its accuracy after retraining."""
+  report, keep = one.pruned.report, one.pruned.keep
+  present, kept = units(one.coupling), keep['branches']
+  dead = one.coupling.decision(keep).dead
   closed = lambda u, b: not np.ravel(kept[b])[u.layer or 0] or f'branches/{b}' in dead
   erased = [u.name for u in present if all(closed(u, b) for b in u.branches)]
-  held_out = cut.held_out
-  return result.round_from(
-    report,
+  return RoundResult(
     units=(len(present), len(present) - len(erased)),
     erased=erased,
-    learned=directory.plain(cut.method.report(cut.state.theta)),
-    held_out=Accuracies(held_out.before, after, held_out.pruned, held_out.recalibrated),
+    exits=[name for name, is_kept in report['exits'].items() if is_kept],
+    flops=Change(**report['flops']),
+    params=Change(**report['params']),
+    held_out=dataclasses.replace(one.held_out, after=after),
+    learned=directory.plain(one.method.report(one.state.theta)),
+    verify=Proof(**report['verify']),
+    notes=report['notes'],
   )
-
-
-def _touched(keep: Mapping) -> bool:
-  """Whether anything is closed within what is left, so that statistics change."""
-  return not all(
-    np.all(k) for part in ('channels', 'branches') for k in keep[part].values()
-  )
-
-
-def _recalibrated(job: Job, model: Any, variables: Tree) -> Tree:
-  """Fresh statistics from augmented images, where there are any."""
-  if not jax.tree.leaves(variables.get(COLLECTION, {})):
-    return variables
-  batch_at = job.batch_at('recalibrate').stepwise()
-  count = min(RECALIBRATION, epoch_steps(job.train, job.config.batch))
-  batches = (batch_at(job.train, i) for i in range(count))
-  return local(recalibrate(model, job.on_mesh(variables), batches))
 
 
 # ---- branch gates --------------------------------------------------------------------
 
 
 def trained(method: Method, state: State) -> Tree:
-  """The state's variables with the branch gates that the method has trained."""
+  """Returns the state's variables with the branch gates that the method has trained."""
   branches = method.forward(state.theta, None, state.step).get('branches')
   return with_branches(state.variables, branches) if branches else state.variables
 
 
 def opened(variables: Tree) -> Tree:
-  """The variables with all branch gates one, so that a cut folds nothing."""
+  """Returns the variables with all branch gates one, so that a cut folds nothing."""
   ones = jax.tree.map(jnp.ones_like, branches_of(variables))
   return with_branches(variables, ones) if ones else variables
 
 
 def carried(pruned: Pruned, gates: Mapping[str, jax.Array], *inputs: jax.Array) -> Tree:
-  """The small variables of a cut that folded nothing, with the gates that are left.
+  """Returns the small variables of a cut that folded nothing, with their branch gates.
 
   Args:
-    pruned: the cut.
-    gates: {path: gate} before it.
+    pruned: the result of the cut.
+    gates: {path: gate} before the cut.
     *inputs: an example of what the network reads.
   """
   if not pruned.arch:

@@ -1,11 +1,12 @@
-"""One method at several settings: ordinary runs, in one directory, and what they reach.
+"""A sweep: one method at several settings, as ordinary runs in one directory.
 
-Runs that differ only in what comes after a stage train it once: the checkpoints of the
-one that did are copied to the others, which go on from them to the bits that they would
-reach alone. Whatever is stopped goes on: a finished run is read, another one resumed.
+Runs that have a stage in common train it once: the checkpoints of the first are copied
+to the others, which continue from them and reach the same bits as alone. A sweep that
+was stopped continues: finished runs are read, and the others are resumed.
 
 On one device runs follow one another: trained together by `vmap` they were slower on a
-CPU (experiments/bench/vmapped.py), and after a cut their shapes differ.
+CPU (experiments/bench/vmapped.py), and after a cut their shapes differ. With several
+GPUs, each run has a process of its own.
 """
 
 import contextlib
@@ -27,152 +28,57 @@ import jax
 
 from depthprune import distributed
 from depthprune.run import interrupts, rounds
-from depthprune.run.config import TRAIN, Config, relevant
-from depthprune.run.interrupts import speaks
+from depthprune.run.config import TRAIN, UNRELATED, Config, relevant
 from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.directory import WriteError
 from depthprune.storage.keeper import same_config
 from depthprune.train.options import ConfigError, shown
 
+FILE = 'sweep.json'
+# The entries of a run's result that are copied into sweep.json.
+COPIED = (
+  'accuracy', 'held_out', 'flops', 'params', 'latency_ms', 'device', 'wall_seconds',
+)  # fmt: skip
+WHOLE = 'checkpoints', 'features'  # what equal trainings have in common
+FULL = 'RESOURCE_EXHAUSTED'  # XLA's word for a device without memory left
+LOGS = 'history.jsonl', 'gates.jsonl'
 OUTPUT = 'output.txt'
-Work = Callable[[Config], str | None]
 COUNT = """
 import jax
 print(jax.local_device_count() if jax.default_backend() == 'gpu' else 1)
 """
 
 
-class Busy(NamedTuple):
-  config: Config
-  slot: int
-  process: BaseProcess
-  told: Connection
+class SweepPlan(NamedTuple):
+  """The runs of a sweep.
 
-
-def gpus() -> int:
-  """GPUs that jax sees, at least 1; another process asks: this one must hold none."""
-  asked = [sys.executable, '-c', COUNT]
-  done = subprocess.run(asked, capture_output=True, text=True, check=True)
-  return int(done.stdout.split()[-1])
-
-
-def over(
-  runs: Sequence[Config],
-  work: Work,
-  many: int,
-  devices: int,
-  ready: Callable[[Config, Sequence[Config]], bool],
-) -> Iterator[tuple[Config, str | None]]:
-  """(run, what work(run) returned) as they end, at most `many` at the same time.
-
-  Several share a GPU where there are more than `devices`. What they print is in
-  `output.txt` of a run's directory; of a process that died the exit code is returned.
-  A disk that is full ends all: WriteError.
-  ready(run, running): whether the run may begin beside these, asked every second.
-  This process ends all of them when it is stopped.
+  Attributes:
+    folder: directory of the sweep.
+    swept: {option: its values}.
+    runs: configs of the runs, each with a folder in that of the sweep.
   """
-  jax.config.update('jax_platforms', 'cpu')  # the GPUs are the others'
-  waiting, busy = list(runs), []
-  with _ending(busy):
-    while waiting or busy:
-      free = sorted(set(range(many)) - {b.slot for b in busy})
-      for slot in free:
-        running = [b.config for b in busy]
-        config = next((c for c in waiting if ready(c, running)), None)
-        if config is not None:
-          waiting.remove(config)
-          busy.append(_begun(config, work, slot, devices, many))
-      connection.wait([b.process.sentinel for b in busy], timeout=1)
-      for ended in [b for b in busy if not b.process.is_alive()]:
-        busy.remove(ended)
-        yield ended.config, _answer(ended)
-
-
-def _begun(config: Config, work: Work, slot: int, devices: int, many: int) -> Busy:
-  context = get_context('spawn')  # jax does not survive a fork
-  told, tell = context.Pipe(duplex=False)
-  shared = many > devices
-  given = config, work, slot % devices, shared, tell
-  process = context.Process(target=_alone, args=given)
-  process.start()
-  tell.close()
-  print(f'{config.path.name} begins: {config.path / OUTPUT}', flush=True)
-  return Busy(config, slot, process, told)
-
-
-def _alone(config: Config, work: Work, device: int, shared: bool, tell: Connection):
-  """What a process of its own does."""
-  for name in ('jax_cuda_visible_devices', 'jax_rocm_visible_devices'):
-    jax.config.update(name, str(device))
-  if shared:
-    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  config.path.mkdir(parents=True, exist_ok=True)
-  with Path(config.path / OUTPUT).open('a') as file, interrupts.ends():
-    for stream in (sys.stdout, sys.stderr):
-      os.dup2(file.fileno(), stream.fileno())
-    try:
-      tell.send(work(config))
-    except WriteError as error:
-      tell.send(error)
-
-
-def _answer(ended: Busy) -> str | None:
-  ended.process.join()
-  try:
-    told = ended.told.recv()
-  except EOFError:
-    where = ended.config.path / OUTPUT
-    return f'ended with exit code {ended.process.exitcode}, see {where}'
-  if isinstance(told, WriteError):
-    raise told
-  return told
-
-
-@contextlib.contextmanager
-def _ending(busy: list[Busy]) -> Iterator[None]:
-  """Ends all that are busy, however this ends; SIGTERM is an end as any other."""
-  with interrupts.ends():
-    try:
-      yield
-    finally:
-      for one in busy:
-        one.process.terminate()
-      for one in busy:
-        one.process.join()
-
-
-FILE = 'sweep.json'
-# How, not what.
-ABOUT = 'workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers'
-TOLD = 'accuracy', 'held_out', 'flops', 'params', 'latency_ms', 'device', 'wall_seconds'
-WHOLE = 'checkpoints', 'features'
-FULL = 'RESOURCE_EXHAUSTED'  # XLA, of the memory of a device
-LINES = 'history.jsonl', 'gates.jsonl'
-
-
-class Plan(NamedTuple):
-  """folder: of the sweep. swept: {option: its values}. runs: each in a folder of it."""
 
   folder: Path
   swept: dict[str, tuple]
   runs: tuple[Config, ...]
 
 
-def plan(configs: Sequence[Config]) -> Plan:
-  """The sweep over all options in which the configs of one method differ.
+def plan(configs: Sequence[Config]) -> SweepPlan:
+  """Plans a sweep over all options in which some configs of one method differ.
 
-  Its folder is their `workdir`, or one named after what is swept.
+  Its folder is their `workdir`, or one named after the options that are swept.
 
-  Raises: ConfigError where nothing differs, where two are the same, and for what cannot
-    be swept.
+  Raises:
+    ConfigError: nothing differs, two configs are the same, or an option differs that
+      cannot be swept.
   """
   settings = [_settings(config) for config in configs]
   values = {
     name: tuple(dict.fromkeys(s[name] for s in settings)) for name in settings[0]
   }
-  swept = {name: found for name, found in values.items() if len(found) > 1}
-  if wrong := [name for name in ABOUT if name in swept]:
+  swept = {name: each for name, each in values.items() if len(each) > 1}
+  if wrong := [name for name in UNRELATED if name in swept]:
     raise ConfigError(f'{wrong[0]}: expected one for the whole sweep, got {swept}')
   if not swept or len(set(configs)) < len(configs):
     raise ConfigError(
@@ -185,21 +91,34 @@ def plan(configs: Sequence[Config]) -> Plan:
   folder = Path(first.workdir or f'runs/{_name(words)}')
   name = lambda s: _name(f'{option}{shown(s[option])}' for option in swept)
   runs = (
-    dataclasses.replace(config, workdir=str(folder / name(found)))
-    for config, found in zip(configs, settings)
+    dataclasses.replace(config, workdir=str(folder / name(setting)))
+    for config, setting in zip(configs, settings)
   )
-  return Plan(folder, swept, tuple(runs))
+  return SweepPlan(folder, swept, tuple(runs))
 
 
-def run(planned: Plan, at_once: int | None = None, show: bool = True) -> dict[str, Any]:
-  """Finishes all runs, and writes sweep.json after each: what it returns.
+def run(
+  planned: SweepPlan, at_once: int | None = None, show: bool = True
+) -> dict[str, Any]:
+  """Finishes all runs of a sweep, and writes sweep.json after each.
 
-  at_once: runs at the same time; by default one for each GPU, and one where there is
-    none or where runs have a mesh. A run that is refused (a target out of reach, a cut
-    that costs too much) is left out, with the reason.
+  A run that is refused (the target is out of reach, the cut costs too much) is left out
+  with the reason.
 
-  Raises: ConfigError where all are refused; WriteError where there is no room, InUse
-    where one is alive that should begin anew; HostError in one of several processes.
+  Args:
+    planned: the sweep.
+    at_once: number of runs at the same time. None takes one for each GPU, or one if
+      there is no GPU or the runs have a mesh.
+    show: whether to draw progress bars.
+
+  Returns:
+    The content of sweep.json.
+
+  Raises:
+    ConfigError: all runs were refused.
+    WriteError: the disk is full.
+    InUse: a process is alive in the directory of a run that is to begin anew.
+    HostError: the sweep was started in several processes.
   """
   runs, refused = planned.runs, {}
   for config in runs:
@@ -217,8 +136,11 @@ def run(planned: Plan, at_once: int | None = None, show: bool = True) -> dict[st
 
 
 def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
-  """One of `runs`, with what others have trained already; why not, if it is refused
-  or needs more memory than the device has."""
+  """Does one of `runs`, starting from the stages that others have trained.
+
+  Returns:
+    None, or why the run is refused or that the device has too little memory.
+  """
   inherit(config, runs)
   try:
     rounds.run(config, show)
@@ -227,28 +149,28 @@ def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
   except Exception as error:
     if FULL in str(error):
       return str(error).splitlines()[0]
-    if not speaks(error):
+    if not interrupts.is_explained(error):
       raise
     return str(error)
   return None
 
 
 def finished(config: Config) -> dict[str, Any] | None:
-  """The result of a run, if it is there."""
+  """Returns the result of a run, None if it is not finished."""
   path = config.path / 'result.json'
   result = directory.read(path)
   if result is None:
     return None
-  what = lambda values: {k: v for k, v in values.items() if k not in ABOUT}
+  related = lambda values: {k: v for k, v in values.items() if k not in UNRELATED}
   try:
-    same_config(what(result['config']), what(config.to_json()), str(path))
+    same_config(related(result['config']), related(config.to_json()), str(path))
   except CheckpointError:
-    return None  # of another run: what begins there says so, or decides anew
+    return None  # it is that of another run, which `rounds.run` refuses or continues
   return result
 
 
 def shared(one: Config, other: Config) -> tuple[str, ...]:
-  """What in the directory of one run serves the other as it is."""
+  """Returns the folders in the directory of one run that the other can use."""
   a, b = one.to_json(), other.to_json()
   if relevant(a) == relevant(b):
     return WHOLE
@@ -257,15 +179,14 @@ def shared(one: Config, other: Config) -> tuple[str, ...]:
 
 
 def inherit(config: Config, runs: Iterable[Config]) -> None:
-  """Copies what other runs have trained, of what this one has not begun, and says so
-  in its history."""
+  """Copies the stages that other runs have trained and this one has not begun."""
   for other in runs:
     for part in shared(config, other) if other != config else ():
       source, to = other.path / part, config.path / part
       if not source.is_dir() or to.exists():
         continue
-      for name in LINES:
-        lines = _lines(other.path / name)
+      for name in LOGS:
+        lines = _complete_lines(other.path / name)
         kept = [x for x in lines if part in WHOLE or json.loads(x)['stage'] == TRAIN]
         config.path.mkdir(parents=True, exist_ok=True)
         (config.path / name).write_text(''.join(kept))
@@ -277,29 +198,29 @@ def inherit(config: Config, runs: Iterable[Config]) -> None:
 
 
 def ready(config: Config, running: Iterable[Config]) -> bool:
-  """Whether no run that goes on is training what this one could inherit."""
-  return not any(_waits(config, other) for other in running)
+  """Whether no running run is training what this one could inherit."""
 
+  def waits(other: Config) -> bool:
+    parts = shared(config, other)
+    if all((config.path / part).exists() for part in parts):
+      return False
+    lines = _complete_lines(other.path / 'history.jsonl')
+    return parts == WHOLE or not lines or json.loads(lines[-1])['stage'] == TRAIN
 
-def _waits(config: Config, other: Config) -> bool:
-  parts = shared(config, other)
-  if all((config.path / part).exists() for part in parts):
-    return False
-  lines = _lines(other.path / 'history.jsonl')
-  return parts == WHOLE or not lines or json.loads(lines[-1])['stage'] == TRAIN
+  return not any(map(waits, running))
 
 
 def _attempts(
-  planned: Plan, missing: Sequence[Config], at_once: int | None, show: bool
+  planned: SweepPlan, missing: Sequence[Config], at_once: int | None, show: bool
 ) -> Iterator[tuple[Config, str | None]]:
-  """(run, why it is refused) of those that are missing, as they end."""
+  """Does the missing runs, and yields (run, why it is refused) as they end."""
   runs, wanted = planned.runs, at_once or (1 if planned.runs[0].mesh else len(missing))
   if min(wanted, len(missing)) > 1:
-    devices = gpus()
-    many = min(at_once or devices, len(missing))
-    if many > 1:
+    devices = count_gpus()
+    together = min(at_once or devices, len(missing))
+    if together > 1:
       work = functools.partial(attempt, runs=runs, show=False)
-      yield from over(missing, work, many, devices, ready)
+      yield from run_in_processes(missing, work, together, devices, ready)
       return
   distributed.join()
   if jax.process_count() > 1:
@@ -313,41 +234,157 @@ def _attempts(
     jax.clear_caches()  # the next run has other shapes
 
 
-def _write(planned: Plan, refused: Mapping[str, str]) -> dict[str, Any]:
-  found = {
+def _write(planned: SweepPlan, refused: Mapping[str, str]) -> dict[str, Any]:
+  """Writes sweep.json and returns its content."""
+
+  def row(config: Config) -> dict[str, Any]:
+    settings, result = _settings(config), finished(config)
+    return {
+      'folder': config.path.name,
+      'settings': {name: settings[name] for name in planned.swept},
+      'result': result and {k: result[k] for k in COPIED if k in result},
+      'refused': refused.get(config.path.name),
+    }
+
+  values = {
     'config': planned.runs[0].to_json(),
     'swept': planned.swept,
     'versions': directory.versions(),
     'command': directory.command(),
-    'runs': [_row(planned, config, refused) for config in planned.runs],
+    'runs': list(map(row, planned.runs)),
   }
-  directory.write(planned.folder / FILE, found)
-  return found
+  directory.write(planned.folder / FILE, values)
+  return values
 
 
-def _row(planned: Plan, config: Config, refused: Mapping[str, str]) -> dict[str, Any]:
-  settings, result = _settings(config), finished(config)
-  return {
-    'folder': config.path.name,
-    'settings': {name: settings[name] for name in planned.swept},
-    'result': result and {k: result[k] for k in TOLD if k in result},
-    'refused': refused.get(config.path.name),
-  }
-
-
-def _lines(path: Path) -> list[str]:
-  """Those that are whole."""
+def _complete_lines(path: Path) -> list[str]:
+  """Returns the lines of a file but the last, if a kill has cut that short."""
   lines = path.read_text().splitlines(True) if path.is_file() else []
   return [line for line in lines if line.endswith('\n')]
 
 
 def _settings(config: Config) -> dict[str, Any]:
-  of = lambda values: {
-    f.name: getattr(values, f.name) for f in dataclasses.fields(values)
-  }
-  values = of(config)
-  return {**of(values.pop('options')), **values}
+  """Returns all options of the method and all fields of the config, by name."""
+  fields = {k: v for k, v in vars(config).items() if k != 'options'}
+  return {**vars(config.options), **fields}
 
 
 def _name(words: Iterable[str]) -> str:
   return '-'.join(words).replace('/', '_')
+
+
+# ---- runs in processes of their own --------------------------------------------------
+
+
+class Busy(NamedTuple):
+  """A run in a process of its own, and the connection that receives its answer."""
+
+  config: Config
+  slot: int
+  process: BaseProcess
+  answer: Connection
+
+
+def count_gpus() -> int:
+  """Counts the GPUs in another process, so that this one holds none; at least 1."""
+  asked = [sys.executable, '-c', COUNT]
+  done = subprocess.run(asked, capture_output=True, text=True, check=True)
+  return int(done.stdout.split()[-1])
+
+
+def run_in_processes(
+  runs: Sequence[Config],
+  work: Callable[[Config], str | None],
+  at_once: int,
+  devices: int,
+  ready: Callable[[Config, Sequence[Config]], bool],
+) -> Iterator[tuple[Config, str | None]]:
+  """Does runs in processes of their own, which end when this one is stopped.
+
+  The output of a run is written to `output.txt` in its directory.
+
+  Args:
+    runs: the runs to do.
+    work: the function of a run that each process calls.
+    at_once: number of runs at the same time.
+    devices: number of GPUs, which runs share if there are more of them.
+    ready: (run, running runs) -> whether the run may begin, called every second.
+
+  Yields:
+    (run, the value of work(run), or the exit code of a process that died) as they end.
+
+  Raises:
+    WriteError: the disk is full, which ends all runs.
+  """
+  jax.config.update('jax_platforms', 'cpu')  # the other processes use the GPUs
+  waiting, busy = list(runs), []
+  with _ending(busy):
+    while waiting or busy:
+      free = sorted(set(range(at_once)) - {b.slot for b in busy})
+      for slot in free:
+        running = [b.config for b in busy]
+        config = next((c for c in waiting if ready(c, running)), None)
+        if config is not None:
+          waiting.remove(config)
+          busy.append(_begin(config, work, slot, devices, at_once > devices))
+      connection.wait([b.process.sentinel for b in busy], timeout=1)
+      for ended in [b for b in busy if not b.process.is_alive()]:
+        busy.remove(ended)
+        yield ended.config, _answer(ended)
+
+
+def _begin(
+  config: Config, work: Callable, slot: int, devices: int, share: bool
+) -> Busy:
+  context = get_context('spawn')  # jax does not survive a fork
+  answer, send = context.Pipe(duplex=False)
+  process = context.Process(
+    target=_in_process, args=(config, work, slot % devices, share, send)
+  )
+  process.start()
+  send.close()
+  print(f'{config.path.name} begins: {config.path / OUTPUT}', flush=True)
+  return Busy(config, slot, process, answer)
+
+
+def _in_process(
+  config: Config, work: Callable, device: int, share: bool, send: Connection
+) -> None:
+  """Runs in the new process: does the work on one device and sends the answer."""
+  for name in ('jax_cuda_visible_devices', 'jax_rocm_visible_devices'):
+    jax.config.update(name, str(device))
+  if share:
+    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  config.path.mkdir(parents=True, exist_ok=True)
+  with Path(config.path / OUTPUT).open('a') as file, interrupts.raised():
+    for stream in (sys.stdout, sys.stderr):
+      os.dup2(file.fileno(), stream.fileno())
+    try:
+      send.send(work(config))
+    except WriteError as error:
+      send.send(error)
+
+
+def _answer(ended: Busy) -> str | None:
+  ended.process.join()
+  try:
+    answer = ended.answer.recv()
+  except EOFError:
+    where = ended.config.path / OUTPUT
+    return f'ended with exit code {ended.process.exitcode}, see {where}'
+  if isinstance(answer, WriteError):
+    raise answer
+  return answer
+
+
+@contextlib.contextmanager
+def _ending(busy: list[Busy]) -> Iterator[None]:
+  """Ends all busy processes when the context is left, also by SIGTERM."""
+  with interrupts.raised():
+    try:
+      yield
+    finally:
+      for one in busy:
+        one.process.terminate()
+      for one in busy:
+        one.process.join()

@@ -1,10 +1,9 @@
 """A tree of arrays and a JSON record in one folder, written at once or not at all.
 
-The arrays are an orbax checkpoint or a file of safetensors (`arrays`), one entry per
-leaf, named by its path in the tree. The record has dtype and shape of every leaf,
-because orbax casts silently, and the checksum of every file, because orbax does not
-notice every flipped bit, and what it notices leaves its event loop in pieces. Nothing
-is pickled.
+The arrays are an orbax checkpoint or a file of safetensors, one entry per leaf, named
+by its path in the tree. The record has the dtype and shape of every leaf, because orbax
+casts silently, and the checksum of every file, because orbax misses some flipped bits
+and crashes in its event loop on others. Nothing is pickled.
 """
 
 import json
@@ -27,134 +26,26 @@ import safetensors.numpy
 from depthprune import distributed
 from depthprune.storage import directory
 
+FORMAT = 1
+ORBAX, TENSORS = 'arrays', 'weights.safetensors'
+
+
+class CheckpointError(ValueError):
+  """A checkpoint is absent or damaged, or of another network, run or version."""
+
 
 def kind(leaf: Any) -> str:
-  """dtype and shape in a word: 'float32[3,3,16,16]', 'key<fry>[]'."""
+  """Writes the dtype and shape of a leaf, such as 'float32[3,3,16,16]'."""
   leaf = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
   return f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
 
 
-def stored(leaf: Any) -> Any:
-  """A numpy array; of a leaf that is split over processes, each writes its part."""
-  if _is_key(leaf):
-    leaf = jax.random.key_data(leaf)
-  if getattr(leaf, 'is_fully_addressable', True) or leaf.is_fully_replicated:
-    return np.asarray(jax.device_get(leaf))
-  return jnp.copy(leaf)  # it is read while the next step may consume the original
-
-
-def placed(leaf: Any, like: Any) -> Any:
-  """What was stored, as `like` is: a number, a numpy array, or on its devices."""
-  if not hasattr(like, 'dtype'):
-    return leaf.item()
-  if isinstance(like, np.ndarray | np.generic):
-    return leaf
-  where = like.sharding if getattr(like, 'committed', False) else None
-  # An alias of numpy's memory could be donated to the next step.
-  return jax.device_put(leaf, where, may_alias=False)
-
-
-def described(leaf: Any, array: Any) -> dict[str, Any]:
-  """The leaf in a record; `array` is what is stored of it."""
-  about = {'dtype': str(array.dtype), 'shape': list(array.shape)}
-  return {**about, 'key': str(jax.random.key_impl(leaf))} if _is_key(leaf) else about
-
-
-def _is_key(leaf: Any) -> bool:
-  dtype = getattr(leaf, 'dtype', None)
-  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-ORBAX, TENSORS = 'arrays', 'weights.safetensors'
-
-
-def inside(folder: Path, files: Collection[str]) -> Path:
-  """Where the arrays of a folder lie, of which `checksums` told the names of files."""
-  return folder / (TENSORS if TENSORS in files else ORBAX)
-
-
-def checksums(where: Path) -> dict[str, int]:
-  """{name: CRC-32} of a file, or of all files in a folder."""
-  files = [where] if where.is_file() else sorted(where.rglob('*'))
-  top = where.parent if where.is_file() else where
-  return {
-    p.relative_to(top).as_posix(): zlib.crc32(p.read_bytes())
-    for p in files
-    if p.is_file()
-  }
-
-
-def begin(
-  folder: Path, arrays: Mapping[str, np.ndarray], tensors: bool
-) -> Callable[[], Path]:
-  """Begins to write arrays into a folder, which may be changed once this returns.
-
-  Of an array that is split over processes each writes its part; not of `tensors`.
-
-  Returns: what waits for the end, raises what orbax met, and returns the file or folder
-    in `folder` that holds the arrays.
-  """
-  if tensors:
-    whole = folder / TENSORS
-    if distributed.writes():
-      save_tensors(whole, arrays)
-    return lambda: whole
-  # Orbax refuses empty arrays; who reads them knows their shapes.
-  filled = {name: array for name, array in arrays.items() if array.size}
-  orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-  if filled:
-    with _quiet():
-      orbax.save((folder / ORBAX).absolute(), args=ocp.args.PyTreeSave(filled))
-
-  def end():
-    with _quiet():
-      orbax.close()
-    return folder / ORBAX
-
-  return end
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-  """What orbax logs of an error, many times, is raised as well."""
-  log, others = logging.getLogger('absl'), lambda record: 'orbax' not in record.pathname
-  log.addFilter(others)
-  try:
-    yield
-  finally:
-    log.removeFilter(others)
-
-
-def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-  """Writes arrays as one file of safetensors; returns its path."""
-  # Memory is written as it lies, whatever the strides of an array say.
-  rows = {name: np.array(array, order='C') for name, array in arrays.items()}
-  path.write_bytes(safetensors.numpy.save(rows))  # save_file lets only us read it
-  return path
-
-
-def load(where: Path, names: Collection[str]) -> dict[str, np.ndarray]:
-  """The arrays that `save` wrote there, none of them empty; raises what readers do."""
-  if not names:
-    return {}
-  if where.name == TENSORS:
-    return safetensors.numpy.load_file(where)
-  wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-    return orbax.restore(
-      where.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
-    )
-
-
-FORMAT = 1
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that is absent, damaged, or of another network, run or program."""
-
-
 def paths(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree by path: 'params/stem/conv/kernel', 'opt_state/0/mu'."""
+  """Returns the leaves of a tree by path: 'params/stem/conv/kernel', 'opt_state/0/mu'.
+
+  Raises:
+    CheckpointError: two leaves have the same path.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   named = {jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in leaves}
   if len(named) < len(leaves):
@@ -164,18 +55,27 @@ def paths(tree: Any) -> dict[str, Any]:
   return named
 
 
+# ---- writing -------------------------------------------------------------------------
+
+
 def write(
   folder: Path, name: str, tree: Any, record: Mapping[str, Any], tensors: bool = False
 ) -> None:
-  """Writes a tree and its record (the file called `name`) as `folder`.
+  """Writes a tree and its record as a folder.
 
-  tensors: as a file of safetensors in place of an orbax checkpoint.
+  A checkpoint that was there is replaced. If the process is killed, the folder is the
+  old one or the new one, complete; or, at the instant of replacing, both are beside it.
 
-  A checkpoint that was there is replaced. Killed at any moment, the folder is what it
-  was, or the new one, whole; or, in the instant of replacing, both are beside it.
+  Args:
+    folder: the folder.
+    name: name of the record's file.
+    tree: the tree of arrays.
+    record: plain JSON data.
+    tensors: whether to write a file of safetensors instead of an orbax checkpoint.
 
-  Raises CheckpointError where the folder holds something else, and WriteError where
-  there is no room; what was there is then still there.
+  Raises:
+    CheckpointError: the folder holds something else.
+    WriteError: the disk is full; what was there is unchanged.
   """
   distributed.together(start(folder, name, tree, record, tensors).result)
 
@@ -188,10 +88,10 @@ def start(
   tensors: bool = False,
   then: Callable[[], None] = lambda: None,
 ) -> 'Future[None]':
-  """As `write`, but goes on in the background once the arrays are copied.
+  """Begins to write as `write` does, and goes on in the background.
 
-  The Future ends, or raises, when `folder` is there and `then` was called, which the
-  process that writes does.
+  The arrays are copied before this returns. The Future ends, or raises, when the folder
+  is there and `then` was called, in the process that writes.
   """
   if folder.exists() and not (folder / name).exists() and any(folder.iterdir()):
     raise CheckpointError(
@@ -199,18 +99,22 @@ def start(
       'files: choose another path'
     )
   leaves = paths(tree)
-  arrays = {path: stored(leaf) for path, leaf in leaves.items()}
+  arrays = {path: _stored(leaf) for path, leaf in leaves.items()}
+  try:
+    library = f'depthprune {metadata.version("depthprune")}'
+  except metadata.PackageNotFoundError:  # imported from a source folder
+    library = 'depthprune, not installed'
   content = {
     'format': FORMAT,
-    'library': _library(),
+    'library': library,
     **record,
-    'leaves': {path: described(leaves[path], array) for path, array in arrays.items()},
+    'leaves': {path: _described(leaves[path], array) for path, array in arrays.items()},
   }
   fresh = folder.with_name(f'.unfinished-{folder.name}')
   distributed.together(lambda: _emptied(fresh) if distributed.writes() else None)
 
   def finish():
-    where = written()
+    where = wait()
     if distributed.writes():
       content['files'] = checksums(where)
       content['crc32'] = zlib.crc32(_json(content).encode())
@@ -220,20 +124,78 @@ def start(
       fresh.rename(folder)
       then()
 
-  with _room(fresh):
-    written = begin(fresh, arrays, tensors)
+  with _removed_on_error(fresh):
+    wait = _begin_arrays(fresh, arrays, tensors)
   thread = ThreadPoolExecutor(1, 'checkpoint')
-  future = thread.submit(_room(fresh)(finish))
+  future = thread.submit(_removed_on_error(fresh)(finish))
   thread.shutdown(wait=False)
   return future
 
 
+def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+  """Writes arrays as one file of safetensors; returns its path."""
+  # Safetensors writes memory as it lies and ignores the strides of an array.
+  rows = {name: np.array(array, order='C') for name, array in arrays.items()}
+  path.write_bytes(safetensors.numpy.save(rows))  # save_file denies others to read it
+  return path
+
+
+def checksums(where: Path) -> dict[str, int]:
+  """Returns {name: CRC-32} of a file, or of all files in a folder."""
+  files = [where] if where.is_file() else sorted(where.rglob('*'))
+  top = where.parent if where.is_file() else where
+  return {
+    p.relative_to(top).as_posix(): zlib.crc32(p.read_bytes())
+    for p in files
+    if p.is_file()
+  }
+
+
+def _begin_arrays(
+  folder: Path, arrays: Mapping[str, np.ndarray], tensors: bool
+) -> Callable[[], Path]:
+  """Begins to write arrays, which may change once this returns.
+
+  Every process writes its part of an array that is split, except as safetensors. The
+  function that is returned waits for the end, raises the errors of orbax, and returns
+  the file or folder of the arrays.
+  """
+  if tensors:
+    if distributed.writes():
+      save_tensors(folder / TENSORS, arrays)
+    return lambda: folder / TENSORS
+  # Orbax refuses empty arrays; their shapes in the record are enough.
+  filled = {name: array for name, array in arrays.items() if array.size}
+  orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+  if filled:
+    with _quiet():
+      orbax.save((folder / ORBAX).absolute(), args=ocp.args.PyTreeSave(filled))
+
+  def wait():
+    with _quiet():
+      orbax.close()
+    return folder / ORBAX
+
+  return wait
+
+
 @contextmanager
-def _room(fresh: Path) -> Iterator[None]:
-  """Gives back the room of what was begun, where it does not come to an end."""
+def _quiet() -> Iterator[None]:
+  """Silences the logs of orbax about an error, which it also raises."""
+  log, others = logging.getLogger('absl'), lambda record: 'orbax' not in record.pathname
+  log.addFilter(others)
   try:
     yield
-  except Exception as error:  # orbax and tensorstore raise whatever they meet
+  finally:
+    log.removeFilter(others)
+
+
+@contextmanager
+def _removed_on_error(fresh: Path) -> Iterator[None]:
+  """Removes an unfinished folder if writing fails."""
+  try:
+    yield
+  except Exception as error:  # orbax and tensorstore raise errors of many kinds
     shutil.rmtree(fresh, ignore_errors=True)
     raise directory.failed(fresh, error) from error
 
@@ -244,31 +206,62 @@ def _emptied(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(leaves by path, record) as `write` got them; numpy arrays and typed key arrays.
+def _stored(leaf: Any) -> Any:
+  """Copies a leaf to numpy, unless it is split over processes."""
+  if _is_key(leaf):
+    leaf = jax.random.key_data(leaf)
+  if getattr(leaf, 'is_fully_addressable', True) or leaf.is_fully_replicated:
+    return np.asarray(jax.device_get(leaf))
+  return jnp.copy(leaf)  # it is read while the next step may consume the original
 
-  Raises CheckpointError where there is no checkpoint, where one is of a newer format,
-  and where any file is not what was written.
+
+def _described(leaf: Any, array: Any) -> dict[str, Any]:
+  """Describes a leaf, stored as `array`, in the record."""
+  about = {'dtype': str(array.dtype), 'shape': list(array.shape)}
+  return {**about, 'key': str(jax.random.key_impl(leaf))} if _is_key(leaf) else about
+
+
+def _is_key(leaf: Any) -> bool:
+  dtype = getattr(leaf, 'dtype', None)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+  """Writes JSON with one line per entry, which is easy to read and to compare."""
+  plain = lambda value: json.dumps(value, default=lambda array: array.tolist())
+  lines = (f'{json.dumps(key)}: {plain(value)}' for key, value in content.items())
+  return '{\n' + ',\n'.join(lines) + '\n}'
+
+
+# ---- reading -------------------------------------------------------------------------
+
+
+def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads the leaves by path, as numpy and typed key arrays, and the record.
+
+  Raises:
+    CheckpointError: there is no checkpoint, it has a newer format, or a file is not
+      what was written.
   """
   record = read_record(folder, name)
   about = record['leaves']
-  where = inside(folder, record['files'])
-  found = checksums(where)
+  where = folder / (TENSORS if TENSORS in record['files'] else ORBAX)
+  sums = checksums(where)
   for file, crc32 in record['files'].items():
-    if found.get(file) != crc32:
-      what = 'is not what was written' if file in found else 'is missing'
+    if sums.get(file) != crc32:
+      what = 'is not what was written' if file in sums else 'is missing'
       raise _damaged(folder, f'{"" if file == where.name else "arrays/"}{file} {what}')
   filled = {path for path, leaf in about.items() if all(leaf['shape'])}
   try:
-    there = load(where, filled)
-  except Exception as error:  # orbax and tensorstore raise whatever they meet
+    arrays = _read_arrays(where, filled)
+  except Exception as error:  # orbax and tensorstore raise errors of many kinds
     first = ' '.join(str(error).splitlines()[:1])
     raise _damaged(folder, f'{where.name} cannot be read ({first})') from error
   leaves = {}
   for path, leaf in about.items():
-    array = there.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
+    array = arrays.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
     key = leaf.pop('key', None)
-    if described(array, array) != leaf:
+    if _described(array, array) != leaf:
       raise _damaged(folder, f'{path}: expected {leaf}, got {kind(array)}')
     leaves[path] = (
       jax.random.wrap_key_data(jnp.asarray(array), impl=key) if key else array
@@ -277,7 +270,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
-  """The record alone; raises as `read` does."""
+  """Reads the record alone; raises as `read` does."""
   try:
     text = (folder / name).read_text()
   except (FileNotFoundError, NotADirectoryError) as error:
@@ -302,10 +295,12 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 
 
 def matched(like: Any, leaves: Mapping[str, Any], where: str) -> Any:
-  """The leaves in the structure of `like`, on its devices.
+  """Puts leaves, by path, into the structure of a tree `like`, and on its devices.
 
-  Raises CheckpointError naming the leaf that is missing, that nothing expects, or that
-  has another shape or dtype: nothing is cast, cut or made up.
+  Nothing is cast, cut or made up. `like` may be abstract; `where` is for errors.
+
+  Raises:
+    CheckpointError: a leaf is missing, not expected, or has another shape or dtype.
   """
   expected = paths(like)
   for path in [*expected, *leaves]:
@@ -316,25 +311,34 @@ def matched(like: Any, leaves: Mapping[str, Any], where: str) -> Any:
         f'{where}: {path}: expected {want}, got {got}: this is the checkpoint of '
         'another network, optimizer or version of the program'
       )
-  back = [placed(leaves[path], leaf) for path, leaf in expected.items()]
-  return jax.tree.unflatten(jax.tree.structure(like), back)
+  placed = [_placed(leaves[path], leaf) for path, leaf in expected.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def _placed(leaf: Any, like: Any) -> Any:
+  """Converts a leaf to the kind of `like`: a number, a numpy array, or a jax array."""
+  if not hasattr(like, 'dtype'):
+    return leaf.item()
+  if isinstance(like, np.ndarray | np.generic):
+    return leaf
+  where = like.sharding if getattr(like, 'committed', False) else None
+  # The next step could donate an alias of numpy's memory.
+  return jax.device_put(leaf, where, may_alias=False)
+
+
+def _read_arrays(where: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+  if not names:
+    return {}
+  if where.name == TENSORS:
+    return safetensors.numpy.load_file(where)
+  wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    return orbax.restore(
+      where.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
+    )
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
   return CheckpointError(
     f'{folder}: damaged: {what}. Copy it again from where it came, or write it again'
   )
-
-
-def _library() -> str:
-  try:
-    return f'depthprune {metadata.version("depthprune")}'
-  except metadata.PackageNotFoundError:  # used from a source folder
-    return 'depthprune, not installed'
-
-
-def _json(content: Mapping[str, Any]) -> str:
-  """JSON with one line per entry: to be read, and compared line by line."""
-  plain = lambda value: json.dumps(value, default=lambda array: array.tolist())
-  lines = (f'{json.dumps(key)}: {plain(value)}' for key, value in content.items())
-  return '{\n' + ',\n'.join(lines) + '\n}'

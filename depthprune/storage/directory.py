@@ -1,4 +1,8 @@
-"""A run's directory: of one run at a time, and still whole where the disk is full."""
+"""The directory of a run: locked by one run at a time, intact when a disk is full.
+
+JSON files in it are complete or absent, lines are appended whole, and errors of the
+system become messages that say whether to make room or to correct the path.
+"""
 
 import contextlib
 import errno
@@ -23,30 +27,33 @@ import numpy as np
 from depthprune import distributed
 
 LOCK = '.lock'
-# Mistakes in a path, or rights that are missing; all else may be over the next time.
+PACKAGES = (
+  'depthprune jax jaxlib flax optax orbax-checkpoint numpy grain pillow'.split()
+)
+# Wrong paths and missing rights; any other error may be gone at the next attempt.
 MISTAKES = {
   getattr(errno, name)
   for name in 'EACCES EPERM EROFS EEXIST ENOTDIR EISDIR ENOENT ENAMETOOLONG'.split()
 }
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-OF_SYSTEM = re.compile(r"os_error_code='(\d+)'")
+ERROR_NUMBER = re.compile(r"os_error_code='(\d+)'")
 
 
 class WriteError(OSError):
-  """Something could not be written: where, why, and that what was saved is whole."""
+  """A file could not be written, but may be later, as on a full disk."""
 
 
 class PathError(ValueError):
-  """A path at which nothing can be written, whoever tries again."""
+  """A path where nothing can be written, however often it is tried."""
 
 
 class InUse(ValueError):
-  """A directory in which another run is alive; the message says which."""
+  """A directory is locked by another run that is alive; the message says which."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-  """Raises WriteError for an OSError within, or PathError: as `failed` says."""
+  """Turns an OSError within into the WriteError or PathError of `failed`."""
   try:
     yield
   except WriteError:
@@ -56,12 +63,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def failed(path: Path, error: BaseException) -> WriteError | PathError:
-  """What to say of an error of the system, or one in which tensorstore tells of it:
-  PathError where trying again does not help, WriteError where it may."""
+  """Converts an error of the system, possibly wrapped by tensorstore, for the user.
+
+  Returns:
+    PathError if another attempt cannot help, otherwise WriteError.
+  """
   if isinstance(error, WriteError | PathError):
     return error
   text = str(error) or type(error).__name__
-  number = getattr(error, 'errno', None) or (OF_SYSTEM.findall(text) or [None])[-1]
+  number = getattr(error, 'errno', None) or (ERROR_NUMBER.findall(text) or [None])[-1]
   reason = os.strerror(int(number)) if number else text.splitlines()[0]
   if number and int(number) in MISTAKES:
     return PathError(
@@ -75,7 +85,7 @@ def failed(path: Path, error: BaseException) -> WriteError | PathError:
 
 
 def discard(folder: Path) -> None:
-  """Removes a folder so that it is never seen half empty."""
+  """Removes a folder so that it is never seen half empty, by renaming it first."""
   away = folder.with_name(f'.discarded-{folder.name}')
   shutil.rmtree(away, ignore_errors=True)
   folder.rename(away)
@@ -83,9 +93,10 @@ def discard(folder: Path) -> None:
 
 
 def empty(folder: Path) -> None:
-  """Removes all that a directory holds.
+  """Removes everything in a directory.
 
-  Raises: InUse where a live run has it.
+  Raises:
+    InUse: a run that is alive has locked it.
   """
   if not folder.is_dir():
     return
@@ -99,10 +110,14 @@ def empty(folder: Path) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-  """Within, the directory is this run's alone; a process that dies lets go of it.
+  """Locks a directory for this run, as a context manager; it is made if necessary.
 
-  Raises: InUse where a live run has it, PathError where it cannot be made; of several
-    processes all do. Where a file system has no locks a warning says so.
+  The lock ends with the process, however it dies. Of several processes, one takes it
+  and all raise its error. On a file system without locks there is a warning.
+
+  Raises:
+    InUse: a run that is alive has locked it.
+    PathError: it cannot be made.
   """
   lock = distributed.together(lambda: _locked(folder) if distributed.writes() else None)
   try:
@@ -141,23 +156,11 @@ def _locked(folder: Path) -> TextIO:
   return lock
 
 
-PACKAGES = (
-  'depthprune',
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'numpy',
-  'grain',
-  'pillow',
-)
-
-
 def write(path: Path, values: Mapping[str, Any]) -> None:
-  """Writes one JSON object; the file is whole or absent, whenever the run is killed.
+  """Writes a JSON object; if the run is killed, the old file or the new one is there.
 
-  Raises: WriteError where there is no room.
+  Raises:
+    WriteError: the disk is full.
   """
   if not distributed.writes():
     return
@@ -169,8 +172,10 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-  """What `write` wrote; None where there is nothing, and, with a warning, where a
-  machine that died broke it."""
+  """Reads what `write` wrote; returns None if there is no file.
+
+  A damaged file, as a crash of the machine leaves it, also gives None, with a warning.
+  """
   if not path.is_file():
     return None
   try:
@@ -181,9 +186,12 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def append(path: Path, values: Mapping[str, Any]) -> None:
-  """Adds one line; a reader takes the last line of a step that was repeated.
+  """Appends a JSON object as one line, also after a line that was cut short.
 
-  Raises: WriteError where there is no room.
+  A step that was repeated has several lines, of which readers take the last.
+
+  Raises:
+    WriteError: the disk is full.
   """
   if not distributed.writes():
     return
@@ -197,23 +205,23 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def plain(tree: Any) -> Any:
-  """A tree of arrays as numbers and lists, for JSON."""
+  """Converts a tree of arrays to numbers and lists, for JSON."""
   return jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(tree))
 
 
 def versions() -> dict[str, str]:
-  """The installed versions of what a result depends on."""
-  found = {'python': sys.version.split()[0]}
+  """Returns the installed versions of Python and of packages that results depend on."""
+  installed = {'python': sys.version.split()[0]}
   for package in PACKAGES:
     try:
-      found[package] = importlib.metadata.version(package)
+      installed[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      found[package] = 'not installed'
-  return found
+      installed[package] = 'not installed'
+  return installed
 
 
 def command() -> str:
-  """How this process was started, without the path to the interpreter."""
+  """Returns the command of this process, without the path to the interpreter."""
   spec = getattr(sys.modules['__main__'], '__spec__', None)
   if spec is not None:
     module = spec.name.removesuffix('.__main__')

@@ -1,4 +1,4 @@
-"""Training state that survives a kill: the newest few steps of a run, on disk."""
+"""Keeps training states on disk, so that a killed run can be continued."""
 
 import dataclasses
 import json
@@ -22,7 +22,13 @@ SHARED = 'Choose a directory (--workdir) that all hosts share'
 
 
 class Restored(NamedTuple):
-  """What `Keeper.save` was given, with the same structure, dtypes and bits."""
+  """A state that was read back, with the structure, dtypes and bits it was saved with.
+
+  Attributes:
+    step: its step.
+    state: the pytree of arrays.
+    meta: the JSON data that was saved with it.
+  """
 
   step: int
   state: Any
@@ -31,11 +37,15 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Keeper:
-  """The newest `keep` states of one stage of a run, one folder per step in `folder`.
+  """Keeps the newest states of one stage of a run, and the best, on disk.
 
-  The best is kept besides. Every write is atomic, and goes on in the background while
-  training does. `config` (plain JSON data) goes with each state, and the state of
-  another config is refused: put in it all that the result depends on.
+  Every write is atomic, and goes on in the background while training continues.
+
+  Attributes:
+    folder: the folder, with a folder for each step.
+    keep: number of the newest states that are kept.
+    config: plain JSON data that goes with each state. The state of another config is
+      refused, so it should have all that the result depends on.
   """
 
   folder: Path
@@ -50,58 +60,72 @@ class Keeper:
     meta: Mapping[str, Any] | None = None,
     score: float | None = None,
   ) -> None:
-    """Begins to write the state (a pytree of arrays) of a step, once it is copied.
+    """Begins to write a state, which may change once this returns.
 
-    States of later steps are removed when it is written: they are of a future that was
-    given up.
+    States of later steps are removed when it is written: the run went back before them.
 
-    meta: plain JSON data. score: the lower the better.
+    Args:
+      step: its step.
+      state: a pytree of arrays.
+      meta: plain JSON data to keep with it.
+      score: how good it is; lower is better.
 
-    Raises: WriteError where this write, or the one before, finds no room; what was
-      there is then still there.
+    Raises:
+      WriteError: the disk is full for this state or the one before; older states are
+        unchanged.
     """
     self.wait()
     if distributed.writes():
-      for left in Path(self.folder).glob('.*-*'):  # of a write that was killed
+      for left in Path(self.folder).glob('.*-*'):  # left by a killed write
         shutil.rmtree(left, ignore_errors=True)
-    record = {'step': step, 'config': dict(self.config), 'meta': dict(meta or {})}
-    given = self._at(step), RECORD, state, {**record, 'score': score}
-    with self._whole():
-      self._begun.append(checkpoint.start(*given, then=lambda: self._retain(step)))
+    record = {
+      'step': step,
+      'config': dict(self.config),
+      'meta': dict(meta or {}),
+      'score': score,
+    }
+    retain = lambda: self._retain(step)
+    with self._naming_last_step():
+      self._begun.append(
+        checkpoint.start(self._at(step), RECORD, state, record, then=retain)
+      )
 
   def wait(self) -> None:
-    """Until all that was saved is on disk; raises WriteError where it is not."""
+    """Waits until every state is on disk; raises WriteError if it cannot be."""
     while self._begun:
-      with self._whole():
+      with self._naming_last_step():
         distributed.together(self._begun.pop().result)
 
   def rest(self) -> None:
-    """Until this process writes no more, whatever became of it.
+    """Waits until this process has stopped writing, successfully or not.
 
-    Of several processes, one that waited could wait for one that is gone.
+    Among several processes it does not wait, because another may be gone.
     """
     if jax.process_count() == 1:
       futures.wait(self._begun)
 
   def restore_latest(self, like: Any) -> Restored | None:
-    """The newest state that is whole, or None where none was saved yet.
+    """Reads the newest state that is intact; returns None if none was saved.
 
-    `like` is a state, or an abstract one, of the structure, shapes and dtypes expected.
-    A damaged state is set aside, with a warning, and the one before it taken.
+    A damaged state is moved aside, with a warning, and the one before it is read.
 
-    Raises CheckpointError where all are damaged, where the config is another (naming
-    the fields), and where a leaf is missing or has another shape or dtype; HostError
-    where processes do not see the same folder.
+    Args:
+      like: a state of the expected structure, shapes and dtypes, possibly abstract.
+
+    Raises:
+      CheckpointError: all states are damaged, their config is another one, or a leaf is
+        missing or has another shape or dtype.
+      HostError: processes do not see the same folder.
     """
     return self._restore(like, self.steps()[::-1])
 
   def restore_best(self, like: Any) -> Restored | None:
-    """As `restore_latest`, but the state of the lowest score; None without scores."""
+    """Reads the state of the lowest score; otherwise like `restore_latest`."""
     scores = self._scores(self.steps())
     return self._restore(like, sorted(scores, key=lambda step: scores[step]))
 
   def steps(self) -> list[int]:
-    """The steps that were saved, oldest first."""
+    """Returns the steps that were saved, oldest first."""
     self.wait()
     return self._there()
 
@@ -131,8 +155,8 @@ class Keeper:
     return None
 
   @contextmanager
-  def _whole(self) -> Iterator[None]:
-    """Names the step from which a run can go on that finds no room for another."""
+  def _naming_last_step(self) -> Iterator[None]:
+    """Adds to a WriteError the step from which the run can continue."""
     try:
       yield
     except directory.WriteError as error:
@@ -164,12 +188,18 @@ class Keeper:
 
 
 def same_config(stored: Mapping, config: Mapping, where: str) -> None:
-  """Raises CheckpointError naming the fields in which a run differs from what is there.
+  """Checks that a run has the config of what is stored.
 
-  Both are compared as JSON has them, where a tuple is a list; a field that is None or
-  False is as good as one that did not exist when the run was made.
+  They are compared as JSON, where tuples are lists. A field that is None or False
+  equals a field that did not exist when the stored run was made. `where` is the
+  directory, for errors.
+
+  Raises:
+    CheckpointError: they differ; the message names the fields.
   """
-  stored, config = map(_given, json.loads(json.dumps([dict(stored), dict(config)])))
+  stored, config = map(
+    _without_defaults, json.loads(json.dumps([dict(stored), dict(config)]))
+  )
   differing = [
     f'{field} (asked for {config.get(field)!r}, there {stored.get(field)!r})'
     for field in sorted({*stored, *config})
@@ -183,9 +213,12 @@ def same_config(stored: Mapping, config: Mapping, where: str) -> None:
     )
 
 
-def _given(values: Any) -> Any:
-  """Without what is None or off, at any depth."""
+def _without_defaults(values: Any) -> Any:
+  """Removes fields that are None or False, at any depth."""
   if not isinstance(values, dict):
     return values
-  given = lambda v: v is not None and v is not False
-  return {k: _given(v) for k, v in values.items() if given(v)}
+  return {
+    key: _without_defaults(value)
+    for key, value in values.items()
+    if value is not None and value is not False
+  }

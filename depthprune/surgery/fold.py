@@ -1,12 +1,12 @@
-"""Gates that stay open without being 1 become part of the arrays.
+"""Multiplies gates that stay open without being 1 into the arrays of the network.
 
-Of branches: y·g with y = BN(conv(x)) is the same as BN with its scale and bias
-multiplied by g. Which arrays carry the factor is read from the program: backwards from
-each product, through sums (both sides), products (one side) and what only moves values,
-to variables that are read once.
+Branches: y·g with y = BN(conv(x)) equals BN with its scale and bias multiplied by g.
+The arrays that can carry the factor are found in the program, backwards from each
+product with the gate: through sums (both sides), products (one side) and operations
+that only move values, to variables that are read once.
 
-Of channels: the gate is plugged in where their axis is contracted, on the weight that
-reads them, so the weight carries it.
+Channels: a gate acts where its axis is contracted, so the weight that is contracted
+carries it.
 """
 
 from __future__ import annotations
@@ -28,28 +28,34 @@ from depthprune.program.trace import View, paths_of
 
 
 def fold(
-  view: View, variables: Any, open_: Mapping[str, np.ndarray], exits: Mapping[str, Any]
+  view: View, variables: Any, values: Mapping[str, np.ndarray], exits: Mapping[str, Any]
 ) -> Any:
-  """The variables with every branch gate multiplied into the arrays of its branch.
+  """Returns the variables with each branch gate multiplied into its branch's arrays.
 
-  open_: by path, the value of each gate that stays, 0 where a layer of a scan is
-    closed; gates that are 1 everywhere are left alone. exits: which outputs are kept;
-    what only the others need is left alone too. variables keep their branch gates.
+  Args:
+    view: of the full network.
+    variables: its arrays. They keep their branch gates.
+    values: {path: value} of each gate that stays, with 0 where a layer of a scan is
+      closed. Gates that are 1 everywhere change nothing.
+    exits: {name: bool}. Arrays that only a dropped exit needs are not changed.
 
-  Raises: ValueError where a gate cannot be folded."""
+  Raises:
+    ValueError: some value that the gate scales cannot be traced back to variables that
+      are read only there.
+  """
   leaves, program = paths_of(variables), view.kept(exits)
-  for branch, value in open_.items():
+  names = {v: p for p, v in view.leaves.items() if not p.startswith('branches/')}
+  for branch, value in values.items():
     if np.all(value == 1):
       continue
     path = f'branches/{branch}'
-    names = {v: p for p, v in view.leaves.items() if not p.startswith('branches/')}
-    found = _carriers(program, view.leaves[path], set(names))
-    if found is None:
+    carriers = _carriers(program, view.leaves[path], set(names))
+    if carriers is None:
       raise ValueError(
         f'{path}: its value {np.round(value, 4)} cannot be folded: all that it scales '
         'must end in weights of its own; set the gate to 1 or close the branch'
       )
-    for v in found:
+    for v in carriers:
       leaf = leaves[names[v]]
       factor = np.reshape(value, np.shape(value) + (1,) * (leaf.ndim - np.ndim(value)))
       if not isinstance(leaf, Tracer):  # on the host, where nothing is compiled
@@ -59,20 +65,21 @@ def fold(
 
 
 def fold_channels(
-  view: View, variables: Any, open_: Mapping[str, np.ndarray], exits: Mapping[str, Any]
+  view: View, variables: Any, values: Mapping[str, np.ndarray], exits: Mapping[str, Any]
 ) -> Any:
-  """The variables with every channel gate multiplied into the weights that read it.
+  """Returns the variables with channel gates multiplied into the weights they scale.
 
   Args:
     view: of the full network.
     variables: its arrays.
-    open_: {group: [slices]}, the gates' values where slices are kept, else 1.
-    exits: which outputs are kept; what only the others need is left alone.
+    values: {group: [slices]}, the values of the gates where slices are kept, else 1.
+    exits: {name: bool}. Arrays that only a dropped exit needs are not changed.
 
-  Raises: ValueError for a gate that is not 1 and is read by something else than weights
-    that are read once.
+  Raises:
+    ValueError: a gate that is not 1 is read by something other than weights that are
+      read once.
   """
-  soft = {group: value for group, value in open_.items() if not np.all(value == 1)}
+  soft = {group: value for group, value in values.items() if not np.all(value == 1)}
   if not soft:
     return variables
   gates: dict[ax.Axis, Any] = {}
@@ -89,9 +96,10 @@ def fold_channels(
 def _channel_factors(
   view: View, program: jx.Program, paths: Mapping, gates: Mapping
 ) -> Iterator[tuple[str, jax.Array]]:
-  """(path of a variable, factor that broadcasts to it) for every gated contraction.
+  """Yields (path of a variable, factor that broadcasts to it) per gated contraction.
 
-  paths: {value: (path of the variable, number of axes that loops run over in front)}.
+  `paths` is {value: (path of the variable, number of its leading axes that loops run
+  over)}.
   """
   equations, _ = jx.live(program)
   made_by = {v: e for e in equations for v in e.outputs}
@@ -113,7 +121,7 @@ def _channel_factors(
 
 
 def _carried_by(e, k: int, axis: int, gate, made_by, uses, paths):
-  """The variable behind input k of an equation, and the factor that it carries."""
+  """Returns the path behind input k of an equation, and the factor that it carries."""
   v = e.inputs[k]
   shape = [-1 if i == axis else 1 for i in range(len(v.shape))]
   factor = jnp.broadcast_to(gate.reshape(shape), v.shape)
@@ -138,7 +146,7 @@ def _carried_by(e, k: int, axis: int, gate, made_by, uses, paths):
 def _carriers(
   program: jx.Program, gate: jx.Value, variables: set[jx.Value]
 ) -> set[jx.Value] | None:
-  """The variables that can carry the factor `gate` in its place, or None."""
+  """Returns the variables that can carry the factor `gate` in its place, or None."""
   equations, _ = jx.live(program)
   made_by = {v: e for e in equations for v in e.outputs}
   uses = Counter(v for e in equations for v in e.inputs)
@@ -151,49 +159,47 @@ def _carriers(
       readers.append(e)
   if aliases & set(program.outputs):
     return None
-  if not readers:  # nothing that is left needs it
+  if not readers:  # the kept exits do not need the gate
     return set()
   if all(e.name == 'mul' for e in readers) and not gate.shape:
-    return _apart([_factor(e, aliases, made_by, uses, variables) for e in readers])
+    all_carriers: set[jx.Value] = set()
+    for e in readers:
+      scaled = [v for v in e.inputs if v not in aliases]
+      if len(scaled) != 1:
+        return None
+      carriers = _absorb(scaled[0], made_by, uses, variables)
+      if (
+        carriers is None or all_carriers & carriers
+      ):  # a shared carrier would be scaled twice
+        return None
+      all_carriers |= carriers
+    return all_carriers
   if len(readers) != 1 or readers[0].name != 'scan' or gate not in readers[0].inputs:
     return None
   (e,) = readers
   at = dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
   consts, _, xs = jx.scan_parts(e, list(at))
-  per_layer = gate in (at[v] for v in xs)  # then arrays of all layers cannot carry it
+  # With a gate per layer, an array that all layers share cannot carry it.
+  per_layer = gate in (at[v] for v in xs)
   inside = {
     v
     for v in (xs if per_layer else [*consts, *xs])
     if at[v] in variables and uses[at[v]] == 1
   }
-  found = _carriers(e.bodies[0], next(v for v in at if at[v] is gate), inside)
-  return None if found is None else {at[v] for v in found}
+  inner = _carriers(e.bodies[0], next(v for v in at if at[v] is gate), inside)
+  return None if inner is None else {at[v] for v in inner}
 
 
 def _is_moved(e: jx.Equation, aliases: set[jx.Value]) -> bool:
-  """Whether an equation gives one of the aliases again: laid out anew, or times 1."""
+  """Whether an equation returns one of the aliases: in another layout, or times 1."""
   one = lambda v: isinstance(v, jx.Literal) and v.shape == () and v.val == 1
   if e.name == 'mul' and any(map(one, e.inputs)):
     return any(v in aliases for v in e.inputs)
   return e.name in LAYOUT and e.inputs[0] in aliases
 
 
-def _factor(e: jx.Equation, aliases, made_by, uses, variables) -> set[jx.Value] | None:
-  """The carriers of a gate that is one of the two factors of a product."""
-  other = [v for v in e.inputs if v not in aliases]
-  return _absorb(other[0], made_by, uses, variables) if len(other) == 1 else None
-
-
-def _apart(found: list[set[jx.Value] | None]) -> set[jx.Value] | None:
-  """All carriers of several products; None where one lies within another."""
-  sets = [carriers for carriers in found if carriers is not None]
-  union = set().union(*sets)
-  whole = len(sets) == len(found) and len(union) == sum(map(len, sets))
-  return union if whole else None
-
-
 def _absorb(v: jx.Value, made_by, uses, variables) -> set[jx.Value] | None:
-  """The variables to scale so that v is scaled; None where there are none."""
+  """Returns the variables to scale in order to scale v; None where there are none."""
   if uses[v] > 1:
     return None
   if v not in made_by:

@@ -1,8 +1,9 @@
-"""Decisions without training: score every slice once, close the lowest to a target.
+"""Decisions without training: slices are scored once and the lowest are closed.
 
-The first thing to try, and the control of everything else. L1 and L2 are the norms of
-the producing kernels' slices (Li et al., arXiv 1608.08710); Taylor is the first-order
-change of a loss when a gate closes (Molchanov et al., arXiv 1906.10771).
+This is the first thing to try, and the baseline of everything else. L1 and L2 are the
+norms of the slices of the kernels that produce them (Li et al., arXiv 1608.08710).
+Taylor is the first-order change of a loss when a gate closes (Molchanov et al., arXiv
+1906.10771).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from depthprune.program import axes as ax
 from depthprune.program import cost
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import paths_of
-from depthprune.timing.layers import TIME, Cost, counted
+from depthprune.timing.layers import TIME, CostFunction, counted
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
 SCOPES = ('global', 'uniform')
@@ -29,48 +30,80 @@ def oneshot(
   target: float | str,
   score: str = 'l1',
   scope: str = 'global',
-  of: str | Cost = 'flops',
+  of: str | CostFunction = 'flops',
   round_to: int = 1,
   grads: Mapping | None = None,
   key: jax.Array | None = None,
 ) -> dict:
-  """keep = {'channels': {group: bool [n]}} that reaches a cost target.
+  """Decides which channels to keep so that the network costs what is asked for.
 
-  target: kept fraction of the cost in (0, 1], '50%', or an absolute number above 1.
-  score: 'l1' | 'l2' | 'random' (needs key) | 'taylor' (needs grads: the gradient of a
-    loss by the gates, a tree like coupling.gates(), through `plug`).
-  scope: 'global' ranks all slices together, each group's scores divided by their mean;
-    'uniform' keeps the same fraction of every group. of: 'flops' |
-    'params' | 'milliseconds', measured now on this device for a batch of 128; for
-    another, `milliseconds(coupling, batch, round_to=round_to)`.
-  round_to: widths become multiples of it, and the target counts them so.
-  Groups that cannot be gated keep all slices; every other group keeps at least one.
+  Nothing is trained. Fine-tune the network after `prune`::
 
-  Raises: ValueError for wrong arguments, or a target below what can be reached."""
+    coupling = dp.couple(model, variables, images, train=False)
+    keep = dp.oneshot(coupling, variables, target='50%')
+    pruned = dp.prune(model, variables, keep, images, train=False)
+
+  Args:
+    coupling: of the network, made by `couple`.
+    variables: its arrays.
+    target: what the network may cost: a fraction of its cost in (0, 1], a percentage
+      such as '50%', or an absolute number above 1.
+    score: what decides which channels stay. 'l1' and 'l2' are norms of the kernels,
+      'random' needs `key`, 'taylor' needs `grads`.
+    scope: 'global' ranks all channels of the network together, after dividing the
+      scores of each group by their mean; 'uniform' keeps the same fraction of each
+      group.
+    of: what is counted: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', which
+      are measured now, on this device, with a batch of 128. For another batch pass
+      `milliseconds(coupling, batch, round_to=round_to)`.
+    round_to: widths become multiples of this, and the target counts them so.
+    grads: gradient of a loss with respect to `coupling.gates()`, through `plug`.
+    key: jax random key.
+
+  Returns:
+    {'channels': {group: bool [slices]}} for `prune`. Groups that cannot be gated are
+    whole, and every other group keeps at least one slice.
+
+  Raises:
+    ValueError: an unknown score, scope or cost; a missing `grads` or `key`; a target
+      that cannot be reached; or a network of which no group can be gated.
+  """
   _check(score, scope, grads, key)
-  name, C = counted(coupling, of, round_to)
+  name, cost_of = counted(coupling, of, round_to)
   scores = rank(coupling, variables, score, grads, key)
-  total = C(coupling, None)
+  total = cost_of(coupling, None)
   goal = absolute(target, total)
-
-  def price(keep):
-    return C(coupling, {'channels': keep})
-
-  choose = _uniform if scope == 'uniform' else _global
   if not scores:
     raise ValueError('no group of this network can be gated: see coupling.explain()')
-  keep_at, steps = choose(scores, round_to)
+  price = lambda keep: cost_of(coupling, {'channels': keep})
+  keep_at, steps = (_uniform if scope == 'uniform' else _global)(scores, round_to)
   floor = price(keep_at(steps))
   if goal < floor:
     raise ValueError(
       f'target {target} is {goal:.4g} {name}; with at least one slice per group the '
-      f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): ask for more'
+      f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): raise the target'
     )
-  return {'channels': _nearest(keep_at, steps, price, goal, name == TIME)}
+  low, high = 0, steps  # bisection: price(low) >= goal >= price(high)
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if price(keep_at(middle)) >= goal else (low, middle)
+  # Milliseconds fall in steps too large to take the nearest, so they stay below.
+  if name == TIME and price(keep_at(low)) > goal:
+    return {'channels': keep_at(high)}
+  ends = keep_at(low), keep_at(high)
+  return {'channels': min(ends, key=lambda keep: abs(price(keep) - goal))}
 
 
 def absolute(target: float | str, total: float) -> float:
-  """A target as an absolute cost. Raises: ValueError outside (0, 1] or the total."""
+  """Returns a target as an absolute cost.
+
+  Args:
+    target: a fraction in (0, 1], a percentage such as '50%', or an absolute number.
+    total: cost of the whole network.
+
+  Raises:
+    ValueError: the target is none of these, or above the total.
+  """
   text = str(target).strip()
   number = float(text[:-1]) / 100 if text.endswith('%') else float(text)
   if 0 < number <= 1:
@@ -90,7 +123,18 @@ def rank(
   grads: Mapping | None = None,
   key: jax.Array | None = None,
 ) -> dict[str, np.ndarray]:
-  """The score of every slice of every group that can be gated. {group: float [n]}"""
+  """Returns the score of every slice of every group that can be gated.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    variables: its arrays.
+    score: 'l1', 'l2', 'random' or 'taylor', as in `oneshot`.
+    grads: gradients of the gates, for 'taylor'.
+    key: jax random key, for 'random'.
+
+  Returns:
+    {group: float [slices]}.
+  """
   groups = [g for g in coupling.groups.values() if not g.ungated]
   if key is not None and score == 'random':
     keys = jax.random.split(key, len(groups))
@@ -107,9 +151,19 @@ def rank(
 def norms(
   coupling: Coupling, leaves: Mapping[str, Any], group: str, power: int = 1
 ) -> np.ndarray:
-  """The p-norm of every slice of a group over the weights that write it. [n]
+  """Returns the p-norm of every slice of a group over the weights that write it.
 
-  Where no kernel is known to write it, over all weights that have the slice."""
+  Where no kernel is known to write the group, all weights that have its slices count.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    leaves: its arrays by path.
+    group: name of the group.
+    power: p, 1 or 2.
+
+  Returns:
+    float64 [slices].
+  """
   variable, size = coupling.axis(group), coupling.groups[group].size
   members = [m for m in coupling.groups[group].members if np.ndim(leaves[m[0]]) > 1]
   written = [m for m in members if m not in coupling.reads] or members
@@ -135,30 +189,27 @@ def _check(score, scope, grads, key):
     raise ValueError("score='random' needs key, e.g. jax.random.key(0)")
 
 
-def _top(scores: np.ndarray, n: int) -> np.ndarray:
-  """The n highest. bool [len(scores)]"""
-  kept = np.zeros(scores.size, bool)
-  kept[np.argsort(-scores, kind='stable')[:n]] = True
-  return kept
-
-
 def _uniform(scores: Mapping, round_to: int) -> tuple[Callable, int]:
-  """keep_at(k): every group keeps the fraction 1 - k/steps of its slices.
+  """Returns keep_at and its number of steps: step k keeps the fraction 1 - k/steps.
 
-  Groups round at different points, so that the cost falls in small steps."""
+  Groups round at different points, so that the cost falls in small steps.
+  """
   steps = 4 * max(s.size for s in scores.values())
   offset = {g: (i + 0.5) / len(scores) for i, g in enumerate(scores)}
 
   def keep_at(k):
-    part = 1 - k / steps
-    widths = {g: max(1, int(part * s.size + offset[g])) for g, s in scores.items()}
+    share = 1 - k / steps
+    widths = {g: max(1, int(share * s.size + offset[g])) for g, s in scores.items()}
     return {g: _rounded(s, widths[g], round_to) for g, s in scores.items()}
 
   return keep_at, steps
 
 
 def _global(scores: Mapping, round_to: int) -> tuple[Callable, int]:
-  """keep_at(k): the k lowest slices closed, the best of every group never."""
+  """Returns keep_at and its number of steps: step k closes the k lowest slices.
+
+  The best slice of every group is never closed.
+  """
   order = []
   for group, s in scores.items():
     relative = s / max(s.mean(), np.finfo(float).tiny)
@@ -176,20 +227,8 @@ def _global(scores: Mapping, round_to: int) -> tuple[Callable, int]:
 
 
 def _rounded(scores: np.ndarray, width: int, round_to: int) -> np.ndarray:
-  return _top(scores, int(cost.multiple(width, scores.size, round_to)))
-
-
-def _nearest(
-  keep_at: Callable, steps: int, price: Callable, goal: float, jumps: bool
-) -> dict:
-  """Bisects for the step whose price is nearest to the goal; price falls with k.
-
-  jumps: by much; then the one that is not above the goal.
-  """
-  low, high = 0, steps  # price(low) >= goal >= price(high)
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if price(keep_at(middle)) >= goal else (low, middle)
-  if jumps and price(keep_at(low)) > goal:
-    return keep_at(high)
-  return min((keep_at(low), keep_at(high)), key=lambda keep: abs(price(keep) - goal))
+  """The highest scores, as many as the rounded width. bool [len(scores)]"""
+  kept = np.zeros(scores.size, bool)
+  width = int(cost.multiple(width, scores.size, round_to))
+  kept[np.argsort(-scores, kind='stable')[:width]] = True
+  return kept

@@ -1,4 +1,4 @@
-"""One index plan, and everything that is cut by it."""
+"""Cutting variables and optimizer state by one plan: the slices that stay of each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from depthprune.program import axes as ax
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import GONE, paths_of, without
 
-Plan = Mapping[str, tuple[np.ndarray, ...]]  # path -> kept slices of each axis, bool
+IndexPlan = Mapping[str, tuple[np.ndarray, ...]]  # path: bool mask of each axis
 
 
-def index_plan(coupling: Coupling, keep: Mapping) -> Plan:
-  """What stays of every variable: a mask per axis, by path.
+def index_plan(coupling: Coupling, keep: Mapping) -> IndexPlan:
+  """Returns which slices stay of every variable.
 
-  Variables that are dead or have no slice left are absent.
+  Args:
+    coupling: of the network, made by `couple`.
+    keep: a settled decision.
 
-  keep: settled. Branch gates have no entry: their value is folded into the arrays."""
+  Returns:
+    {path: one bool mask per axis}. Variables that are dead or have no slice left are
+    absent, and so are branch gates, whose values are multiplied into the arrays.
+  """
   kept: dict[ax.Var, np.ndarray] = {}
   for group, slices in keep.get('channels', {}).items():
     kept[coupling.axis(group)] = np.asarray(slices)
@@ -35,10 +40,12 @@ def index_plan(coupling: Coupling, keep: Mapping) -> Plan:
   return {path: masks for path, masks in plan.items() if all(m.any() for m in masks)}
 
 
-def cut(tree: Any, plan: Plan) -> Any:
-  """The variables that the plan leaves, in the structure they had.
+def cut(tree: Any, plan: IndexPlan) -> Any:
+  """Returns the variables that the plan leaves, in the structure they had.
 
-  Dict entries of dead variables go; a pytree of another kind keeps them uncut."""
+  Dict entries of variables that are not in the plan disappear; a pytree that is no dict
+  keeps them uncut.
+  """
   named = isinstance(tree, Mapping)
   small = [
     take(x, plan[path]) if path in plan else GONE if named else x
@@ -48,9 +55,11 @@ def cut(tree: Any, plan: Plan) -> Any:
 
 
 def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
-  """x without the slices that are masked out.
+  """Returns x without the slices that are masked out.
 
-  On the host, but for traced arrays: every new shape would be a program to compile."""
+  Unless x is traced this happens on the host, because every new shape would have to be
+  compiled on the device.
+  """
   if all(m.all() for m in masks):
     return x
   x = x if isinstance(x, Tracer) else np.asarray(x)
@@ -58,17 +67,28 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
 
 
 def cut_optimizer(
-  tx: Any, opt_state: Any, full: Any, small: Any, plan: Plan, prefix: str
+  tx: Any, opt_state: Any, full: Any, small: Any, plan: IndexPlan, prefix: str
 ) -> tuple[Any, list[str]]:
-  """The optimizer state for the small variables, and what had to start anew.
+  """Cuts the state of an optimizer by the same plan as its variables.
 
-  full, small: the tree that tx optimised and the one it will. prefix: where that tree
-    stands in the paths of the plan ('params/' for the tree of parameters).
-  A leaf whose path ends in a variable's path and that has the variable's shape is cut
-  as the variable is; statistics of another shape (factored ones) of a variable that is
-  cut take the value of tx.init(small), and are named; the rest is carried over.
+  A leaf is cut where its path ends in the path of a variable and it has the shape of
+  that variable. Statistics of another shape (factored ones) of a variable that is cut
+  start anew. Everything else is carried over.
 
-  Raises: ValueError when opt_state is not a state of tx over full."""
+  Args:
+    tx: the optax optimizer.
+    opt_state: its state.
+    full: the tree of variables that it optimized.
+    small: the tree of variables that it will optimize.
+    plan: the plan.
+    prefix: where this tree is in the paths of the plan: 'params/' for the parameters.
+
+  Returns:
+    The state for the small variables, and one sentence per leaf that starts anew.
+
+  Raises:
+    ValueError: opt_state is not a state of tx over `full`.
+  """
   expected, old = paths_of(jax.eval_shape(tx.init, full)), paths_of(opt_state)
   for path in {**expected, **old}:
     want, got = (np.shape(t[path]) if path in t else 'absent' for t in (expected, old))
@@ -93,14 +113,16 @@ def cut_optimizer(
 
 
 def _keys(tree: Any) -> list[tuple]:
-  """Where every leaf stands; unlike a path it tells a field from a dict's entry."""
+  """The keys of every leaf; unlike paths they tell a field from an entry of a dict."""
   return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _masks_for(keys: tuple, plans: Mapping, state: Collection) -> Any:
-  """The plan of the variable whose keys end `keys`, or None.
+  """The masks of the variable whose keys are the end of `keys`, or None.
 
-  Where several do (w and mu/w, in Adam's mu), the one whose neighbours stand beside."""
+  Where there are several (w and mu/w, in the mu of Adam), it is the one for which the
+  state holds most of the other variables too.
+  """
   ends = [(keys[:i], keys[i:]) for i in range(len(keys) + 1) if keys[i:] in plans]
 
   def neighbours(end):

@@ -1,8 +1,8 @@
-"""Surgery: a decision goes in, a physically smaller network comes out, proven equal."""
+"""Surgery: cuts a network to what a decision keeps and proves the rest unchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,27 +14,35 @@ from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
 from depthprune.program.trace import paths_of
 from depthprune.surgery.fold import fold, fold_channels
-from depthprune.surgery.plan import Plan, cut, cut_optimizer, index_plan
+from depthprune.surgery.plan import IndexPlan, cut, cut_optimizer, index_plan
 from depthprune.surgery.settle import complete, settle
 from depthprune.surgery.verify import Verdict, verify
 
 
 class InexactCut(ValueError):
-  """Masked and small network differ, so the cut was refused; the message says why."""
+  """The cut was refused, because the masked and the small network differ.
+
+  The message names the groups and tensors that are responsible.
+  """
 
 
 class Pruned(NamedTuple):
-  """What surgery leaves.
+  """A network after surgery; `print(pruned)` shows what was gained.
+
+  Run it as `pruned.apply(pruned.variables, inputs, train=False)`.
 
   Attributes:
-    apply: f(variables, *inputs, **kwargs), at every input shape and in every mode.
-    variables: the small arrays; branch gates are folded in.
-    opt_state: cut by the same plan; None where none was given.
-    arch: {module path: width} of what differs from the model's default, 0 for a branch
-      or an exit that is gone.
+    apply: f(variables, *inputs, **kwargs), for every input shape and mode of the model.
+    variables: the small arrays, with gates that stay open multiplied into them.
+    opt_state: the small optimizer state; None where none was given.
+    arch: {module path: width} where the width is not the model's default; 0 for a
+      branch or an exit that is gone.
     report: a dict ready for JSON: requested and reached cost, widths, kept indices.
-    model: model.clone(arch=arch) for a model that has `arch`, else what was given.
-    keep: the settled decision. coupling: of the full network."""
+    model: the small network as a module, `model.clone(arch=arch)`, where the model has
+      `arch`; else the model that was given.
+    keep: the decision that was carried out.
+    coupling: the Coupling of the full network.
+  """
 
   apply: Callable
   variables: Any
@@ -44,6 +52,17 @@ class Pruned(NamedTuple):
   model: Any
   keep: dict
   coupling: Coupling
+
+  def __repr__(self) -> str:
+    lines = ['Pruned:']
+    for name, title in (('params', 'parameters'), ('flops', 'FLOPs (1 MAC = 2 FLOPs)')):
+      before, after = self.report[name]['before'], self.report[name]['after']
+      part = f'{100 * after / before:.1f} %' if before else 'none'
+      lines.append(f'  {title}: {before:,} -> {after:,} ({part})')
+    exits = [name for name, kept in self.report['exits'].items() if kept]
+    lines.append(f'  exits: {", ".join(exits) or "none"}')
+    lines += [f'  note: {note}' for note in self.report['notes']]
+    return '\n'.join(lines)
 
 
 def prune(
@@ -61,28 +80,50 @@ def prune(
 ) -> Pruned:
   """Cuts a network to what `keep` leaves and proves that nothing else changed.
 
-  model: a linen module, or any traceable f(variables, *inputs). variables: its arrays.
-  keep: {'channels': {group: bool [n]}, 'branches': {path: bool},
-    'exits': {name: bool}}, each part optional.
-  example: one input array, or a tuple of all inputs.
-  tx, opt_state: an optax optimizer and its state over variables['params'] (or over
-    variables, where there is no such entry): cut by the same plan.
-  round_to: widths become multiples of it (see `settle`).
-  gates: {'channels': {group: [n]}}, the values that channel gates have where they are
-    neither 0 nor 1; of slices that are kept they are folded into the weights that read
-    them, and the proof compares with the network so gated. Branch gates are among the
-    variables.
-  allow_inexact: cut also where masked and small network differ, and report by how much.
-  coupling: that of the model, where it has been computed already.
-  kwargs: further arguments of the model's call, e.g. train=False.
+  The small network is compared with the full one in which everything that is not kept
+  is masked by gates::
 
-  Raises: InexactCut where masked is not small (a width that is normalised over, say),
-    naming the tensors; ValueError and KeyError for a keep that does not fit."""
+    coupling = dp.couple(model, variables, images, train=False)
+    keep = dp.oneshot(coupling, variables, target='50%')
+    pruned = dp.prune(model, variables, keep, images, train=False)
+    print(pruned)
+    outputs = pruned.apply(pruned.variables, images, train=False)
+
+  Args:
+    model: a linen module, or any traceable function of (variables, *inputs, **kwargs).
+    variables: its arrays; of a linen module the dict with 'params' and the other
+      collections.
+    keep: {'channels': {group: bool [slices]}, 'branches': {path: bool}, 'exits':
+      {name: bool}}, as `oneshot` or a method's `decide` returns it. Each part is
+      optional, and what is missing is kept.
+    example: an input array, or the tuple of all inputs.
+    tx: the optax optimizer of `opt_state`.
+    opt_state: its state over variables['params'], or over `variables` where there is no
+      such entry. It is cut like the variables.
+    round_to: widths become the next lower multiple of this, and at least one multiple.
+    allow_inexact: cut also where the masked and the small network differ; the report
+      says by how much.
+    gates: {'channels': {group: [slices]}}, the values of channel gates that are neither
+      0 nor 1. They are multiplied into the weights that read the channels. The values
+      of branch gates are taken from the variables.
+    coupling: what `couple` returned for this model, to save calling it again.
+    **kwargs: further arguments of the model's call, such as train=False.
+
+  Returns:
+    The Pruned network.
+
+  Raises:
+    InexactCut: the masked and the small network differ, for example because a width is
+      normalised over; the message names the tensors.
+    KeyError: `keep` has a group, branch or exit that the network does not have.
+    ValueError: an entry of `keep` has the wrong shape or type, or no exit is left;
+      gates cannot be multiplied into the weights; or opt_state does not belong to tx.
+  """
   inputs = example if isinstance(example, tuple) else (example,)
   coupling = coupling or couple(model, variables, *inputs, **kwargs)
-  settled = settle(coupling, keep, variables, round_to)
+  settled, notes = settle(coupling, keep, variables, round_to)
   channels = (gates or {}).get('channels', {})
-  inexact = _inexact(coupling, settled.keep)
+  inexact = _inexact(coupling, settled)
   if inexact and not allow_inexact:
     raise _refusal('masked and small network are not the same function', inexact)
 
@@ -91,48 +132,57 @@ def prune(
     return cut(folded, index_plan(coupling, keep))
 
   asked = dict(zip(('channels', 'branches', 'exits'), complete(coupling, keep)))
-  verdict = verify(coupling, variables, inputs, shrink, asked, settled.keep, channels)
+  verdict = verify(coupling, variables, inputs, shrink, asked, settled, channels)
   if verdict.responsible and not allow_inexact:
     raise _refusal(
       f'masked and small network differ by {verdict.difference:.1e} '
       f'(tolerance {verdict.tolerance:.0e})',
       verdict.responsible,
     )
-  plan = index_plan(coupling, settled.keep)
-  small = shrink(variables, settled.keep)
-  notes = [*settled.notes, *inexact]
+  plan = index_plan(coupling, settled)
+  small = shrink(variables, settled)
+  notes = [*notes, *inexact]
   if opt_state is not None:
-    opt_state, anew = _small_state(tx, opt_state, variables, small, plan)
+    if tx is None:
+      raise ValueError('opt_state was given without the tx that it belongs to')
+    full, left, prefix = variables, small, ''
+    if isinstance(small, Mapping) and 'params' in small:
+      full, left, prefix = variables['params'], small['params'], 'params/'
+    opt_state, anew = cut_optimizer(tx, opt_state, full, left, plan, prefix)
     notes += anew
-  small_model, arch = _native(model, coupling, plan, settled.keep, small, notes)
-  report = _report(coupling, variables, keep, settled.keep, plan, verdict, notes)
-  apply = slim(model, coupling, settled.keep)
+  native, arch = _native(model, coupling, plan, settled, small, notes)
   return Pruned(
-    apply, small, opt_state, arch, report, small_model, settled.keep, coupling
+    apply=slim(model, coupling, settled),
+    variables=small,
+    opt_state=opt_state,
+    arch=arch,
+    report=_report(coupling, variables, keep, settled, plan, verdict, notes),
+    model=native,
+    keep=settled,
+    coupling=coupling,
   )
 
 
 def _refusal(what: str, blame: Iterable[str]) -> InexactCut:
-  lines = [f'{what}:', *blame]
-  advice = 'keep these groups whole, or pass allow_inexact=True'
-  return InexactCut('\n  '.join(lines) + '\n' + advice)
+  reasons = '\n  '.join([f'{what}:', *blame])
+  return InexactCut(f'{reasons}\nkeep these groups whole, or pass allow_inexact=True')
 
 
 def _inexact(coupling: Coupling, keep: Mapping) -> list[str]:
-  """One sentence for every axis that is cut although its size enters the result."""
-  found = []
+  """Describes every axis that is cut although its size enters the result."""
+  sentences = []
   for name, kept in keep['channels'].items():
     group = coupling.groups[name]
     if group.kind == 'channel' and coupling.axis(name).notes and not np.all(kept):
       tensors = ', '.join(path for path, _ in group.members)
-      found.append(f'{name}: {group.ungated}. Tensors: {tensors}')
-  return found
+      sentences.append(f'{name}: {group.ungated}. Tensors: {tensors}')
+  return sentences
 
 
 def _folded(
   coupling: Coupling, variables: Any, keep: Mapping, channels: Mapping
 ) -> Any:
-  """Gates that stay, of branches and of channels, multiplied into the arrays."""
+  """Multiplies gates that stay open, of branches and of channels, into the arrays."""
   leaves = paths_of(variables)
   values = {}
   for branch in coupling.branches:
@@ -147,57 +197,50 @@ def _folded(
   return fold_channels(coupling.view, variables, open_, keep['exits'])
 
 
-def _small_state(tx, opt_state, full, small, plan: Plan):
-  if tx is None:
-    raise ValueError('opt_state was given without the tx that it belongs to')
-  is_flax = isinstance(small, Mapping) and 'params' in small
-  if is_flax:
-    full, small = full['params'], small['params']
-  return cut_optimizer(tx, opt_state, full, small, plan, 'params/' if is_flax else '')
+def _native(
+  model: Any,
+  coupling: Coupling,
+  plan: IndexPlan,
+  keep: Mapping,
+  small: Any,
+  notes: list,
+) -> tuple[Any, dict[str, int]]:
+  """The small network as a module, and its `arch`, where the model has `arch`.
 
-
-def _native(model, coupling, plan, keep, small, notes) -> tuple[Any, dict[str, int]]:
-  """The small network as a module of its own, where the model has `arch`."""
-  full = getattr(model, 'widths', None)
-  if not (isinstance(full, Mapping) and isinstance(model.arch, Mapping)):
+  A key of `arch` is the path of a kernel, whose last axis is its width, or the name of
+  a group that the model knows, such as the heads of an attention.
+  """
+  known = getattr(model, 'widths', None)
+  if not (isinstance(known, Mapping) and isinstance(model.arch, Mapping)):
     return model, {}
-  arch = {
-    **dict(model.arch),
-    **_arch(coupling, plan, keep, full),
-  }
+  arch = dict(model.arch)
+  for path, masks in plan.items():
+    if path.startswith('params/') and path.endswith('/kernel') and not masks[-1].all():
+      name = path.removeprefix('params/').removesuffix('/kernel')
+      arch[name] = int(masks[-1].sum())
+  for group, kept in keep['channels'].items():
+    if group in known and not np.all(kept):
+      arch[group] = int(np.sum(kept))
+  for branch, kept in keep['branches'].items():
+    if not np.all(kept):
+      arch[branch] = _layers_left(coupling, keep, branch)
+  arch |= {f'exit/{e}': 0 for e, kept in keep['exits'].items() if not kept}
   make: Any = type(model.arch)
   native = model.clone(arch=make(arch))
   key = jax.eval_shape(lambda: jax.random.key(0))
-  wanted = jax.eval_shape(native.init, key, *coupling.inputs)
-  wanted = {p: x.shape for p, x in paths_of(wanted).items() if p[:9] != 'branches/'}
+  wanted = paths_of(jax.eval_shape(native.init, key, *coupling.inputs))
+  wanted = {p: x.shape for p, x in wanted.items() if not p.startswith('branches/')}
   if wanted != {p: x.shape for p, x in paths_of(small).items()}:
     notes.append('this shape cannot be written as `arch`: run it through `apply`')
     return model, {}
   return native, arch
 
 
-def _arch(
-  coupling, plan: Plan, keep: Mapping, names: Collection[str]
-) -> dict[str, int]:
-  """Widths that changed, read off the arrays; branches and exits that are gone.
-
-  names: the keys that the model knows. A group may be one, by its name, if no last axis
-    of a kernel tells its size (the heads of an attention)."""
-  arch = {}
-  for path, masks in plan.items():
-    if path.startswith('params/') and path.endswith('/kernel') and not masks[-1].all():
-      name = path.removeprefix('params/').removesuffix('/kernel')
-      arch[name] = int(masks[-1].sum())
-  groups = {g: kept for g, kept in keep['channels'].items() if g in names}
-  arch |= {g: int(np.sum(kept)) for g, kept in groups.items() if not np.all(kept)}
-  closed = {b: kept for b, kept in keep['branches'].items() if not np.all(kept)}
-  arch |= {b: _layers_left(coupling, keep, b) for b in closed}
-  return arch | {f'exit/{e}': 0 for e, kept in keep['exits'].items() if not kept}
-
-
 def _layers_left(coupling: Coupling, keep: Mapping, branch: str) -> int:
-  """0 for a branch that is gone, else the layers of its stack, which other branches
-  may keep although this one is closed there."""
+  """0 for a branch that is gone, else the number of layers left in its stack.
+
+  Other branches may keep a layer in which this one is closed.
+  """
   kept = keep['branches'][branch]
   if not np.any(kept):
     return 0
@@ -206,41 +249,37 @@ def _layers_left(coupling: Coupling, keep: Mapping, branch: str) -> int:
   return int(np.sum(next(layers, np.ones_like(kept))))
 
 
-def _report(coupling, variables, asked, keep, plan, verdict: Verdict, notes) -> dict:
-  """Everything that a person or a table wants to know, in plain JSON types."""
-  costs = {'flops': cost.flops, 'params': cost.params, 'peak_bytes': cost.peak_bytes}
-  groups = coupling.groups
-  shapes = {p: np.shape(x) for p, x in paths_of(variables).items()}
-  widths = {g: int(np.sum(k)) for g, k in keep['channels'].items()}
-  closed = [*keep['channels'].values(), *keep['branches'].values()]
-  if verdict.moved == 0 and not all(np.all(k) for k in closed):
+def _report(
+  coupling: Coupling, variables: Any, asked: Mapping, keep: Mapping, plan: IndexPlan,
+  verdict: Verdict, notes: list,
+) -> dict:  # fmt: skip
+  """What was asked for and what was reached, in plain JSON types."""
+  decided = [*keep['channels'].values(), *keep['branches'].values()]
+  if verdict.moved == 0 and not all(np.all(k) for k in decided):
     notes.append('closing these slices does not change the output')
-  if verdict.responsible:
-    notes += verdict.responsible
+  notes += verdict.responsible
+  widths = {g: int(np.sum(k)) for g, k in keep['channels'].items()}
+  costs = {'flops': cost.flops, 'params': cost.params, 'peak_bytes': cost.peak_bytes}
+  tensors = {}
+  for path, x in paths_of(variables).items():
+    if path in plan:
+      masks = plan[path]
+      cuts = {str(i): m for i, m in enumerate(masks) if not m.all()}
+      tensors[path] = {
+        'shape': [list(np.shape(x)), [int(m.sum()) for m in masks]],
+        'kept': {i: np.flatnonzero(m).tolist() for i, m in cuts.items()},
+      }
   return {
-    'requested': {
-      g: int(np.sum(k)) for g, k in asked.get('channels', {}).items()
-    },
+    'requested': {g: int(np.sum(k)) for g, k in asked.get('channels', {}).items()},
     **{
       name: {'before': int(of(coupling)), 'after': int(of(coupling, keep))}
       for name, of in costs.items()
     },
-    'widths': {g: [groups[g].size, widths.get(g, 0)] for g in groups},
+    'widths': {g: [x.size, widths.get(g, 0)] for g, x in coupling.groups.items()},
     'kept': {g: np.flatnonzero(k).tolist() for g, k in keep['channels'].items()},
     'branches': {b: bool(np.any(k)) for b, k in keep['branches'].items()},
     'exits': dict(keep['exits']),
-    'tensors': {
-      path: {
-        'shape': [list(shape), [int(m.sum()) for m in plan[path]]],
-        'kept': {
-          str(i): np.flatnonzero(m).tolist()
-          for i, m in enumerate(plan[path])
-          if not m.all()
-        },
-      }
-      for path, shape in shapes.items()
-      if path in plan
-    },
+    'tensors': tensors,
     'verify': {
       'difference': verdict.difference,
       'settled': verdict.settled,
@@ -249,4 +288,4 @@ def _report(coupling, variables, asked, keep, plan, verdict: Verdict, notes) -> 
     },
     'notes': notes,
     'inputs': [list(x.shape) for x in jax.tree.leaves(coupling.inputs)],
-  }  # fmt: skip
+  }

@@ -1,4 +1,4 @@
-"""A decision made coherent: complete, no empty trunk, hardware widths, explained."""
+"""Makes a decision complete and possible: no empty groups, rounded widths."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class Settled(NamedTuple):
   """A decision that can be carried out.
 
   Attributes:
-    keep: 'channels', 'branches' and 'exits', every entry present; groups that the
-      decision makes dead are left out.
-    notes: what differs from what was asked, and why, one sentence each."""
+    keep: 'channels', 'branches' and 'exits' with every entry present, but without
+      groups that the decision makes dead.
+    notes: what differs from what was asked, and why, one sentence each.
+  """
 
   keep: dict
   notes: tuple[str, ...]
@@ -32,14 +33,24 @@ def settle(
 ) -> Settled:
   """Completes and corrects a decision.
 
-  keep: as for `slim`, each part optional. round_to: widths become the multiple below
-    (never less than one multiple); slices closed or reopened for that are those of the
-    smallest or largest L1 norm.
-  A group left empty closes the branch that it lies in; where there is none, its largest
-  slice stays.
+  A group that is left empty closes the branch that it lies in. Where there is no such
+  branch, the largest slice of the group stays.
 
-  Raises: KeyError for an unknown group, branch or exit, ValueError for an entry of the
-    wrong shape or no exit left."""
+  Args:
+    coupling: of the network, made by `couple`.
+    keep: {'channels': {group: bool [slices]}, 'branches': {path: bool}, 'exits': {name:
+      bool}}; each part is optional.
+    variables: the arrays of the network, whose L1 norms decide which slices are closed
+      or reopened for rounding.
+    round_to: widths become the next lower multiple of this, and at least one multiple.
+
+  Returns:
+    The Settled decision.
+
+  Raises:
+    KeyError: an unknown group, branch or exit.
+    ValueError: an entry has the wrong shape or is not bool, or no exit is left.
+  """
   channels, branches, exits = complete(coupling, keep)
   leaves = paths_of(variables)
   notes: list[str] = []
@@ -55,10 +66,14 @@ def settle(
 
 
 def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
-  """Channels, branches and exits with every entry present, as bool arrays.
+  """Returns channels, branches and exits with every entry present, as bool arrays.
 
   A layer of a scan is kept where any of its branch gates is.
-  Raises: as `settle`."""
+
+  Raises:
+    KeyError: an unknown group, branch or exit.
+    ValueError: an entry has the wrong shape or is not bool, or no exit is left.
+  """
   unknown = set(keep) - {'channels', 'branches', 'exits'}
   if unknown:
     raise KeyError(
@@ -67,7 +82,9 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
   channels = {g.name: np.ones(g.size, bool) for g in coupling.groups.values()}
   for name, kept in keep.get('channels', {}).items():
     coupling.axis(name)
-    channels[name] = _entry(name, kept, channels[name].shape, coupling.groups[name])
+    path, axis = coupling.groups[name].members[0]
+    shape = channels[name].shape
+    channels[name] = _entry(name, kept, shape, where=f' ({path}, axis {axis})')
   shapes = {b: coupling.branch_shape(b) for b in coupling.branches}
   branches = {b: np.ones(shape, bool) for b, shape in shapes.items()}
   for name, kept in keep.get('branches', {}).items():
@@ -81,47 +98,42 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     exits[name] = bool(kept)
   if exits and not any(exits.values()):
     raise ValueError(f'keep: all exits are dropped ({", ".join(exits)}); keep one')
-  _layers_of_branches(coupling, channels, branches)
+  for name, group in coupling.groups.items():
+    if group.kind == 'layer':
+      axis = coupling.axis(name)
+      gates = [
+        kept
+        for b, kept in branches.items()
+        if kept.ndim and ax.norm(coupling.axes[f'branches/{b}'][0]) is axis
+      ]
+      if gates:
+        channels[name] = channels[name] & np.any(gates, axis=0)
   return channels, branches, exits
 
 
-def _entry(name, kept, shape, group=None) -> np.ndarray:
+def _entry(name: str, kept: Any, shape: tuple, where: str = '') -> np.ndarray:
   kept = np.asarray(kept)
   if kept.dtype != bool:
     raise ValueError(f'{name}: keep has dtype {kept.dtype}, expected bool')
   if kept.shape != shape:
-    where = f' ({group.members[0][0]}, axis {group.members[0][1]})' if group else ''
     raise ValueError(f'{name}: keep has shape {kept.shape}, its axis {shape}{where}')
   return kept.copy()
 
 
-def _layers_of_branches(coupling: Coupling, channels, branches):
-  """Layers of a scan whose branches are all closed go."""
-  for name, group in coupling.groups.items():
-    if group.kind != 'layer':
-      continue
-    axis = coupling.axis(name)
-    gates = [
-      kept
-      for b, kept in branches.items()
-      if kept.ndim and ax.norm(coupling.axes[f'branches/{b}'][0]) is axis
-    ]
-    if gates:
-      channels[name] = channels[name] & np.any(gates, axis=0)
-
-
 def _close_empty(coupling, channels, branches, exits, leaves, notes):
-  """An empty group closes its branch, or keeps its largest slice."""
+  """Closes the branch around each empty group, or keeps the group's largest slice."""
   for name, kept in channels.items():
     group = coupling.groups[name]
     decision = coupling.decision({'branches': branches, 'exits': exits})
     closed = group.kind == 'layer' or all(p in decision.dead for p, _ in group.members)
     if kept.any() or closed:
       continue
-    branch = _branch_around(coupling, group, branches)
-    if branch is not None:
-      branches[branch] = np.zeros_like(branches[branch])
-      notes.append(f'{name} is empty, so the branch {branch} is closed')
+    for branch, gate in branches.items():
+      dead = coupling.view.unneeded(Decision({branch: False}, {}))
+      if gate.any() and all(path in dead for path, _ in group.members):
+        branches[branch] = np.zeros_like(gate)
+        notes.append(f'{name} is empty, so the branch {branch} is closed')
+        break
     else:
       scores = norms(coupling, leaves, name)
       channels[name] = np.arange(group.size) == int(np.argmax(scores))
@@ -131,17 +143,8 @@ def _close_empty(coupling, channels, branches, exits, leaves, notes):
       )
 
 
-def _branch_around(coupling, group, branches) -> str | None:
-  """The open branch whose closing makes every member of a group dead."""
-  for name, kept in branches.items():
-    dead = coupling.view.unneeded(Decision({name: False}, {}))
-    if kept.any() and all(path in dead for path, _ in group.members):
-      return name
-  return None
-
-
 def _round(coupling, name, kept, leaves, round_to, notes) -> np.ndarray:
-  """Closes the smallest kept slices, or reopens the largest closed, to a multiple."""
+  """Closes the smallest kept slices, or reopens the largest closed ones."""
   n, size = int(kept.sum()), kept.size
   width = int(cost.multiple(n, size, round_to))
   if width == n:

@@ -1,4 +1,4 @@
-"""Is the small network the masked one? Always asked, inside `prune`."""
+"""Compares the small network with the masked one; `prune` always does this."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from depthprune.program.resize import slim
 from depthprune.program.trace import paths_of, split_arrays
 from depthprune.surgery.plan import take
 
-SINGLE, HALF = 1e-4, 5e-2  # tolerated by the narrowest contraction: 32 bits, 16 bits
+SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
 
 
 class Verdict(NamedTuple):
-  """Relative differences max|a - b| / max|a|, the worst of all outputs and probes.
+  """How far networks differ: max|a - b| / max|a|, the largest over outputs and probes.
 
   Attributes:
-    difference: masked network against small network.
-    settled: network masked as decided against masked as settled.
-    moved: full network against masked network; 0 means that the mask does nothing.
-    tolerance: the difference up to which the two networks count as the same.
-    responsible: where they do not, one sentence per group that is to blame."""
+    difference: of the small network from the masked one.
+    settled: of the network masked as settled from the one masked as decided.
+    moved: of the masked network from the full one; 0 means that the mask does nothing.
+    tolerance: up to this difference the small and the masked network count as the same.
+    responsible: where they differ more, one sentence per group that causes it.
+  """
 
   difference: float
   settled: float
@@ -48,24 +49,27 @@ def verify(
 ) -> Verdict:
   """Compares the small network with the masked one, in float32 at highest precision.
 
-  Both run on the given arrays and on randomised ones, so that zeros hide nothing;
-  the same holds for the inputs.
-  Masking closes the gates of a group where it can be gated, and zeroes the slices of
-  other groups.
+  Both run on the given arrays and inputs and on randomised ones, so that zeros hide
+  nothing. The mask closes the gates of a group where it can be gated, and zeroes the
+  slices of other groups.
 
-  inputs: example inputs, arrays or abstract. shrink(variables, keep): the small
-    variables. asked, keep: the decision before and after settling, complete. soft: the
-    values of channel gates that are neither 0 nor 1, by group."""
+  Args:
+    coupling: of the network, made by `couple`.
+    variables: its arrays.
+    inputs: example inputs, arrays or ShapeDtypeStructs.
+    shrink: (variables, keep) -> the small variables.
+    asked: the complete decision before settling.
+    keep: the complete decision after settling.
+    soft: {group: [slices]}, values of channel gates that are neither 0 nor 1.
+  """
   masked, small = _runs(coupling, slim(coupling.fn, coupling, keep))
   masked, small = jax.jit(masked), jax.jit(small)
   nothing = {'channels': {}, 'branches': {}}
   rows = []
   with jax.default_matmul_precision('highest'):
-    given = _concrete(coupling, inputs)
-    for arrays, probe in (
-      (variables, given),
-      (randomised(variables), randomised(given)),
-    ):
+    example = _concrete(coupling, inputs)
+    randomly = randomised(variables), randomised(example)
+    for arrays, probe in ((variables, example), randomly):
       full, wanted, reference = (
         _cut_outputs(coupling, masked(*_mask(coupling, arrays, k, soft), probe), keep)
         for k in (nothing, asked, keep)
@@ -73,8 +77,11 @@ def verify(
       got = small(shrink(arrays, keep), probe)
       pairs = ((reference, got), (wanted, reference), (full, reference))
       rows.append([relative(a, b) for a, b in pairs])
-  worst = (max(column) for column in zip(*rows))
-  verdict = Verdict(*worst, tolerance=_tolerance(coupling))
+  contractions = ('dot_general', 'conv_general_dilated')
+  equations = [e for e in jx.walk(coupling.view.program) if e.name in contractions]
+  narrow = any(np.dtype(v.dtype).itemsize < 4 for e in equations for v in e.inputs)
+  difference, changed, moved = (max(column) for column in zip(*rows))
+  verdict = Verdict(difference, changed, moved, HALF if narrow else SINGLE)
   if verdict.difference <= verdict.tolerance:
     return verdict
   blame = _blame(coupling, variables, inputs, shrink, keep, soft, verdict.tolerance)
@@ -82,8 +89,10 @@ def verify(
 
 
 def relative(a: Any, b: Any) -> float:
-  """max|a - b| / max|a| over the worst leaf; infinite where one alone is finite, or
-  nothing is."""
+  """Returns max|a - b| / max|a| for the leaf where it is largest.
+
+  It is infinite where only one of the two is finite, or nothing is.
+  """
   worst = 0.0
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -98,19 +107,23 @@ def relative(a: Any, b: Any) -> float:
 
 
 def randomised(variables: Any) -> Any:
-  """Float arrays moved by noise of their size; what is nowhere negative stays so."""
+  """Returns the arrays with noise in proportion to their size.
+
+  Arrays without negative entries keep that property. Branch gates, integers and keys
+  stay.
+  """
   rng = np.random.default_rng(0)
 
   def one(path, x):
     if path.startswith('branches/') or not _is_float(x):
       return x
-    x = np.asarray(x, np.float32)
+    dtype, x = x.dtype, np.asarray(x, np.float32)
     spread = max(float(np.sqrt(np.mean(x**2))) if x.size else 0.0, 0.1)
     noise = 0.3 * spread * rng.normal(size=x.shape)
-    return jnp.asarray(x + (np.abs(noise) if (x >= 0).all() else noise), np.float32)
+    moved = x + (np.abs(noise) if (x >= 0).all() else noise)
+    return jnp.asarray(moved, np.float32).astype(dtype)
 
-  leaves = [one(p, x).astype(x.dtype) if _is_float(x) else x  # keys and counters stay
-            for p, x in paths_of(variables).items()]  # fmt: skip
+  leaves = [one(p, x) for p, x in paths_of(variables).items()]
   return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
@@ -119,7 +132,7 @@ def _is_float(x) -> bool:
 
 
 def _concrete(coupling: Coupling, inputs: tuple) -> list:
-  """The arrays of a call; what is abstract or all zeros becomes noise, or 0 and 1."""
+  """Returns the arrays of a call; abstract ones and zeros become noise, or 0 and 1."""
   rng = np.random.default_rng(0)
 
   def one(x):
@@ -135,7 +148,7 @@ def _concrete(coupling: Coupling, inputs: tuple) -> list:
 
 
 def _runs(coupling: Coupling, small: Callable) -> tuple[Callable, Callable]:
-  """masked(variables, gates, arrays) and small(variables, arrays) of one call."""
+  """Returns masked(variables, gates, arrays) and small(variables, arrays)."""
   gated = plug(coupling.fn, coupling)
   _, merge = split_arrays((coupling.inputs, coupling.kwargs))
 
@@ -153,7 +166,7 @@ def _runs(coupling: Coupling, small: Callable) -> tuple[Callable, Callable]:
 def _mask(
   coupling: Coupling, variables: Any, keep: Mapping, soft: Mapping
 ) -> tuple[Any, dict]:
-  """(variables, gates) of the masked network; every gate has an entry."""
+  """Returns (variables, gates) of the masked network; every gate has an entry."""
   open_ = coupling.gates()
   channels = {
     group: np.asarray(soft.get(group, gate), np.float32)
@@ -182,7 +195,7 @@ def _mask(
 
 
 def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
-  """The slices of the outputs that the small network returns, without dropped exits."""
+  """Returns the slices of the outputs that the small network returns."""
   kept = {coupling.axis(g): np.asarray(k) for g, k in keep['channels'].items()}
   leaves = [
     take(x, tuple(ax.mask(d, kept) for d in coupling.view.facts.dims[v]))
@@ -195,23 +208,12 @@ def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
   return type(outputs)((k, v) for k, v in outputs.items() if k not in gone)
 
 
-def _tolerance(coupling: Coupling) -> float:
-  contractions = ('dot_general', 'conv_general_dilated')
-  found = [
-    np.dtype(v.dtype).itemsize
-    for e in jx.walk(coupling.view.program)
-    if e.name in contractions
-    for v in e.inputs
-  ]
-  return HALF if found and min(found) < 4 else SINGLE
-
-
 def _blame(
   coupling, variables, inputs, shrink, keep, soft, tolerance
 ) -> tuple[str, ...]:
-  """The groups that differ when they alone are closed, with their tensors."""
+  """Names the groups for which the networks differ when they alone are closed."""
   arrays, probe = randomised(variables), randomised(_concrete(coupling, inputs))
-  found = []
+  sentences = []
   for name, kept in keep['channels'].items():
     if np.all(kept):
       continue
@@ -224,5 +226,5 @@ def _blame(
       group = coupling.groups[name]
       tensors = ', '.join(path for path, _ in group.members)
       why = group.ungated or 'something that does not carry the axis writes to it'
-      found.append(f'{name}: off by {difference:.1e}: {why}. Tensors: {tensors}')
-  return tuple(found) or ('no group alone differs: only their combination does',)
+      sentences.append(f'{name}: off by {difference:.1e}: {why}. Tensors: {tensors}')
+  return tuple(sentences) or ('no group alone differs: only their combination does',)

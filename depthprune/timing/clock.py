@@ -1,4 +1,4 @@
-"""A clock for functions: by turns, warmed up, and waited for on the device."""
+"""Times functions in turns, after a warm-up, waiting for the device each time."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +16,20 @@ def interleave(
   most: int = 200,
   warmup: int = 3,
 ) -> np.ndarray:
-  """Times functions without arguments by turns: milliseconds [calls, turns].
+  """Times functions without arguments in turns.
 
-  Turns go on until `seconds` are spent on all of them together, but at least `least`
-  and at most `most`. The first `warmup` rounds, which compile, do not count. What a
-  call returns is waited for on the device.
+  The first rounds, in which functions are compiled, do not count. The order of the
+  functions alternates from turn to turn, and every result is waited for on the device.
+
+  Args:
+    calls: the functions.
+    seconds: time to spend on all functions together.
+    least: least number of turns.
+    most: largest number of turns.
+    warmup: number of rounds that do not count.
+
+  Returns:
+    Milliseconds, float64 [calls, turns].
   """
   for _ in range(warmup):
     for call in calls:
@@ -40,8 +49,10 @@ def interleave(
 
 
 def made_up(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-  """An array to time a function on: small positive numbers, zeros of integers,
-  keys where those are wanted."""
+  """Returns an array to time a function on.
+
+  It holds small positive numbers, zeros for integers, or random keys.
+  """
   if jnp.issubdtype(dtype, jax.dtypes.prng_key):
     return jnp.broadcast_to(jax.random.key(0), shape)
   if not jnp.issubdtype(dtype, jnp.floating):

@@ -1,9 +1,10 @@
-"""Honest timing: what a cut gains on the device at hand, not on paper.
+"""Measures how much faster a network is after a cut, on the device at hand.
 
-Compiled once and warmed up; inputs and weights are on the device before the clock
-starts and are arguments of the program (a weight that is a constant would be folded);
-every call is waited for; the networks take turns, in alternating order, so that a
-clock that drifts or a neighbour that wakes up hits both; medians with quartiles.
+Networks are compiled and warmed up first. Inputs and weights are on the device before
+the clock starts, and are arguments of the program, because the compiler would fold
+constants. Every call is waited for. Networks take turns in alternating order, so that a
+drifting clock or another process affects all of them. Results are medians and
+quartiles.
 """
 
 import functools
@@ -19,21 +20,20 @@ import numpy as np
 
 from depthprune.timing import clock
 
-# Parts of the time: what is called near, and how wide quartiles are called noise.
-NEAR, NOISE = 0.02, 0.2
-# Below this many times the latency of one image, a whole batch is mostly overhead.
-SATURATED = 4.0
+NEAR = 0.02  # a target is reached within this fraction of the time
+NOISE = 0.2  # quartiles further apart than this fraction are too noisy to judge
+SATURATED = 4.0  # a batch faster than this many single images is mostly overhead
 
 
 class Network(NamedTuple):
-  """A network to time: `apply(variables, *inputs)`."""
+  """A network to time, called as `apply(variables, *inputs)`."""
 
   apply: Callable[..., Any]
   variables: Any
 
 
 class Timing(NamedTuple):
-  """Milliseconds of one call: median and quartiles of `runs` calls."""
+  """Milliseconds of one call: median, lower and upper quartile of `runs` calls."""
 
   median: float
   lower: float
@@ -42,27 +42,34 @@ class Timing(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """Two networks on one batch, measured in turns."""
+  """The times of two networks on one batch, measured in turns.
+
+  Attributes:
+    batch: examples in a call.
+    before: time of the first network.
+    after: time of the second network.
+    faster: number of turns, out of `after.runs`, in which the second one was faster.
+  """
 
   batch: int
   before: Timing
   after: Timing
   faster: int
-  """Turns, out of `after.runs`, in which the second network was the faster one."""
 
   @property
   def speedup(self) -> float:
+    """Median of the first network divided by that of the second."""
     return self.before.median / self.after.median
 
   @property
   def distinct(self) -> bool:
-    """Whether chance is ruled out: a sign test over the turns, two sigma."""
+    """Whether a sign test over the turns rules out chance at two sigma."""
     runs = self.after.runs
     return abs(self.faster - runs / 2) > runs**0.5
 
 
 def timing(milliseconds: np.ndarray) -> Timing:
-  """Median and quartiles of one function's turns [turns]."""
+  """Returns the Timing of a function from its milliseconds [turns]."""
   lower, median, upper = np.percentile(milliseconds, (25, 50, 75))
   return Timing(float(median), float(lower), float(upper), len(milliseconds))
 
@@ -75,19 +82,30 @@ def compare(
   exits: Sequence[str] = (),
   seconds: float = 2.0,
 ) -> tuple[Comparison, ...]:
-  """Measured latency of two networks, one Comparison per batch size.
+  """Measures the latency of two networks.
 
-  `example`: inputs with the batch in front, of any length; repeated or shortened to
-  every batch size. `exits`: where the networks return a dict, the outputs that are
-  computed (a tap that is returned would be computed and written for nobody).
-  Raises ValueError for inputs without a batch axis.
+  Args:
+    before: the first network.
+    after: the second network.
+    *example: inputs with at least one example along axis 0, repeated or shortened to
+      every batch size.
+    batches: batch sizes to measure.
+    exits: where the networks return a dict, the outputs to compute. Without it every
+      tap is computed and written to memory.
+    seconds: time to spend on each batch size, compilation not counted.
+
+  Returns:
+    One Comparison per batch size, in rising order.
+
+  Raises:
+    ValueError: an input has no examples along axis 0.
   """
   both = sweep((before, after), *example, batches=batches, exits=exits, seconds=seconds)
   return tuple(compared(batch, *taken) for batch, taken in both)
 
 
 def compared(batch: int, before: np.ndarray, after: np.ndarray) -> Comparison:
-  """Two networks from what their turns took, milliseconds [turns]."""
+  """Returns the Comparison of two networks from their milliseconds [turns]."""
   faster = int(np.sum(after < before))
   return Comparison(batch, timing(before), timing(after), faster)
 
@@ -99,7 +117,11 @@ def sweep(
   exits: Sequence[str] = (),
   seconds: float = 2.0,
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """(batch, milliseconds [networks, turns]) for every batch size; see `compare`."""
+  """Measures several networks in turns.
+
+  Yields:
+    (batch, milliseconds [networks, turns]) for every batch size; see `compare`.
+  """
   programs = [_program(network, exits) for network in networks]
   for batch in sorted(set(batches)):
     inputs = jax.block_until_ready([_sized(x, batch) for x in example])
@@ -108,7 +130,7 @@ def sweep(
 
 
 def compile_seconds(network: Network, *inputs: Any) -> float:
-  """Seconds that XLA takes to compile the network, tracing not counted."""
+  """Returns the seconds that XLA takes to compile the network, without tracing."""
   lowered = jax.jit(network.apply).lower(network.variables, *inputs)
   start = time.perf_counter()
   lowered.compile()
@@ -116,13 +138,13 @@ def compile_seconds(network: Network, *inputs: Any) -> float:
 
 
 def notes(measured: Sequence[Comparison]) -> list[str]:
-  """What the numbers do not say by themselves, as sentences."""
+  """Returns warnings about the measurements, as sentences."""
   one = next((m.after.median for m in measured if m.batch == 1), None)
   return [note for m in measured for note in _notes(m, one)]
 
 
 def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-  """`{batch: {before, after, speedup, ..., notes}}`, times in milliseconds."""
+  """Returns the measurements by batch size as plain values, times in milliseconds."""
   one = next((m.after.median for m in measured if m.batch == 1), None)
   return {
     str(m.batch): {
@@ -140,35 +162,43 @@ def to_json(measured: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
 
 
 def missed(m: Comparison, target: float) -> list[str]:
-  """Whether the part of the time that was to remain was missed, or drowned in noise.
+  """Says whether a target for the time was missed, or is hidden by noise.
 
-  target: in (0, 1]. Sentences; none where it was met.
+  Args:
+    m: the measurement.
+    target: the time that was to be left, as a fraction in (0, 1].
+
+  Returns:
+    Sentences; none where the target was reached.
   """
   share = m.after.median / m.before.median
   low, high = m.after.lower / m.before.upper, m.after.upper / m.before.lower
   said = f'batch {m.batch}: {100 * target:g} % of the time was asked for'
   ends = f'{100 * low:.1f} to {100 * high:.1f} %'
   quartiles = f'{100 * share:.1f} % measured (quartiles {ends})'
-  notes = []
   if abs(share - target) > NEAR and not low <= target <= high:
-    notes.append(
+    return [
       f'{said}, and missed: {quartiles}; the target counts layers timed alone, in '
       'steps of a quarter of their widths; widths that suit the device (round_to 8 or '
-      '16) are foreseen best'
-    )
-  elif high - low > NOISE:
-    notes.append(f'{said}, {quartiles}: too noisy to say whether it was reached')
-  return notes
+      '16) are predicted best'
+    ]
+  if high - low > NOISE:
+    return [f'{said}, {quartiles}: too noisy to say whether it was reached']
+  return []
 
 
 def device() -> str:
-  """The device that jax computes on, in words: 'NVIDIA H200', 'CPU ..., 2 cores'."""
+  """Returns the name of the device: 'NVIDIA H200', or 'CPU, Xeon ..., 2 cores'."""
   first = jax.devices()[0]
   if first.platform != 'cpu':
     return first.device_kind
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None
-  counted = f'{cores or os.cpu_count()} cores'
-  return ', '.join(part for part in ('CPU', _processor(), counted) if part)
+  listing = Path('/proc/cpuinfo')
+  lines = listing.read_text().splitlines() if listing.is_file() else []
+  names = (line.partition(':')[2] for line in lines if line.startswith('model name'))
+  processor = next((' '.join(name.split()) for name in names), '')
+  parts = ('CPU', processor, f'{cores or os.cpu_count()} cores')
+  return ', '.join(part for part in parts if part)
 
 
 def _notes(m: Comparison, one: float | None) -> list[str]:
@@ -187,13 +217,6 @@ def _notes(m: Comparison, one: float | None) -> list[str]:
         'reduce; measure with a larger batch'
       )
   return said
-
-
-def _processor() -> str:
-  listing = Path('/proc/cpuinfo')
-  lines = listing.read_text().splitlines() if listing.is_file() else []
-  names = (line.partition(':')[2] for line in lines if line.startswith('model name'))
-  return next((' '.join(name.split()) for name in names), '')
 
 
 def _program(network: Network, exits: Sequence[str]) -> Callable[..., Any]:

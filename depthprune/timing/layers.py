@@ -1,24 +1,25 @@
-"""Milliseconds on the device at hand as a cost: a table per layer, over its widths.
+"""Milliseconds on the device at hand as a cost: a table per layer over its widths.
 
-Every equation that contracts (a convolution, a product, a loop around some) is a layer.
-It is timed alone at some widths of each axis that can be cut, and so is the network,
-narrowed evenly, and as it is; all of them take turns.
+A layer is an equation that contracts: a convolution, a product, or a loop around some.
+Each layer is timed alone at some widths of each axis that can be cut. The network is
+timed as it is, and with all its widths narrowed evenly. All of these take turns.
 
-  C(n)     = f(sum_l t_l(n)), of the network as it is what was measured
-  t_l(n)   table of layer l, linear between the widths that were timed, and what was
-           measured of the whole layer
-  n        slices that are kept of every group
-  f        from the layers' sum to the network's time, which has what lies between
-           layers (element-wise work, launches) and what XLA fuses: through the evenly
-           narrowed networks, linear in between
+  C(n)     = f(sum_l t_l(n)); for the network as it is, its measured time
+  t_l(n)   table of layer l, linear between the widths that were timed; for the layer
+           as it is, its measured time
+  n        number of slices that are kept of every group
+  f        from the sum of the layers to the time of the network, which also has
+           element-wise work and launches between layers, and in which XLA fuses some
+           of them: linear between the evenly narrowed networks
 
 Tables per layer are those of NetAdapt (Yang et al., arXiv 1804.03230); f is ours. No
-layer is counted slower for being narrower: where noise says so, a table is taken half
-way between the rising ones around it. But kernels like some widths more, mostly those
-that networks are built with, so what loses a channel can be slower than it was (or
-much faster, where a cache did not like it); where widths are not rounded, odd ones are
-timed. For gates, f has the value above and one slope, the mean one: where launches hide
-what narrower layers save, gates would otherwise have nothing to follow.
+layer counts as slower for being narrower: where noise says so, a table is replaced by
+the mean of the closest rising tables above and below it. Kernels are fastest at some
+widths, mostly those that networks are built with, so a layer that loses one channel can
+become slower (or much faster, if its size suited the cache badly). Therefore odd widths
+are timed where widths are not rounded. For gates, f has the value above but one mean
+slope: where launches hide what narrower layers save, f is flat and gates would get no
+gradient.
 """
 
 from __future__ import annotations
@@ -41,14 +42,32 @@ from depthprune.program.stages import batched
 from depthprune.program.trace import View
 from depthprune.timing import clock
 
+BATCH = 128  # examples in a call
+SECONDS = 4.0  # spent on all calls together, though each has at least nine turns
+EVEN = (0, 0.25, 0.5, 0.75, 1)  # fractions of all widths; 0 is the least width
+# Fractions of the widths of a layer, by the number of its axes that can be cut.
+PARTS = {1: EVEN, 2: (0, 0.25, 0.5, 1), 3: (0, 0.5, 1), 4: (0, 1), 5: (0, 1)}
+COSTS = {'flops': cost.flops, 'params': cost.params}
+TIME = 'milliseconds'
 
-class Table(NamedTuple):
-  """Milliseconds of a layer.
+CostFunction = Callable[[Coupling, Mapping | None], Any]
+"""(coupling, gates) -> cost; gates are None, bool or float, as for `cost.flops`."""
+
+Widths = dict[str, int]
+"""{group: number of slices kept}; other groups are whole."""
+
+Bundle = tuple[str, ...]
+"""Groups that make up one axis together; they are narrowed alike, their sum counts."""
+
+
+class LayerTable(NamedTuple):
+  """Milliseconds of a layer over its widths.
 
   Attributes:
-    widths: those that were timed [n], rising, of each axis that can be cut.
+    widths: the widths [n] that were timed, rising, for each axis that can be cut.
     taken: milliseconds [n, ...], rising along every axis.
-    full: its widths as it is, of each axis; whole: milliseconds of it so.
+    full: the uncut width of each axis.
+    whole: milliseconds of the uncut layer.
   """
 
   widths: tuple[np.ndarray, ...]
@@ -58,22 +77,24 @@ class Table(NamedTuple):
 
 
 class Milliseconds(NamedTuple):
-  """The cost C of one network: C(coupling, gates), as `cost.flops` is.
+  """The time of one network as a cost function, made by `milliseconds`.
 
-  gates: None for the whole network, bool for a float, float for a float32 scalar with
-  a derivative. Of a keep tree the channels count; branches and exits count as kept.
+  Call it as (coupling, gates), like `cost.flops`. For None it returns the time of the
+  whole network, for a keep tree of bool arrays a float, and for float gates a float32
+  scalar with a derivative. Only channels count; branches and exits count as kept.
 
   Attributes:
     batch: examples in a call.
-    layers: (axes, table) of every layer, table among `tables`; an axis is the groups
-      that are concatenated in it, counted by their sum.
+    layers: (axes, index of the table in `tables`) of every layer. An axis is the tuple
+      of groups that make it up together.
+    tables: the tables, each once for layers that do the same.
     network: (sums of the layers [k], milliseconds [k]) of the narrowed networks.
-    whole: milliseconds of the network as it is.
+    whole: milliseconds of the whole network.
   """
 
   batch: int
-  layers: tuple[tuple[tuple[tuple[str, ...], ...], int], ...]
-  tables: tuple[Table, ...]
+  layers: tuple[tuple[tuple[Bundle, ...], int], ...]
+  tables: tuple[LayerTable, ...]
   network: tuple[np.ndarray, np.ndarray]
   whole: float
 
@@ -94,71 +115,16 @@ class Milliseconds(NamedTuple):
     return slope * total + jax.lax.stop_gradient(value - slope * total)
 
 
-def between(x: Any, points: np.ndarray, table: np.ndarray, xp: Any = np) -> Any:
-  """table[..., rest] at x, linear between points [n] and beyond them."""
-  table = xp.asarray(table, np.float32)
-  points = np.asarray(points, np.float32)
-  low, high = np.tile(np.array([[0], [1]], np.float32), len(points) - 1)
-  low[:1], high[-1:] = -np.inf, np.inf
-  passed = xp.clip((x - points[:-1]) / np.diff(points), low, high)
-  return table[0] + xp.tensordot(passed, xp.diff(table, axis=0), 1)
-
-
-def rising(table: np.ndarray) -> np.ndarray:
-  """Half way between the lowest table above and the highest below that rise along every
-  axis; a table that does so is left as it is. float32."""
-  for axis in range(table.ndim):
-    above = np.maximum.accumulate(table, axis)
-    below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
-    table = (above + below) / 2
-  return table.astype(np.float32)
-
-
-def sum_of(layers, tables, n: Mapping[str, Any], xp: Any) -> Any:
-  """sum_l t_l at n slices of every group; layers, tables: as in Milliseconds."""
-  total = np.float32(0)
-  for axes, index in layers:
-    table = tables[index]
-    counts = [sum(n[g] for g in groups) for groups in axes]
-    value = table.taken
-    for count, points in zip(counts, table.widths, strict=True):
-      value = between(count, points, value, xp)
-    total = total + _jumped(value, counts, table, xp)
-  return total
-
-
-def _jumped(value: Any, counts: Sequence, table: Table, xp: Any) -> Any:
-  """The value of a layer, that of the whole one where nothing of it was cut; the
-  derivative is that of narrower ones there, too."""
-  is_whole = [count == full for count, full in zip(counts, table.full, strict=True)]
-  if xp is np:
-    return table.whole if all(is_whole) else value
-  jump = jnp.where(jnp.stack(is_whole).all(), table.whole - value, 0)
-  return value + jax.lax.stop_gradient(jump)
-
-
-BATCH = 128  # examples in a call
-SECONDS = 4.0  # for all calls together, though each has nine turns at least
-EVEN = (0, 0.25, 0.5, 0.75, 1)  # parts of all widths; 0 is the least there is
-# Parts of the widths of a layer, by the number of its axes that can be cut.
-PARTS = {1: EVEN, 2: (0, 0.25, 0.5, 1), 3: (0, 0.5, 1), 4: (0, 1), 5: (0, 1)}
-
-Widths = dict[str, int]
-"""{group: slices kept}; other groups are whole."""
-
-Bundle = tuple[str, ...]
-"""Groups that are concatenated in one axis, narrowed alike, counted by their sum."""
-
-
 class Session(NamedTuple):
-  """What is to be timed for one network.
+  """Everything that has to be timed for one network.
 
   Attributes:
-    batch: examples in a call. layers: as in Milliseconds. grids: (widths, full) of
-      each Table of it.
-    rows: (layer, widths) of every call, of each layer as it is behind the narrowed
-      ones; no layer for networks, of which the last is the one as it is.
-    call: (row's number) -> the call, compiled when it is first made.
+    batch: examples in a call.
+    layers: as in `Milliseconds`.
+    grids: (widths, full) of each LayerTable.
+    rows: (layer, widths) of every call. The rows of a layer end with the whole layer.
+      The rows of the network come last, without a name, and end with the whole network.
+    call: (number of a row) -> its call, which is compiled when it is first made.
   """
 
   batch: int
@@ -168,24 +134,22 @@ class Session(NamedTuple):
   call: Callable[[int], Callable[[], Any]]
 
   def measure(self, seconds: float = SECONDS) -> np.ndarray:
-    """Medians of all rows, float64 [rows]."""
+    """Returns the median milliseconds of all rows, float64 [rows]."""
     calls = [self.call(i) for i in range(len(self.rows))]
     return np.median(clock.interleave(calls, seconds), axis=1)
 
   def cost(self, measured: np.ndarray) -> Milliseconds:
-    """C from the medians of the rows [rows]."""
+    """Returns the cost function from the median milliseconds of all rows [rows]."""
     tables, at = [], 0
     for widths, full in self.grids:
       shape = tuple(map(len, widths))
       end = at + int(np.prod(shape))
       taken = rising(measured[at:end].reshape(shape))
-      tables.append(Table(widths, taken, full, float(measured[end])))
+      tables.append(LayerTable(widths, taken, full, float(measured[end])))
       at = end + 1
-    *narrowed, _ = self.rows[at:]
-    sums = np.array(
-      [sum_of(self.layers, tables, n, np) for _, n in narrowed], np.float32
-    )
-    # Of widths that no layer feels the largest stands for all.
+    sums = [sum_of(self.layers, tables, n, np) for _, n in self.rows[at:-1]]
+    sums = np.array(sums, np.float32)
+    # Of narrowed networks with the same sum of layers, the widest stands for all.
     distinct = np.append(np.diff(sums) > 1e-6 * sums[-1], True)
     network = sums[distinct], rising(measured[at:-1])[distinct]
     whole = float(measured[-1])
@@ -195,45 +159,67 @@ class Session(NamedTuple):
 def milliseconds(
   coupling: Coupling, batch: int = BATCH, seconds: float = SECONDS, round_to: int = 1
 ) -> Milliseconds:
-  """Times the layers of a network on this device, with made-up arrays.
+  """Times the layers of a network on this device, and returns its time as a cost.
 
-  batch: examples in a call. seconds: of timing, compilation not counted. round_to:
-    what widths will be multiples of.
+  Pass the result as `of` to `oneshot` or `trainable_gates`, or call it as
+  (coupling, gates). Inputs and weights are made up.
 
-  Raises: as `session`.
+  Args:
+    coupling: of the network, made by `couple`.
+    batch: examples in a call.
+    seconds: how long to measure, compilation not counted.
+    round_to: widths will be multiples of this.
+
+  Returns:
+    The cost function, in milliseconds per call.
+
+  Raises:
+    ValueError: a batch below 1, a network of which nothing can be cut, or a layer with
+      more than five axes that can be cut.
   """
   timed = session(coupling, batch, round_to)
   return timed.cost(timed.measure(seconds))
 
 
 def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Session:
-  """What has to be timed, the same for the same arguments; see `milliseconds`.
+  """Returns what has to be timed for `milliseconds`; equal arguments give equal rows.
 
-  Raises: ValueError for a batch below 1, for a network of which nothing can be cut, or
-    a layer of which more axes can be cut than can be timed.
+  Args:
+    coupling: of the network, made by `couple`.
+    batch: examples in a call.
+    round_to: widths will be multiples of this.
+
+  Raises:
+    ValueError: one of the reasons of `milliseconds`.
   """
   if batch < 1:
     raise ValueError(f'milliseconds: expected a batch of 1 or more, got {batch}')
   inputs = batched(coupling.inputs, batch)
-  view = coupling.again(coupling.fn, inputs, coupling.kwargs, {})
+  view = coupling.retrace(coupling.fn, inputs, coupling.kwargs, {})
   size = {g: gate.size for g, gate in coupling.gates()['channels'].items()}
   owner = {v: g for g in size for v in ax.leaves(view.groups[g])}
+  heavy = {'conv_general_dilated', 'dot_general'}
   known: dict[Any, int] = {}
   layers, grids, rows, programs = [], [], [], []
-  for e in filter(_contracts, view.program.equations):
+  for e in view.program.equations:
+    inside = (i.name for body in e.bodies for i in jx.walk(body))
+    if heavy.isdisjoint((e.name, *inside)):
+      continue
     bundles = _bundles(view, e, owner)
     if not bundles:
       continue
     kind = _kind(view, e, owner, bundles)
     if kind not in known:
       known[kind] = len(grids)
-      points = list(itertools.product(*_points(e, bundles, size, round_to)))
+      points = _points(e, bundles, size, round_to)
       counts = np.array([[sum(n.values()) for n in point] for point in points])
       full = tuple(sum(size[g] for g in bundle) for bundle in bundles)
       grids.append((tuple(np.unique(axis) for axis in counts.T), full))
       points.append(tuple({g: size[g] for g in bundle} for bundle in bundles))
       rows += [(e.where, {g: n[g] for n in point for g in n}) for point in points]
-      programs += [_alone(e)] * len(points)
+      arrays = dict.fromkeys(v for v in e.inputs if not isinstance(v, jx.Literal))
+      alone = jx.Program(tuple(arrays), {}, (e,), e.outputs)
+      programs += [alone] * len(points)
     layers.append((bundles, known[kind]))
   if not layers:
     raise ValueError(
@@ -242,31 +228,107 @@ def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Sessio
   even = [*_narrowed(size, EVEN, round_to), size]
   rows += [('', widths) for widths in even]
   programs += [view.program] * len(even)
-  array = functools.cache(clock.made_up)
-  call = lambda i: _call(view, programs[i], size, rows[i][1], array)
+  made_up = functools.cache(clock.made_up)
+
+  def call(row: int) -> Callable[[], Any]:
+    program, widths = programs[row], rows[row][1]
+    keep = {g: np.arange(n) < widths.get(g, n) for g, n in size.items()}
+    kept = decided(view, {'channels': keep})
+    shape = lambda v: tuple(ax.count(d, kept) for d in view.facts.dims[v])
+    arrays = [made_up(shape(v), v.dtype) for v in program.inputs]
+    run = jax.jit(lambda *arrays: rebound(view.facts, kept)(program, arrays))
+    return lambda: run(*arrays)
+
   return Session(batch, tuple(layers), tuple(grids), tuple(rows), call)
 
 
-def _contracts(e: jx.Equation) -> bool:
-  heavy = ('conv_general_dilated', 'dot_general')
-  inside = (i.name in heavy for body in e.bodies for i in jx.walk(body))
-  return e.name in heavy or any(inside)
+def counted(
+  coupling: Coupling, of: str | CostFunction, round_to: int = 1
+) -> tuple[str, CostFunction]:
+  """Returns the name of a cost and its function.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    of: 'flops', 'params', 'milliseconds' (which are measured now), or a cost function
+      such as `milliseconds(coupling, batch=8)` returns.
+    round_to: widths will be multiples of this.
+
+  Raises:
+    ValueError: an unknown name, or one of the reasons of `milliseconds`.
+  """
+  if callable(of):
+    return next((name for name, known in COSTS.items() if known is of), TIME), of
+  if of == TIME:
+    return of, milliseconds(coupling, round_to=round_to)
+  if of not in COSTS:
+    raise ValueError(f'of={of!r}: expected one of {", ".join([*COSTS, TIME])}')
+  return of, COSTS[of]
+
+
+# ---- tables --------------------------------------------------------------------------
+
+
+def between(x: Any, points: np.ndarray, table: np.ndarray, xp: Any = np) -> Any:
+  """Returns table[n, ...] at x, linear between the points [n] and beyond them."""
+  table = xp.asarray(table, np.float32)
+  points = np.asarray(points, np.float32)
+  low, high = np.tile(np.array([[0], [1]], np.float32), len(points) - 1)
+  low[:1], high[-1:] = -np.inf, np.inf
+  passed = xp.clip((x - points[:-1]) / np.diff(points), low, high)
+  return table[0] + xp.tensordot(passed, xp.diff(table, axis=0), 1)
+
+
+def rising(table: np.ndarray) -> np.ndarray:
+  """Returns a table that rises along every axis, float32.
+
+  It is the mean of the lowest rising table above and the highest one below, so a table
+  that rises already stays as it is.
+  """
+  for axis in range(table.ndim):
+    above = np.maximum.accumulate(table, axis)
+    below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
+    table = (above + below) / 2
+  return table.astype(np.float32)
+
+
+def sum_of(
+  layers: Sequence, tables: Sequence[LayerTable], n: Mapping[str, Any], xp: Any
+) -> Any:
+  """Returns sum_l t_l at n[group] slices, with layers and tables of `Milliseconds`."""
+  total = np.float32(0)
+  for axes, index in layers:
+    table = tables[index]
+    counts = [sum(n[g] for g in groups) for groups in axes]
+    value = table.taken
+    for count, points in zip(counts, table.widths, strict=True):
+      value = between(count, points, value, xp)
+    is_whole = [count == full for count, full in zip(counts, table.full, strict=True)]
+    if xp is np:
+      value = table.whole if all(is_whole) else value
+    else:  # the whole layer has the derivative of a narrowed one
+      jump = jnp.where(jnp.stack(is_whole).all(), table.whole - value, 0)
+      value = value + jax.lax.stop_gradient(jump)
+    total = total + value
+  return total
+
+
+# ---- layers and the widths to time ---------------------------------------------------
 
 
 def _bundles(view: View, e: jx.Equation, owner: Mapping) -> tuple[Bundle, ...]:
   """The groups of a layer, by the axis that they make up together."""
-  found: list[Bundle] = []
+  bundles: list[Bundle] = []
   for v in (*e.inputs, *e.outputs):
     for part in (p for d in view.facts.dims.get(v, ()) for p in _factors(d)):
       mine = {owner[x] for x in ax.leaves(part) if x in owner}
-      meets = [b for b in found if mine & {*b}]
+      meets = [b for b in bundles if mine & {*b}]
       mine.update(*meets)
       if mine:
         merged = tuple(g for g in owner.values() if g in mine)
-        at = found.index(meets[0]) if meets else len(found)
-        found = [b for b in found if b not in meets]
-        found.insert(at, tuple(dict.fromkeys(merged)))
-  return tuple(found)
+        at = bundles.index(meets[0]) if meets else len(bundles)
+        bundles = [b for b in bundles if b not in meets]
+        bundles.insert(at, tuple(dict.fromkeys(merged)))
+  return tuple(bundles)
 
 
 def _factors(axis: ax.Axis) -> Sequence[ax.Axis]:
@@ -275,7 +337,7 @@ def _factors(axis: ax.Axis) -> Sequence[ax.Axis]:
 
 
 def _kind(view: View, e: jx.Equation, owner: Mapping, bundles) -> Any:
-  """The same for layers that do the same, whatever their groups are called."""
+  """Equal for layers that do the same, whatever their groups are called."""
 
   def text(part: ax.Axis) -> str:
     free = [v for v in ax.leaves(part) if v in owner]
@@ -293,68 +355,32 @@ def _kind(view: View, e: jx.Equation, owner: Mapping, bundles) -> Any:
 
 def _points(
   e: jx.Equation, bundles, size: Mapping[str, int], round_to: int
-) -> list[list[Widths]]:
-  """The widths to time of every bundle."""
+) -> list[tuple[Widths, ...]]:
+  """The widths to time: all combinations of those of every bundle."""
   if len(bundles) not in PARTS:
     raise ValueError(
       f'milliseconds: {e.where} has {len(bundles)} axes that can be cut, at most '
       f'{max(PARTS)} can be timed together; do not scan the layers in it'
     )
   parts = PARTS[len(bundles)]
-  return [_narrowed({g: size[g] for g in b}, parts, round_to) for b in bundles]
+  each = [_narrowed({g: size[g] for g in b}, parts, round_to) for b in bundles]
+  return list(itertools.product(*each))
 
 
 def _narrowed(
   size: Mapping[str, int], parts: Sequence[float], round_to: int
 ) -> list[Widths]:
-  """All widths at these parts of theirs, each once."""
-  found = [{g: _width(part, n, round_to) for g, n in size.items()} for part in parts]
-  return [n for i, n in enumerate(found) if n not in found[:i]]
+  """The widths of all groups at these fractions, without repetitions.
 
-
-def _width(part: float, n: int, round_to: int) -> int:
-  """The multiple of round_to near a part of n; without one an odd width, which stands
-  for those around it: kernels are fastest at round widths, as whole networks have."""
-  if round_to > 1:
-    return min(n, max(1, round(part * n / round_to)) * round_to)
-  width = max(1, round(part * n))
-  return width - 1 + width % 2 if width > 1 else 1
-
-
-def _alone(e: jx.Equation) -> jx.Program:
-  inputs = tuple(dict.fromkeys(v for v in e.inputs if not isinstance(v, jx.Literal)))
-  return jx.Program(inputs, {}, (e,), e.outputs)
-
-
-def _call(view: View, program: jx.Program, size: Mapping, widths: Widths, array):
-  """A call of the program at its new sizes, with arrays for arguments."""
-  keep = {g: np.arange(n) < widths.get(g, n) for g, n in size.items()}
-  kept = decided(view, {'channels': keep})
-  shape = lambda v: tuple(ax.count(d, kept) for d in view.facts.dims[v])
-  arrays = [array(shape(v), v.dtype) for v in program.inputs]
-  run = jax.jit(lambda *arrays: rebound(view.facts, kept)(program, arrays))
-  return lambda: run(*arrays)
-
-
-Cost = Callable[[Coupling, Mapping | None], Any]
-"""C(coupling, gates): gates None, bool or float, as for `cost.flops`."""
-
-COSTS = {'flops': cost.flops, 'params': cost.params}
-TIME = 'milliseconds'
-
-
-def counted(coupling: Coupling, of: str | Cost, round_to: int = 1) -> tuple[str, Cost]:
-  """(name, C) of a cost: 'flops', 'params', or 'milliseconds', which are measured now.
-
-  of: a name, or a cost such as `milliseconds(coupling, batch=8)` gives. round_to: what
-    widths will be multiples of.
-
-  Raises: ValueError for an unknown name, and as `milliseconds` does.
+  They are multiples of `round_to`. Without rounding they are odd: kernels are fastest
+  at round widths, so these would not stand for the widths around them.
   """
-  if callable(of):
-    return next((name for name, C in COSTS.items() if C is of), TIME), of
-  if of == TIME:
-    return of, milliseconds(coupling, round_to=round_to)
-  if of not in COSTS:
-    raise ValueError(f'of={of!r}: expected one of {", ".join([*COSTS, TIME])}')
-  return of, COSTS[of]
+
+  def width(part: float, n: int) -> int:
+    if round_to > 1:
+      return min(n, max(1, round(part * n / round_to)) * round_to)
+    near = max(1, round(part * n))
+    return near - 1 + near % 2 if near > 1 else 1
+
+  points = [{g: width(part, n) for g, n in size.items()} for part in parts]
+  return [n for i, n in enumerate(points) if n not in points[:i]]

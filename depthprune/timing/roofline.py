@@ -1,8 +1,8 @@
-"""What the device can do at most, measured: the roof over every latency.
+"""Measures the most that the device can do, which bounds every latency from below.
 
-Sources: Williams, Waterman, Patterson, Roofline, CACM 52(4), 2009. What stays in a
-cache from call to call is read faster than memory is, so bandwidth is that of a copy as
-large as what is moved: Ilic, Pratas, Sousa, Cache-aware Roofline model, 2014.
+Source: Williams, Waterman, Patterson, Roofline, CACM 52(4), 2009. What stays in a cache
+from call to call is read faster than memory, so the bandwidth is that of a copy of the
+size that is moved: Ilic, Pratas, Sousa, Cache-aware Roofline model, 2014.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,22 @@ import jax.numpy as jnp
 
 from depthprune.timing import clock
 
-ENOUGH = 20.0  # milliseconds of a call whose start is not what is measured
+ENOUGH = 20.0  # milliseconds, of which starting the call is a small part
 MATMUL = tuple(2**i for i in range(9, 15))  # sides of square matrices
-COPIES = tuple(2**i for i in (18, 20, 22, 24, 26, 28))  # bytes
-LOOPS = tuple(4**i for i in range(12))
+COPIES = tuple(2**i for i in (18, 20, 22, 24, 26, 28))  # bytes of an array
+LOOPS = tuple(4**i for i in range(12))  # repetitions of a copy
 
 
 class Peak(NamedTuple):
-  """The most that was measured in this process.
+  """The highest speeds that were measured in this process.
 
-  flops: a second, of a product of square matrices `side` wide, 1 MAC = 2 FLOPs, at the
-    precision that networks of this `dtype` get.
-  bytes: {bytes of an array: bytes a second}, read and written to add one to all of it.
+  Attributes:
+    flops: FLOPs per second of a product of square matrices, where 1 MAC = 2 FLOPs, at
+      the precision that networks of this `dtype` get.
+    side: rows of these matrices.
+    bytes: {bytes of an array: bytes per second}, read and written to add 1 to the
+      array.
+    dtype: type of the elements.
   """
 
   flops: float
@@ -33,21 +37,26 @@ class Peak(NamedTuple):
   dtype: str
 
   def bandwidth(self, moved: float) -> float:
-    """Bytes a second of the fastest copy that is no smaller than what is moved."""
+    """Returns the bytes per second of the fastest copy of at least `moved` bytes."""
     large = [speed for size, speed in self.bytes.items() if size >= moved]
     return max(large, default=self.bytes[max(self.bytes)])
 
   def milliseconds(self, flops: float, moved: float) -> float:
-    """No program that computes so many FLOPs and moves so many bytes is faster."""
+    """Returns the least time for so many FLOPs and so many bytes moved."""
     return 1e3 * max(flops / self.flops, moved / self.bandwidth(moved))
 
   def to_json(self) -> dict[str, Any]:
-    """Plain values, sizes as words."""
+    """Returns plain values, with sizes as strings."""
     return {**self._asdict(), 'bytes': {str(k): v for k, v in self.bytes.items()}}
 
 
 def measure(dtype: Any = jnp.float32, seconds: float = 0.5) -> Peak:
-  """Measures the device that jax computes on, about so many seconds for each number."""
+  """Measures the device that jax computes on.
+
+  Args:
+    dtype: type of the elements.
+    seconds: time to spend on the FLOPs, and again on the bandwidth.
+  """
   dtype = jnp.dtype(dtype)
 
   def product(side: int) -> Callable[[], Any]:
@@ -64,7 +73,7 @@ def measure(dtype: Any = jnp.float32, seconds: float = 0.5) -> Peak:
 
 
 def _copies(size: int, dtype: Any) -> Callable[[int], Callable[[], Any]]:
-  """(times) -> a call that reads and writes so many bytes that often."""
+  """Returns (times) -> a call that reads and writes `size` bytes that many times."""
   x = jnp.zeros(size // dtype.itemsize, dtype)
 
   @jax.jit
@@ -77,7 +86,7 @@ def _copies(size: int, dtype: Any) -> Callable[[int], Callable[[], Any]]:
 def _long_enough(
   make: Callable[[int], Callable], sizes: tuple[int, ...], seconds: float
 ) -> tuple[int, float]:
-  """(size, milliseconds of the fastest call) of the first that takes long enough."""
+  """Returns the first size whose call is long enough, and its least milliseconds."""
   for size in sizes:
     call = make(size)
     if clock.interleave([call], 0, least=1, warmup=1).min() >= ENOUGH:

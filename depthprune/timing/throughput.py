@@ -1,17 +1,19 @@
-"""How fast images are read, beside how fast the training step wants them."""
+"""Measures how fast images are read, and how fast the training step consumes them."""
 
 import time
 from typing import Any, NamedTuple
 
 import jax
 
-STEPS = 3  # that are timed
+STEPS = 3  # steps that are timed
 
 
 class Throughput(NamedTuple):
-  """Images per second: of the pipeline alone, and of the step on a batch that is there.
+  """Images per second of the input pipeline and of the training step.
 
-  read: what the pipeline gives when nothing else runs. needed: what the step takes.
+  Attributes:
+    read: what the pipeline delivers when nothing else runs.
+    needed: what the step consumes when its batch is there already.
   """
 
   read: float
@@ -36,23 +38,29 @@ class Throughput(NamedTuple):
 def measure(
   batch_at: Any, split: Any, step: Any, state: Any, key: jax.Array, teacher: Any
 ) -> Throughput:
-  """Reads some batches alone, then runs the step on one of them, of a copied state.
+  """Reads some batches alone, then times the training step on one of them.
 
-  batch_at: a sampler of streamed images, split over a mesh. The others as for `fit`.
+  Args:
+    batch_at: sampler of streamed images, split over a mesh.
+    split: the images to read.
+    step: the training step, (state, batch, key, teacher) -> (state, metrics).
+    state: the training state; the step gets a copy.
+    key: jax random key.
+    teacher: variables of the teacher.
   """
-  stream, size, many = (
+  stream, size, depth = (
     batch_at.stepwise(),
     batch_at.sampler.size,
     batch_at.sampler.depth,
   )
   batch: Any = None
-  for i in range(many):  # those that are made while nobody waits prove nothing
+  for i in range(depth):  # batches that workers have prepared do not count
     jax.block_until_ready(stream(split, i))
   start = time.perf_counter()
-  for i in range(many, 2 * many):
+  for i in range(depth, 2 * depth):
     batch = jax.block_until_ready(stream(split, i))
-  read = size * many / (time.perf_counter() - start)
-  del stream  # the workers end, and leave the cores to the step
+  read = size * depth / (time.perf_counter() - start)
+  del stream  # ends the workers, which would take cores from the step
   state = jax.tree.map(lambda x: x.copy(), state)
   run = lambda state: jax.block_until_ready(step(state, batch, key, teacher))[0]
   state = run(state)
@@ -62,8 +70,8 @@ def measure(
   return Throughput(read, size * STEPS / (time.perf_counter() - start))
 
 
-def tell(found: Throughput, name: str, show: bool) -> dict[str, Any]:
-  """The line for the file of a run; `show`: printed too."""
+def tell(measured: Throughput, name: str, show: bool) -> dict[str, Any]:
+  """Returns the entry for the file of a run, and prints it if `show` is true."""
   if show:
-    print(f'{name}: {found}', flush=True)
-  return {'stage': name, **found._asdict(), 'input_bound': found.input_bound}
+    print(f'{name}: {measured}', flush=True)
+  return {'stage': name, **measured._asdict(), 'input_bound': measured.input_bound}

@@ -6,12 +6,11 @@ arXiv 1503.02531), wrapped around the objective of any method.
   L = (1 - a) L_method + a T^2 KL( p_teacher(T) || p_student(T) )
 
 `make_step(..., teacher=apply)` runs the teacher on every batch, with arrays that are
-an argument of the step, and leaves its logits in `batch['teacher']`. Divergences of
-several tasks are added, those of pixels averaged (of unlabelled ones too).
+an argument of the step, and puts its logits into `batch['teacher']`. Divergences of
+several tasks are added, and those of pixels are averaged, unlabelled ones included.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,22 +22,40 @@ from depthprune.train.task import Task, Tree, as_dict, main, mean
 
 
 class Teacher(NamedTuple):
-  """A network to learn from: apply(variables, *inputs) -> its answer."""
+  """A network to learn from.
+
+  Attributes:
+    apply: (variables, *inputs, train=False) -> outputs.
+    variables: its variables.
+  """
 
   apply: Callable[..., Any]
   variables: Tree
 
 
 def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Method:
-  """The method, learning from a teacher's logits as well.
+  """Makes a method learn from a teacher network's logits as well as from its own loss.
+
+  The loss becomes (1 - weight) * the method's loss + weight * temperature^2 * the
+  Kullback-Leibler divergence of the student from the teacher:
+
+      method = distill(plain())
+      step = make_step(small, method, task, tx, teacher=large.apply)
+      state, metrics = step(state, batch, key, large_variables)
 
   Args:
-    method: its objective keeps the share 1 - weight.
-    temperature: T > 0; both distributions are softened by it.
-    weight: a in [0, 1].
+    method: the method to wrap; everything but its objective stays as it is.
+    temperature: both networks' logits are divided by it before the softmax; above 0.
+    weight: share of the divergence in the loss, from 0 to 1.
 
-  Raises: ValueError for values outside these ranges, and in the first step when the
-    batch has no 'teacher' entry.
+  Returns:
+    The wrapped Method, whose metrics also contain 'distillation', the divergence.
+
+  Raises:
+    ValueError: an argument is out of range; or, in the first training step, the batch
+      has no 'teacher' logits because `make_step` was called without a teacher.
+
+  Source: Hinton, Vinyals, Dean, arXiv 1503.02531.
   """
   if temperature <= 0 or not 0 <= weight <= 1:
     raise ValueError(
@@ -56,17 +73,16 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
     T = temperature
     soft = lambda logits: task.log_probs(jax.tree.map(lambda z: z / T, logits))
     q, p = soft(method.answer(task, outputs, theta)), soft(batch['teacher'])
-    divergence = sum(jax.tree.leaves(jax.tree.map(partial(_divergence, batch), p, q)))
+
+    def divergence_of(p, q):  # the mean over examples, and over pixels if there are any
+      each = (jnp.exp(p) * (p - q)).sum(-1)
+      return mean(each.mean(range(1, each.ndim)) if each.ndim > 1 else each, batch)
+
+    divergence = sum(jax.tree.leaves(jax.tree.map(divergence_of, p, q)))
     loss = (1 - weight) * loss + weight * T**2 * divergence
     return loss, {**metrics, 'distillation': divergence}
 
   return method._replace(objective=objective)
-
-
-def _divergence(batch: Tree, p: jax.Array, q: jax.Array) -> jax.Array:
-  """Mean over the examples, and where there are any over their pixels."""
-  each = (jnp.exp(p) * (p - q)).sum(-1)
-  return mean(each.mean(range(1, each.ndim)) if each.ndim > 1 else each, batch)
 
 
 def with_teacher(
@@ -75,6 +91,6 @@ def with_teacher(
   batch: dict[str, Any],
   answer: Callable[[Tree], Tree] = main,
 ) -> dict[str, Any]:
-  """The batch and, as 'teacher', the logits of a network in evaluation mode."""
+  """Adds to a batch, as 'teacher', the logits of a network in evaluation mode."""
   logits = answer(as_dict(apply(variables, *inputs_of(batch), train=False)))
   return {**batch, 'teacher': jax.lax.stop_gradient(logits)}

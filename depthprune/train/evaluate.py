@@ -1,4 +1,4 @@
-"""Fresh batch statistics for a network whose weights have changed."""
+"""Scores of a network over a data set, and fresh batch statistics after a cut."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -22,19 +22,22 @@ def evaluate(
   coupling: Any = None,
   gates: Tree | None = None,
 ) -> dict[str, float]:
-  """Scores of the network's answer in evaluation mode, over all examples.
-
-  They are the task's: {'loss', 'accuracy', ...}.
+  """Measures a network in evaluation mode over all examples of some batches.
 
   Args:
-    model: a module with `apply`, or such a function (a Pruned's `apply`).
-    variables: its variables.
-    batches: batches, each shape compiled once; 'weight' [batch] is 0 where one was
-      padded.
+    model: a module with `apply`, or an apply function such as `Pruned.apply`.
+    variables: the network's variables.
+    batches: batches to measure on, each shape compiled once. An entry 'weight' [batch]
+      is 0 on rows that only pad the batch.
     task: what is measured.
-    coupling, gates: a coupling and gates (or a keep tree) to mask the network by.
+    coupling: the network's coupling, needed to gate channels.
+    gates: gates, or a keep tree, that mask the network.
 
-  Raises: ValueError when there is no batch.
+  Returns:
+    The task's scores, {'loss', 'accuracy', ...}.
+
+  Raises:
+    ValueError: there is no batch.
   """
   return evaluator(model, task, coupling)(variables, batches, gates)
 
@@ -45,9 +48,13 @@ def evaluator(
   coupling: Any = None,
   answer: Callable[[Tree], Tree] | None = None,
 ) -> Callable[..., dict[str, float]]:
-  """measure(variables, batches, gates=None): `evaluate`, compiled once for many.
+  """Returns measure(variables, batches, gates=None), which is `evaluate` compiled once.
 
-  answer: (outputs) -> logits, what is measured; the task's answer by default.
+  Args:
+    model: as for `evaluate`.
+    task: what is measured.
+    coupling: the network's coupling, needed to gate channels.
+    answer: (outputs) -> the logits that are measured; None takes the task's answer.
   """
   answer = answer or task.answer
   measure = jax.jit(partial(totals, gated(model, coupling), task, answer))
@@ -59,19 +66,19 @@ def evaluator(
       raise ValueError(
         'evaluate: expected at least one batch, got none; is the split empty?'
       )
-    return {name: float(x) for name, x in task.scores(added(sums)).items()}
+    return {name: float(x) for name, x in task.scores(add_up(sums)).items()}
 
   return over
 
 
 def totals(run, task: Task, answer, variables, gates, batch) -> Tree:
-  """The task's sums over the examples of one batch."""
+  """Returns the task's sums over the examples of one batch."""
   logits = answer(as_dict(run(variables, gates, *inputs_of(batch), train=False)))
   return task.sums(logits, batch)
 
 
-def added(sums: Sequence[Tree]) -> Tree:
-  """The sums of several batches, added in float64, numpy."""
+def add_up(sums: Sequence[Tree]) -> Tree:
+  """Adds the sums of several batches in float64, as numpy arrays."""
   exact = lambda *batches: sum(np.asarray(x, np.float64) for x in batches)
   return jax.tree.map(exact, *fetch(sums))
 
@@ -80,33 +87,39 @@ COLLECTION = 'batch_stats'
 
 
 def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
-  """The variables with batch statistics averaged over `batches`.
+  """Measures the statistics of batch normalisation anew, as needed after a cut.
 
   Every statistic becomes the plain mean of its values on the single batches (mean of
-  the means, mean of the variances), whatever the momentum of the layers. Give it
-  batches augmented as in training: statistics of clean images cost a ResNet-56 on
-  CIFAR-10 1.7 points of accuracy, those of augmented ones 0.3.
+  the means, mean of the variances), whatever the momentum of the layers. The batches
+  should be augmented as in training: statistics of clean images cost a ResNet-56 on
+  CIFAR-10 1.7 points of accuracy, those of augmented images 0.3.
 
-  Works for any model whose training mode replaces a statistic s by m s + (1 - m) b
-  with b taken from the batch; a statistic that does not move (m = 1) stays.
+  This works for any model whose training mode replaces a statistic s by m s + (1 - m) b
+  with b from the batch; a statistic that does not move (m = 1) stays as it is.
 
   Args:
     model: a module with `apply(variables, *inputs, train=..., mutable=...)`, or such a
-      function. variables: with a 'batch_stats' collection.
-    batches: {'image': [batch, ...]}, or texts, of equal size.
+      function, for example `Pruned.apply`.
+    variables: its variables, with a 'batch_stats' collection.
+    batches: batches of equal size, {'image': [batch, height, width, channels]} or
+      tokenised texts; labels are not needed.
 
-  Raises: ValueError when there are no batch statistics, or no batch.
+  Returns:
+    The variables with new 'batch_stats'.
+
+  Raises:
+    ValueError: there are no batch statistics, or no batch.
   """
   if not jax.tree.leaves(variables.get(COLLECTION, {})):
     raise ValueError(
       f'recalibrate: the variables have no {COLLECTION!r} collection, got '
       f'{sorted(variables)}; a network without batch normalisation needs none'
     )
-  measure = jax.jit(partial(_measure, apply_of(model)))
+  measure = jax.jit(partial(_batch_statistics, apply_of(model)))
   total, count = None, 0
   for batch in batches:
-    found = measure(variables, *inputs_of(batch))
-    total = found if total is None else jax.tree.map(jnp.add, total, found)
+    stats = measure(variables, *inputs_of(batch))
+    total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     count += 1
   if total is None:
     raise ValueError('recalibrate: expected at least one batch, got none')
@@ -114,16 +127,11 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
   return {**variables, COLLECTION: fresh}
 
 
-def _measure(apply, variables, *inputs):
-  """The statistics of one batch, with the momentum undone."""
-  old = variables[COLLECTION]
-
-  def updated(stats):
-    collections = {**variables, COLLECTION: stats}
-    rngs = {'dropout': jax.random.key(0)}
-    return apply(collections, *inputs, train=True, mutable=[COLLECTION], rngs=rngs)[1][
-      COLLECTION
-    ]
+def _batch_statistics(apply, variables, *inputs):
+  """Returns the statistics of one batch, with the momentum undone."""
+  old, rngs = variables[COLLECTION], {'dropout': jax.random.key(0)}
+  run = partial(apply, train=True, mutable=[COLLECTION], rngs=rngs)
+  updated = lambda stats: run({**variables, COLLECTION: stats}, *inputs)[1][COLLECTION]
 
   # In s -> m s + (1 - m) b the slope is m, and (1 - m) b is what becomes of zero.
   zero, one = jax.tree.map(jnp.zeros_like, old), jax.tree.map(jnp.ones_like, old)

@@ -1,4 +1,4 @@
-"""The only training loop."""
+"""The only training loop: steps, log lines, a progress bar, and a check of the loss."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from depthprune.train.step import State as State
-from depthprune.train.step import init_state as init_state
-from depthprune.train.step import make_step as make_step
+from depthprune.train.step import State
 from depthprune.train.task import Tree
+
+Row = dict[str, float]
+"""One line of the log: step, loss, the metrics, images_per_second, time in seconds."""
 
 
 @contextmanager
 def bar(
   label: str, start: int, steps: int, show: bool = True
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-  """A context whose value is draw(step, row); row as in `train.Row`."""
+  """Shows a progress bar within the context, whose value is draw(step, row)."""
   columns = (
     TextColumn('[bold]{task.description:9s}'),
     BarColumn(bar_width=20),
@@ -38,7 +39,7 @@ def bar(
 
 
 def describe(row: Mapping[str, float]) -> str:
-  """'loss 0.213, accuracy 98.1 %, flops 62 -> 50 %, 2510 images/s'."""
+  """Returns 'loss 0.213, accuracy 98.1 %, flops 62 -> 50 %, 2510 images/s'."""
   parts = [f'loss {row["loss"]:.3f}']
   if 'accuracy' in row:
     parts.append(f'accuracy {100 * row["accuracy"]:.1f} %')
@@ -55,12 +56,8 @@ def describe(row: Mapping[str, float]) -> str:
   return ', '.join(parts)
 
 
-Row = dict[str, float]
-"""One logged line: step, loss, the metrics, images_per_second, time in seconds."""
-
-
 class NonFiniteLoss(ArithmeticError):
-  """The loss (or a parameter) became infinite or NaN; the message names the step."""
+  """The loss or a parameter became infinite or NaN; the message names the step."""
 
 
 def fit(
@@ -78,28 +75,43 @@ def fit(
   show: bool = True,
   fused: bool | None = None,
 ) -> State:
-  """Trains from state.step to `steps`; the only training loop.
+  """Trains a network up to a number of steps, with log lines and a progress bar.
+
+      step = make_step(model, method, task, tx)
+      state = init_state(model, method, tx, variables)
+      batch_at = lambda data, i: {'image': images[i % n], 'label': labels[i % n]}
+      state = fit(step, state, jax.random.key(0), batch_at, steps=1000)
+
+  Batches and random keys depend only on the number of the step, so neither `every` nor
+  where a run was resumed changes the result.
 
   Args:
-    step: from make_step. key: its key.
-    batch_at: (data, step) -> batch; with data it must be traceable, without it is
-      called on the host. One with `stepwise()` is asked for its form for the host where
-      steps are dispatched one by one; one that has `on_host` has no other.
-    data: the whole data set as arrays, on the device, or None.
-    steps: where to stop, counted from step 0 and not from state.step.
-    every: steps between log lines. Batches and keys depend on the number of the step
-      alone, so neither `every` nor where a run was resumed changes the result.
-    teacher: the teacher's variables, if the step has one.
-    callbacks: called as (state, row) after every `every` steps; the state is valid
-      until the next step.
-    label: name of the stage. show: whether to draw the progress bar.
-    fused: whether `every` steps run as one program (this needs data). By default where
-      batches are not made on the host, on all devices but the CPU, where XLA's
+    step: the training step, from `make_step`.
+    state: the state to start from, at any step; it is consumed.
+    key: random key, the same for all steps.
+    batch_at: (data, number of the step) -> batch. With `data` it must be traceable;
+      without, it is called outside jit. Where steps run one by one, a function with a
+      method `stepwise()` is replaced by what that returns; an attribute `on_host` that
+      is true says that it can only be called outside jit.
+    data: the training data as arrays on the device, or None.
+    steps: the step at which to stop, counted from step 0 and not from state.step.
+    every: steps between two log lines.
+    teacher: the teacher's variables, if the step was made with a teacher.
+    callbacks: functions (state, row) that are called after every `every` steps, with a
+      `Row` of means over these steps. The state is valid until the next step.
+    label: name of what is trained, for the progress bar and messages.
+    show: whether to draw the progress bar.
+    fused: whether `every` steps run as one compiled program, which needs `data`. None
+      does so unless batches are made on the host or the device is a CPU, where XLA's
       convolutions inside a loop are far slower (ResNet-20 at 8x8, batch 128, 2 cores:
       2.6 s instead of 0.18 s per step).
 
-  Raises: NonFiniteLoss, before any callback has seen the state that is not finite;
-    ValueError for `fused` with batches that are made on the host.
+  Returns:
+    The state after training.
+
+  Raises:
+    NonFiniteLoss: the loss or a parameter is not finite. No callback has seen it.
+    ValueError: `fused` is True although batches are made on the host.
   """
   start = int(state.step)
   if start >= steps:
@@ -133,9 +145,10 @@ def fit(
 
 
 def _fused(step, batch_at, every, state, key, data, teacher):
-  """advance(state, key, data, teacher, stop) -> (state, log, images, finite).
+  """Compiles advance(state, key, data, teacher, stop) -> (state, log, images, finite).
 
-  log: {metric: [every]}, one entry per step, the first stop - state.step are filled.
+  log is {metric: [every]} with one entry per step, of which the first stop - state.step
+  are filled; images is the number of examples in a batch.
   """
 
   def advance(state, key, data, teacher, stop):
@@ -156,8 +169,8 @@ def _fused(step, batch_at, every, state, key, data, teacher):
   images = _size(jax.eval_shape(batch_at, data, state.step))
   # Compiled here, so that the first line's images per second are of training alone.
   example = (state, key, data, teacher, jnp.zeros((), jnp.int32))
-  lies = jax.tree.map(lambda x: x.sharding, state), None, None  # where it lay before
-  program = jax.jit(advance, donate_argnums=0, out_shardings=lies)
+  shardings = jax.tree.map(lambda x: x.sharding, state), None, None  # as before
+  program = jax.jit(advance, donate_argnums=0, out_shardings=shardings)
   compiled = program.lower(*example).compile()
 
   def run(state, key, data, teacher, stop):
@@ -168,9 +181,9 @@ def _fused(step, batch_at, every, state, key, data, teacher):
 
 
 def _one_by_one(step, batch_at, every, state, key, data, teacher):
-  """As `_fused`, but every step is dispatched by itself."""
+  """Returns the same function as `_fused`, but every step is dispatched by itself."""
   del every
-  lengths_differ = _on_host(batch_at)  # then it is compiled as they come
+  lengths_differ = _on_host(batch_at)  # each length is compiled when it first comes
   if hasattr(batch_at, 'stepwise'):
     batch_at = batch_at.stepwise()
   elif data is not None:
@@ -193,7 +206,7 @@ def _one_by_one(step, batch_at, every, state, key, data, teacher):
 
 
 def first_batch(batch_at: Callable[[Any, Any], Tree], data: Tree) -> Tree:
-  """A batch of the first step, as shapes, or as arrays where the host makes them."""
+  """Returns the batch of step 0, as shapes, or as arrays where the host makes them."""
   return batch_at(data, 0) if _on_host(batch_at) else jax.eval_shape(batch_at, data, 0)
 
 
@@ -214,9 +227,9 @@ def _check_finite(label: str, start: int, losses: np.ndarray, finite: bool) -> N
   bad = np.flatnonzero(~np.isfinite(losses))
   if finite and not bad.size:
     return
-  what = f'the loss is {losses[bad[0]]}' if bad.size else 'a parameter is not finite'
-  step = start + (int(bad[0]) if bad.size else len(losses))
-  good = losses[: bad[0]] if bad.size else losses
+  first = int(bad[0]) if bad.size else len(losses)
+  what = f'the loss is {losses[first]}' if bad.size else 'a parameter is not finite'
+  step, good = start + first, losses[:first]
   before = f' (the loss was {good[-1]:.4g} one step before)' if good.size else ''
   raise NonFiniteLoss(
     f'{label}: {what} at step {step}{before}; lower the learning rate or the strength '

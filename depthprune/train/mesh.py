@@ -1,8 +1,8 @@
-"""Where arrays lie on several devices: batches split, weights whole or split too.
+"""Training on several devices: batches are split, and weights may be split too.
 
-A mesh has two axes. Over 'data' the examples of a batch are split, over 'model' the
-weights, with what the optimizer keeps of them. The program is that of one device: XLA
-partitions it, so means, and batch statistics, are those of the whole batch.
+A mesh has two axes: the examples of a batch are split over 'data', and the weights with
+their optimizer state over 'model'. The program is that of one device and XLA partitions
+it, so means and batch statistics are those of the complete batch.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,23 @@ from jax.sharding import PartitionSpec as P
 
 from depthprune.data.dataset import Placement
 from depthprune.train.options import ConfigError, axes
+from depthprune.train.task import Tree
 
 AXES = ('data', 'model')
 ROWS = P('data')
-Tree = Any
 
 
-def of(asked: str | None, batch: int) -> Mesh:
-  """The mesh that is asked for, such as 'data=4,model=2'.
+def make_mesh(asked: str | None, batch: int) -> Mesh:
+  """Makes the mesh of a run.
 
-  None is one device or, of several processes, all. `batch` is how many examples are
-  split over it.
+  Args:
+    asked: the axes, such as 'data=4,model=2'. None takes one device, or all devices
+      where there are several processes.
+    batch: examples in a batch.
 
-  Raises: ConfigError for more devices than there are, fewer than all where there are
-    several processes, and a batch that the data axis does not divide.
+  Raises:
+    ConfigError: there are fewer devices, several processes would not use all devices,
+      or the data axis does not divide the batch.
   """
   devices, processes = jax.devices(), jax.process_count()
   data, model = axes(asked or ('data' if processes > 1 else 'data=1'))
@@ -58,45 +61,42 @@ def of(asked: str | None, batch: int) -> Mesh:
 
 
 def nearest(number: int, of: int) -> int:
-  """The multiple of `of` that is nearest to a number, and not 0."""
+  """Returns the positive multiple of `of` that is nearest to a number."""
   return max(1, (number + of // 2) // of) * of
 
 
 def by_rows(mesh: Mesh, tree: Tree) -> Tree:
-  """Arrays [batch, ...], that every process has whole, split over 'data'."""
+  """Splits arrays [batch, ...], which every process holds completely, over 'data'."""
   return _laid(tree, lambda x: NamedSharding(mesh, ROWS))
 
 
 def rows_here(mesh: Mesh, size: int) -> np.ndarray:
-  """Which rows of a batch of `size` lie on this process's devices, sorted."""
+  """Returns the rows of a batch of `size` that this process's devices hold, sorted."""
   where = NamedSharding(mesh, ROWS).addressable_devices_indices_map((size,))
   return np.unique(np.concatenate([np.arange(size)[part] for part in where.values()]))
 
 
-def by_own_rows(mesh: Mesh, size: int, tree: Tree) -> Tree:
-  """Arrays [size, ...] split over 'data', each process having its `rows_here` alone."""
-  where = NamedSharding(mesh, ROWS)
-  joined = jax.make_array_from_process_local_data
-  return jax.tree.map(lambda x: joined(where, x, (size, *x.shape[1:])), tree)
-
-
 def placement(mesh: Mesh) -> Placement:
-  """How batches are split over 'data'."""
-  of = lambda function: partial(function, mesh)
-  return Placement(of(by_rows), of(rows_here), of(by_own_rows))
+  """Returns how batches are split over 'data'."""
+
+  def joined(size, tree):  # every process has the rows that are here
+    make = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, ROWS))
+    return jax.tree.map(lambda x: make(x, (size, *x.shape[1:])), tree)
+
+  return Placement(partial(by_rows, mesh), partial(rows_here, mesh), joined)
 
 
 def by_weights(mesh: Mesh, tree: Tree) -> Tree:
-  """Weights, or what is shaped like them, split over 'model' where they can be.
+  """Splits weights, or arrays shaped like them, over 'model' where that is possible.
 
-  That is along the last axis that 'model' divides, of arrays with two axes or more; all
-  others lie whole on every device.
+  Arrays with two or more axes are split along the last axis that 'model' divides; all
+  others are copied to every device.
   """
   return _laid(tree, lambda x: NamedSharding(mesh, _spec(mesh, np.shape(x))))
 
 
-def whole(mesh: Mesh, tree: Tree) -> Tree:
-  """Arrays whole on every device."""
+def replicate(mesh: Mesh, tree: Tree) -> Tree:
+  """Copies arrays to every device."""
   return _laid(tree, lambda x: NamedSharding(mesh, P()))
 
 
@@ -109,7 +109,7 @@ def _spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
 
 
 def _laid(tree: Tree, sharding: Callable[[Any], NamedSharding]) -> Tree:
-  """The same arrays on the mesh; inside jit, constrained to lie there."""
+  """Puts arrays on the mesh; inside jit, constrains them to lie there."""
 
   def one(x):
     where = sharding(x)
@@ -124,7 +124,7 @@ def _laid(tree: Tree, sharding: Callable[[Any], NamedSharding]) -> Tree:
 
 
 class Sharded(NamedTuple):
-  """A sampler whose batches are split over the mesh: all that `fit` takes."""
+  """A sampler whose batches are split over the mesh, for `fit`."""
 
   sampler: Any
   mesh: Mesh

@@ -1,9 +1,8 @@
-"""A pruning method: a handful of pure functions over a tree of gates.
+"""The `Method` type: a handful of pure functions over a tree of gates.
 
-Everything that tells one paper from another is in these functions; the training step,
-the loop and the surgery are the same for all of them. `theta` is what a method trains
-besides the weights (often the gates themselves), and the trainable tree that the
-optimizer sees is always `{'params': weights, 'theta': theta}`.
+Methods differ only in these functions; the training step, the loop and the surgery are
+the same for all of them. `theta` is what a method trains besides the weights, often the
+gates themselves. The optimizer always sees {'params': weights, 'theta': theta}.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-with epy.lazy_imports():  # the command line reads the files of methods for its help
+with epy.lazy_imports():  # the command line's --help imports methods, but no jax
   import jax
   import jax.numpy as jnp
   import optax
@@ -24,11 +23,11 @@ with epy.lazy_imports():  # the command line reads the files of methods for its 
 
 
 class CutRefused(ValueError):
-  """A decision that would cost too much; says how much, and how to force it."""
+  """A cut would cost too much accuracy; the message says how to force it."""
 
 
 def supervised(task: Task, outputs: Tree, batch: Tree, theta: Tree, step: jax.Array):
-  """The task's own loss and metrics on the network's answer."""
+  """Returns the task's own loss and metrics of the network's answer."""
   del theta, step
   logits = task.answer(outputs)
   return task.loss(logits, batch), task.metrics(logits, batch)
@@ -37,94 +36,103 @@ def supervised(task: Task, outputs: Tree, batch: Tree, theta: Tree, step: jax.Ar
 def exit_metrics(
   task: Task, own: Tree, outputs: Tree, batch: Tree, names: Sequence[str]
 ) -> dict[str, jax.Array]:
-  """The metrics of the network's own logits, and of exits as '<metric>_<exit>'."""
+  """Returns the metrics of the network's answer, and of exits as '<metric>_<exit>'."""
   metrics = task.metrics(own, batch)
   for name in names:
-    found = task.metrics(outputs[name], batch)
-    metrics |= {f'{metric}_{name}': value for metric, value in found.items()}
+    of_exit = task.metrics(outputs[name], batch)
+    metrics |= {f'{metric}_{name}': value for metric, value in of_exit.items()}
   return metrics
 
 
-def answer_of_task(task: Task, outputs: Tree, theta: Tree) -> Tree:
-  del theta
-  return task.answer(outputs)
-
-
-def nothing_to_say(theta: Tree) -> Tree:
-  del theta
-  return {}
-
-
-def keep_everything(theta: Tree, stats: Tree, evaluate: Callable[[Tree], Any]) -> Tree:
-  """The decision that cuts nothing: an empty keep tree."""
-  del theta, stats, evaluate
-  return {}
-
-
-def no_theta(gates: Tree, outputs: Tree) -> Tree:
-  del gates, outputs
-  return {}
-
-
-def no_gates(theta: Tree, key: jax.Array | None, step: jax.Array) -> Tree:
-  del theta, key, step
-  return {}
-
-
 def no_stats(gates: Tree, gate_grads: Tree, outputs: Tree, batch: Tree) -> Tree:
+  """Observes nothing, which spares `init_state` the shape of a batch."""
   del gates, gate_grads, outputs, batch
   return {}
 
 
 class Method(NamedTuple):
-  """One way to decide what to cut. The defaults are plain supervised training.
+  """One way to decide what to cut from a network, as pure functions.
+
+  Every function has a default, and the defaults together are plain supervised training.
+  `theta` is the tree that the method trains besides the weights, and `gates` is
+  {'channels': {group: [n]}, 'branches': {path: ()}}. A method of one's own:
+
+      Method(
+        init=lambda gates, outputs: gates,  # theta is the gates
+        forward=lambda theta, key, step: theta,
+        penalty=lambda theta, step: 1e-3 * sum(
+          jnp.abs(g).sum() for g in theta['channels'].values()
+        ),
+        decide=lambda theta, stats, evaluate: {
+          'channels': {name: g > 0.1 for name, g in theta['channels'].items()}
+        },
+      )
 
   Attributes:
-    objective: (task, outputs, batch, theta, step) -> (loss, metrics). `outputs` is the
-      network's dict of outputs; `task` turns logits into loss and metrics.
-    decide: (theta, stats, evaluate) -> keep; `evaluate` is a Judge: evaluate(keep) is
-      {'loss', 'accuracy', ...} of the network masked by keep on held-out data.
-    penalty: (theta, step) -> scalar, what depends on theta alone; its gradient is added
-      through optax. None: no penalty.
-    init: (gates, outputs) -> theta; outputs are abstract, their names say which exits
-      there are.
-    forward: (theta, key, step) -> gates that the forward pass uses. Without a key
-      (None) those of evaluation: the judge, the cut and folding use no noise.
-    observe: (gates, gate_grads, outputs, batch) -> stats, averaged over steps.
-    transform: (tx) -> tx for {'params', 'theta'}: own learning rates, frozen parts.
-    trunk_train: False runs the network in evaluation mode (stored batch statistics, no
-      dropout); which parameters then stay as they are is up to `transform`.
-    rounds: how many times fit, decide, prune are to be done, this time included.
-    answer: (task, outputs, theta) -> logits: what the network says before the cut.
-    report: (theta) -> nested dict of arrays: what was learnt, to be recorded.
+    objective: (task, outputs, batch, theta, step) -> (loss, metrics). `outputs` are the
+      network's outputs by name; `task` turns logits into loss and metrics. By default
+      the task's own loss.
+    decide: (theta, stats, evaluate) -> keep, a tree like gates of bool, with {name:
+      bool} of the exits as 'exits'; parts that are left out are kept. evaluate(keep) is
+      {'loss', 'accuracy', ...} of the masked network on held-out data, see `judge`.
+    penalty: (theta, step) -> scalar that is added to the loss through the optimizer;
+      None for no penalty.
+    init: (gates, outputs) -> theta at the start; `outputs` are abstract arrays, whose
+      names say which exits there are.
+    forward: (theta, key, step) -> the gates that the network runs with. `key` is None
+      in evaluation, where gates have no noise.
+    observe: (gates, gate_grads, outputs, batch) -> stats, which are averaged over steps
+      and passed to `decide`.
+    transform: (tx) -> the optimizer of {'params', 'theta'}, for learning rates of the
+      method's own or frozen parts.
+    trunk_train: whether the network runs in training mode. False uses stored batch
+      statistics and no dropout; freezing parameters is left to `transform`.
+    rounds: how many times the network is still to be trained and cut.
+    answer: (task, outputs, theta) -> the logits that are the network's answer before
+      the cut.
+    report: (theta) -> nested dict of arrays that were learnt, for the records of a run.
   """
 
   objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = supervised
-  decide: Callable[[Tree, Tree, Callable[[Tree], Any]], Tree] = keep_everything
+  decide: Callable[[Tree, Tree, Callable[[Tree], Any]], Tree] = (
+    lambda theta, stats, evaluate: {}
+  )
   penalty: Callable[[Tree, jax.Array], jax.Array] | None = None
-  init: Callable[[Tree, Tree], Tree] = no_theta
-  forward: Callable[[Tree, jax.Array | None, jax.Array], Tree] = no_gates
+  init: Callable[[Tree, Tree], Tree] = lambda gates, outputs: {}
+  forward: Callable[[Tree, jax.Array | None, jax.Array], Tree] = (
+    lambda theta, key, step: {}
+  )
   observe: Callable[[Tree, Tree, Tree, Tree], Tree] = no_stats
   transform: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
     lambda tx: tx
   )
   trunk_train: bool = True
   rounds: int = 1
-  answer: Callable[[Task, Tree, Tree], Tree] = answer_of_task
-  report: Callable[[Tree], Tree] = nothing_to_say
+  answer: Callable[[Task, Tree, Tree], Tree] = lambda task, outputs, theta: task.answer(
+    outputs
+  )
+  report: Callable[[Tree], Tree] = lambda theta: {}
 
 
 def plain() -> Method:
-  """Ordinary training of the weights: no gates, nothing is cut."""
+  """Returns the method that trains the weights as usual and cuts nothing."""
   return Method()
 
 
 def optimizer(
   method: Method, tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """tx as the method wants it: transformed, and with the method's penalty.
+  """Returns an optimizer with the method's own learning rates and penalty.
 
-  Works on {'params': weights, 'theta': theta}.
+  `make_step` and `init_state` do this by themselves; it is needed in a loop of your
+  own that calls `tx.update`.
+
+  Args:
+    method: the method; its `transform` and its `penalty` are used.
+    tx: optax optimizer of the weights.
+
+  Returns:
+    An optimizer of the tree {'params': weights, 'theta': what the method trains}.
   """
   tx = method.transform(tx)
   if method.penalty is not None:
@@ -135,40 +143,48 @@ def optimizer(
 def apart(
   params_tx: optax.GradientTransformation, theta_tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """An optimizer for {'params', 'theta'} that treats the two each in its own way."""
+  """Returns an optimizer of {'params', 'theta'} with one transformation for each."""
   parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
   return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})
 
 
 class PenaltyState(NamedTuple):
-  step: jax.Array  # int32 scalar: number of updates so far
+  """State of `add_penalty`: number of updates, and the wrapped optimizer's state."""
+
+  step: jax.Array  # int32 scalar
   inner: optax.OptState
-
-
-def whole(params: Any) -> Any:
-  return params
 
 
 def add_penalty(
   tx: optax.GradientTransformation,
   penalty: Callable[[Any, jax.Array], jax.Array],
-  where: Callable[[Any], Any] = whole,
+  where: Callable[[Any], Any] = lambda params: params,
 ) -> optax.GradientTransformation:
-  """tx, minimising loss + penalty(where(params), step).
+  """Returns an optimizer that minimises loss + penalty(where(params), step).
+
+  It adds the gradient of the penalty in `update`, so an existing training loop needs no
+  other change:
+
+      gates = lambda params: params['gates']
+      tx = add_penalty(tx, lambda g, step: 1e-3 * jnp.abs(g).sum(), where=gates)
 
   Args:
     tx: the optimizer to wrap; it sees the sum of both gradients.
-    penalty: (subtree, step) -> scalar; step counts updates from 0, int32.
-    where: selects the subtree of params that the penalty depends on.
+    penalty: (subtree, step) -> scalar; step is int32 and counts updates from 0.
+    where: (params) -> the subtree that the penalty depends on; by default all of it.
 
-  Raises: ValueError from `update` without params.
+  Returns:
+    An optax optimizer, whose `update` has to be called with params.
+
+  Raises:
+    ValueError: from `update`, if it is called without params.
   """
 
   def init(params):
     return PenaltyState(jnp.zeros((), jnp.int32), tx.init(params))
 
   def update(updates, state, params=None, **extra):
-    params = _given(params, 'add_penalty')
+    params = _required(params, 'add_penalty')
     slope = jax.grad(lambda tree: penalty(where(tree), state.step))(params)
     updates = jax.tree.map(lambda g, s: g + s.astype(g.dtype), updates, slope)
     updates, inner = _update(tx, updates, state.inner, params, extra)
@@ -180,23 +196,28 @@ def add_penalty(
 def spare_closed(
   tx: optax.GradientTransformation, openness: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
-  """tx, with its weight decay scaled slice by slice.
+  """Returns an optimizer whose weight decay spares the slices behind closed gates.
 
   A slice behind a closed gate has no gradient, so weight decay alone would shrink it,
-  and a gate that reopens would find nothing. optax computes weight decay from the
-  `params` given to `update`, so giving it `openness * params` there is enough, in
-  AdamW, LION, or a chain with `add_decayed_weights`. (Optimizers with a trust ratio
-  then measure the norm of the open part.)
+  and a gate that reopens would find nothing. The wrapped optimizer is passed
+  openness(params) * params, from which optax computes weight decay: in AdamW, Lion, or
+  a chain with `add_decayed_weights`. Optimizers with a trust ratio then measure the
+  norm of the open part.
 
   Args:
     tx: the optimizer to wrap.
-    openness: (params) -> tree of factors shaped like (or broadcasting to) params.
+    openness: (params) -> tree of factors that broadcast to params, 0 for closed slices
+      and 1 for open ones; `train.method.openness` computes it from channel gates.
 
-  Raises: ValueError from `update` without params.
+  Returns:
+    An optax optimizer, whose `update` has to be called with params.
+
+  Raises:
+    ValueError: from `update`, if it is called without params.
   """
 
   def update(updates, state, params=None, **extra):
-    params = _given(params, 'spare_closed')
+    params = _required(params, 'spare_closed')
     open_part = jax.tree.map(
       lambda p, f: p * jnp.asarray(f, p.dtype), params, openness(params)
     )
@@ -206,13 +227,15 @@ def spare_closed(
 
 
 def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
-  """How open every slice of every parameter is: the product of the gates of its axes.
+  """Computes how open every slice of every parameter is, from the gates of its axes.
 
   Args:
-    coupling: of the network. gates: {'channels': {group: [n]}}; other parts are not
-      looked at. params: the tree under 'params' of the coupled variables.
+    coupling: the network's coupling.
+    gates: {'channels': {group: [n]}}; other parts are ignored.
+    params: the tree under 'params' of the coupled variables.
 
-  Returns: a tree like params, of factors that broadcast to its leaves.
+  Returns:
+    A tree like params of products of gates, which broadcast to its leaves.
   """
   weights = {coupling.axis(g): w for g, w in gates.get('channels', {}).items()}
 
@@ -234,7 +257,7 @@ def _update(tx, grads, state, params, extra):
   return optax.with_extra_args_support(tx).update(grads, state, params, **extra)
 
 
-def _given(params: Any, who: str) -> Any:
+def _required(params: Any, who: str) -> Any:
   if params is None:
     raise ValueError(
       f'{who}: expected the parameters, got None; call '

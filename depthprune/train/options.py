@@ -1,4 +1,4 @@
-"""Values of a run's configuration: how they are read, and refused."""
+"""Values of a run's configuration: how they are read, checked and refused."""
 
 import math
 import re
@@ -6,18 +6,20 @@ from typing import Any, NamedTuple
 
 import tyro
 
-STRONGEST = 30  # magnitude of RandAugment
+STRONGEST = 30  # largest magnitude of RandAugment
 
 
 class ConfigError(ValueError):
-  """A value of the configuration that no run can use: which, got, what to do."""
+  """A value of the configuration cannot be used; the message names it."""
 
 
 class Epochs(NamedTuple):
   """Passes over the training images in each stage.
 
-  train: of the plain network, before anything else. gates: of the weights together
-  with what the method learns. finetune: after each cut.
+  Attributes:
+    train: of the plain network, before anything else.
+    gates: of the weights together with what the method learns.
+    finetune: after each cut.
   """
 
   train: int
@@ -26,7 +28,7 @@ class Epochs(NamedTuple):
 
 
 def fraction(value: str, name: str = 'value') -> float:
-  """`0.5` and `50%` both read as 0.5; raises ConfigError for anything else."""
+  """Reads `0.5` and `50%` as 0.5; raises ConfigError for anything else."""
   text = str(value).strip()
   number = re.fullmatch(r'([-+.\deE]+)\s*(%?)', text)
   try:
@@ -38,7 +40,7 @@ def fraction(value: str, name: str = 'value') -> float:
   return read
 
 
-# How the command line reads and describes a fraction, which may be left out.
+# How the command line reads and describes an optional fraction.
 FRACTION = tyro.constructors.PrimitiveConstructorSpec(
   nargs=1,
   metavar='FRACTION',
@@ -49,14 +51,17 @@ FRACTION = tyro.constructors.PrimitiveConstructorSpec(
 
 
 def axes(text: str) -> tuple[int | None, int]:
-  """(data, model) of a mesh, such as 'data=4,model=2'; None is all that are left.
+  """Reads the axes (data, model) of a mesh, such as 'data=4,model=2'.
 
-  Raises ConfigError for anything else, axes below 1 and axes that are named twice.
+  The size of data is None, for all devices that are left, where no number is given.
+
+  Raises:
+    ConfigError: the text has another form, or names an axis twice.
   """
   pattern = r'(data|model)=([1-9]\d*)|(data)'
-  found = [re.fullmatch(pattern, word.strip()) for word in text.split(',')]
-  sizes = {m[1] or m[3]: int(m[2]) if m[2] else None for m in found if m}
-  if len(sizes) < len(found):
+  parts = [re.fullmatch(pattern, word.strip()) for word in text.split(',')]
+  sizes = {m[1] or m[3]: int(m[2]) if m[2] else None for m in parts if m}
+  if len(sizes) < len(parts):
     raise ConfigError(
       f'mesh: expected data=N, data=N,model=M, or data alone for all devices, got '
       f'{text!r}'
@@ -65,12 +70,14 @@ def axes(text: str) -> tuple[int | None, int]:
 
 
 def one_of(values: Any, name: str, known: tuple[str, ...]) -> None:
+  """Checks that a field of a dataclass is one of the known words."""
   if getattr(values, name) not in known:
     expected = ' or '.join(map(repr, known))
     raise ConfigError(f'{name}: expected {expected}, got {getattr(values, name)!r}')
 
 
 def at_least(values: Any, name: str, least: int) -> None:
+  """Checks that a field of a dataclass is None or a whole number >= `least`."""
   value = getattr(values, name)
   if value is None:
     return
@@ -79,6 +86,7 @@ def at_least(values: Any, name: str, least: int) -> None:
 
 
 def finite(values: Any, name: str, positive: bool) -> None:
+  """Checks that a field is a finite number >= 0, or > 0 where `positive`."""
   value = getattr(values, name)
   if not math.isfinite(value) or value < 0 or (positive and value == 0):
     above = '> 0' if positive else '>= 0'
@@ -88,7 +96,7 @@ def finite(values: Any, name: str, positive: bool) -> None:
 def inside(
   values: Any, name: str, least: float, most: float, open_: bool = False
 ) -> None:
-  """The value is in [least, most), or above `least` too where that is `open_`."""
+  """Checks that a field is in [least, most), or in (least, most) where `open_`."""
   value = getattr(values, name)
   if not least <= value < most or (open_ and value == least):
     raise ConfigError(
@@ -98,5 +106,5 @@ def inside(
 
 
 def shown(value: Any) -> str:
-  """A setting in a word."""
+  """Returns a setting as a word."""
   return f'{value:g}' if isinstance(value, float) else str(value)

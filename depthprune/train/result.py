@@ -1,8 +1,8 @@
-"""What a run reached: `result.json`, typed.
+"""The result of a run as dataclasses, and how `result.json` is written and read.
 
-The file has the same entries under the same names. `SCHEMA` counts its changes; files
-of older versions are read by `from_json` too. Costs are of one example, 1 MAC = 2
-FLOPs, and accuracies are fractions in [0, 1].
+The file has the same entries under the same names. `SCHEMA` counts its changes, and
+`from_json` reads files of older versions too. Costs are those of one example with 1 MAC
+= 2 FLOPs, and accuracies are fractions in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ class Change:
 
   @property
   def kept(self) -> float:
-    """The part that is left."""
+    """The part that is left, after / before."""
     return self.after / self.before
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracies:
-  """Accuracy of the network, and of what is left of it at several times.
+  """Accuracy of a network at several times; None where it was not measured.
 
   Attributes:
-    before: of the network that is about to be cut.
-    pruned: right after surgery. recalibrated: with fresh batch statistics.
-    after: once it was trained again. None is not known.
+    before: before the cut.
+    after: after it was trained again.
+    pruned: right after surgery.
+    recalibrated: after surgery, with fresh batch statistics.
   """
 
   before: float
@@ -50,11 +51,12 @@ class Accuracies:
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-  """Milliseconds of one batch before and after, measured in turns: medians.
+  """Median milliseconds of one batch before and after the cut, measured in turns.
 
   Attributes:
-    runs: turns. faster: turns in which the network after the cut was the faster one.
-    notes: what the numbers do not say by themselves.
+    runs: number of turns.
+    faster: number of turns in which the cut network was faster.
+    notes: sentences that qualify the numbers.
   """
 
   before: float
@@ -69,7 +71,7 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class TimeReached:
-  """Milliseconds of a batch of a run whose target counted them."""
+  """Milliseconds of a batch, for a run whose target is in milliseconds."""
 
   batch: int
   before: float
@@ -88,13 +90,14 @@ class Proof:
 
 @dataclasses.dataclass(frozen=True)
 class RoundResult:
-  """One cut.
+  """One round: training, a cut, and the training that follows.
 
   Attributes:
-    units: residual units before and after it. erased: names of those that went.
-    exits: names of those that are left.
-    learned: what the method had learnt, as `Method.report` says it.
-    held_out: accuracies on held-out data; `after` is of the retraining that follows.
+    units: number of residual units before and after the cut.
+    erased: names of the residual units that were erased.
+    exits: names of the exits that are left.
+    held_out: accuracies on held-out data; `after` is that of the next training.
+    learned: what the method had learnt, from `Method.report`.
   """
 
   units: tuple[int, int]
@@ -110,7 +113,7 @@ class RoundResult:
 
 @dataclasses.dataclass(frozen=True)
 class SurgeryReport:
-  """What surgery reports of the last cut, see `surgery.prune.Pruned`."""
+  """The report of surgery about the last cut, see `surgery.prune.Pruned`."""
 
   requested: dict[str, Any] = dataclasses.field(default_factory=dict)
   flops: Change | None = None
@@ -128,7 +131,7 @@ class SurgeryReport:
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-  """A reliability diagram, see `cascade.calibration.Reliability`; None in empty bins."""
+  """A reliability diagram, see `cascades.calibration`; None in empty bins."""
 
   edges: list[float]
   confidence: list[float | None]
@@ -138,7 +141,7 @@ class Bins:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """Calibration error, negative log-likelihood in nats, and where they come from."""
+  """Calibration error, negative log-likelihood in nats, and the reliability diagram."""
 
   ece: float | None = None
   nll: float | None = None
@@ -147,7 +150,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-  """Some examples at one exit, before and after its temperature."""
+  """Calibration of one exit on n examples, before and after its temperature."""
 
   n: int | None = None
   accuracy: float | None = None
@@ -167,7 +170,12 @@ class ExitCalibration:
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-  """What thresholds gave on test data: points lost, the part of the FLOPs saved."""
+  """What thresholds reached on test data.
+
+  Attributes:
+    saved: part of the FLOPs that is saved.
+    drop: points of accuracy that are lost.
+  """
 
   saved: float
   drop: float | None = None
@@ -180,12 +188,16 @@ class Reached:
 
 @dataclasses.dataclass(frozen=True)
 class RequestResult:
-  """Thresholds for one request: what was asked for, and what was reached.
+  """A request for thresholds, and what they reached.
 
   Attributes:
-    kind, requested: as in `CascadePlan.request`. chosen: whether it is the run's own.
+    kind: kind of the request, as in `CascadePlan.request`.
+    requested: its value.
+    chosen: whether it is the run's own request.
     refused: why it cannot be met, else None.
-    held_out: where it was chosen. test: on test data. interval: 95 % of it, by name.
+    held_out: accuracy and cost on the data where the thresholds were chosen.
+    test: what was reached on test data.
+    interval: 95 % intervals of `test`, by name.
   """
 
   kind: str
@@ -199,14 +211,23 @@ class RequestResult:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-  """A cascade run on the test data, beside what was simulated, and timed.
+  """A cascade executed on the test data, compared with the simulation, and timed.
 
   Attributes:
-    ideal, padded, whole: FLOPs of an example: if every stage runs on just those that
-      reach it, as executed, and of the network alone.
-    differ: examples that left elsewhere than simulated, `near` of them close to a
-      threshold, out of n. broken: examples with an answer that was not finite.
-    batch, ms, whole_ms, speedup, compile_s: time of the cascade and the network alone.
+    ideal: FLOPs of an example if every stage runs only on examples that reach it.
+    padded: FLOPs of an example as executed.
+    whole: FLOPs of an example in the network alone.
+    accuracy: accuracy of the executed cascade.
+    differ: number of examples that left at another exit than simulated.
+    near: how many of these were close to a threshold.
+    n: number of examples.
+    broken: number of examples with an answer that was not finite.
+    device: the device it ran on.
+    batch: examples in a timed batch.
+    ms: milliseconds of a batch of the cascade.
+    whole_ms: milliseconds of a batch of the network alone.
+    speedup: whole_ms / ms.
+    compile_s: seconds to compile the cascade.
   """
 
   ideal: float | None = None
@@ -230,7 +251,7 @@ class Executed:
 
 @dataclasses.dataclass(frozen=True)
 class CurvePoint:
-  """An efficient choice of thresholds: cost and accuracy on test and held-out data."""
+  """Cost and accuracy of efficient thresholds, on test data and on held-out data."""
 
   cost: float | None = None
   accuracy: float | None = None
@@ -243,10 +264,15 @@ class CascadeResult:
   """A cascade of early exits; dictionaries are by name of the exit.
 
   Attributes:
-    exits: in order, the network's own last. taps: where the others read.
-    cost: FLOPs up to an exit. whole: FLOPs of the network alone.
-    thresholds: None where nobody leaves, or all do. shares: part that leaves there.
-    exit_accuracy: if all left there. curve: the efficient thresholds.
+    exits: names of the exits by depth, the network's own last.
+    cost: FLOPs of an example that leaves at an exit.
+    whole: FLOPs of an example in the network alone.
+    exit_accuracy: accuracy if all examples left at an exit.
+    curve: the efficient choices of thresholds.
+    thresholds: threshold of an exit; None where no examples leave, or all do.
+    shares: part of the examples that leave at an exit.
+    requests: the run's request and others, with what they reached.
+    taps: the tap that each exit reads.
     original: accuracy of the network before it was trained with its heads.
   """
 
@@ -269,17 +295,22 @@ class CascadeResult:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Everything that a finished run says.
+  """Everything that is known about a finished run.
 
   Attributes:
     method, options, model, data, seed, config: what was run.
-    accuracy, held_out: on test data, which decided nothing, and on held-out data.
-    scores: further scores of the test data, {'before' or 'after': {name: value}}.
-    flops, params, peak_bytes: costs. widths: {group: (before, after)}.
-    latency_ms: by batch size. milliseconds: where the target counted them.
+    accuracy: accuracies on test data, which decided nothing.
+    held_out: accuracies on held-out data.
+    scores: all scores on test data, {'before' or 'after': {name: value}}.
+    flops, params, peak_bytes: costs of the network.
+    widths: {group: (width before, width after)}.
+    latency_ms: latency by batch size.
+    milliseconds: latency that the target counted, else None.
     compile_s: seconds that the networks took to compile.
-    rounds: the cuts, in order. report: of the last one. verify: its proof.
-    cascade: of a method that makes one, else None.
+    rounds: the cuts, in order.
+    report: the report of surgery about the last cut.
+    verify: the proof of the last cut.
+    cascade: the cascade of a method that makes one, else None.
   """
 
   method: str
@@ -314,7 +345,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-  """What `sweep.json` keeps of the result of each of its runs."""
+  """The part of a run's result that `sweep.json` contains."""
 
   accuracy: Accuracies
   flops: Change
@@ -326,15 +357,16 @@ class SweepResult:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-  """Plain values, as `result.json` keeps them; parts that there are not are left out."""
+  """Returns a result as plain JSON values, without the entries that are None."""
   values = json.loads(json.dumps(dataclasses.asdict(result)))
   return {name: value for name, value in values.items() if value is not None}
 
 
 def from_json(values: Any) -> Result:
-  """The Result in a `result.json`, of this version or an older one.
+  """Returns the Result in the values of a `result.json` of this or an older version.
 
-  Raises: ValueError that names the entries which are missing or of another kind.
+  Raises:
+    ValueError: an entry is missing or of another type; the message names it.
   """
   if not isinstance(values, Mapping):
     raise ValueError(f'not the result of a run: expected an object, got {values!r:.60}')
@@ -344,13 +376,23 @@ def from_json(values: Any) -> Result:
       f'expected schema {SCHEMA} at most, got {schema!r}: read it with the version of '
       'depthprune that wrote it'
     )
-  return structured(_upgraded(values), Result)
+  values = dict(values)
+  # The oldest files are of one method, whose options stood beside the other entries.
+  if 'method' not in values and 'options' not in values:
+    if missing := [key for key in ('target', 'of') if key not in values]:
+      raise ValueError(
+        f'not the result of a run: required field missing @ $.{missing[0]}'
+      )
+    options = {key: values[key] for key in ('target', 'of')}
+    values |= {'method': 'trainable_gates', 'options': options, 'rounds': []}
+  return structured(values, Result)
 
 
 def structured(values: Any, kind: type[T]) -> T:
-  """Plain values as one of the dataclasses here; nothing is converted or made up.
+  """Turns plain values into one of the dataclasses here, without converting any.
 
-  Raises: ValueError that names the entries which are missing or of another kind.
+  Raises:
+    ValueError: an entry is missing or of another type; the message names it.
   """
   try:
     return _CONVERTER.structure(values, kind)
@@ -359,22 +401,8 @@ def structured(values: Any, kind: type[T]) -> T:
     raise ValueError(f'not the result of a run: {wrong}') from error
 
 
-def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The entries of this version's schema, from those of any."""
-  values = dict(values)
-  # From when there was one method, whose options stood beside the rest.
-  if 'method' not in values and 'options' not in values:
-    if missing := [key for key in ('target', 'of') if key not in values]:
-      raise ValueError(
-        f'not the result of a run: required field missing @ $.{missing[0]}'
-      )
-    options = {key: values[key] for key in ('target', 'of')}
-    values |= {'method': 'trainable_gates', 'options': options, 'rounds': []}
-  return values
-
-
 def _exactly(*kinds: type) -> Callable[[Any, Any], Any]:
-  """A hook of cattrs that takes values of these types and no others."""
+  """Returns a hook of cattrs that accepts only values of these types."""
 
   def hook(value: Any, _: Any) -> Any:
     if type(value) not in kinds:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,12 +22,13 @@ class State:
   """Everything that training changes.
 
   Attributes:
-    params: the weights. theta: what the method trains besides.
-    model_state: every other collection of the model, by name.
-    opt_state: of the optimizer over {'params': params, 'theta': theta}.
-    stats: what the method observes, averaged: over all steps at first, with the
-      newest step weighing 1 % from the 100th on.
-    step: int32 scalar, number of steps done.
+    params: the weights.
+    theta: what the method trains besides the weights.
+    model_state: all other collections of the model, by name.
+    opt_state: state of the optimizer over {'params': params, 'theta': theta}.
+    stats: what the method observes, averaged over all steps at first; from the 100th
+      step on, the newest step weighs 1 %.
+    step: int32 scalar, the number of steps done.
   """
 
   params: Tree
@@ -39,7 +40,7 @@ class State:
 
   @property
   def variables(self) -> dict[str, Tree]:
-    """What `model.apply` takes."""
+    """The variables that `model.apply` takes."""
     return {'params': self.params, **self.model_state}
 
 
@@ -51,15 +52,25 @@ def init_state(
   coupling: Any = None,
   batch: Tree = None,
 ) -> State:
-  """A fresh state at step 0; `variables` are copied, a step may consume its state.
+  """Makes the state with which training by `make_step` begins.
 
-  The method's gates start open, those of branches as they are in `variables`.
+  Channel gates start open, and branch gates as they are in `variables`, which are
+  copied.
 
   Args:
-    model, method, tx, coupling: as for make_step.
-    variables: {'params': ..., and any other collection}.
-    batch: one batch (arrays or shapes); needed by methods that observe, and by those
-      that look at exits without a coupling.
+    model: the network, as for `make_step`.
+    method: how it is trained.
+    tx: optax optimizer of the weights.
+    variables: the network's variables, {'params': ..., and any other collection}.
+    coupling: from `couple`; None for a method without channel gates.
+    batch: one batch, arrays or their shapes. It is needed by methods that observe
+      training, and by those that need the names of the exits without a coupling.
+
+  Returns:
+    The State at step 0.
+
+  Raises:
+    ValueError: the method observes training, and no batch was passed.
   """
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}
@@ -93,20 +104,36 @@ def make_step(
   lay: Callable[[State], State] = lambda state: state,
   remat: bool = False,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """step(state, batch, key, teacher_variables=None) -> (state, metrics), jitted.
+  """Returns the compiled training step of a method, for `fit` or for your own loop.
 
-  The state is donated: use the one that comes back. `key` is the same for every step,
-  the step number is folded in. Metrics are scalars on the device, with 'loss'.
+      step = make_step(model, method, task, tx, coupling)
+      state = init_state(model, method, tx, variables, coupling)
+      for batch in batches:  # {'image': [batch, height, width, channels], 'label': ...}
+        state, metrics = step(state, batch, key)
+      keep = method.decide(state.theta, state.stats, evaluate)
 
   Args:
-    model: anything with `apply(variables, *inputs, train=..., mutable=..., rngs=...)`,
-      or that function itself.
-    tx: optimizer of the weights; the method adds what it needs (`method.optimizer`).
+    model: the network: a module with `apply(variables, *inputs, train=..., mutable=...,
+      rngs=...)`, or that function itself.
+    method: the method, such as `netcut(coupling)`.
+    task: loss and metrics, such as `classification(10)`.
+    tx: optax optimizer of the weights. The method adds its own learning rates and its
+      penalty to it.
     coupling: from `couple`; None for a method without channel gates.
-    teacher: apply function of a network whose logits go into the batch as 'teacher'.
-    lay: constrains the new state to where it lies on several devices.
-    remat: whether the backward pass computes again what is no convolution or matrix
-      product (normalisations, activations, pooling): less memory, more time.
+    teacher: apply function of a network to learn from, whose logits go into the batch
+      as 'teacher', for a method wrapped by `distill`.
+    lay: (state) -> state, which constrains where the new state lies on several devices.
+    remat: whether the backward pass computes normalisations, activations and pooling
+      again instead of storing them, which takes less memory and more time.
+
+  Returns:
+    step(state, batch, key, teacher_variables=None) -> (state, metrics), jitted. The
+    state is donated, so use only the one that is returned. `key` is the same for all
+    steps, as the number of the step is folded in. metrics are scalars on the device:
+    'loss', and those of the method.
+
+  Raises:
+    ValueError: in the first step, the method gates channels and there is no coupling.
   """
   run, tx = gated(model, coupling), optimizer(method, tx)
   forward = partial(_forward, run, method)
@@ -116,71 +143,58 @@ def make_step(
   def step(state: State, batch, key, teacher_variables=None):
     if teacher is not None:
       batch = with_teacher(teacher, teacher_variables, batch, task.answer)
-    found = _both_ways(forward, method, task, state, batch, key)
+    gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+
+    def loss_of(params, theta, gates):
+      variables = {'params': params, **state.model_state}
+      outputs, model_state = forward(variables, gates, batch, dropout_key)
+      loss, metrics = method.objective(task, outputs, batch, theta, state.step)
+      return loss, (metrics, outputs, model_state)
+
+    # The gates are differentiated apart, because methods observe their gradients.
+    gating = lambda theta: method.forward(theta, gate_key, state.step)
+    gates, pull = jax.vjp(gating, state.theta)
+    slopes = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
+    (loss, aux), (params, theta, gate_grads) = slopes(state.params, state.theta, gates)
+    metrics, outputs, model_state = aux
+    grads = {'params': params, 'theta': jax.tree.map(jnp.add, theta, *pull(gate_grads))}
     trained = {'params': state.params, 'theta': state.theta}
-    updates, opt_state = tx.update(found.grads, state.opt_state, trained)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
     learnt: Any = optax.apply_updates(trained, updates)
-    seen = method.observe(found.gates, found.gate_grads, found.outputs, batch)
+    observed = method.observe(gates, gate_grads, outputs, batch)
+    # A mean over the first 100 steps, then an exponential one.
+    rate = jnp.maximum(1 / (state.step.astype(jnp.float32) + 1), 0.01)
+    average = lambda a, b: a + rate.astype(a.dtype) * (b - a)
     new = State(
       params=learnt['params'],
       theta=learnt['theta'],
-      model_state={**state.model_state, **found.model_state},
+      model_state={**state.model_state, **model_state},
       opt_state=opt_state,
-      stats=_average(state.stats, seen, state.step),
+      stats=jax.tree.map(average, state.stats, observed),
       step=state.step + 1,
     )
-    return lay(new), {'loss': found.loss, **found.metrics}
+    return lay(new), {'loss': loss, **metrics}
 
   return step
 
 
-class _Found(NamedTuple):
-  """What one pass forward and back finds; `grads` is shaped like what is trained."""
-
-  loss: jax.Array
-  metrics: dict[str, jax.Array]
-  outputs: Tree
-  model_state: Tree
-  gates: Tree
-  gate_grads: Tree
-  grads: Tree
-
-
-def _both_ways(forward, method: Method, task: Task, state: State, batch, key) -> _Found:
-  gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-
-  def loss(params, theta, gates):
-    variables = {'params': params, **state.model_state}
-    outputs, model_state = forward(variables, gates, batch, dropout_key)
-    value, metrics = method.objective(task, outputs, batch, theta, state.step)
-    return value, (metrics, outputs, model_state)
-
-  gating = lambda theta: method.forward(theta, gate_key, state.step)
-  gates, pull = jax.vjp(gating, state.theta)
-  slopes = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-  (value, aux), (params, theta, gate_grads) = slopes(state.params, state.theta, gates)
-  metrics, outputs, model_state = aux
-  grads = {'params': params, 'theta': jax.tree.map(jnp.add, theta, *pull(gate_grads))}
-  return _Found(value, metrics, outputs, model_state, gates, gate_grads, grads)
-
-
 def economical(forward: Callable) -> Callable:
-  """The function, storing convolutions and matrix products only to go backward."""
+  """Makes a function store only convolutions and matrix products for its gradient."""
   return jax.checkpoint(forward, policy=jax.checkpoint_policies.dots_saveable)
 
 
 def branches_of(variables: Tree) -> dict[str, jax.Array]:
-  """{path: gate} of the collection 'branches'."""
+  """Returns {path: gate} of the collection 'branches'."""
   return paths_of(variables.get('branches', {}))
 
 
 def apply_of(model: Any) -> Callable[..., Any]:
-  """model.apply, or the model itself where it is a function."""
+  """Returns model.apply, or the model itself where it is a function."""
   return getattr(model, 'apply', model)
 
 
 def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
-  """f(variables, gates, *inputs, **kwargs): the exits of the model, with gates."""
+  """Returns f(variables, gates, *inputs, **kwargs), the model with gates in place."""
   apply = runnable(model)
   plugged = None if coupling is None else plug(model, coupling)
 
@@ -200,7 +214,7 @@ def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
 
 
 def _forward(run, method: Method, variables, gates, batch, key):
-  """(outputs by name, changed collections)."""
+  """Returns (outputs by name, changed collections)."""
   inputs = inputs_of(batch)
   if not method.trunk_train:
     return as_dict(run(variables, gates, *inputs, train=False)), {}
@@ -215,7 +229,7 @@ def _forward(run, method: Method, variables, gates, batch, key):
 
 
 def _no_stats_yet(model, method: Method, variables, theta, batch):
-  """Zeros, of the shapes that the method will observe."""
+  """Returns zeros of the shapes that the method will observe."""
   if method.observe is no_stats:
     return {}
   if batch is None:
@@ -231,9 +245,3 @@ def _no_stats_yet(model, method: Method, variables, theta, batch):
 
   shapes = jax.eval_shape(seen, variables, theta, batch)
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def _average(stats, seen, step):
-  """Moves stats towards what was seen: a mean over the first 100 steps, then slower."""
-  rate = jnp.maximum(1 / (step.astype(jnp.float32) + 1), 0.01)
-  return jax.tree.map(lambda a, b: a + rate.astype(a.dtype) * (b - a), stats, seen)

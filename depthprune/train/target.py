@@ -1,4 +1,4 @@
-"""From trained weights of gates to a decision that meets a cost target."""
+"""The decision that trained gate weights call for, corrected to meet a cost target."""
 
 from collections.abc import Mapping
 
@@ -6,29 +6,37 @@ import numpy as np
 
 from depthprune.program import cost
 from depthprune.program.coupling import Coupling
-from depthprune.timing.layers import Cost, counted
+from depthprune.timing.layers import CostFunction, counted
 from depthprune.train.task import Tree
 
-TOLERANCE = 0.005  # of the full cost: how near to the target a decision has to be
+TOLERANCE = 0.005  # how far a decision may be off the target, as a part of the cost
 
 Weights = Mapping[str, np.ndarray]
-"""{group: [n]}: channels with a weight above 0 are to be kept."""
+"""{group: [n]}; channels with a weight above 0 are to be kept."""
 
 
 def on_target(
   coupling: Coupling,
   w: Weights,
   target: float,
-  of: str | Cost = 'flops',
+  of: str | CostFunction = 'flops',
   round_to: int = 1,
 ) -> Tree:
-  """keep = w > 0, corrected where that is off the target.
+  """Returns keep = w > 0, corrected where that is off the target.
 
-  Widths are first rounded down to a multiple of round_to, one at least. Then, as long
-  as the cost is more than TOLERANCE off, the gates nearest to zero whose flip brings it
-  nearer are flipped: one gate, or as many as make a multiple.
+  Widths are first rounded down to a multiple of `round_to`, but not below one multiple.
+  Then, while the cost is more than TOLERANCE off, the gates nearest to zero whose flip
+  brings it nearer are flipped: one gate, or as many as make a multiple.
 
-  Returns: {'channels': {group: bool [n]}}.
+  Args:
+    coupling: the network's coupling.
+    w: the trained weight of every gate.
+    target: part of the cost that is to remain, in (0, 1].
+    of: 'flops', 'params' or a cost of `timing.layers`.
+    round_to: widths become multiples of it.
+
+  Returns:
+    {'channels': {group: bool [n]}}.
   """
   _, C = counted(coupling, of, round_to)
   w = {group: np.asarray(value) for group, value in w.items()}
@@ -50,9 +58,14 @@ def on_target(
 
 
 def reachable(
-  coupling: Coupling, target: float, of: str | Cost = 'flops', round_to: int = 1
+  coupling: Coupling, target: float, of: str | CostFunction = 'flops', round_to: int = 1
 ) -> None:
-  """Raises ValueError for a target outside (0, 1] or below the narrowest network."""
+  """Checks that a network can be cut to a target; arguments as for `on_target`.
+
+  Raises:
+    ValueError: the target is not in (0, 1], the narrowest network costs more, or no
+      channels can be gated.
+  """
   name, C = counted(coupling, of, round_to)
   if not 0 < target <= 1:
     raise ValueError(
@@ -74,12 +87,12 @@ def reachable(
 
 
 def possible(size: int, round_to: int) -> list[int]:
-  """The widths that can be built of an axis, narrowest first."""
+  """Returns the widths that an axis of `size` can have, narrowest first."""
   return sorted({min(round_to, size), *range(round_to, size, round_to), size})
 
 
 def _nearest_first(w: Weights, widths, round_to: int) -> list[tuple[str, int]]:
-  """(group, new width) for all others that are possible, by how far gates must move."""
+  """Returns all other (group, width), those first for which gates move least."""
   moves = []
   for group, value in w.items():
     falling = -np.sort(-value)
@@ -91,6 +104,6 @@ def _nearest_first(w: Weights, widths, round_to: int) -> list[tuple[str, int]]:
 
 
 def _widest(w: Weights, widths: Mapping[str, int]) -> Tree:
-  """Keeps the channels with the largest weights of every group."""
+  """Returns the keep tree of the channels with the largest weights of every group."""
   rank = lambda value: np.argsort(np.argsort(-value, kind='stable'), kind='stable')
   return {'channels': {g: rank(value) < widths[g] for g, value in w.items()}}

@@ -1,4 +1,8 @@
-"""What a network is trained for: loss and metrics of its logits on a batch."""
+"""Tasks: the loss, metrics and scores of a network's logits.
+
+There is one class per image or text (`classification`), one per pixel (`segmentation`),
+or several tasks at once (`combine`); `task_of` chooses by the data set.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,37 +20,42 @@ Tree = Any
 
 
 def main(outputs: Tree) -> jax.Array:
-  """A network's answer: 'main', or its only output. Raises ValueError for neither."""
+  """Returns a network's answer: its output 'main', or its only output.
+
+  Raises:
+    ValueError: there are several outputs, and none is called 'main'.
+  """
   if 'main' in outputs:
     return outputs['main']
   if len(outputs) == 1:
     return next(iter(outputs.values()))
   raise ValueError(
-    f"expected an output 'main', or a single one, got {', '.join(outputs)}: which of "
-    'them answers? Drop all exits but one, or use a method that weighs them'
+    f"expected an output 'main', or a single one, got {', '.join(outputs)}: it is not "
+    'clear which of them answers. Drop all exits but one, or use a method that weighs '
+    'them'
   )
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:
-  """A network's outputs by name; a single array is 'main'."""
+  """Returns a network's outputs by name; a single array is called 'main'."""
   return dict(outputs) if hasattr(outputs, 'keys') else {'main': outputs}
 
 
 class Task(NamedTuple):
-  """Logits are an array, or of several tasks a dict of them.
+  """What a network is trained for, as functions of its logits.
+
+  Logits are an array, or a dict of arrays for several tasks. Where a batch has an entry
+  'weight' (float [batch], 0 for padding), means and sums are weighted by it.
 
   Attributes:
     loss: (logits, batch) -> scalar, the mean over the batch.
     metrics: (logits, batch) -> {name: scalar}, means over the batch.
     log_probs: (logits) -> log-probabilities of the same shape.
     sums: (logits, batch) -> tree of sums over the batch, to be added over batches.
-    scores: (sums of all batches) -> {'loss', 'accuracy', ...} of the whole data set, in
-      numpy; leaves may have more axes in front, which all scores then have.
-    answer: (outputs of a network by name) -> logits, those that the others take.
-
-  What a data set has and a mean over its batches is not, such as a mean IoU, is among
-  the scores but not the metrics. Where a batch has a 'weight' entry (float, [batch], 0
-  for padding), means and sums are weighted by it.
+    scores: (sums of all batches) -> {'loss', 'accuracy', ...} of a data set, in numpy.
+      They include scores that are no mean over batches, such as a mean IoU. Leaves may
+      have more axes in front, which all scores then have.
+    answer: (outputs of a network by name) -> the logits that the others take.
   """
 
   loss: Callable[[Tree, Any], jax.Array]
@@ -58,7 +67,7 @@ class Task(NamedTuple):
 
 
 def mean(values: jax.Array, batch: Any) -> jax.Array:
-  """Mean over the batch axis, weighted by the batch's 'weight' if it has one."""
+  """Averages values [batch], weighted by the batch's 'weight' if it has one."""
   weight = batch.get('weight')
   if weight is None:
     return values.mean()
@@ -70,19 +79,23 @@ def mean(values: jax.Array, batch: Any) -> jax.Array:
 def segmentation(
   classes: int, ignore: int | None = None, names: Sequence[str] = ()
 ) -> Task:
-  """One class of `classes` per pixel.
+  """Returns the task of telling the class of every pixel.
 
-  Logits are [batch, height, width, classes], labels int [batch, height, width]. A pixel
-  labelled `ignore`, or less than 0, counts for nothing; another label outside the
-  classes makes the loss NaN. The loss is cross-entropy in nats, 'accuracy' the share of
-  pixels that are right, both over all pixels that count.
+  Logits are [batch, height, width, classes], labels int [batch, height, width]. The
+  loss is cross-entropy in nats and 'accuracy' the share of correct pixels, both over
+  all labelled pixels. A label outside the classes makes the loss NaN.
 
-  Scores of a data set are also 'iou_<name>' of every class (by number, unless `names`
-  are given) and 'miou', from the confusion matrix of all its pixels: a class that is in
-  no label and no answer has IoU NaN and is left out of the mean, and 'classes' says how
-  many are in it.
+  The scores of a data set also have 'iou_<name>' for every class and their mean 'miou',
+  from the confusion matrix of all pixels. A class in no label and no answer has IoU NaN
+  and is left out of the mean; 'classes' is the number of classes in it.
 
-  Raises: ValueError for another number of names than of classes.
+  Args:
+    classes: number of classes.
+    ignore: label of unlabelled pixels; negative labels are unlabelled as well.
+    names: names of the classes for 'iou_<name>'; () uses their numbers.
+
+  Raises:
+    ValueError: the number of names is not the number of classes.
   """
   if len(names) not in (0, classes):
     raise ValueError(
@@ -112,13 +125,24 @@ def segmentation(
     return {'loss': values.sum(), 'confusion': counts}
 
   def scores(sums):
-    return _scores_of_pixels(sums, names or tuple(map(str, range(classes))))
+    counts = np.asarray(sums['confusion'])
+    pixels = np.maximum(counts.sum((-2, -1)), 1e-9)
+    each = iou(counts)
+    present = ~np.isnan(each)
+    labels = names or range(classes)
+    return {
+      'loss': sums['loss'] / pixels,
+      'accuracy': np.trace(counts, axis1=-2, axis2=-1) / pixels,
+      'miou': np.where(present, each, 0).sum(-1) / np.maximum(present.sum(-1), 1),
+      'classes': present.sum(-1),
+      **{f'iou_{label}': each[..., i] for i, label in enumerate(labels)},
+    }
 
   return Task(loss, metrics, jax.nn.log_softmax, sums, scores)
 
 
 def _pixels(logits, batch, classes: int, ignore: int | None):
-  """(label int32, weight float32), both [batch, height, width]."""
+  """Returns (label int32, weight float32), both [batch, height, width]."""
   label = jnp.asarray(batch['label']).astype(jnp.int32)
   chex.assert_shape(logits, (*label.shape, classes))
   chex.assert_rank(label, 3)
@@ -130,10 +154,7 @@ def _pixels(logits, batch, classes: int, ignore: int | None):
 
 
 def confusion(logits, batch, classes: int, ignore: int | None = None) -> jax.Array:
-  """How many pixels of each class are taken for each: float32 [classes, classes].
-
-  Rows are labels, columns answers; pixels that do not count are in none of them.
-  """
+  """Counts the labelled pixels by their label and answer, float32 [label, answer]."""
   label, weight = _pixels(logits, batch, classes, ignore)
   label = jax.nn.one_hot(label, classes) * weight[..., None]
   answer = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
@@ -141,36 +162,29 @@ def confusion(logits, batch, classes: int, ignore: int | None = None) -> jax.Arr
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:
-  """Intersection over union [..., classes] of counts [..., classes, classes].
+  """Computes intersection over union [..., classes] from counts [..., label, answer].
 
-  NaN for a class that is neither in the labels nor in the answers.
+  It is NaN for a class that is in no label and no answer.
   """
   hits = np.diagonal(confusion, axis1=-2, axis2=-1)
   union = confusion.sum(-1) + confusion.sum(-2) - hits
   return np.where(union > 0, hits / np.where(union > 0, union, 1), np.nan)
 
 
-def _scores_of_pixels(sums: Tree, names: Sequence[str]) -> dict[str, np.ndarray]:
-  counts = np.asarray(sums['confusion'])
-  pixels = np.maximum(counts.sum((-2, -1)), 1e-9)
-  each = iou(counts)
-  present = ~np.isnan(each)
-  return {
-    'loss': sums['loss'] / pixels,
-    'accuracy': np.trace(counts, axis1=-2, axis2=-1) / pixels,
-    'miou': np.where(present, each, 0).sum(-1) / np.maximum(present.sum(-1), 1),
-    'classes': present.sum(-1),
-    **{f'iou_{name}': each[..., i] for i, name in enumerate(names)},
-  }
-
-
 def classification(classes: int, label_smoothing: float = 0.0) -> Task:
-  """One class of `classes` per image.
+  """Returns the task of telling the class of an image or a text.
 
-  Logits are [batch, classes]; a batch is {'image': [batch, height, width, channels],
-  'label': int [batch]}. The loss is cross-entropy in nats, with the given share of
-  every label spread evenly over all classes. Of a batch that was `augment.mixed` it is
-  that of both labels, each by its share; the accuracy is that of the first.
+  The loss is cross-entropy in nats and 'accuracy' the share of correct answers. After
+  mixup, the loss is that of both labels, each by its share, and the accuracy is that of
+  the first label.
+
+      task = classification(10)
+      step = make_step(model, method, task, optax.adam(1e-3))
+
+  Args:
+    classes: number of classes. Logits are [batch, classes], and a batch has 'label',
+      int [batch], besides the inputs.
+    label_smoothing: share of every label that is spread evenly over all classes.
   """
 
   def loss(logits, batch):
@@ -201,28 +215,33 @@ def classification(classes: int, label_smoothing: float = 0.0) -> Task:
   return Task(loss, metrics, jax.nn.log_softmax, sums, scores)
 
 
-def several(
+def combine(
   tasks: Mapping[str, Task], weights: Mapping[str, float] | None = None
 ) -> Task:
-  """Several tasks at once, of a network with an output for each, by its name.
+  """Combines tasks into one, for a network with an output named after each of them.
 
   Logits are {name: logits}. Labels are such a dict too, or int [batch, tasks] with a
-  column for each task in their order. A label less than 0 (of pixels: nothing else in
-  an image) is missing: the example counts for nothing in that task.
+  column for each task in order. A negative label (for pixels: an image of nothing else)
+  is missing, and the example does not count in that task.
 
-  The loss is the sum of the tasks' own, times `weights` (1 where not given), and each
-  is a mean over the examples that have its label. Metrics are '<metric>_<name>', and
-  'accuracy' is the mean over the tasks that have any label in the batch; one that has
-  none has metrics 0 there. Scores of a data set are the same over all of it, with
-  'loss_<name>' and the number of examples, 'labelled_<name>'.
+  The loss is the weighted sum of the tasks' losses, each a mean over the examples that
+  have its label. Metrics are '<metric>_<name>', and 'accuracy' is the mean over the
+  tasks with a label in the batch; a task without has metrics 0 there. The scores of a
+  data set are the same over all of it, with 'loss_<name>' and 'labelled_<name>', the
+  number of labelled examples.
 
-  Raises: ValueError for no tasks, and for a weight that is of none of them or less
-    than 0; and for a network, or logits, without an entry for each task.
+  Args:
+    tasks: the tasks by name.
+    weights: factors of the tasks' losses, 1 for those that are not named.
+
+  Raises:
+    ValueError: there are no tasks, or a weight is negative or of no task; or, when the
+      task is used, a network or its logits lack an entry for a task.
   """
   weight = {**dict.fromkeys(tasks, 1.0), **(weights or {})}
   if not tasks or weight.keys() != tasks.keys() or min(weight.values()) < 0:
     raise ValueError(
-      'several: expected one task or more, and weights of them that are not negative, '
+      'combine: expected one task or more, and weights of them that are not negative, '
       f'got tasks {", ".join(tasks) or "none"} and weights {weights}'
     )
 
@@ -242,9 +261,9 @@ def several(
 
   def metrics(logits, batch):
     parts = each(logits, batch)
-    found = {name: task.metrics(x, part) for name, task, x, part in parts}
+    values = {name: task.metrics(x, part) for name, task, x, part in parts}
     counts = {name: part['weight'].sum() for name, _, _, part in parts}
-    return _named(found, counts, jnp)
+    return _named(values, counts, jnp)
 
   def sums(logits, batch):
     parts = each(logits, batch)
@@ -254,19 +273,19 @@ def several(
     }
 
   def scores(sums):
-    found = {k: task.scores(sums['tasks'][k]) for k, task in tasks.items()}
+    values = {k: task.scores(sums['tasks'][k]) for k, task in tasks.items()}
     labelled = {f'labelled_{k}': np.asarray(n) for k, n in sums['labelled'].items()}
-    total = sum(weight[k] * found[k]['loss'] for k in tasks)
-    return {'loss': total, **_named(found, sums['labelled'], np), **labelled}
+    total = sum(weight[k] * values[k]['loss'] for k in tasks)
+    return {'loss': total, **_named(values, sums['labelled'], np), **labelled}
 
   log_probs = lambda logits: {k: task.log_probs(logits[k]) for k, task in tasks.items()}
   return Task(loss, metrics, log_probs, sums, scores, answer)
 
 
-def of(data: Dataset) -> Task:
-  """The task of a data set: to tell its labels."""
+def task_of(data: Dataset) -> Task:
+  """Returns the task of telling the labels of a data set."""
   if data.tasks:
-    return several({name: classification(data.classes) for name in data.tasks})
+    return combine({name: classification(data.classes) for name in data.tasks})
   if data.ignore is not None:
     return segmentation(data.classes, data.ignore, data.names)
   return classification(data.classes)
@@ -284,7 +303,7 @@ def _check_names(tasks: Mapping[str, Task], given: Tree) -> None:
 
 
 def _parts(names: tuple[str, ...], batch: Any) -> Iterator[tuple[str, Any]]:
-  """(name, the batch with that task's labels, and weight 0 where one is missing)."""
+  """Yields (name, the batch with that task's labels and weight 0 where they miss)."""
   labels = batch['label']
   if not isinstance(labels, Mapping):
     chex.assert_shape(labels, (None, len(names)))
@@ -296,9 +315,11 @@ def _parts(names: tuple[str, ...], batch: Any) -> Iterator[tuple[str, Any]]:
     yield name, {**batch, 'label': label, 'weight': weight}
 
 
-def _named(found: Mapping[str, Mapping], labelled: Mapping, xp: Any) -> dict[str, Any]:
-  """Every task's values under its name, and the mean accuracy of those with labels."""
-  named = {f'{k}_{name}': v for name, of in found.items() for k, v in of.items()}
-  there = [(labelled[name] > 0).astype(found[name]['accuracy'].dtype) for name in found]
-  right = sum(t * found[name]['accuracy'] for t, name in zip(there, found))
+def _named(values: Mapping[str, Mapping], labelled: Mapping, xp: Any) -> dict[str, Any]:
+  """Returns every task's values by name, and the mean accuracy of those with labels."""
+  named = {f'{k}_{name}': v for name, of in values.items() for k, v in of.items()}
+  there = [
+    (labelled[name] > 0).astype(values[name]['accuracy'].dtype) for name in values
+  ]
+  right = sum(t * values[name]['accuracy'] for t, name in zip(there, values))
   return {**named, 'accuracy': right / xp.maximum(sum(there), 1)}

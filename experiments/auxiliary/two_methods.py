@@ -1,4 +1,4 @@
-"""Auxiliary training composed with trainable gates, and with NetCutOptions.
+"""Auxiliary training composed with trainable gates, and with NetCut.
 
 Every (seed, composition, structure) is one row of two runs, of which the second starts
 from what the first left.

@@ -1,4 +1,4 @@
-"""The experiments of Network ImplosionOptions (arXiv 1906.03826), one function each.
+"""The experiments of Network Implosion (arXiv 1906.03826), one function each.
 
 The paper has ResNets on CIFAR-10/100 and ImageNet.
 """

@@ -23,7 +23,7 @@ import depthprune as dp
 from depthprune.methods.implosion import ImplosionOptions, erasure, implosion
 from depthprune.program.coupling import Coupling
 from depthprune.program.gating import with_branches
-from depthprune.program.units import Unit, closing, units
+from depthprune.program.units import ResidualUnit, closing, units
 from depthprune.run import rounds as recipe
 from depthprune.run.config import Config
 from depthprune.run.job import Job, prepare, stage
@@ -138,7 +138,9 @@ def trained(config: Config[ImplosionOptions], sizes: Sizes) -> Network:
   )
 
 
-def order(network: Network, count: int, importance: str, seed: int = 0) -> list[Unit]:
+def order(
+  network: Network, count: int, importance: str, seed: int = 0
+) -> list[ResidualUnit]:
   """The first `count` units that go; written down one by one, so it can be resumed."""
   path = network.job.folder / f'order-{importance}{seed}.json'
   known = {unit.name: unit for unit in units(network.coupling)}
@@ -192,7 +194,7 @@ def cut(network: Network, keep: Tree) -> Row:
     network.model,
     network.variables,
     keep,
-    *network.job.inputs,
+    network.job.inputs,
     coupling=network.coupling,
   )
   scores = _recalibrated(network, pruned.model, pruned.variables)
@@ -209,7 +211,7 @@ def oneshot_tables() -> str:
   """Erased without retraining; a table for each result file, or a dash."""
   contents = files_with('implosion', 'importance', 'erased')
   parts = (_table(*file) for file in contents.items())
-  return '\n\n'.join(parts) or 'Network ImplosionOptions, erased without retraining: –'
+  return '\n\n'.join(parts) or 'Network Implosion, erased without retraining: –'
 
 
 def by_importance(rows: list[Row]) -> dict[str, dict[int, list[float]]]:
@@ -239,7 +241,7 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     if row.get('cut')
   )
   return (
-    f'Network ImplosionOptions, {subject(content)}: accuracy in %, on test images that decide '
+    f'Network Implosion, {subject(content)}: accuracy in %, on test images that decide '
     'nothing, after erasing so many residual units, batch statistics measured anew, '
     f'not retrained{cut} ({link(path)}):\n\n'
     + table(['erased', *map(str, shown)], lines)

@@ -1,4 +1,4 @@
-"""Network ImplosionOptions beside its controls: the same network, depth, epochs and seeds.
+"""Network Implosion beside its controls: the same network, depth, epochs and seeds.
 
   priority   the paper's: trained, the units of smallest |w| erased, retrained, again
   drop, greedy   the same with another importance
@@ -111,7 +111,7 @@ def retraining_tables() -> str:
   """Erased and retrained, beside the controls; a table for each file, or a dash."""
   contents = files_with('implosion', 'method', 'accuracy')
   parts = (_table(*file) for file in contents.items())
-  return '\n\n'.join(parts) or 'Network ImplosionOptions, erased and retrained: –'
+  return '\n\n'.join(parts) or 'Network Implosion, erased and retrained: –'
 
 
 def _table(path: Path, content: dict[str, Any]) -> str:
@@ -123,7 +123,7 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   ]
   uncut = [row['accuracy_before'] for row in rows if row['method'] == 'priority']
   return (
-    f'Network ImplosionOptions, {subject(content)}: units erased and the rest retrained, in '
+    f'Network Implosion, {subject(content)}: units erased and the rest retrained, in '
     f'rounds; accuracy in %, mean ± standard deviation; uncut {percent(uncut)} '
     f'({link(path)}).{notes(content)}\n\n' + table(HEAD, lines)
   )

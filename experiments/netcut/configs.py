@@ -1,4 +1,4 @@
-"""The experiments of NetCutOptions (arXiv 2004.08172), one function each.
+"""The experiments of NetCut (arXiv 2004.08172), one function each.
 
 `--full` is the size for an accelerator. A size for a CPU that has one epoch only shows
 that all of it runs.

@@ -20,7 +20,7 @@ from depthprune.report.numbers import spread
 from depthprune.run import early_exit as reached
 from depthprune.run import heads as sides
 from depthprune.run.config import Config
-from depthprune.run.early_exit import Decided, assembled, decide, splits
+from depthprune.run.early_exit import Decided, assembled, choose_held_out, decide
 from depthprune.run.job import Job, prepare, stage
 from depthprune.run.network import initial_variables, network
 from depthprune.train.method import plain
@@ -123,7 +123,7 @@ def _add_rows(
   rows: Rows, name: str, config: Config[SideNetOptions], seeds: list[int]
 ) -> None:
   """Adds the rows of one network, or reports why it cannot be made."""
-  job = splits(prepare(config))
+  job = choose_held_out(prepare(config))
   try:
     mainnet = MAINNETS[name](job)
   except ModuleNotFoundError as error:

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascades import confidence as sure
-from depthprune.cascades import executor
+from depthprune.cascades import confidence, executor
 from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.cascades.executor import sizes
 from depthprune.cascades.predictions import leave
@@ -47,7 +46,7 @@ def simulated(found: Cascade, x, variables=VARIABLES):
   out = network(variables, x)
   logits = np.stack([np.asarray(out[name]) for name in EXITS])
   scale = np.append(found.temperatures, 1)[:, None, None].astype(np.float32)
-  scores = sure.scores(found.confidence, logits / scale, found.weights)
+  scores = confidence.scores(found.confidence, logits / scale, found.weights)
   left = leave(scores, found.thresholds)
   return left, logits[left, np.arange(len(x))], scores
 
@@ -119,12 +118,12 @@ def test_a_confidence_that_is_not_a_number_goes_on_and_is_reported():
   assert np.asarray(answer.rows).tolist() == [6, 1, 1]
 
 
-@pytest.mark.parametrize('kind', sure.KINDS)
+@pytest.mark.parametrize('kind', confidence.KINDS)
 def test_every_confidence_executed_as_simulated(kind):
   logits = np.stack([np.asarray(v) for v in network(VARIABLES, X).values()])
   labels = logits[-1].argmax(-1)
-  weights = sure.learn(logits, labels) if kind == 'learned' else None
-  middle = np.median(sure.scores(kind, logits, weights), axis=1)
+  weights = confidence.learn(logits, labels) if kind == 'learned' else None
+  middle = np.median(confidence.scores(kind, logits, weights), axis=1)
   limits = (0.5, 0.5) if kind == 'patience' else middle + 1e-4
   scale = {'a': 2.0, 'b': 0.5}
   found = made(limits, confidence=kind, weights=weights, temperatures=scale)
@@ -197,7 +196,7 @@ def test_a_network_of_ours_with_convolutions():
   found = cascade(model, variables, x[:1], thresholds=dict(zip('ab', limits)), steps=2)
   answer = found(x)
   stacked = np.stack([np.asarray(out[name]) for name in found.exits])
-  left = leave(sure.scores('probability', stacked), found.thresholds)
+  left = leave(confidence.scores('probability', stacked), found.thresholds)
   np.testing.assert_array_equal(answer.exit, left)
   assert len({*left.tolist()}) > 1
   expected = stacked[left, np.arange(6)]
@@ -217,7 +216,7 @@ def test_what_is_broadcast_to_the_batch_crosses_at_any_size(batch):
   x = X[:batch]
   out = prompted(VARIABLES, x)
   logits = np.stack([np.asarray(out[name]) for name in EXITS])
-  left = leave(sure.scores('probability', logits), found.thresholds)
+  left = leave(confidence.scores('probability', logits), found.thresholds)
   answer = found(x)
   np.testing.assert_array_equal(answer.exit, left)
   np.testing.assert_allclose(answer.logits, logits[left, np.arange(batch)], atol=1e-5)
@@ -241,7 +240,9 @@ def test_temperatures_are_applied_in_single_precision():
   found = cascade(half, VARIABLES, X[:1], thresholds={'a': 0.5}, temperatures=scale)
   said = {k: np.asarray(y, np.float32) for k, y in half(VARIABLES, X).items()}
   logits = np.stack([said[name] for name in EXITS])
-  scores = sure.scores('probability', logits / np.float32([1.7, 0.6, 1])[:, None, None])
+  scores = confidence.scores(
+    'probability', logits / np.float32([1.7, 0.6, 1])[:, None, None]
+  )
   left = leave(scores, found.thresholds)
   answer = found(X)
   np.testing.assert_array_equal(answer.exit, left)

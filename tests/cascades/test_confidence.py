@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprune.cascades import confidence as sure
+from depthprune.cascades import confidence
 
 P = np.array([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.98, 0.01, 0.01]])
 NATS = np.array(
@@ -15,7 +15,7 @@ NATS = np.array(
 
 def scored(kind, weights=None):
   logits = jnp.log(jnp.asarray(P, jnp.float32)) + 7
-  return sure.score(kind, logits, sure.start(len(P)), weights)[0]
+  return confidence.score(kind, logits, confidence.start(len(P)), weights)[0]
 
 
 def test_the_higher_a_score_the_surer():
@@ -35,6 +35,6 @@ def test_what_is_learnt_does_not_depend_on_how_often_it_is_told():
   """The ridge grows with the samples."""
   logits = np.asarray(jax.random.normal(jax.random.key(0), (2, 60, 3)))
   labels = np.where(np.arange(60) % 3, logits[0].argmax(-1), 0)
-  once = sure.learn(logits, labels)
-  often = sure.learn(np.tile(logits, (1, 50, 1)), np.tile(labels, 50))
+  once = confidence.learn(logits, labels)
+  often = confidence.learn(np.tile(logits, (1, 50, 1)), np.tile(labels, 50))
   np.testing.assert_allclose(once, often, rtol=1e-4, atol=1e-5)

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascades import pareto
-from depthprune.cascades import predictions as pr
+from depthprune.cascades import pareto, predictions
 from tests.cascades.answers import answers, drawn
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
@@ -24,7 +23,7 @@ def every(scores):
 
 def allowed(s, thresholds):
   """Whether at least `least` leave at every exit that anybody leaves at."""
-  left = pr.leave(s.scores, thresholds)
+  left = predictions.leave(s.scores, thresholds)
   count = np.bincount(left, minlength=len(s.cost))[:-1]
   return all(c == 0 or c >= s.least for c in count)
 
@@ -44,7 +43,7 @@ def tables(draw, exits, most=8):
   steps = draw(
     st.lists(st.sampled_from([0.25, 1.0, 2.0]), min_size=exits, max_size=exits)
   )
-  return pr.validate(answers(right, scores, np.cumsum(steps)))
+  return predictions.validate(answers(right, scores, np.cumsum(steps)))
 
 
 PRICES = st.sampled_from([0.0, 0.1, 0.3, 1.0, 3.0, 100.0])
@@ -74,7 +73,7 @@ def test_of_two_exits_neither_alone_can_be_bettered(p, price):
 def test_two_exits_are_nearly_always_solved_exactly():
   exact = 0
   for seed in range(60):
-    s = pareto.search(pr.validate(drawn(8, seed=seed)), least=1)
+    s = pareto.search(predictions.validate(drawn(8, seed=seed)), least=1)
     price = (0.5, 1.0, 2.0, 4.0)[seed % 4]
     lowest = min(pareto.value(s, price, t) for t in every(s.scores))
     exact += pareto.value(s, price, pareto.solve(s, price, never(s))) <= lowest + 1e-9
@@ -95,7 +94,9 @@ def test_a_solution_is_no_worse_than_its_start_and_keeps_least(p, price, least):
 def test_a_threshold_by_hand():
   # sure samples are right: leaving saves 1 each, a loss costs 3
   right = [[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]]
-  s = pareto.search(pr.validate(answers(right, [[0.9, 0.8, 0.7, 0.6, 0.5]])), least=1)
+  s = pareto.search(
+    predictions.validate(answers(right, [[0.9, 0.8, 0.7, 0.6, 0.5]])), least=1
+  )
   assert pareto.solve(s, 3.0, never(s)).tolist() == [
     np.float32(0.7)
   ]  # highest that stays
@@ -106,21 +107,23 @@ def test_a_threshold_by_hand():
 
 
 def test_an_exit_that_is_always_wrong_is_never_used():
-  s = pareto.search(pr.validate(answers([[0, 0], [1, 1]], [[0.9, 0.8]])), least=1)
+  s = pareto.search(
+    predictions.validate(answers([[0, 0], [1, 1]], [[0.9, 0.8]])), least=1
+  )
   assert pareto.solve(s, 3.0, never(s)).tolist() == [INF]
 
 
 def test_a_threshold_does_not_stand_between_equal_scores():
   # leaving one of the two at .9 would be best, but they leave together or not at all
   right = [[1, 0, 1], [1, 1, 1]]
-  s = pareto.search(pr.validate(answers(right, [[0.9, 0.9, 0.1]])), least=1)
+  s = pareto.search(predictions.validate(answers(right, [[0.9, 0.9, 0.1]])), least=1)
   assert pareto.solve(s, 10.0, never(s)).tolist() == [INF]
   assert pareto.solve(s, 1.5, never(s)).tolist() == [-INF]
 
 
 def test_an_exit_that_few_leave_at_is_closed_and_they_count_at_the_next():
   scores = [[0.9, 0.1, 0.1, 0.1], [0.9, 0.8, 0.7, 0.1]]
-  s = pareto.search(pr.validate(answers(np.ones((3, 4)), scores)), least=3)
+  s = pareto.search(predictions.validate(answers(np.ones((3, 4)), scores)), least=3)
   # one leaves at the first: too few; with it the second has its three
   assert pareto._used(s, np.float32([0.5, 0.5])).tolist() == [INF, 0.5]
   assert pareto._used(s, np.float32([0.0, 0.0])).tolist() == [0, INF]
@@ -133,7 +136,7 @@ def test_the_dearer_a_loss_the_fewer_there_are(p):
   rows = np.arange(p.scores.shape[1])
   points = []
   for price in (0.1, 0.3, 0.9, 2.7, 8.1):
-    left = pr.leave(s.scores, pareto.solve(s, price, never(s)))
+    left = predictions.leave(s.scores, pareto.solve(s, price, never(s)))
     points.append((s.cost[left].sum(), s.loss[left, rows].sum()))
   costs, lost = zip(*points)
   assert np.all(np.diff(costs) >= -1e-9)
@@ -152,9 +155,9 @@ def test_a_front_goes_from_never_exit_to_the_cheapest(p, least):
   assert np.all(np.diff(risks[1:]) > 0)
   s = pareto.search(p, least=least)
   for q in found:
-    left = pr.leave(p.scores, q.thresholds)
+    left = predictions.leave(p.scores, q.thresholds)
     assert allowed(s, q.thresholds)
-    assert q.measured == pr.measure(p, left)
+    assert q.measured == predictions.measure(p, left)
     assert q.risk == pytest.approx(1 - q.measured.accuracy)
 
 
@@ -186,12 +189,12 @@ def test_too_few_samples_for_any_exit_leave_never_exit_alone():
   assert only.thresholds.tolist() == [INF, INF]
 
 
-@pytest.mark.parametrize('loss', pr.LOSSES)
+@pytest.mark.parametrize('loss', predictions.LOSSES)
 def test_a_front_falls_in_the_loss_that_was_asked_for(loss):
-  p = pr.validate(drawn(300))
-  lost = pr.losses(p, loss)
+  p = predictions.validate(drawn(300))
+  lost = predictions.losses(p, loss)
   for q in pareto.front(p, loss):
-    left = pr.leave(p.scores, q.thresholds)
+    left = predictions.leave(p.scores, q.thresholds)
     assert q.risk == lost[left, np.arange(300)].mean()
 
 

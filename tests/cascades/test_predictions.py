@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascades import predictions as pr
+from depthprune.cascades import predictions
 from tests.cascades.answers import answers, drawn
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None)
@@ -17,28 +17,28 @@ SCORES = [[0.9, 0.5, 0.2, 0.7], [0.9, 0.8, 0.3, 0.6]]
 
 
 def test_a_sample_leaves_at_the_first_exit_above_its_threshold():
-  assert pr.leave(SCORES, [0.6, 0.5]).tolist() == [0, 1, 2, 0]
+  assert predictions.leave(SCORES, [0.6, 0.5]).tolist() == [0, 1, 2, 0]
 
 
 def test_a_score_at_the_threshold_stays():
-  assert pr.leave([[0.5, 0.5000001]], [0.5]).tolist() == [1, 0]
+  assert predictions.leave([[0.5, 0.5000001]], [0.5]).tolist() == [1, 0]
 
 
 def test_a_score_of_nan_and_a_threshold_of_infinity_stay():
-  assert pr.leave([[NAN, 1.0, 1.0]], [-INF]).tolist() == [1, 0, 0]
-  assert pr.leave([[NAN, 1.0, INF]], [INF]).tolist() == [1, 1, 1]
+  assert predictions.leave([[NAN, 1.0, 1.0]], [-INF]).tolist() == [1, 0, 0]
+  assert predictions.leave([[NAN, 1.0, INF]], [INF]).tolist() == [1, 1, 1]
 
 
 def test_thresholds_and_scores_are_compared_in_float32():
   score = np.float32(0.9)  # less than 0.9 in float64
-  assert pr.leave(np.array([[score]]), np.array([0.9])).tolist() == [1]
-  assert pr.leave(np.array([[0.9]]), np.array([score])).tolist() == [1]
+  assert predictions.leave(np.array([[score]]), np.array([0.9])).tolist() == [1]
+  assert predictions.leave(np.array([[0.9]]), np.array([score])).tolist() == [1]
 
 
 @pytest.mark.parametrize('thresholds', [[0.5], [0.5, 0.5, 0.5], 0.5, [[0.5, 0.5]]])
 def test_a_threshold_too_many_or_too_few_is_refused(thresholds):
   with pytest.raises(ValueError, match=r'one threshold per row, got shapes \(2, 4\)'):
-    pr.leave(SCORES, thresholds)
+    predictions.leave(SCORES, thresholds)
 
 
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 1.0, NAN, INF, -INF])
@@ -54,61 +54,61 @@ def test_leaving_is_what_a_loop_over_exits_does(data, exits, n):
     next((k for k in range(exits) if scores[k][i] > thresholds[k]), exits)
     for i in range(n)
   ]
-  assert pr.leave(scores, thresholds).tolist() == expected
+  assert predictions.leave(scores, thresholds).tolist() == expected
 
 
 def test_losses_by_hand():
-  p = pr.validate(answers(RIGHT, SCORES))
+  p = predictions.validate(answers(RIGHT, SCORES))
   error = [[0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
-  assert pr.losses(p, 'error').astype(int).tolist() == error
+  assert predictions.losses(p, 'error').astype(int).tolist() == error
   gap = [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
-  assert pr.losses(p, 'gap').astype(int).tolist() == gap
+  assert predictions.losses(p, 'gap').astype(int).tolist() == gap
   other = [[0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
-  assert pr.losses(p, 'disagreement').astype(int).tolist() == other
+  assert predictions.losses(p, 'disagreement').astype(int).tolist() == other
 
 
 def test_losses_that_are_unknown_or_need_labels_are_refused():
-  p = pr.validate(answers(RIGHT, SCORES)._replace(labels=None))
-  assert pr.losses(p, 'disagreement').sum() == 2
+  p = predictions.validate(answers(RIGHT, SCORES)._replace(labels=None))
+  assert predictions.losses(p, 'disagreement').sum() == 2
   with pytest.raises(ValueError, match="'gap' needs labels.*'disagreement' needs none"):
-    pr.losses(p, 'gap')
+    predictions.losses(p, 'gap')
   with pytest.raises(ValueError, match="'accuracy': expected one of error, gap"):
-    pr.losses(p, 'accuracy')
+    predictions.losses(p, 'accuracy')
 
 
 def test_what_thresholds_give_by_hand():
-  p = pr.validate(answers(RIGHT, SCORES, cost=[1, 2, 4], whole=3.5))
-  found = pr.measure(p, np.array([0, 1, 2, 0]))
-  assert found == pr.Measured(3 / 4, (1 + 2 + 4 + 1) / 4, (0.5, 0.25, 0.25))
-  assert pr.drop(found, p) == -25  # 3 right, 2 by the network alone
-  assert pr.saved(found, p) == 1 - 2 / 3.5
-  alone = pr.measure(p, np.full(4, 2))
-  assert (pr.drop(alone, p), pr.saved(alone, p)) == (0, 1 - 4 / 3.5)
+  p = predictions.validate(answers(RIGHT, SCORES, cost=[1, 2, 4], whole=3.5))
+  found = predictions.measure(p, np.array([0, 1, 2, 0]))
+  assert found == predictions.Measured(3 / 4, (1 + 2 + 4 + 1) / 4, (0.5, 0.25, 0.25))
+  assert predictions.drop(found, p) == -25  # 3 right, 2 by the network alone
+  assert predictions.saved(found, p) == 1 - 2 / 3.5
+  alone = predictions.measure(p, np.full(4, 2))
+  assert (predictions.drop(alone, p), predictions.saved(alone, p)) == (0, 1 - 4 / 3.5)
 
 
 def test_without_labels_there_is_no_accuracy():
-  p = pr.validate(answers(RIGHT, SCORES)._replace(labels=None))
-  assert np.isnan(pr.measure(p, np.zeros(4, int)).accuracy)
+  p = predictions.validate(answers(RIGHT, SCORES)._replace(labels=None))
+  assert np.isnan(predictions.measure(p, np.zeros(4, int)).accuracy)
 
 
 def test_some_rows_are_taken_of_everything():
-  p = pr.validate(drawn(9))
-  some = pr.take(p, np.array([2, 5]))
+  p = predictions.validate(drawn(9))
+  some = predictions.take(p, np.array([2, 5]))
   assert some.logits.tolist() == p.logits[:, [2, 5]].tolist()
   assert some.scores.tolist() == p.scores[:, [2, 5]].tolist()
   assert some.labels.tolist() == p.labels[[2, 5]].tolist()
-  assert pr.take(p._replace(labels=None), np.array([1])).labels is None
-  pr.validate(some)
+  assert predictions.take(p._replace(labels=None), np.array([1])).labels is None
+  predictions.validate(some)
 
 
 def test_a_sample_is_recognised_whatever_the_exits_and_the_order():
-  p = pr.validate(drawn(50))
+  p = predictions.validate(drawn(50))
   rows = np.arange(50)[::-1]
-  fewer = pr.take(p._replace(logits=p.logits[1:], scores=p.scores[1:]), rows)
-  assert pr.digest(fewer).tolist() == pr.digest(p)[::-1].tolist()
-  assert len(set(pr.digest(p).tolist())) == 50
-  other = pr.validate(drawn(50, seed=1))
-  assert not np.isin(pr.digest(other), pr.digest(p)).any()
+  fewer = predictions.take(p._replace(logits=p.logits[1:], scores=p.scores[1:]), rows)
+  assert predictions.digest(fewer).tolist() == predictions.digest(p)[::-1].tolist()
+  assert len(set(predictions.digest(p).tolist())) == 50
+  other = predictions.validate(drawn(50, seed=1))
+  assert not np.isin(predictions.digest(other), predictions.digest(p)).any()
 
 
 def test_validated_data_has_one_type_each():
@@ -116,7 +116,7 @@ def test_validated_data_has_one_type_each():
   double = p._replace(
     logits=p.logits.astype(float), scores=p.scores.astype(float), cost=[1, 2, 3]
   )
-  p = pr.validate(double)
+  p = predictions.validate(double)
   assert (p.logits.dtype, p.scores.dtype, p.cost.dtype) == (
     np.float32, np.float32, np.float64,
   )  # fmt: skip
@@ -129,11 +129,11 @@ NOT_FINITE = np.where(np.arange(3)[:, None, None] == 1, np.nan, GOOD.logits)
 
 def test_who_never_leaves_may_have_no_answer():
   scores = np.where(np.arange(2)[:, None] == 1, np.nan, GOOD.scores)
-  p = pr.validate(GOOD._replace(logits=NOT_FINITE, scores=scores))
-  assert 1 not in pr.leave(p.scores, [0.0, 0.0])
+  p = predictions.validate(GOOD._replace(logits=NOT_FINITE, scores=scores))
+  assert 1 not in predictions.leave(p.scores, [0.0, 0.0])
   nothing = np.where(np.arange(3)[:, None, None] == 2, np.nan, GOOD.logits)
   with pytest.raises(ValueError, match='logits of main: expected finite'):
-    pr.validate(GOOD._replace(logits=nothing))
+    predictions.validate(GOOD._replace(logits=nothing))
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_who_never_leaves_may_have_no_answer():
 )
 def test_data_that_does_not_fit_is_refused(changes, said):
   with pytest.raises(ValueError, match=said):
-    pr.validate(GOOD._replace(**changes))
+    predictions.validate(GOOD._replace(**changes))

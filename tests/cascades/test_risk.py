@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from depthprune.cascades import predictions as pr
-from depthprune.cascades import risk
+from depthprune.cascades import predictions, risk
 from depthprune.cascades.pareto import front
 from depthprune.cascades.risk import Certificate
 from tests.cascades.answers import answers, drawn
@@ -60,27 +59,27 @@ def test_halves_are_disjoint_complete_and_the_same_each_time():
   assert one.tolist() != risk.halves(11, seed=4)[0].tolist()
 
 
-@pytest.mark.parametrize('loss', pr.LOSSES)
+@pytest.mark.parametrize('loss', predictions.LOSSES)
 def test_a_certificate_counts_losses_on_rows_that_were_not_searched(loss):
-  p = pr.validate(drawn(600))
+  p = predictions.validate(drawn(600))
   alpha = {'error': 0.2, 'gap': 0.05, 'disagreement': 0.15}[loss]
   thresholds, found = risk.certify(p, alpha, 0.1, loss, seed=2)
   searched, tested = risk.halves(600, seed=2)
-  candidates = front(pr.take(p, searched), loss)
+  candidates = front(predictions.take(p, searched), loss)
   assert thresholds.tolist() in [q.thresholds.tolist() for q in candidates]
-  left = pr.leave(p.scores[:, tested], thresholds)
-  lost = pr.losses(p, loss)[left, tested].sum()
+  left = predictions.leave(p.scores[:, tested], thresholds)
+  lost = predictions.losses(p, loss)[left, tested].sum()
   assert found == Certificate(loss, alpha, 0.1, 300, lost, risk.upper(lost, 300, 0.1))
   assert found.bound <= alpha
   assert (left < 2).any()
 
 
 def test_the_higher_the_level_the_cheaper_the_cascade():
-  p = pr.validate(drawn(2000))
+  p = predictions.validate(drawn(2000))
   costs = []
   for alpha in (0.005, 0.02, 0.05, 0.2, 0.6):
     thresholds, _ = risk.certify(p, alpha)
-    costs.append(pr.measure(p, pr.leave(p.scores, thresholds)).cost)
+    costs.append(predictions.measure(p, predictions.leave(p.scores, thresholds)).cost)
   assert np.all(np.diff(costs) < 0)
 
 
@@ -88,7 +87,7 @@ def test_an_exit_that_is_safer_than_the_network_is_taken():
   # the first exit is always right, the network errs on a fifth
   right = np.ones((2, 400), bool)
   right[1, ::5] = False
-  p = pr.validate(answers(right, np.linspace(0, 1, 400)[None]))
+  p = predictions.validate(answers(right, np.linspace(0, 1, 400)[None]))
   for alpha in (0.05, 0.4):  # at the second, never exit passes after it
     thresholds, found = risk.certify(p, alpha, loss='error')
     assert thresholds.tolist() == [-np.inf]
@@ -158,24 +157,24 @@ def violations(p, alpha, delta, loss, rows, times) -> tuple[float, float]:
 
   p is what the world is: the risk of thresholds is known."""
   world = p.scores.shape[1]
-  lost, everyone = pr.losses(p, loss), np.arange(world)
+  lost, everyone = predictions.losses(p, loss), np.arange(world)
   above = certified = 0
   for seed in range(times):
     held_out = np.random.default_rng(seed).integers(0, world, rows)
     try:
-      some = pr.take(p, held_out)
+      some = predictions.take(p, held_out)
       thresholds, _ = risk.certify(some, alpha, delta, loss, 5, 10, seed)
     except ValueError:
       continue
     certified += 1
-    above += lost[pr.leave(p.scores, thresholds), everyone].mean() > alpha
+    above += lost[predictions.leave(p.scores, thresholds), everyone].mean() > alpha
   return above / times, certified / times
 
 
 @pytest.mark.parametrize(('loss', 'alpha'), [('gap', 0.05), ('disagreement', 0.2)])
 def test_the_guarantee_holds(loss, alpha):
   delta, times = 0.2, 200
-  world = pr.validate(drawn(4000, seed=9))
+  world = predictions.validate(drawn(4000, seed=9))
   above, certified = violations(world, alpha, delta, loss, 200, times)
   assert certified > 0.95  # it is not kept by refusing
   assert above <= delta + 3 * np.sqrt(delta * (1 - delta) / times)

@@ -5,32 +5,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune.cascades import predictions as pr
-from depthprune.cascades import risk
-from depthprune.cascades import thresholds as th
+from depthprune.cascades import predictions, risk, thresholds
 from tests.cascades.answers import answers, drawn
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=50)
-P = pr.validate(drawn(600))
+P = predictions.validate(drawn(600))
 NAN, INF = np.nan, np.inf
 
 
 def test_a_fixed_threshold_is_that_of_every_exit():
-  chosen = th.fixed(P, 0.8)
+  chosen = thresholds.fixed(P, 0.8)
   assert chosen.thresholds.tolist() == [np.float32(0.8)] * 2
   assert (chosen.kind, chosen.requested) == ('fixed', 0.8)
 
 
 def test_above_one_never_exits_and_costs_the_heads():
-  chosen = th.fixed(P, 1.01)
+  chosen = thresholds.fixed(P, 1.01)
   assert chosen.held_out.exits == (0, 0, 1)
-  assert pr.drop(chosen.held_out, P) == 0
-  assert pr.saved(chosen.held_out, P._replace(whole=2.5)) == pytest.approx(-0.2)
+  assert predictions.drop(chosen.held_out, P) == 0
+  assert predictions.saved(chosen.held_out, P._replace(whole=2.5)) == pytest.approx(
+    -0.2
+  )
 
 
 def test_a_fixed_threshold_of_nan_is_refused():
   with pytest.raises(ValueError, match='tau=nan'):
-    th.fixed(P, NAN)
+    thresholds.fixed(P, NAN)
 
 
 def one_exit(right, network=None):
@@ -41,36 +41,36 @@ def one_exit(right, network=None):
 
 def test_a_budget_by_hand():
   p = one_exit([1, 1, 0, 0])
-  within = lambda budget: th.for_budget(p, budget, least=1).held_out
-  assert within(2) == within(1.5) == pr.Measured(1, 1.5, (0.5, 0.5))
-  assert within(1.49) == within(1) == pr.Measured(0.5, 1, (1, 0))
+  within = lambda budget: thresholds.for_budget(p, budget, least=1).held_out
+  assert within(2) == within(1.5) == predictions.Measured(1, 1.5, (0.5, 0.5))
+  assert within(1.49) == within(1) == predictions.Measured(0.5, 1, (1, 0))
 
 
 def test_a_drop_by_hand():
   p = one_exit([1] * 6 + [0, 1, 1, 0])
-  within = lambda drop: th.for_drop(p, drop, least=1).held_out.exits[0]
+  within = lambda drop: thresholds.for_drop(p, drop, least=1).held_out.exits[0]
   assert within(0) == within(9.9) == 0.6
   assert within(10) == within(19) == 0.9  # 10 points of 10 samples: one of them
   assert within(20) == within(100) == 1
 
 
 def test_a_drop_that_was_measured_can_be_asked_for():
-  p = pr.validate(one_exit([1, 1, 1, 1, 0]))
-  measured = pr.drop(th.fixed(p, 0).held_out, p)
+  p = predictions.validate(one_exit([1, 1, 1, 1, 0]))
+  measured = predictions.drop(thresholds.fixed(p, 0).held_out, p)
   assert measured < 20  # by the last bit
-  assert th.for_drop(p, measured, least=1).held_out.exits[0] == 1
+  assert thresholds.for_drop(p, measured, least=1).held_out.exits[0] == 1
 
 
 def test_a_budget_prefers_an_early_answer_that_is_better():
   p = one_exit([1] * 40, [0, 1] * 20)
-  assert th.for_budget(p, 2.0).held_out == pr.Measured(1, 1, (1, 0))
+  assert thresholds.for_budget(p, 2.0).held_out == predictions.Measured(1, 1, (1, 0))
 
 
 @SETTINGS
 @given(st.integers(0, 500), st.floats(1, 3.2))
 def test_a_budget_is_kept(seed, budget):
-  p = pr.validate(drawn(80, seed=seed))
-  chosen = th.for_budget(p, budget, least=5, points=5)
+  p = predictions.validate(drawn(80, seed=seed))
+  chosen = thresholds.for_budget(p, budget, least=5, points=5)
   assert chosen.held_out.cost <= budget
   assert (chosen.kind, chosen.requested) == ('budget', budget)
 
@@ -78,22 +78,24 @@ def test_a_budget_is_kept(seed, budget):
 @SETTINGS
 @given(st.integers(0, 500), st.floats(0, 30))
 def test_a_drop_is_kept(seed, drop):
-  p = pr.validate(drawn(80, seed=seed))
-  chosen = th.for_drop(p, drop, least=5, points=5)
-  assert pr.drop(chosen.held_out, p) <= drop + 1e-9
+  p = predictions.validate(drawn(80, seed=seed))
+  chosen = thresholds.for_drop(p, drop, least=5, points=5)
+  assert predictions.drop(chosen.held_out, p) <= drop + 1e-9
   assert (chosen.kind, chosen.requested) == ('drop', drop)
 
 
 def test_more_drop_is_cheaper_and_more_budget_is_better():
-  costs = [th.for_drop(P, drop).held_out.cost for drop in (0, 1, 3, 10, 40)]
+  costs = [thresholds.for_drop(P, drop).held_out.cost for drop in (0, 1, 3, 10, 40)]
   assert np.all(np.diff(costs) < 0)
-  found = [th.for_budget(P, b).held_out.accuracy for b in (1, 1.3, 1.6, 1.9, 2.2)]
+  found = [
+    thresholds.for_budget(P, b).held_out.accuracy for b in (1, 1.3, 1.6, 1.9, 2.2)
+  ]
   assert np.all(np.diff(found) > 0)
 
 
 def test_an_exit_is_used_by_at_least_so_many_samples():
   for least in (1, 50, 200):
-    shares = th.for_drop(P, 5, least=least).held_out.exits[:2]
+    shares = thresholds.for_drop(P, 5, least=least).held_out.exits[:2]
     assert all(s == 0 or 600 * s >= least for s in shares)
 
 
@@ -101,9 +103,9 @@ def test_a_budget_below_the_floor_says_the_floor():
   with pytest.raises(
     ValueError, match=r'below the floor: exit exit0.* costs 1 a sample'
   ):
-    th.for_budget(P, 0.9)
+    thresholds.for_budget(P, 0.9)
   with pytest.raises(ValueError, match='below the floor'):
-    th.for_budget(P, NAN)
+    thresholds.for_budget(P, NAN)
 
 
 def test_scores_of_nan_raise_the_floor():
@@ -111,57 +113,62 @@ def test_scores_of_nan_raise_the_floor():
   scores[:, :60] = NAN  # a tenth never leaves: 0.9 · 1 + 0.1 · 3
   p = P._replace(scores=scores)
   with pytest.raises(ValueError, match=r'no thresholds cost less than 1\.2 a sample'):
-    th.for_budget(p, 1.1)
-  assert th.for_budget(p, 1.2).held_out.cost == pytest.approx(1.2)
+    thresholds.for_budget(p, 1.1)
+  assert thresholds.for_budget(p, 1.2).held_out.cost == pytest.approx(1.2)
 
 
 def test_too_few_samples_to_choose_on_leave_never_exit():
   few = drawn(19)
-  assert th.for_drop(few, 100).held_out.exits == (0, 0, 1)
+  assert thresholds.for_drop(few, 100).held_out.exits == (0, 0, 1)
   with pytest.raises(ValueError, match='cost less than 3 .* at least 20 must leave'):
-    th.for_budget(few, 2)
+    thresholds.for_budget(few, 2)
 
 
 @pytest.mark.parametrize('drop', [-0.1, NAN])
 def test_a_negative_drop_is_refused(drop):
   with pytest.raises(ValueError, match=r'drop=.*percentage points'):
-    th.for_drop(P, drop)
+    thresholds.for_drop(P, drop)
 
 
-@pytest.mark.parametrize('choose', [th.for_budget, th.for_drop, th.for_risk])
+@pytest.mark.parametrize(
+  'choose', [thresholds.for_budget, thresholds.for_drop, thresholds.for_risk]
+)
 def test_labels_are_needed_where_accuracy_counts(choose):
   with pytest.raises(ValueError, match='needs labels'):
-    choose(P._replace(labels=None), {th.for_budget: 2, th.for_drop: 1}.get(choose, 0.1))
+    choose(
+      P._replace(labels=None),
+      {thresholds.for_budget: 2, thresholds.for_drop: 1}.get(choose, 0.1),
+    )
 
 
 def test_agreement_needs_no_labels():
-  chosen = th.for_risk(P._replace(labels=None), 0.2, risk='disagreement')
+  chosen = thresholds.for_risk(P._replace(labels=None), 0.2, risk='disagreement')
   assert np.isnan(chosen.held_out.accuracy)
   assert chosen.held_out.cost < 3
   assert chosen.risk.loss == 'disagreement'
-  labelled = th.for_risk(P, 0.2, risk='disagreement')
+  labelled = thresholds.for_risk(P, 0.2, risk='disagreement')
   assert labelled.thresholds.tolist() == chosen.thresholds.tolist()
 
 
 def test_a_risk_level_has_its_certificate():
-  chosen = th.for_risk(P, 0.05, delta=0.1, seed=3)
+  chosen = thresholds.for_risk(P, 0.05, delta=0.1, seed=3)
   assert (chosen.kind, chosen.requested) == ('risk', 0.05)
   assert chosen.risk[:4] == ('gap', 0.05, 0.1, 300)
   assert chosen.risk.bound <= 0.05
-  thresholds, certificate = risk.certify(P, 0.05, 0.1, seed=3)
-  assert chosen.thresholds.tolist() == thresholds.tolist()
-  assert chosen.risk == certificate != th.for_risk(P, 0.05, delta=0.1).risk
-  assert chosen.rows.tolist() == pr.digest(P).tolist()  # both halves
+  certified, certificate = risk.certify(P, 0.05, 0.1, seed=3)
+  assert chosen.thresholds.tolist() == certified.tolist()
+  assert chosen.risk == certificate != thresholds.for_risk(P, 0.05, delta=0.1).risk
+  assert chosen.rows.tolist() == predictions.digest(P).tolist()  # both halves
 
 
 @pytest.mark.parametrize(
   'choose',
   [
-    lambda p: th.fixed(p, 0.5),
-    lambda p: th.for_budget(p, 2),
-    lambda p: th.for_drop(p, 1),
-    lambda p: th.for_risk(p, 0.1),
-    th.front,
+    lambda p: thresholds.fixed(p, 0.5),
+    lambda p: thresholds.for_budget(p, 2),
+    lambda p: thresholds.for_drop(p, 1),
+    lambda p: thresholds.for_risk(p, 0.1),
+    thresholds.front,
   ],
 )
 def test_data_that_does_not_fit_is_refused(choose):
@@ -172,5 +179,9 @@ def test_data_that_does_not_fit_is_refused(choose):
 @pytest.mark.parametrize('value', [NAN, INF, -INF, 0.5])
 def test_scores_that_are_all_alike_are_all_or_nothing(value):
   p = P._replace(scores=np.full((2, 600), value))
-  for chosen in (th.for_drop(p, 100), th.for_budget(p, 3), th.for_risk(p, 0.9)):
+  for chosen in (
+    thresholds.for_drop(p, 100),
+    thresholds.for_budget(p, 3),
+    thresholds.for_risk(p, 0.9),
+  ):
     assert max(chosen.held_out.exits) == 1

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from depthprune.cascades import predictions as pr
-from depthprune.cascades import thresholds
+from depthprune.cascades import predictions, thresholds
 from tests.cascades.answers import answers, drawn
 
 HELD_OUT, TEST = drawn(400), drawn(500, seed=1)
@@ -14,7 +13,7 @@ INF = np.inf
 
 
 def rows(p, at):
-  return pr.take(pr.validate(p), np.asarray(at))
+  return predictions.take(predictions.validate(p), np.asarray(at))
 
 
 def both(one, other):
@@ -40,7 +39,9 @@ def test_test_data_gives_a_number_by_hand():
   exits = [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
   test = answers(exits, [[0.9, 0.1, 0.7], [0.9, 0.8, 0.7]], [1, 2, 4], seed=5)
   # 0 leaves first and is right, 1 second and is right, 2 is at the threshold, stays
-  assert thresholds.achieved(chosen, test) == pr.Measured(2 / 3, 7 / 3, (1 / 3,) * 3)
+  assert thresholds.achieved(chosen, test) == predictions.Measured(
+    2 / 3, 7 / 3, (1 / 3,) * 3
+  )
 
 
 @pytest.mark.parametrize('measure', [thresholds.achieved, thresholds.bootstrap])
@@ -87,12 +88,15 @@ def test_intervals_are_those_of_the_normal_limit():
   chosen = thresholds.fixed(HELD_OUT, 0.7)
   drop, saved = thresholds.bootstrap(chosen, test, resamples=2000)
   found = thresholds.measured(chosen, test)
-  left, wrong = pr.leave(test.scores, chosen.thresholds), pr.losses(test, 'error')
+  left, wrong = (
+    predictions.leave(test.scores, chosen.thresholds),
+    predictions.losses(test, 'error'),
+  )
   lost = 100 * (wrong[left, np.arange(4000)].astype(int) - wrong[-1])
   share = 1 - test.cost[left] / 2.9
   for (low, high), values, middle in (
-    (drop, lost, pr.drop(found, test)),
-    (saved, share, pr.saved(found, test)),
+    (drop, lost, predictions.drop(found, test)),
+    (saved, share, predictions.saved(found, test)),
   ):
     assert middle == pytest.approx(values.mean())
     width = 1.96 * values.std() / np.sqrt(4000)

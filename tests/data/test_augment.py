@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.data import images
-from depthprune.data.augment import Augment, mixed
+from depthprune.data.augment import Augment, mixup
 from depthprune.train.task import classification
 
 
 def test_mixup_blends_images_and_their_labels_alike():
   image = jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 2, 2, 1))
   batch = {'image': image, 'label': jnp.arange(4, dtype=jnp.int32)}
-  assert mixed(batch, jax.random.key(0), 0.0) is batch
-  found = mixed(batch, jax.random.key(0), 0.5)
+  assert mixup(batch, jax.random.key(0), 0.0) is batch
+  found = mixup(batch, jax.random.key(0), 0.5)
   a = float(found['share'][0])
   assert 0 < a < 1 and found['partner'].tolist() == [3, 2, 1, 0]
   expected = a * np.arange(4) + (1 - a) * np.arange(4)[::-1]
   np.testing.assert_allclose(found['image'][:, 0, 0, 0], expected, rtol=1e-6)
-  shares = [float(mixed(batch, jax.random.key(i), 0.5)['share'][0]) for i in range(300)]
+  shares = [float(mixup(batch, jax.random.key(i), 0.5)['share'][0]) for i in range(300)]
   np.testing.assert_allclose(np.mean(shares), 0.5, atol=0.06)
   np.testing.assert_allclose(np.var(shares), 1 / 8, atol=0.02)  # of Beta(1/2, 1/2)
   task, logits = classification(4), jax.random.normal(jax.random.key(1), (4, 4))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from depthprune.data import images, tfds
-from depthprune.data.augment import measured
+from depthprune.data.augment import measure_normalisation
 from depthprune.data.dataset import epoch_steps
 from depthprune.data.images import Augment, DataError, Normalisation
 
@@ -74,7 +74,7 @@ def test_normalisation_is_that_of_the_training_images_alone():
 
 def test_a_channel_without_variance_is_left_alone():
   image = np.stack([np.full((2, 2), 51), np.eye(2) * 255], -1)[None].astype(np.uint8)
-  by = measured(image, 255.0)
+  by = measure_normalisation(image, 255.0)
   np.testing.assert_allclose((by.mean, by.std), ((0.2, 0.5), (1.0, 0.5)), rtol=1e-12)
   assert np.isfinite(images.normalise(jnp.asarray(image), by)).all()
 
@@ -135,7 +135,7 @@ def test_augmented_images_are_crops_and_mirror_images(augment):
     for i in range(len(image))
   ]
   seen = [set() for _ in image]
-  shown = jax.jit(images.augmented, static_argnums=2)
+  shown = jax.jit(images.crop_and_flip, static_argnums=2)
   for step in range(60):
     out = np.asarray(shown(jnp.asarray(image), jax.random.key(step), augment))
     assert out.dtype == np.uint8 and out.shape == image.shape
@@ -147,7 +147,7 @@ def test_augmented_images_are_crops_and_mirror_images(augment):
 
 def test_images_of_one_batch_are_augmented_each_in_its_own_way():
   image = jnp.tile(jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1), (32, 1, 1, 1))
-  out = np.asarray(images.augmented(image, jax.random.key(0), Augment(1, True)))
+  out = np.asarray(images.crop_and_flip(image, jax.random.key(0), Augment(1, True)))
   assert len({one.tobytes() for one in out}) > 8
 
 
@@ -162,7 +162,7 @@ def test_evaluation_sees_every_image_once_and_pads_the_last_batch():
 
 
 def test_too_many_images_for_the_memory_are_refused_before_they_are_read(monkeypatch):
-  huge = tfds.Source(99, 0, (2**20, 2**20, 3), 2, 255.0, lambda *_: pytest.fail())
+  huge = tfds.ImageSource(99, 0, (2**20, 2**20, 3), 2, 255.0, lambda *_: pytest.fail())
   monkeypatch.setattr(images, 'source', lambda *_: huge)
   with pytest.raises(DataError, match='GiB of images.*subset=N'):
     images.load('huge')

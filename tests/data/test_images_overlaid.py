@@ -86,7 +86,7 @@ def test_a_cascade_of_two_labels_is_refused(tfds_data, tmp_path):
 
 def test_a_config_names_it_and_its_task_has_both(tfds_data):
   images = datasets.read(default('gates', data='multi_fashion', subset=30))
-  task = tasks.of(images)
+  task = tasks.task_of(images)
   batch = next(images.batches(images.train, 16))
   assert batch['label'].shape == (16, 2)
   logits = {name: jax.numpy.zeros((16, 10)) for name in images.tasks}

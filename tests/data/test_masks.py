@@ -148,7 +148,7 @@ def test_image_and_mask_move_together(flip):
 
 def test_without_augmentation_nothing_moves_and_padding_counts_for_nothing():
   split = images(5)
-  sampler = data.Sampler(jax.random.key(0), 5, PLAIN)
+  sampler = data.ImageSampler(jax.random.key(0), 5, PLAIN)
   found = sampler(split, 0)
   assert sorted(x.tobytes() for x in np.asarray(found['label'], np.uint8)) == sorted(
     x.tobytes() for x in split['label']
@@ -174,9 +174,10 @@ def test_camvid_is_learnt_from(tfds_data):
   if not (tfds_data / 'camvid').exists():
     pytest.skip(f'no camvid in {tfds_data}')
   camvid = data.load('camvid', subset=16, held_out=6, resize=24)
+  assert isinstance(camvid, data.ImageSet)
   assert (camvid.classes, camvid.ignore, camvid.names[10]) == (11, 11, 'Bicyclist')
   assert camvid.shape == (24, 24, 3) and len(camvid.test['label']) == 233
-  task, model, tx = tasks.of(camvid), Tiny(11), optax.sgd(0.1, momentum=0.9)
+  task, model, tx = tasks.task_of(camvid), Tiny(11), optax.sgd(0.1, momentum=0.9)
   variables = model.init(jax.random.key(0), *camvid.example())
   held_out = lambda: camvid.batches(camvid.held_out, 4)
   before = evaluate(model, variables, held_out(), task)

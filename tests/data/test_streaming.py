@@ -133,13 +133,19 @@ def test_workers_read_the_same_batches(imagenet):
   same(many(imagenet, range(1, 4), workers=2), many(imagenet, range(1, 4)))
 
 
+def reading(own):
+  """The placement of a process that reads these rows of every batch."""
+  return dataset.HERE._replace(rows=lambda size: own)
+
+
 def test_processes_share_a_batch(imagenet):
   whole = many(imagenet, range(2, 4))
   for own in (np.arange(3), np.arange(3, 8), np.array([0, 5])):
-    parts = many(imagenet, range(2, 4), own=own)
+    batch_at = imagenet.sampler(jax.random.key(0), 8, True).stepwise(reading(own))
+    parts = [jax.device_get(batch_at(imagenet.train, step)) for step in range(2, 4)]
     same(parts, [{k: v[own] for k, v in batch.items()} for batch in whole])
   own = np.array([1, 3])
-  ours = imagenet._replace(own=own).batches(imagenet.test, 4)
+  ours = imagenet.batches(imagenet.test, 4, reading(own))
   theirs = imagenet.batches(imagenet.test, 4)
   for part, batch in zip(ours, theirs, strict=True):
     same(jax.device_get(part), {k: v[own] for k, v in jax.device_get(batch).items()})
@@ -163,9 +169,9 @@ def test_nothing_reads_on_when_nobody_listens(imagenet):
 def test_what_fills_half_of_the_memory_is_streamed(made, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(made))
   given = {'held_out': 6, 'resize': SIDE}
-  assert isinstance(data.load('imagenet2012', **given), data.Dataset)
+  assert isinstance(data.load('imagenet2012', **given), data.ImageSet)
   size = (TRAIN + TEST) * SIDE * SIDE * 3
-  for memory, kind in ((2 * size, data.Dataset), (2 * size - 2, StreamedImages)):
+  for memory, kind in ((2 * size, data.ImageSet), (2 * size - 2, StreamedImages)):
     pages = {'SC_PAGE_SIZE': 1, 'SC_PHYS_PAGES': memory}
     monkeypatch.setattr(dataset.os, 'sysconf', pages.__getitem__)
     assert isinstance(data.load('imagenet2012', **given), kind)
@@ -174,16 +180,16 @@ def test_what_fills_half_of_the_memory_is_streamed(made, monkeypatch):
 
 
 def test_memory_is_what_a_container_leaves_and_a_device_has(tmp_path, monkeypatch):
-  machine = dataset.of_process()
-  assert dataset.of_device() == machine
+  machine = dataset.memory_of_process()
+  assert dataset.memory_of_device() == machine
   limits = [tmp_path / name for name in ('max', 'none', 'absent')]
   limits[0].write_text('4096\n')
   limits[1].write_text('max\n')
   monkeypatch.setattr(dataset, 'LIMITS', limits)
-  assert dataset.of_process() == 4096
+  assert dataset.memory_of_process() == 4096
   device = types.SimpleNamespace(memory_stats=lambda: {'bytes_limit': 1024})
   monkeypatch.setattr(dataset.jax, 'local_devices', lambda: [device])
-  assert dataset.of_device() == 1024
+  assert dataset.memory_of_device() == 1024
 
 
 def test_evaluation_decodes_every_image_once_and_fills_its_last_batch(imagenet):
@@ -203,11 +209,11 @@ def test_what_cannot_be_streamed_is_refused(imagenet, monkeypatch):
 
 
 def test_other_data_on_another_host_are_seen(imagenet):
-  found = datasets.digests(imagenet)
-  assert found == datasets.digests(loaded())
+  found = datasets.checksums(imagenet)
+  assert found == datasets.checksums(loaded())
   swapped = [imagenet.records.test[i] for i in (*range(TEST - 2), TEST - 1, TEST - 2)]
   records = dataclasses.replace(imagenet.records, test=swapped)
-  changed = datasets.digests(imagenet._replace(records=records))
+  changed = datasets.checksums(imagenet._replace(records=records))
   assert {k for k in found if found[k] != changed[k]} == {'records'}
 
 
@@ -218,9 +224,9 @@ def test_augmentation_is_for_what_it_is_for(imagenet, monkeypatch):
   assert found.augment == Augment(2, True, None, 0.2, 9) and found.workers == 3
   with pytest.raises(DataError, match='randaugment.*--stream always'):
     datasets.read(dataclasses.replace(config, randaugment=9))
-  digits = data.load('digits')
+  digits = data.source('digits')
   for several in ({'tasks': ('left', 'right')}, {'ignore': 255}):
-    monkeypatch.setattr(data, 'load', lambda *_, **__: digits._replace(**several))  # noqa: B023
+    monkeypatch.setattr(data, 'source', lambda *_, **__: digits._replace(**several))  # noqa: B023
     with pytest.raises(DataError, match='mixup is for images with one class each'):
       datasets.read(default('gates', mixup=0.2))
 

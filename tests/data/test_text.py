@@ -73,7 +73,7 @@ def some(n: int, seed: int = 0) -> list[str]:
 
 
 @pytest.fixture
-def texts(tmp_path, monkeypatch) -> text.Texts:
+def texts(tmp_path, monkeypatch) -> text.TextSet:
   given(monkeypatch, some(400), some(37, 1))
   return text.load('made/up', made(tmp_path), held_out=50)
 
@@ -264,7 +264,7 @@ def test_sst2_is_reported_on_validation_because_its_test_is_unlabelled(
     'gates', data='glue/sst2', subset=200, tokenizer=str(made(tmp_path)), length=16
   )
   found = data.read(config)
-  assert isinstance(found, text.Texts) and found.classes == 2
+  assert isinstance(found, text.TextSet) and found.classes == 2
   assert len(found.test['label']) == 872 and len(found.held_out['label']) == 5000
   assert len(found.train['label']) == 200 and set(found.test['label']) == {0, 1}
   assert found.length == 16 and found.cut > 1000

@@ -12,7 +12,7 @@ from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import Head, WithHeads, multitask
 from depthprune.models.resnet import ResNet
 from depthprune.train.step import init_state, make_step
-from depthprune.train.task import classification, several
+from depthprune.train.task import classification, combine
 
 TRUNK = ResNet(depth=8, width=4)
 X = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
@@ -160,7 +160,7 @@ def test_bad_input(changes, message):
     auxiliary(COUPLING)
 
 
-SEVERAL = several({'left': TASK, 'right': classification(3)})
+SEVERAL = combine({'left': TASK, 'right': classification(3)})
 
 
 def of_two_tasks(search):

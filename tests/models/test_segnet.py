@@ -97,5 +97,7 @@ def test_a_cut_network_takes_images_of_any_size():
 def test_a_decoder_that_does_not_meet_its_skip_is_refused():
   for width in (1, 3):
     model = SMALL.clone(arch={'up1/reduce/conv': width})
-    with pytest.raises(ValueError, match=r'up1: what comes up has .* the skip'):
+    with pytest.raises(
+      ValueError, match=r'up1: the upsampled features have .* the skip'
+    ):
       outputs_of(model, images(8, 8))

@@ -50,3 +50,10 @@ def test_unknown_and_pinned_groups():
     coupling.explain('Conv_0:3')
   with pytest.raises(KeyError, match=r'Embed_0/embedding:0: this axis is pinned \(ind'):
     coupling.explain('Embed_0/embedding:0')
+
+
+def test_its_repr_counts_what_was_found():
+  title, found, cost = repr(coupled('char cnn')).splitlines()
+  assert title == 'Coupling: 4 groups of 46 channels, 4 groups can be gated'
+  assert found == '  branches: 0, pinned axes: 1, exits: none'
+  assert re.fullmatch(r'  1,458 parameters, 29,408 FLOPs .* for int32\[2, 9\]', cost)

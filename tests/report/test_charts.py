@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from depthprune import methods
 from depthprune.report import charts, sentences, style
 from depthprune.report.numbers import in_order
-from depthprune.report.run_files import Run, read
+from depthprune.report.run_files import FinishedRun, read
 from depthprune.train.recipe import Chart
 from tests.report.runs import (
   made_up_auxiliary,
@@ -84,11 +84,11 @@ def test_curves_without_accuracy_or_cost_have_one_panel():
 # ---- what a method learns ------------------------------------------------------------
 
 
-def run_of(result: dict, gates: list[dict]) -> Run:
-  return Run(Path(), typed(result), [], gates, [])
+def run_of(result: dict, gates: list[dict]) -> FinishedRun:
+  return FinishedRun(Path(), typed(result), [], gates, [])
 
 
-def chart_of(run: Run) -> Chart:
+def chart_of(run: FinishedRun) -> Chart:
   """The only one that the method of a run wants."""
   (chart,) = sentences.recipe_of(run.result).charts
   return chart
@@ -284,7 +284,7 @@ def points_of(result: dict) -> list:
 
 def test_the_curve_begins_at_the_whole_network_and_gathers_the_seeds(implosion):
   points = points_of(implosion[0])
-  curve = charts.curve(points, points)
+  curve = charts.collect_curve(points, points)
   assert list(curve['before']) == list(curve['after']) == [0, 4, 8, 12]
   assert curve['before'][0] == curve['after'][0] == [0.938, 0.938]
   assert curve['before'][8] == pytest.approx([0.81, 0.81])
@@ -298,7 +298,7 @@ def drawn(axes: Axes) -> list[tuple[str, list, list]]:
 
 
 def test_erased_curve_dashes_what_was_not_retrained(implosion):
-  curve = charts.curve(points_of(implosion[0]))
+  curve = charts.collect_curve(points_of(implosion[0]))
   figure = charts.erased_curve({'': curve}, 'held-out accuracy')
   (axes,) = figure.axes
   (before, _, low), (after, _, high) = drawn(axes)

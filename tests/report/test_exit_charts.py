@@ -12,7 +12,7 @@ from tests.report.runs import typed
 
 def series_of(*results: dict) -> exit_charts.Series:
   found = [(cascade_of(r), typed(r)) for r in results]
-  return exit_charts.series(*((c, r.accuracy, r.flops) for c, r in found))
+  return exit_charts.collect_series(*((c, r.accuracy, r.flops) for c, r in found))
 
 
 def drawn(axes: Axes, marker: str) -> list[tuple[float, float]]:

@@ -172,7 +172,11 @@ def test_a_cascade_shows_requests_curve_exits_and_reliability(sidenet_run, siden
   result, cascade = typed(sidenet), cascade_of(sidenet)
   for row in (*tables.requests(cascade).rows, *tables.exits(cascade).rows):
     assert all(cell in text for cell in row), row
-  said = (*sentences.refused(cascade), *sentences.all_of(result), tables.legend(result))
+  said = (
+    *sentences.refused(cascade),
+    *sentences.all_of(result),
+    sentences.recipe_of(result).legend,
+  )
   assert all(line in text for line in said)
 
 

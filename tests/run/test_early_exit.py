@@ -13,7 +13,7 @@ from depthprune.exports.networks import load_cascade
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.run import early_exit, heads, rounds
 from depthprune.run.config import default
-from depthprune.run.early_exit import ALSO, splits
+from depthprune.run.early_exit import ALSO, choose_held_out
 from depthprune.run.job import prepare
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.train.result import to_json
@@ -112,7 +112,7 @@ def test_the_network_is_frozen_to_the_bit(ran):
 def test_a_saved_cascade_needs_nothing_but_its_folder(ran):
   config, result, trained = ran
   found = load_cascade(config.path / 'cascade')
-  job = splits(prepare(config, show=False))
+  job = choose_held_out(prepare(config, show=False))
   batch = next(job.batches(job.images.test))
   answer = found(batch['image'])
   assert answer.logits.shape == (64, 10)
@@ -199,7 +199,7 @@ def test_which_images_decide(ran):
   config, _, _ = ran
   job = prepare(config, show=False)
   assert (
-    splits(job).images.test is job.images.test
+    choose_held_out(job).images.test is job.images.test
   )  # trained here: held out of training
   for options in (SideNetOptions(decide_on='test'), SideNetOptions()):
     mine = dataclasses.replace(
@@ -208,7 +208,7 @@ def test_which_images_decide(ran):
       pretrained='weights.npz' if options.decide_on == 'auto' else None,
       train_epochs=None if options.decide_on == 'auto' else 2,
     )
-    images = splits(job._replace(config=mine)).images
+    images = choose_held_out(job._replace(config=mine)).images
     half = len(job.images.test['label']) // 2
     test = job.images.test['label']
     assert images.held_out['label'].tolist() == test[:half].tolist()
@@ -233,7 +233,7 @@ def test_requests_that_cannot_be_met(ran, options, message, tmp_path):
     return
   from depthprune.run.early_exit import decide
 
-  job = splits(prepare(config, show=False))
+  job = choose_held_out(prepare(config, show=False))
   job = job._replace(config=dataclasses.replace(config, options=options))
   with pytest.raises(ValueError, match=message):
     decide(job, trained)

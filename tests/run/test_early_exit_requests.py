@@ -12,7 +12,7 @@ from depthprune.exports.networks import load_cascade
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.run import early_exit, heads, rounds
 from depthprune.run.config import ConfigError, default
-from depthprune.run.early_exit import decide, splits
+from depthprune.run.early_exit import choose_held_out, decide
 from depthprune.run.job import prepare
 from depthprune.train.result import to_json
 
@@ -32,7 +32,7 @@ SMALL = dataclasses.replace(
 def trained(tmp_path_factory):
   """(job, its network with heads as trained)."""
   config = dataclasses.replace(SMALL, workdir=str(tmp_path_factory.mktemp('requests')))
-  job = splits(prepare(config, show=False))
+  job = choose_held_out(prepare(config, show=False))
   with jax.numpy_dtype_promotion('standard'):
     return job, heads.train(job)
 
@@ -136,7 +136,10 @@ def test_what_the_network_was_before_is_kept(trained, tmp_path):
   says = {'held_out': frozen.held_out.accuracy, 'test': frozen.test.accuracy}
   assert frozen.original == says
   trunk = {name: tree['trunk'] for name, tree in frozen.variables.items()}
-  assert heads.alone(job, frozen.model.trunk, trunk) == pytest.approx(says)
+  measure = job.scores(frozen.model.trunk)
+  splits = {'held_out': job.images.held_out, 'test': job.images.test}
+  alone = {name: measure(trunk, split)['accuracy'] for name, split in splits.items()}
+  assert alone == pytest.approx(says)
 
 
 # ---- who decides what ----------------------------------------------------------------

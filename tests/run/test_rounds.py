@@ -69,7 +69,13 @@ def test_rounds_are_repeated_and_held_out_data_decides(tmp_path, monkeypatch):
   config = dataclasses.replace(CONFIG, workdir=str(tmp_path))
   train, task = jax.device_put(set_.train), classification(3)
   job = Job(
-    config, tmp_path, set_, train, task, mesh.of(config.mesh, config.batch), show=False
+    config,
+    tmp_path,
+    set_,
+    train,
+    task,
+    mesh.make_mesh(config.mesh, config.batch),
+    show=False,
   )
   variables = Net().init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
   small = rounds.shrink(job, Net(), variables, build)

@@ -13,7 +13,7 @@ from depthprune.train.method import plain
 from depthprune.train.step import init_state, make_step
 
 LEFT, RIGHT = tasks.classification(3), tasks.classification(2)
-TASK = tasks.several({'left': LEFT, 'right': RIGHT}, {'right': 0.5})
+TASK = tasks.combine({'left': LEFT, 'right': RIGHT}, {'right': 0.5})
 RANDOM = np.random.RandomState(0)
 LOGITS = {
   'left': jnp.asarray(RANDOM.randn(4, 3), jnp.float32),
@@ -100,7 +100,7 @@ def test_scores_of_a_data_set_do_not_depend_on_its_batches():
 
 
 def test_pixels_and_classes_together():
-  task = tasks.several({'kind': LEFT, 'mask': tasks.segmentation(2)})
+  task = tasks.combine({'kind': LEFT, 'mask': tasks.segmentation(2)})
   logits = {'kind': LOGITS['left'], 'mask': jnp.zeros((4, 1, 2, 2))}
   mask = jnp.asarray([[[0, 1]], [[-1, -1]], [[1, -1]], [[0, 0]]])
   batch = {'label': {'kind': LABEL[:, 0], 'mask': mask}}
@@ -121,8 +121,8 @@ def test_an_output_that_is_missing_is_an_error_with_all_names():
   'names, weights', [('', None), ('ab', {'c': 1.0}), ('a', {'a': -1})]
 )
 def test_wrong_weights_are_refused(names, weights):
-  with pytest.raises(ValueError, match='several: expected one task or more'):
-    tasks.several(dict.fromkeys(names, LEFT), weights)
+  with pytest.raises(ValueError, match='combine: expected one task or more'):
+    tasks.combine(dict.fromkeys(names, LEFT), weights)
 
 
 def test_a_step_and_a_teacher_for_all_tasks():

@@ -260,7 +260,7 @@ def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
     directory.write(config.path / 'result.json', made_up(config))
   (dies.path / 'result.json').write_text('{}')
   # What a process can be sent is a function of the library: this one reads a file.
-  both = sweep.over([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
+  both = sweep.run_in_processes([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
   told = {config.path.name: found for config, found in both}
   assert told['target0.3'] == made_up(here)
   output = dies.path / sweep.OUTPUT
@@ -270,13 +270,13 @@ def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
 
 def test_a_spread_run_may_have_processes_of_its_own_and_tells_of_a_full_disk(tmp_path):
   (config, _) = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
-  begun = sweep._begun(config, sweep.finished, 0, 1, 1)  # pyright: ignore
+  begun = sweep._begin(config, sweep.finished, 0, 1, False)  # pyright: ignore
   begun.process.join()
-  assert not begun.process.daemon and begun.told.recv() is None
+  assert not begun.process.daemon and begun.answer.recv() is None
   told, tell = multiprocessing.Pipe(duplex=False)
   tell.send(directory.WriteError('no room'))
   with pytest.raises(directory.WriteError, match='no room'):
-    sweep._answer(begun._replace(told=told))
+    sweep._answer(begun._replace(answer=told))
 
 
 @pytest.mark.slow

@@ -72,6 +72,21 @@ def test_the_report_is_json_and_its_numbers_are_those_of_the_arrays(resnet):
   assert report['notes'] == []
 
 
+def test_its_repr_says_what_was_gained(resnet):
+  pruned = resnet[-1]
+  params, flops = (pruned.report[name] for name in ('params', 'flops'))
+  lines = repr(pruned._replace(report=pruned.report | {'notes': ['a', 'b']})).split(
+    '\n'
+  )
+  assert lines[0] == 'Pruned:' and lines[3:] == [
+    '  exits: main',
+    '  note: a',
+    '  note: b',
+  ]
+  for line, count in zip(lines[1:3], (params, flops), strict=True):
+    assert f': {count["before"]:,} -> {count["after"]:,} (' in line
+
+
 def test_the_cost_after_is_that_of_the_small_program(resnet):
   """Two ways to count: the full program under the decision, and what is really run."""
   variables, _, _, pruned = resnet

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from depthprune.models.mlp import MLP
-from depthprune.program import resize as rebind
+from depthprune.program import resize
 from depthprune.program.coupling import couple
 from depthprune.surgery import plan
 from depthprune.surgery.prune import InexactCut, prune
@@ -105,10 +105,10 @@ def test_an_array_cut_at_the_wrong_slices_is_caught(monkeypatch, path):
 
 def test_a_wrong_size_in_the_program_is_caught(monkeypatch):
   """A slice of the program that is moved by one: no shape tells."""
-  resize = rebind._resize_slice
+  resize_slice = resize._resize_slice
 
   def moved(p, masks, sizes):
-    resize(p, masks, sizes)
+    resize_slice(p, masks, sizes)
     if not all(mask.all() for mask in masks):
       p['start_indices'] = tuple(max(i - 1, 0) for i in p['start_indices'])
       p['limit_indices'] = tuple(
@@ -127,7 +127,7 @@ def test_a_wrong_size_in_the_program_is_caught(monkeypatch):
   assert len(keep['channels']) == 3
   cut = lambda: prune(halves, case.variables(), keep, X, coupling=coupling)
   assert cut().report['verify']['difference'] <= 1e-5
-  monkeypatch.setattr(rebind, '_resize_slice', moved)
+  monkeypatch.setattr(resize, '_resize_slice', moved)
   with pytest.raises(InexactCut):
     cut()
 

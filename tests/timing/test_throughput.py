@@ -26,7 +26,7 @@ class Slow:
   size: int = 4
 
   @property
-  def batch_at(self):
+  def sampler(self):
     return self
 
   def stepwise(self):

@@ -83,7 +83,8 @@ def train(folder: Path, mesh: str | None) -> None:
     parts = {'image': image, 'kernel': part, 'of_the_host': same}
     (folder / 'parts.json').write_text(json.dumps(parts))
     np.savez(folder / 'keep.npz', **small.pruned.keep['channels'])
-    np.savez(folder / 'found.npz', loss=test['loss'], **small.rounds[0].held_out)
+    held_out = dataclasses.asdict(small.rounds[0].held_out)
+    np.savez(folder / 'found.npz', loss=test['loss'], **held_out)
 
 
 def ten(job: Job, variables: Any) -> Any:
@@ -168,13 +169,13 @@ def strangers(folder: Path, mesh: str | None) -> None:
   (apart / 'checkpoints' / 'ten' / '00000003').mkdir(parents=True) if me else None
   job = prepare(config(folder, mesh), show=False)._replace(folder=apart)
   told('folder', lambda: ten(job, Net().init(job.key('init'), *job.inputs)))
-  told('few', lambda: meshes.of('data=1', 8))
+  told('few', lambda: meshes.make_mesh('data=1', 8))
   odd = {'kept': np.arange(5) > me, 'x': np.array([-0.0, 1 / (3 + me)], np.float32)}
   said['agreed'] = [x.tobytes().hex() for x in distributed.agreed(odd).values()]
   (folder / f'said{me}.json').write_text(json.dumps(said))
 
 
-def darker(images: data.Dataset, by: int) -> data.Dataset:
+def darker(images: data.ImageSet, by: int) -> data.ImageSet:
   """One pixel of one training image is another."""
   images.train['image'][3, 2, 1] += by
   return images

@@ -142,7 +142,7 @@ def test_a_state_that_was_split_goes_on_on_one_device(one, eight):
   """Restored, not trained again: the checkpoint is of the last step."""
   job = prepare(spmd.config(eight, None), show=False)
   state = spmd.ten(job, spmd.Net().init(jax.random.key(5), *job.inputs))
-  close(spmd.store.paths(jax.device_get(state)), arrays(one, 'state'))
+  close(spmd.checkpoint.paths(jax.device_get(state)), arrays(one, 'state'))
   expected = arrays(eight, 'state')['params/conv1/kernel']
   np.testing.assert_array_equal(state.params['conv1']['kernel'], expected)
 
@@ -201,7 +201,7 @@ def test_a_mesh_is_read_from_words():
 def test_a_mesh_that_cannot_be_is_refused(batch, mesh, said, monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices() * 8)
   with pytest.raises(ConfigError, match=said):
-    meshes.of(mesh, batch)
+    meshes.make_mesh(mesh, batch)
 
 
 def test_weights_are_split_along_the_last_axis_that_can_be():
