@@ -267,6 +267,19 @@ def test_soft_channel_gates_are_folded_into_the_weights_that_read_them(model):
   assert pruned.report['verify']['difference'] < 1e-4
 
 
+def test_closed_gates_among_soft_ones_count_as_a_change():
+  """The full network is the one without gates, so closing a slice shows in `moved`."""
+  model = ResNet(depth=8, width=4)
+  variables = arrays(model, {})
+  coupling = dp.couple(model, variables, X)
+  keep = {g: np.arange(x.size) % 3 > 0 for g, x in coupling.groups.items()}
+  gates = {g: np.asarray(kept, np.float32) for g, kept in keep.items()}
+  pruned = prune(
+    model, variables, {'channels': keep}, X, gates={'channels': gates}, coupling=coupling
+  )
+  assert pruned.report['verify']['moved'] > 1e-3 and not pruned.report['notes']
+
+
 def test_gates_of_one_change_no_array():
   model = ResNet(depth=8, width=4)
   variables = arrays(model, {})
