@@ -22,7 +22,8 @@ from depthprune.models.vit import ViT
 from depthprune.program import cost
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling, couple
-from depthprune.program.trace import paths_of, runnable
+from depthprune.program.modules import runnable
+from depthprune.program.trace import paths_of
 from depthprune.program.units import units
 from depthprune.surgery.prune import Pruned, prune
 from tests import masking as m

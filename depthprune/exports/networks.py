@@ -23,7 +23,7 @@ from depthprune.program.resize import slim
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError, kind
 from depthprune.surgery.plan import cut, index_plan
-from depthprune.surgery.prune import Pruned
+from depthprune.surgery.prune import Pruned, in_kind
 
 RECORD, CASCADE_RECORD, TOKENIZER = 'arch.json', 'cascade.json', 'tokenizer.json'
 _OTHER = '?'  # a node or leaf of a tree that JSON cannot express
@@ -157,6 +157,8 @@ def load(
   apply = slim(model, coupling, keep)
   if record['arch']:
     model = model.clone(arch=type(model.arch)(record['arch']))
+  else:
+    model = in_kind(model, coupling, apply, arrays)
   return Pruned(
     apply, arrays, None, record['arch'], record['report'], model, keep, coupling
   )
@@ -303,7 +305,7 @@ def _small(coupling: Coupling, keep: Mapping) -> Any:
 
 def _described(pruned: Pruned) -> dict[str, Any]:
   """Describes the model before the cut, or only names one that is not ours."""
-  model = pruned.model
+  model = pruned.coupling.model if pruned.model is None else pruned.model
   if not type(model).__module__.startswith(f'{models.__name__}.'):
     name = getattr(model, '__qualname__', type(model).__qualname__)
     return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}

@@ -30,8 +30,8 @@ from depthprune.exports import networks
 from depthprune.exports import onnx as converter
 from depthprune.exports.onnx import ExportError
 from depthprune.program import jaxpr as jx
+from depthprune.program.modules import runnable
 from depthprune.program.stages import batched, split
-from depthprune.program.trace import runnable
 from depthprune.storage import checkpoint, directory
 from depthprune.surgery.prune import Pruned
 
@@ -120,7 +120,7 @@ def function(network: Pruned) -> Callable:
   keep = network.keep
   parts = (*keep['channels'].values(), *keep['branches'].values())
   uncut = all(map(np.all, (*parts, *keep['exits'].values())))
-  native = network.arch or uncut
+  native = network.model is not None and (network.arch or uncut)
   fn = runnable(network.model) if native else network.apply
   return functools.partial(fn, **network.coupling.kwargs)
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import cost, rules
+from depthprune.program import cost, modules, rules
 from depthprune.program import jaxpr as jx
-from depthprune.program.trace import Decision, View, abstract, look, paths_of, runnable
+from depthprune.program.trace import Decision, View, abstract, look, paths_of
 
 HARMLESS = {ax.UNIT, 'kernel window', 'input', 'output'}  # pins that surprise nobody
 
@@ -55,7 +55,8 @@ class Coupling:
   Pass it to `oneshot`, `plug`, `slim`, `prune` and the functions of `cost`.
 
   Attributes:
-    fn: the function that was traced.
+    model: the network that was given.
+    fn: the network as a function of (variables, *inputs, **kwargs).
     variables: its variables, a tree of ShapeDtypeStruct.
     inputs: its inputs, a tuple of ShapeDtypeStruct trees.
     kwargs: the further arguments of the call.
@@ -67,6 +68,7 @@ class Coupling:
     exits: names of the outputs where the function returns a dict, shallowest first.
   """
 
+  model: Any
   fn: Callable
   variables: Any
   inputs: tuple
@@ -238,10 +240,12 @@ def couple(
     pruned = dp.prune(model, variables, keep, images, train=False)
 
   Args:
-    model: a linen module, or any traceable function of (variables, *inputs, **kwargs).
-    variables: its arrays or ShapeDtypeStructs; of a linen module the dict with
-      'params' and the other collections.
-    *inputs: arrays or ShapeDtypeStructs.
+    model: a linen, NNX or Equinox module, a haiku transform, a Flax model of
+      transformers, or any traceable function of (variables, *inputs, **kwargs).
+    variables: its arrays or ShapeDtypeStructs. Of a linen module this is the dict with
+      'params' and the other collections, of an NNX module `nnx.state(module)`, of an
+      Equinox module `equinox.filter(module, equinox.is_array)`.
+    *inputs: arrays or ShapeDtypeStructs, or trees of them.
     fixed: selects the outputs whose axes cannot be cut, e.g. `lambda out: out[0]` where
       the function also returns updated statistics. By default all outputs.
     **kwargs: further arguments of the call, e.g. train=False.
@@ -250,14 +254,18 @@ def couple(
     The Coupling: groups of slices, pinned axes with reasons, branch gates and exits.
 
   Raises:
-    ValueError: two variables have the same path.
+    ValueError: two variables have the same path, or the call updates variables.
+    TypeError: the variables are not those of the module.
   """
-  fn = runnable(model)
+  fn = modules.runnable(model)
+  if modules.is_module(model):
+    modules.rebuilt(model, variables)
   variables = jax.eval_shape(lambda v: v, variables)
   inputs, kwargs = abstract((tuple(inputs), kwargs))
   paths = paths_of(variables)
   dims = {p: ax.fresh(leaf.shape) for p, leaf in paths.items()}
-  view = look(fn, variables, inputs, kwargs, dims)
+  with modules.explained(variables, inputs):
+    view = look(fn, variables, inputs, kwargs, dims)
   outputs = view.unpack([_Output(view.facts.dims[v]) for v in view.program.outputs])
   for output in jax.tree.leaves(outputs if fixed is None else fixed(outputs)):
     for d in output.dims:
@@ -272,6 +280,7 @@ def couple(
   exits = tuple(outputs) if isinstance(outputs, Mapping) else ()
   branches = [p for p in paths if p.startswith('branches/')]
   return Coupling(
+    model=model,
     fn=fn,
     variables=variables,
     inputs=inputs,

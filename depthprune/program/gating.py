@@ -23,7 +23,8 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.coupling import Coupling
-from depthprune.program.trace import View, paths_of, remembered, runnable, split_arrays
+from depthprune.program.modules import runnable
+from depthprune.program.trace import View, paths_of, remembered, split_arrays
 
 
 def plug(model: Any, coupling: Coupling) -> Callable:

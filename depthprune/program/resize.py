@@ -19,13 +19,13 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.coupling import Coupling
+from depthprune.program.modules import runnable
 from depthprune.program.trace import (
   GONE,
   View,
   abstract,
   paths_of,
   remembered,
-  runnable,
   split_arrays,
 )
 

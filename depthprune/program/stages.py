@@ -20,7 +20,8 @@ from depthprune.program import axes as ax
 from depthprune.program import cost
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import dependent
-from depthprune.program.trace import View, abstract, look, paths_of, runnable
+from depthprune.program.modules import runnable
+from depthprune.program.trace import View, abstract, look, paths_of
 
 SEVERAL = 2  # examples that are traced to find the axes that count them
 # Pins of an axis whose slices are nevertheless computed independently.

@@ -81,31 +81,6 @@ class View(NamedTuple):
     return frozenset(p for p, v in self.leaves.items() if v not in needed)
 
 
-def runnable(model: Any) -> Callable:
-  """Returns a model as a function of (variables, *inputs, **kwargs).
-
-  Args:
-    model: a function, or an object with `apply`. Where the object has a tuple `exits`,
-      the function returns these outputs only, so that taps no exit needs are dead code.
-  """
-  apply = getattr(model, 'apply', model)
-  exits = getattr(model, 'exits', None)
-  if not isinstance(exits, tuple):
-    return apply
-
-  def fn(variables, *inputs, **kwargs):
-    out = apply(variables, *inputs, **kwargs)
-    if kwargs.get('mutable'):
-      return chosen(out[0]), out[1]
-    return chosen(out)
-
-  def chosen(out):
-    named = isinstance(out, Mapping) and all(name in out for name in exits)
-    return {name: out[name] for name in exits} if named else out
-
-  return fn
-
-
 def paths_of(tree: Any) -> dict[str, Any]:
   """Returns the leaves of a pytree by their paths, joined with '/'.
 
@@ -163,15 +138,18 @@ def split_arrays(arguments: Any) -> tuple[list, Callable]:
     The list of arrays, and merge(arrays), which gives the arguments back.
   """
   leaves, tree = jax.tree.flatten(arguments)
-  array = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-  is_array = [isinstance(x, array) for x in leaves]
 
   def merge(arrays):
     rest = iter(arrays)
-    both = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
+    both = [next(rest) if is_array(x) else x for x in leaves]
     return jax.tree.unflatten(tree, both)
 
-  return [x for x, a in zip(leaves, is_array, strict=True) if a], merge
+  return [x for x in leaves if is_array(x)], merge
+
+
+def is_array(x: Any) -> bool:
+  """Whether x is an array of JAX or NumPy, or the shape of one."""
+  return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def abstract(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from depthprune.distributed import fetch
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.layers import Pool
 from depthprune.program.coupling import couple
-from depthprune.program.trace import runnable
+from depthprune.program.modules import runnable
 from depthprune.run.config import Config
 from depthprune.run.job import Job, stage
 from depthprune.run.network import initial_variables, network

@@ -9,7 +9,7 @@ import jax
 
 from depthprune import distributed
 from depthprune.data.dataset import count
-from depthprune.program.trace import runnable
+from depthprune.program.modules import runnable
 from depthprune.run.job import Job, surroundings
 from depthprune.timing import latency
 from depthprune.train.result import Result, from_json

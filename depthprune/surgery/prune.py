@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import cost
+from depthprune.program import cost, modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
 from depthprune.program.trace import paths_of
 from depthprune.surgery.fold import fold, fold_channels
 from depthprune.surgery.plan import IndexPlan, cut, cut_optimizer, index_plan
 from depthprune.surgery.settle import complete, settle
-from depthprune.surgery.verify import Verdict, verify
+from depthprune.surgery.verify import Verdict, agrees, verify
 
 
 class InexactCut(ValueError):
@@ -38,8 +38,10 @@ class Pruned(NamedTuple):
     arch: {module path: width} where the width is not the model's default; 0 for a
       branch or an exit that is gone.
     report: a dict ready for JSON: requested and reached cost, widths, kept indices.
-    model: the small network as a module, `model.clone(arch=arch)`, where the model has
-      `arch`; else the model that was given.
+    model: the small network in the kind that was given: `model.clone(arch=arch)` where
+      the model has `arch`, a small NNX or Equinox module that holds its arrays, or the
+      function itself. None where no such network computes what `apply` does, because
+      the sizes stand in the code of the model.
     keep: the decision that was carried out.
     coupling: the Coupling of the full network.
   """
@@ -90,9 +92,8 @@ def prune(
     outputs = pruned.apply(pruned.variables, images, train=False)
 
   Args:
-    model: a linen module, or any traceable function of (variables, *inputs, **kwargs).
-    variables: its arrays; of a linen module the dict with 'params' and the other
-      collections.
+    model: a linen, NNX or Equinox module, or whatever else `couple` takes.
+    variables: its arrays, as `couple` takes them.
     keep: {'channels': {group: bool [slices]}, 'branches': {path: bool}, 'exits':
       {name: bool}}, as `oneshot` or a method's `decide` returns it. Each part is
       optional, and what is missing is kept.
@@ -150,17 +151,37 @@ def prune(
       full, left, prefix = variables['params'], small['params'], 'params/'
     opt_state, anew = cut_optimizer(tx, opt_state, full, left, plan, prefix)
     notes += anew
+  apply = slim(model, coupling, settled)
   native, arch = _native(model, coupling, plan, settled, small, notes)
   return Pruned(
-    apply=slim(model, coupling, settled),
+    apply=apply,
     variables=small,
     opt_state=opt_state,
     arch=arch,
     report=_report(coupling, variables, keep, settled, plan, verdict, notes),
-    model=native,
+    model=in_kind(model, coupling, apply, small) if native is None else native,
     keep=settled,
     coupling=coupling,
   )
+
+
+def in_kind(model: Any, coupling: Coupling, apply: Callable, variables: Any) -> Any:
+  """Returns a small network in the kind of the full one, or None.
+
+  Args:
+    model: the full network.
+    coupling: of the full network.
+    apply: the small network as `slim` returns it.
+    variables: the small arrays.
+
+  Returns:
+    A small module that holds the arrays where the network was such a module, otherwise
+    the network itself; None unless it computes what `apply` does.
+  """
+  if modules.is_module(model):
+    model = modules.rebuilt(model, variables)
+  same = agrees(coupling, modules.runnable(model), apply, variables, coupling.inputs)
+  return model if same else None
 
 
 def _refusal(what: str, blame: Iterable[str]) -> InexactCut:
@@ -205,14 +226,14 @@ def _native(
   small: Any,
   notes: list,
 ) -> tuple[Any, dict[str, int]]:
-  """The small network as a module, and its `arch`, where the model has `arch`.
+  """The small network as a module, and its `arch`; None if `arch` cannot say it.
 
   A key of `arch` is the path of a kernel, whose last axis is its width, or the name of
   a group that the model knows, such as the heads of an attention.
   """
   known = getattr(model, 'widths', None)
   if not (isinstance(known, Mapping) and isinstance(model.arch, Mapping)):
-    return model, {}
+    return None, {}
   arch = dict(model.arch)
   for path, masks in plan.items():
     if path.startswith('params/') and path.endswith('/kernel') and not masks[-1].all():
@@ -232,7 +253,7 @@ def _native(
   wanted = {p: x.shape for p, x in wanted.items() if not p.startswith('branches/')}
   if wanted != {p: x.shape for p, x in paths_of(small).items()}:
     notes.append('this shape cannot be written as `arch`: run it through `apply`')
-    return model, {}
+    return None, {}
   return native, arch
 
 

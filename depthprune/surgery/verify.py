@@ -90,6 +90,28 @@ def verify(
   return verdict._replace(responsible=blame)
 
 
+def agrees(
+  coupling: Coupling, fn: Callable, small: Callable, variables: Any, inputs: tuple
+) -> bool:
+  """Whether a function runs on the small variables and returns what `small` returns."""
+  arrays = _concrete(coupling, inputs)
+  _, merge = split_arrays((inputs, coupling.kwargs))
+  outputs = []
+  for run in (small, fn):
+
+    @jax.jit
+    def call(variables, arrays, run=run):
+      args, named = merge(arrays)
+      return run(variables, *args, **named)
+
+    try:
+      with jax.default_matmul_precision('highest'):
+        outputs.append(call(variables, arrays))
+    except Exception:  # a network may refuse other sizes in any way
+      return False
+  return relative(*outputs) <= SINGLE
+
+
 def relative(a: Any, b: Any) -> float:
   """Returns max|a - b| / max|a| for the leaf where it is largest.
 

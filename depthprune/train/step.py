@@ -11,7 +11,8 @@ import optax
 
 from depthprune.data.dataset import inputs_of
 from depthprune.program.gating import plug, with_branches
-from depthprune.program.trace import paths_of, runnable
+from depthprune.program.modules import runnable
+from depthprune.program.trace import paths_of
 from depthprune.train.distill import with_teacher
 from depthprune.train.method import Method, no_stats, optimizer
 from depthprune.train.task import Task, Tree, as_dict

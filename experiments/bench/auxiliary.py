@@ -22,7 +22,7 @@ import numpy as np
 import depthprune as dp
 from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import WithHeads
-from depthprune.program.trace import runnable
+from depthprune.program.modules import runnable
 from depthprune.timing import clock, latency
 from depthprune.train import task as tasks
 from depthprune.train.method import plain

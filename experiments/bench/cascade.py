@@ -25,8 +25,8 @@ from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.cascades.race import race
 from depthprune.models import build
 from depthprune.models.heads import Head, WithHeads
+from depthprune.program.modules import runnable
 from depthprune.program.stages import split
-from depthprune.program.trace import runnable
 from depthprune.timing import clock
 from experiments.bench import measure
 

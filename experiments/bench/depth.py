@@ -16,7 +16,7 @@ import jax
 
 import depthprune as dp
 from depthprune.models.heads import WithHeads, every_tap
-from depthprune.program.trace import runnable
+from depthprune.program.modules import runnable
 from depthprune.timing import latency
 from experiments.bench import measure
 

@@ -10,8 +10,8 @@ import depthprune as dp
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.resnet import ResNet
 from depthprune.models.vit import ViT
+from depthprune.program.modules import runnable
 from depthprune.program.stages import split
-from depthprune.program.trace import runnable
 from tests import zoo
 from tests.masking import quick
 

@@ -98,7 +98,9 @@ def test_it_is_cut_exactly_and_counted_to_the_unit(cut):
   foreign, pruned = cut
   report = pruned.report
   assert report['verify']['difference'] <= 1e-5 and report['verify']['moved'] > 1e-3
-  assert pruned.arch == {} and pruned.model is foreign.model
+  # What takes its sizes from the arrays is its own small network; linen does not.
+  fixed = hasattr(foreign.model, 'apply')
+  assert pruned.arch == {} and pruned.model is (None if fixed else foreign.model)
   assert jax.tree.structure(pruned.variables) == jax.tree.structure(foreign.variables)
   assert report['params']['before'] == foreign.parameters(foreign.variables)
   assert report['params']['after'] == foreign.parameters(pruned.variables)
