@@ -275,7 +275,12 @@ def test_closed_gates_among_soft_ones_count_as_a_change():
   keep = {g: np.arange(x.size) % 3 > 0 for g, x in coupling.groups.items()}
   gates = {g: np.asarray(kept, np.float32) for g, kept in keep.items()}
   pruned = prune(
-    model, variables, {'channels': keep}, X, gates={'channels': gates}, coupling=coupling
+    model,
+    variables,
+    {'channels': keep},
+    X,
+    gates={'channels': gates},
+    coupling=coupling,
   )
   assert pruned.report['verify']['moved'] > 1e-3 and not pruned.report['notes']
 
