@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / 'depthprune'
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / 'depthprune'
 LINES = 600
 
 # Folder (or file at the top): the folders that it may import besides itself.
@@ -122,3 +123,15 @@ def test_an_import_that_is_not_allowed_is_seen(part, source):
 def test_files_are_about_one_thing(path):
   lines = len(path.read_text().splitlines())
   assert lines <= LINES, f'{lines} lines, at most {LINES}: split it by what it is about'
+
+
+@pytest.mark.parametrize(
+  'path',
+  [p for part in ALLOWED for p in sorted((TESTS / part).glob('test_*.py'))],
+  ids=lambda p: f'{p.parent.name}/{p.name}',
+)
+def test_tests_lie_as_what_they_test(path):
+  """tests/run/test_job_faults.py tests depthprune/run/job.py."""
+  tested = path.stem.removeprefix('test_')
+  files = {p.stem for p in (PACKAGE / path.parent.name).glob('*.py')} | {'conformance'}
+  assert any(tested == f or tested.startswith(f'{f}_') for f in files)
