@@ -67,6 +67,7 @@ class Run:
   """Make a network smaller and faster: train, prune, fine-tune, report."""
 
   config: AnyMethod  # pyright: ignore[reportInvalidTypeForm]
+  """The method, and its options:"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Sweep:
   those of run, and any of them may have several values: --target 0.3 0.5 --seed 0 1."""
 
   config: AnyMethod  # pyright: ignore[reportInvalidTypeForm]
+  """The method, and its options:"""
 
   at_once: Annotated[int | None, tyro.conf.CascadeSubcommandArgs, PER_GPU] = None
   """Runs at the same time, each in a process of its own."""
@@ -161,6 +163,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _obey(words: Sequence[str]) -> None:
+  match words:
+    case ['run' | 'sweep' as command, name, *rest] if name in methods.names():
+      words = [command, methods.word(name), *rest]
   each = combinations(words) if words[:1] == ['sweep'] else [words]
   command, *more = map(_parsed, each)
   if isinstance(command, Report):

@@ -52,8 +52,14 @@ def test_options_become_the_config(runs):
 
 def test_no_options_are_the_defaults(runs):
   for word, method in METHODS.items():
-    assert cli.main(['run', word]) == 0
-    assert runs.pop() == default(method)
+    for name in (word, method):
+      assert cli.main(['run', name]) == 0
+      assert runs.pop() == default(method)
+
+
+def test_help_reads_no_comments(capsys):
+  assert exit_code(['run', '--help']) == 0
+  assert 'pyright' not in capsys.readouterr().out
 
 
 def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):

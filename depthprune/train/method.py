@@ -77,10 +77,11 @@ class Method(NamedTuple):
       {'loss', 'accuracy', ...} of the masked network on held-out data, see `judge`.
     penalty: (theta, step) -> scalar that is added to the loss through the optimizer;
       None for no penalty.
-    init: (gates, outputs) -> theta at the start; `outputs` are abstract arrays, whose
+    init: (gates, outputs) -> theta at the start. `gates` are open gates for all that
+      can be gated, as `Coupling.gates` gives them; `outputs` are abstract arrays, whose
       names say which exits there are.
     forward: (theta, key, step) -> the gates that the network runs with. `key` is None
-      in evaluation, where gates have no noise.
+      in evaluation, where gates have no noise: they are as the cut will leave them.
     observe: (gates, gate_grads, outputs, batch) -> stats, which are averaged over steps
       and passed to `decide`.
     transform: (tx) -> the optimizer of {'params', 'theta'}, for learning rates of the

@@ -134,10 +134,11 @@ class Recipe(NamedTuple):
     sentence: (result) -> a sentence about what was requested and decided. None for a
       cascade, about which the report has its own.
     defaults: fields of a run's config that suit the method: {'model': ..., ...}.
-    peaks: highest learning rate of the gate stage and after a cut, as parts of the
-      run's learning rate.
+    peaks: highest learning rate of the network's weights in the gate stage and after a
+      cut, as parts of the run's learning rate.
     decides_only: names of options that no training depends on, so that a run may be
-      continued with other values of them.
+      continued with other values of them. An option that changes what is cut does not
+      belong here if the small network is trained afterwards.
     check: (config) -> None; raises ConfigError if the method cannot use the config.
     heads: (options, network, depthprune.models.heads) -> the network with the exits
       that it is trained with; None if the method needs none.
