@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 from etils import epy
 
-from depthprune.train.method import Method, exit_metrics
+from depthprune.train.method import Method, exit_metrics, partitioned
 from depthprune.train.options import (
   FRACTION,
   ConfigError,
@@ -128,7 +128,7 @@ def only(
     kind = lambda path, leaf: 'side' if name(path, leaf) in paths else 'main'
     return jax.tree_util.tree_map_with_path(kind, tree)
 
-  return optax.multi_transform({'side': tx, 'main': optax.set_to_zero()}, labels)
+  return partitioned({'side': tx, 'main': optax.set_to_zero()}, labels)
 
 
 # ---- runs and reports ----------------------------------------------------------------

@@ -7,6 +7,7 @@ gates themselves. The optimizer always sees {'params': weights, 'theta': theta}.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,11 +123,12 @@ def plain() -> Method:
 
 def optimizer(
   method: Method, tx: optax.GradientTransformation
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Returns an optimizer with the method's own learning rates and penalty.
 
   `make_step` and `init_state` do this by themselves; it is needed in a loop of your
-  own that calls `tx.update`.
+  own that calls `tx.update`. Further arguments of `update`, such as value=loss, reach
+  `tx`; optimizers that take none ignore them.
 
   Args:
     method: the method; its `transform` and its `penalty` are used.
@@ -138,15 +140,41 @@ def optimizer(
   tx = method.transform(tx)
   if method.penalty is not None:
     tx = add_penalty(tx, method.penalty, where=lambda trained: trained['theta'])
-  return tx
+  return optax.with_extra_args_support(tx)
 
 
 def apart(
   params_tx: optax.GradientTransformation, theta_tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
   """Returns an optimizer of {'params', 'theta'} with one transformation for each."""
-  parts: Mapping[Hashable, Any] = {'params': params_tx, 'theta': theta_tx}
-  return optax.multi_transform(parts, {'params': 'params', 'theta': 'theta'})
+  labels = {'params': 'params', 'theta': 'theta'}
+  return partitioned({'params': params_tx, 'theta': theta_tx}, labels)
+
+
+def partitioned(
+  parts: Mapping[Hashable, optax.GradientTransformation], labels: Any
+) -> optax.GradientTransformation:
+  """Returns `optax.multi_transform`, in whose parts line searches work too.
+
+  Args:
+    parts: {label: optimizer of the parameters with that label}.
+    labels: a tree of labels that is a prefix of the parameters, or a function that
+      returns it.
+  """
+  tx = optax.multi_transform(parts, labels, mask_compatible_extra_args=True)
+  masked = lambda x: isinstance(x, optax.MaskedNode)
+
+  def update(updates, state, params=None, *, value_fn=None, **extra):
+    if value_fn is not None:  # a part knows its own parameters, the loss needs all
+      others = lambda part, whole: whole if masked(part) else part
+      extra['value_fn'] = functools.wraps(value_fn)(
+        lambda part, *args, **kwargs: value_fn(
+          jax.tree.map(others, part, params, is_leaf=masked), *args, **kwargs
+        )
+      )
+    return tx.update(updates, state, params, **extra)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 class PenaltyState(NamedTuple):
@@ -164,7 +192,8 @@ def add_penalty(
   """Returns an optimizer that minimises loss + penalty(where(params), step).
 
   It adds the gradient of the penalty in `update`, so an existing training loop needs no
-  other change:
+  other change. What `update` is passed for line searches (value, grad, value_fn)
+  becomes that of the sum:
 
       gates = lambda params: params['gates']
       tx = add_penalty(tx, lambda g, step: 1e-3 * jnp.abs(g).sum(), where=gates)
@@ -186,8 +215,18 @@ def add_penalty(
 
   def update(updates, state, params=None, **extra):
     params = _required(params, 'add_penalty')
-    slope = jax.grad(lambda tree: penalty(where(tree), state.step))(params)
-    updates = jax.tree.map(lambda g, s: g + s.astype(g.dtype), updates, slope)
+    added = lambda tree: penalty(where(tree), state.step)
+    size, slope = jax.value_and_grad(added)(params)
+    plus = lambda grads: jax.tree.map(lambda g, s: g + s.astype(g.dtype), grads, slope)
+    updates = plus(updates)
+    if extra.get('value') is not None:
+      extra['value'] += size.astype(jnp.result_type(extra['value']))
+    if extra.get('grad') is not None:
+      extra['grad'] = plus(extra['grad'])
+    if (loss := extra.get('value_fn')) is not None:
+      extra['value_fn'] = functools.wraps(loss)(
+        lambda tree, *args, **kwargs: loss(tree, *args, **kwargs) + added(tree)
+      )
     updates, inner = _update(tx, updates, state.inner, params, extra)
     return updates, PenaltyState(state.step + 1, inner)
 
@@ -222,6 +261,13 @@ def spare_closed(
     open_part = jax.tree.map(
       lambda p, f: p * jnp.asarray(f, p.dtype), params, openness(params)
     )
+    if (loss := extra.get('value_fn')) is not None:  # of the parameters as they are
+      closed_part = jax.tree.map(jnp.subtract, params, open_part)
+      extra['value_fn'] = functools.wraps(loss)(
+        lambda tree, *args, **kwargs: loss(
+          jax.tree.map(jnp.add, tree, closed_part), *args, **kwargs
+        )
+      )
     return _update(tx, updates, state, open_part, extra)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -119,7 +119,9 @@ def make_step(
     method: the method, such as `netcut(coupling)`.
     task: loss and metrics, such as `classification(10)`.
     tx: optax optimizer of the weights. The method adds its own learning rates and its
-      penalty to it.
+      penalty to it. Its `update` is also passed value, grad and value_fn, the loss, its
+      gradient and the loss as a function of {'params', 'theta'}, as line searches and
+      `optax.contrib.reduce_on_plateau` need.
     coupling: from `couple`; None for a method without channel gates.
     teacher: apply function of a network to learn from, whose logits go into the batch
       as 'teacher', for a method wrapped by `distill`.
@@ -160,7 +162,13 @@ def make_step(
     metrics, outputs, model_state = aux
     grads = {'params': params, 'theta': jax.tree.map(jnp.add, theta, *pull(gate_grads))}
     trained = {'params': state.params, 'theta': state.theta}
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
+
+    def loss_at(trained):  # for line searches
+      params, theta = trained['params'], trained['theta']
+      return loss_of(params, theta, gating(theta))[0]
+
+    seen = {'value': loss, 'grad': grads, 'value_fn': loss_at}
+    updates, opt_state = tx.update(grads, state.opt_state, trained, **seen)
     learnt: Any = optax.apply_updates(trained, updates)
     observed = method.observe(gates, gate_grads, outputs, batch)
     # A mean over the first 100 steps, then an exponential one.

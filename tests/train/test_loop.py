@@ -190,6 +190,34 @@ def test_a_parameter_that_is_not_finite_is_found_before_it_is_saved():
   assert seen == [2]
 
 
+@pytest.mark.parametrize(
+  'tx',
+  [
+    optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    optax.polyak_sgd(0.1),
+    optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)),
+    optax.lbfgs(),
+  ],
+  ids=['plateau', 'polyak', 'backtracking', 'lbfgs'],
+)
+@pytest.mark.parametrize('penalised', [False, True])
+def test_the_optimizer_gets_the_loss_and_the_loss_as_a_function(tx, penalised):
+  method = Method(
+    init=lambda gates, outputs: gates,
+    forward=lambda theta, key, step: theta,
+    penalty=(lambda theta, step: theta['branches']['branch']) if penalised else None,
+    trunk_train=False,
+  )
+  batch, losses = batch_at(data(), 0), []
+  with jax.numpy_dtype_promotion('standard'):  # optax mixes floats and integers
+    step, state, _ = setting(method, tx)
+    for _ in range(5):
+      state, metrics = step(state, batch, KEY)
+      gate = state.theta['branches']['branch']
+      losses.append(float(metrics['loss']) + penalised * float(gate))
+  assert losses[-1] < losses[0]
+
+
 def test_theta_gets_the_gradient_through_the_gates_and_directly():
   """d/dtheta of loss(gates(theta), theta), against jax.grad of the same by hand."""
   square = lambda theta, key, step: {'branches': {'branch': theta['w'] ** 2}}

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.train.method import add_penalty, spare_closed
+from depthprune.train.method import add_penalty, apart, spare_closed
 
 # optax's bias correction raises a float to the power of an int32 step.
 optax_promotion = jax.numpy_dtype_promotion('standard')
@@ -80,3 +80,55 @@ def test_a_closed_slice_keeps_its_weights_under_adamw():
 def test_missing_params_are_an_error_that_says_so(wrapped):
   with pytest.raises(ValueError, match='expected the parameters'):
     wrapped.update(jnp.asarray(0.0), wrapped.init(jnp.asarray(0.0)))
+
+
+QUADRATIC = {'params': jnp.asarray([3.0, -1.0]), 'theta': jnp.asarray([0.5, 2.0])}
+
+
+def far(tree, scale=1.0):
+  return scale * ((tree['params'] - 1) ** 2).sum() + ((tree['theta'] + 1) ** 2).sum()
+
+
+@optax_promotion
+@pytest.mark.parametrize('search', ['backtracking', 'zoom', 'polyak'])
+def test_a_line_search_minimises_the_sum_of_loss_and_penalty(search):
+  """As if the penalty were part of the loss, and with arguments of the loss's own."""
+  penalty = lambda theta, step: 5.0 * (theta**2).sum()
+  both = lambda tree, scale: far(tree, scale) + penalty(tree['theta'], 0)
+  tx = {
+    'backtracking': lambda: optax.chain(
+      optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15)
+    ),
+    'zoom': optax.lbfgs,
+    'polyak': lambda: optax.polyak_sgd(f_min=-1.0),
+  }[search]()
+  found = []
+  for loss, each in (
+    (both, tx),
+    (far, add_penalty(tx, penalty, lambda tree: tree['theta'])),
+  ):
+    value, grad = jax.value_and_grad(loss)(QUADRATIC, 2.0)
+    extra = {'value': value, 'grad': grad, 'value_fn': loss, 'scale': 2.0}
+    updates, _ = each.update(grad, each.init(QUADRATIC), QUADRATIC, **extra)
+    found.append(updates)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
+
+
+@optax_promotion
+@pytest.mark.parametrize('spared', [False, True])
+@pytest.mark.parametrize('search', [optax.scale_by_zoom_linesearch(20), optax.lbfgs()])
+def test_a_line_search_over_a_part_sees_the_loss_of_everything(search, spared):
+  """Its step is the one it makes where the other part is a constant."""
+  tx = optax.chain(optax.sgd(0.1), search)
+  both = apart(tx, optax.sgd(0.1))
+  if spared:
+    both = spare_closed(both, lambda tree: {'params': 0.5, 'theta': 1.0})
+  weights, theta = QUADRATIC['params'], QUADRATIC['theta']
+  alone = lambda params: far({'params': params, 'theta': theta})
+  found = []
+  for loss, each, at in ((alone, tx, weights), (far, both, QUADRATIC)):
+    value, grad = jax.value_and_grad(loss)(at)
+    extra = {'value': value, 'grad': grad, 'value_fn': loss}
+    found.append(each.update(grad, each.init(at), at, **extra)[0])
+  np.testing.assert_allclose(found[1]['params'], found[0], rtol=1e-5)
+  np.testing.assert_allclose(found[1]['theta'], -0.2 * (theta + 1), rtol=1e-6)
