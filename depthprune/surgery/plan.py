@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import GetAttrKey, SequenceKey
 
 from depthprune.program import axes as ax
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import GONE, paths_of, without
 
 IndexPlan = Mapping[str, tuple[np.ndarray, ...]]  # path: bool mask of each axis
+BOX = '/value'  # ends the path of an array within an `nnx.Variable`
 
 
 def index_plan(coupling: Coupling, keep: Mapping) -> IndexPlan:
@@ -71,14 +74,16 @@ def cut_optimizer(
 ) -> tuple[Any, list[str]]:
   """Cuts the state of an optimizer by the same plan as its variables.
 
-  A leaf is cut where its path ends in the path of a variable and it has the shape of
-  that variable. Statistics of another shape (factored ones) of a variable that is cut
-  start anew. Everything else is carried over.
+  A leaf is cut where the path of a variable is part of its path and it has the shape of
+  that variable. Other statistics of a variable that is cut, and all leaves that would
+  not fit the small variables, start anew; where a step count lies beside them, so does
+  all that it counts for. Everything else is carried over.
 
   Args:
     tx: the optax optimizer.
-    opt_state: its state.
-    full: the tree of variables that it optimized.
+    opt_state: its state, or that of an `nnx.Optimizer` with this tx.
+    full: the tree of variables that it optimized. Without a prefix it may have others
+      too, such as the statistics beside the `nnx.Param`s.
     small: the tree of variables that it will optimize.
     plan: the plan.
     prefix: where this tree is in the paths of the plan: 'params/' for the parameters.
@@ -89,27 +94,94 @@ def cut_optimizer(
   Raises:
     ValueError: opt_state is not a state of tx over `full`.
   """
-  expected, old = paths_of(jax.eval_shape(tx.init, full)), paths_of(opt_state)
-  for path in {**expected, **old}:
-    want, got = (np.shape(t[path]) if path in t else 'absent' for t in (expected, old))
+  old = {_unboxed(path): leaf for path, leaf in paths_of(opt_state).items()}
+  full, small = _optimized(tx, opt_state, full, small, whole=bool(prefix))
+  plans = {
+    keys: plan.get(prefix + path, tuple(np.ones(n, bool) for n in np.shape(x)))
+    for keys, (path, x) in zip(_keys(full), paths_of(full).items(), strict=True)
+  }
+  fresh = tx.init(small)
+  templates = dict(zip(_keys(fresh), paths_of(fresh).values(), strict=True))
+  names = dict(zip(templates, map(_unboxed, paths_of(fresh)), strict=True))
+  children, had = (_children(_keys(s)) for s in (fresh, jax.eval_shape(tx.init, full)))
+  owners = {keys: _owner(keys, plans, children) for keys in templates}
+  if () in plans:  # the only variable; scalars are not its statistics
+    owners = {k: (len(k), len(k)) if np.ndim(x) else None for k, x in templates.items()}
+  counted = {
+    keys[:-1] for keys, x in templates.items() if not (owners[keys] or np.ndim(x))
+  }
+  leaves, anew, restarted = {}, [], {}
+  for keys, template in templates.items():
+    leaf, owner = old.get(names[keys], template), owners[keys]
+    masks = plans[keys[slice(*owner)]] if owner else ()
+    if owner and np.shape(leaf) == tuple(m.size for m in masks):
+      leaf = take(leaf, masks)
+    elif (
+      np.shape(leaf) != np.shape(template)
+      or (np.size(leaf) > 1 and not all(m.all() for m in masks))
+      or (not owner and _has_moved(keys, had, children))
+    ):
+      anew.append(f'optimizer state {names[keys]} has no slices to cut: it starts anew')
+      restarted[_restarted(keys, owner, counted)] = None
+    leaves[keys] = leaf
+  for part in restarted:
+    leaves |= {k: x for k, x in templates.items() if k[: len(part)] == part}
+    if part in counted:
+      name = jax.tree_util.keystr(part, simple=True, separator='/')
+      anew.append(
+        f'{f"optimizer state {name}" if name else "the optimizer state"} starts anew '
+        'as a whole, since its step count belongs to its statistics'
+      )
+  if not _is_boxed(opt_state):
+    return jax.tree.unflatten(jax.tree.structure(fresh), list(leaves.values())), anew
+  named = dict(zip(names.values(), leaves.values(), strict=True))
+  boxed = [named.get(path, GONE) for path in old]
+  return without(jax.tree.unflatten(jax.tree.structure(opt_state), boxed)), anew
+
+
+def _optimized(
+  tx: Any, opt_state: Any, full: Any, small: Any, whole: bool
+) -> tuple[Any, Any]:
+  """The variables that the state is of, before and after the cut.
+
+  Unless they are to be the whole tree, only those count that the state knows.
+  """
+
+  def known(tree):
+    inside = [f'/{path}/' for path in paths_of(opt_state)]
+    leaves = [
+      x if any(f'/{path}/' in where for where in inside) else GONE
+      for path, x in paths_of(tree).items()
+    ]
+    part = without(jax.tree.unflatten(jax.tree.structure(tree), leaves))
+    return tree if part is GONE else part
+
+  def shapes(state):
+    return {_unboxed(path): np.shape(x) for path, x in paths_of(state).items()}
+
+  given, expected = shapes(opt_state), shapes(jax.eval_shape(tx.init, full))
+  if given != expected and not whole:
+    full, small = known(full), known(small)
+    expected = shapes(jax.eval_shape(tx.init, full))
+  for path in {**expected, **given}:
+    want, got = (s.get(path, 'absent') for s in (expected, given))
     if want != got:
       raise ValueError(
         f'opt_state is not that of tx over these variables: {path}: expected {want}, '
         f'got {got}; pass the tx and the state that belong together'
       )
-  named = zip(_keys(full), paths_of(full), strict=True)
-  plans = {keys: plan[prefix + p] for keys, p in named if prefix + p in plan}
-  fresh, leaves, anew = tx.init(small), [], []
-  at = dict.fromkeys(_keys(fresh))
-  for keys, (path, template) in zip(at, paths_of(fresh).items(), strict=True):
-    leaf, masks = old[path], _masks_for(keys, plans, at)
-    if masks is not None and np.shape(leaf) == tuple(m.size for m in masks):
-      leaf = take(leaf, masks)
-    elif masks is not None and np.ndim(leaf) and not all(m.all() for m in masks):
-      anew.append(f'optimizer state {path} has no slices to cut: it starts anew')
-      leaf = template
-    leaves.append(leaf)
-  return jax.tree.unflatten(jax.tree.structure(fresh), leaves), anew
+  return full, small
+
+
+def _is_boxed(opt_state: Any) -> bool:
+  """Whether there is an `nnx.Variable` around every leaf, as `nnx.Optimizer` has it."""
+  paths = paths_of(opt_state)
+  return bool(paths) and all(path.endswith(BOX) for path in paths)
+
+
+def _unboxed(path: str) -> str:
+  """The path of a leaf, whether or not an `nnx.Variable` is around it."""
+  return path.removesuffix(BOX)
 
 
 def _keys(tree: Any) -> list[tuple]:
@@ -117,15 +189,45 @@ def _keys(tree: Any) -> list[tuple]:
   return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def _masks_for(keys: tuple, plans: Mapping, state: Collection) -> Any:
-  """The masks of the variable whose keys are the end of `keys`, or None.
+def _children(leaves: Iterable[tuple]) -> Counter:
+  """How many children every node of a tree has, by its keys; 0 for leaves."""
+  nodes = {keys[:i]: None for keys in leaves for i in range(len(keys) + 1)}
+  children = Counter(dict.fromkeys(nodes, 0))
+  children.update(keys[:-1] for keys in nodes if keys)
+  return children
+
+
+def _has_moved(keys: tuple, had: Mapping, children: Mapping) -> bool:
+  """Whether a leaf lies in a list that became shorter, where positions tell nothing."""
+  above = [keys[:i] for i, key in enumerate(keys) if isinstance(key, SequenceKey)]
+  return any(had[node] != children[node] for node in above)
+
+
+def _owner(keys: tuple, plans: Mapping, nodes: Mapping) -> tuple[int, int] | None:
+  """Where the keys of a variable begin and end in those of a leaf of a state, or None.
 
   Where there are several (w and mu/w, in the mu of Adam), it is the one for which the
   state holds most of the other variables too.
   """
-  ends = [(keys[:i], keys[i:]) for i in range(len(keys) + 1) if keys[i:] in plans]
+  ends = range(len(keys) + 1)
+  parts = [(i, j) for i in ends for j in ends if i <= j and keys[i:j] in plans]
+  if len(parts) < 2:
+    return parts[0] if parts else None
+  return max(
+    parts, key=lambda part: sum((*keys[: part[0]], *k) in nodes for k in plans)
+  )
 
-  def neighbours(end):
-    return sum((*end[0], *k) in state for k in plans)
 
-  return plans[max(ends, key=neighbours)[1]] if ends else None
+def _restarted(keys: tuple, owner: tuple[int, int] | None, counted: Collection):
+  """The keys of what starts anew together with a leaf of a state.
+
+  It is the state of one optax transformation if that counts steps, and else what is
+  stored for the leaf's variable.
+  """
+  start, end = owner or (len(keys), len(keys))
+  for i in reversed(range(start)):
+    if keys[:i] in counted:
+      return keys[:i]
+    if isinstance(keys[i], GetAttrKey):  # a field of that transformation's state
+      break
+  return keys[:end]

@@ -100,7 +100,9 @@ def prune(
     example: an input array, or the tuple of all inputs.
     tx: the optax optimizer of `opt_state`.
     opt_state: its state over variables['params'], or over `variables` where there is no
-      such entry. It is cut like the variables.
+      such entry, or over some of these, as `nnx.Optimizer(net, tx, wrt=nnx.Param)` has
+      it. It is cut like the variables; statistics of other shapes start anew, and
+      `report['notes']` names them.
     round_to: widths become the next lower multiple of this, and at least one multiple.
     allow_inexact: cut also where the masked and the small network differ; the report
       says by how much.

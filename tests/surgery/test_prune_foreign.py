@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -160,3 +161,58 @@ def test_what_was_cut_is_cut_again(cut):
   x = zoo.image(3)
   expected = m.quick(first.apply)(zeroed, x)
   assert m.difference(expected, m.quick(second.apply)(second.variables, x)) <= 1e-5
+
+
+OPTIMIZERS = {
+  'adam': optax.adam(1e-2),
+  'momentum': optax.sgd(1e-2, momentum=0.9),
+  'adafactor': optax.adafactor(1e-2, min_dim_size_to_factor=4),
+}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('as_state', [False, True])
+def test_the_state_of_an_nnx_optimizer_is_cut_with_the_network(name, as_state):
+  """It is of the nnx.Params alone, beside which the network has batch statistics."""
+  tx, net = OPTIMIZERS[name], Net(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+  loss = lambda net: jnp.square(net(X)).mean()
+  with jax.numpy_dtype_promotion('standard'):  # optax mixes floats and integers
+    for _ in range(2):
+      optimizer.update(net, nnx.grad(loss)(net))
+  net.eval()
+  graph, variables = nnx.split(net)
+  run = lambda variables, x: nnx.merge(graph, variables)(x)
+  keep = m.random_keep(couple(run, variables, X))
+  state = nnx.state(optimizer)['opt_state']
+  given = state if as_state else optimizer.opt_state
+  pruned = prune(run, variables, keep, X, tx, given)
+  small = nnx.merge(graph, pruned.variables)
+  anew = nnx.Optimizer(small, tx, wrt=nnx.Param)
+  if as_state:
+    nnx.update(anew, nnx.State({'opt_state': pruned.opt_state}))
+  else:
+    wanted, got = anew.opt_state, pruned.opt_state
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, wanted)
+    anew.opt_state = nnx.data(pruned.opt_state)
+  if name != 'adafactor':
+    of = lambda optimizer: paths_of(nnx.state(optimizer))
+    before, after = of(optimizer), of(anew)
+    for path, leaf in after.items():
+      variable = next((p for p in paths_of(variables) if path.endswith(p)), None)
+      if variable and leaf.ndim:
+        kept = pruned.report['tensors'][variable]['kept']
+        left = [kept.get(str(i), range(n)) for i, n in enumerate(before[path].shape)]
+        np.testing.assert_array_equal(before[path][np.ix_(*left)], leaf)
+  with jax.numpy_dtype_promotion('standard'):
+    anew.update(small, nnx.grad(loss)(small))
+
+
+def test_a_state_of_other_parameters_is_refused():
+  net, tx = Net(nnx.Rngs(0)), OPTIMIZERS['adam']
+  graph, variables = nnx.split(net)
+  run = lambda variables, x: nnx.merge(graph, variables)(x)
+  other = nnx.Optimizer(nnx.Linear(6, 9, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+  with pytest.raises(ValueError, match='the tx and the state that belong'):
+    prune(run, variables, {}, X, tx, other.opt_state)
