@@ -16,8 +16,9 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import cost
-from depthprune.program.coupling import Coupling
+from depthprune.program.coupling import Coupling, Group
 from depthprune.program.trace import paths_of
+from depthprune.surgery.plan import widest
 from depthprune.timing.layers import TIME, CostFunction, counted
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
@@ -66,7 +67,8 @@ def oneshot(
 
   Raises:
     ValueError: an unknown score, scope or cost; a missing `grads` or `key`; a target
-      that cannot be reached; or a network of which no group can be gated.
+      that cannot be reached; scores that are missing, not one per slice, or not
+      finite; or a network of which no group can be gated.
   """
   _check(score, scope, grads, key)
   name, cost_of = counted(coupling, of, round_to)
@@ -134,6 +136,9 @@ def rank(
 
   Returns:
     {group: float [slices]}.
+
+  Raises:
+    ValueError: scores of a group are missing, not one per slice, or not finite.
   """
   groups = [g for g in coupling.groups.values() if not g.ungated]
   if key is not None and score == 'random':
@@ -141,11 +146,16 @@ def rank(
     pairs = zip(groups, keys, strict=True)
     return {g.name: np.asarray(jax.random.uniform(k, (g.size,))) for g, k in pairs}
   if score == 'taylor':
-    channels = (grads or {})['channels']
-    return {g.name: np.abs(np.asarray(channels[g.name], np.float64)) for g in groups}
-  power = 1 if score == 'l1' else 2
-  leaves = paths_of(variables)
-  return {g.name: norms(coupling, leaves, g.name, power) for g in groups}
+    channels = (grads or {}).get('channels', {})
+    scores = {
+      g.name: np.abs(widest(channels[g.name])) for g in groups if g.name in channels
+    }
+  else:
+    power, leaves = 1 if score == 'l1' else 2, paths_of(variables)
+    scores = {g.name: norms(coupling, leaves, g.name, power) for g in groups}
+  for g in groups:
+    _check_scores(g, score, scores.get(g.name))
+  return scores
 
 
 def norms(
@@ -153,6 +163,7 @@ def norms(
 ) -> np.ndarray:
   """Returns the p-norm of every slice of a group over the weights that write it.
 
+  A complex weight counts by its modulus.
   Where no kernel is known to write the group, all weights that have its slices count.
 
   Args:
@@ -170,10 +181,30 @@ def norms(
   total = np.zeros(size)
   for path, axis in written or coupling.groups[group].members:
     at = ax.index_of(coupling.axes[path][axis], variable)
-    weight = np.abs(np.asarray(leaves[path], np.float64)) ** power
+    weight = np.abs(widest(leaves[path])) ** power
     others = tuple(i for i in range(weight.ndim) if i != axis)
     np.add.at(total, at[at >= 0], weight.sum(axis=others)[at >= 0])
   return total ** (1 / power)
+
+
+def _check_scores(group: Group, score: str, scores: np.ndarray | None):
+  by_gates = 'grads is the gradient of a loss by coupling.gates()'
+  if scores is None:
+    raise ValueError(f"{group.name}: grads['channels'] has no such entry; {by_gates}")
+  if scores.shape != (group.size,):
+    raise ValueError(
+      f'{group.name}: grads has shape {scores.shape}, its slices are {group.size}; '
+      f'{by_gates}'
+    )
+  if bad := int(np.sum(~np.isfinite(scores))):
+    where = (
+      'grads' if score == 'taylor' else ', '.join(path for path, _ in group.members)
+    )
+    raise ValueError(
+      f'{group.name}: the {score} scores of {bad} of its {group.size} slices are not '
+      f'finite ({where}), so they say nothing about which slices to keep; look for an '
+      'overflow or a diverged training, and pass finite values'
+    )
 
 
 def _check(score, scope, grads, key):

@@ -69,6 +69,12 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
   return jnp.asarray(x[np.ix_(*masks)])
 
 
+def widest(x: Any) -> np.ndarray:
+  """Returns x on the host in double precision, float64 or complex128."""
+  x = np.asarray(x)
+  return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
 def cut_optimizer(
   tx: Any, opt_state: Any, full: Any, small: Any, plan: IndexPlan, prefix: str
 ) -> tuple[Any, list[str]]:

@@ -117,7 +117,8 @@ def prune(
 
   Raises:
     InexactCut: the masked and the small network differ, for example because a width is
-      normalised over; the message names the tensors.
+      normalised over; the message names the tensors. Or the network's own output is
+      not finite.
     KeyError: `keep` has a group, branch or exit that the network does not have.
     ValueError: an entry of `keep` has the wrong shape or type, or no exit is left;
       gates cannot be multiplied into the weights; or opt_state does not belong to tx.
@@ -137,6 +138,11 @@ def prune(
   asked = dict(zip(('channels', 'branches', 'exits'), complete(coupling, keep)))
   verdict = verify(coupling, variables, inputs, shrink, asked, settled, channels)
   if verdict.responsible and not allow_inexact:
+    if verdict.broken:
+      raise InexactCut(
+        f'{verdict.broken}. No cut of it can be checked: pass finite weights and '
+        'inputs, or allow_inexact=True'
+      )
     raise _refusal(
       f'masked and small network differ by {verdict.difference:.1e} '
       f'(tolerance {verdict.tolerance:.0e})',
@@ -145,6 +151,8 @@ def prune(
   plan = index_plan(coupling, settled)
   small = shrink(variables, settled)
   notes = [*notes, *inexact]
+  if verdict.broken and not verdict.responsible:
+    notes.append(verdict.broken)
   if opt_state is not None:
     if tx is None:
       raise ValueError('opt_state was given without the tx that it belongs to')

@@ -15,7 +15,7 @@ from depthprune.program.coupling import Coupling
 from depthprune.program.gating import plug
 from depthprune.program.resize import slim
 from depthprune.program.trace import paths_of, split_arrays
-from depthprune.surgery.plan import take
+from depthprune.surgery.plan import take, widest
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
 
@@ -29,6 +29,7 @@ class Verdict(NamedTuple):
     moved: of the masked network from the full one; 0 means that the mask does nothing.
     tolerance: up to this difference the small and the masked network count as the same.
     responsible: where they differ more, one sentence per group that causes it.
+    broken: which of the full network's own outputs are not finite; '' if they are.
   """
 
   difference: float
@@ -36,6 +37,7 @@ class Verdict(NamedTuple):
   moved: float
   tolerance: float
   responsible: tuple[str, ...] = ()
+  broken: str = ''
 
 
 def verify(
@@ -67,7 +69,7 @@ def verify(
   nothing = {'channels': {}, 'branches': {}}
   # The full network has no gates: those of closed channels are 0 and would hide them.
   masks = (nothing, {}), (asked, soft), (keep, soft)
-  rows = []
+  rows, outputs = [], []
   with jax.default_matmul_precision('highest'):
     example = _concrete(coupling, inputs)
     randomly = randomised(variables), randomised(example)
@@ -77,15 +79,19 @@ def verify(
         for mask in masks
       )
       got = small(shrink(arrays, keep), probe)
+      outputs.append(full)
       pairs = ((reference, got), (wanted, reference), (full, reference))
       rows.append([relative(a, b) for a, b in pairs])
   contractions = ('dot_general', 'conv_general_dilated')
   equations = [e for e in jx.walk(coupling.view.program) if e.name in contractions]
   narrow = any(np.dtype(v.dtype).itemsize < 4 for e in equations for v in e.inputs)
   difference, changed, moved = (max(column) for column in zip(*rows))
-  verdict = Verdict(difference, changed, moved, HALF if narrow else SINGLE)
+  broken, tolerance = _broken(outputs[0], variables), HALF if narrow else SINGLE
+  verdict = Verdict(difference, changed, moved, tolerance, broken=broken)
   if verdict.difference <= verdict.tolerance:
     return verdict
+  if broken:  # no group is to blame
+    return verdict._replace(responsible=(broken,))
   blame = _blame(coupling, variables, inputs, shrink, keep, soft, verdict.tolerance)
   return verdict._replace(responsible=blame)
 
@@ -119,15 +125,36 @@ def relative(a: Any, b: Any) -> float:
   """
   worst = 0.0
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = widest(x), widest(y)
     finite = np.isfinite(x)
     alike = np.array_equal(x[~finite], y[~finite], equal_nan=True)
     if not alike or not np.isfinite(y[finite]).all() or (x.size and not finite.any()):
       return np.inf
     if finite.any():
-      off, size = np.abs(x - y)[finite].max(), np.abs(x[finite]).max()
+      off, size = np.abs(x[finite] - y[finite]).max(), np.abs(x[finite]).max()
       worst = max(worst, float(off / max(size, 1e-30)))
   return worst
+
+
+def _broken(outputs: Any, variables: Any) -> str:
+  """Says which outputs are NaN somewhere or nowhere finite, and which variables."""
+
+  def names(tree, is_bad):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    bad = (keys for keys, x in leaves if is_bad(widest(x)))
+    name = lambda keys: jax.tree_util.keystr(keys, simple=True, separator='/')
+    return ', '.join(name(keys) or 'its only array' for keys in bad)
+
+  useless = lambda x: np.isnan(x).any() or (x.size and not np.isfinite(x).any())
+  bad = names(outputs, useless)
+  if not bad:
+    return ''
+  arrays = {p: x for p, x in paths_of(variables).items() if _is_inexact(x)}
+  source = names(arrays, lambda x: not np.isfinite(x).all())
+  source = f'not finite are the variables {source}' if source else 'look at the inputs'
+  return (
+    f"the network's own output is not finite before anything is cut ({bad}): {source}"
+  )
 
 
 def randomised(variables: Any) -> Any:
@@ -139,20 +166,30 @@ def randomised(variables: Any) -> Any:
   rng = np.random.default_rng(0)
 
   def one(path, x):
-    if path.startswith('branches/') or not _is_float(x):
+    if path.startswith('branches/') or not _is_inexact(x):
       return x
-    dtype, x = x.dtype, np.asarray(x, np.float32)
-    spread = max(float(np.sqrt(np.mean(x**2))) if x.size else 0.0, 0.1)
-    noise = 0.3 * spread * rng.normal(size=x.shape)
-    moved = x + (np.abs(noise) if (x >= 0).all() else noise)
-    return jnp.asarray(moved, np.float32).astype(dtype)
+    dtype, wide = x.dtype, np.complex64 if jnp.iscomplexobj(x) else np.float32
+    x = np.asarray(x, wide)
+    finite = np.abs(x[np.isfinite(x)])
+    spread = max(float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0, 0.1)
+    noise = 0.3 * spread * _noise(rng, x.shape, wide)
+    positive = wide is np.float32 and (x >= 0).all()
+    return jnp.asarray(x + (np.abs(noise) if positive else noise), wide).astype(dtype)
 
   leaves = [one(p, x) for p, x in paths_of(variables).items()]
   return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
-def _is_float(x) -> bool:
-  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, np.floating)
+def _is_inexact(x) -> bool:
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, np.inexact)
+
+
+def _noise(rng: np.random.Generator, shape: tuple, dtype: Any) -> np.ndarray:
+  """Normal noise, of both parts where the dtype is complex."""
+  noise = rng.normal(size=shape)
+  if jnp.issubdtype(dtype, np.complexfloating):
+    noise = noise + 1j * rng.normal(size=shape)
+  return noise
 
 
 def _concrete(coupling: Coupling, inputs: tuple) -> list:
@@ -160,8 +197,8 @@ def _concrete(coupling: Coupling, inputs: tuple) -> list:
   rng = np.random.default_rng(0)
 
   def one(x):
-    if _is_float(x) and (isinstance(x, jax.ShapeDtypeStruct) or not np.any(x)):
-      return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    if _is_inexact(x) and (isinstance(x, jax.ShapeDtypeStruct) or not np.any(x)):
+      return jnp.asarray(_noise(rng, x.shape, x.dtype), x.dtype)
     if not isinstance(x, jax.ShapeDtypeStruct):
       return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -197,6 +197,50 @@ def test_wrong_arguments_are_refused(arguments, message):
     oneshot(COUPLING, ARRAYS, **{'target': 0.5, **arguments})
 
 
+def graded(**channels):
+  return {'channels': {name[0] + ':1': np.asarray(g) for name, g in channels.items()}}
+
+
+@pytest.mark.parametrize(
+  ('grads', 'message'),
+  [
+    (graded(a=[1, 2, np.nan, 4], b=[1, 2, 3]), 'a:1: .* 1 of its 4 slices are not fin'),
+    (graded(a=[1, 2, 3, 4], b=[-np.inf] * 3), 'b:1: the taylor scores of 3 of its 3'),
+    (
+      graded(a=[1, 2, 3], b=[1, 2, 3]),
+      r'a:1: grads has shape \(3,\), its slices are 4',
+    ),
+    (graded(a=[1, 2, 3, 4], b=np.ones((3, 1))), r'b:1: grads has shape \(3, 1\)'),
+    (graded(a=[1, 2, 3, 4]), r"b:1: grads\['channels'\] has no such entry; grads is"),
+    ({'a:1': np.ones(4), 'b:1': np.ones(3)}, r"a:1: grads\['channels'\] has no such"),
+  ],
+)
+@pytest.mark.parametrize('scope', ['global', 'uniform'])
+def test_scores_that_do_not_fit_or_are_not_finite_are_refused(grads, message, scope):
+  with pytest.raises(ValueError, match=message):
+    oneshot(COUPLING, ARRAYS, 0.5, score='taylor', grads=grads, scope=scope)
+
+
+@pytest.mark.parametrize('score', ['l1', 'l2'])
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(score, bad):
+  arrays = {**ARRAYS, 'b': ARRAYS['b'].at[0, 1].set(bad)}
+  with pytest.raises(ValueError, match=rf'b:1: the {score} scores of 1 of its 3 .*\(b'):
+    oneshot(COUPLING, arrays, 0.5, score=score)
+
+
+def test_complex_weights_count_by_their_modulus():
+  phase = np.exp(1j * np.arange(12.0).reshape(3, 4))
+  kernel = jnp.asarray(np.asarray(A) * phase, jnp.complex64)
+  arrays = {'a': kernel, 'c': jnp.ones((4, 1), jnp.complex64)}
+  coupling = couple(lambda p, x: (x @ p['a']) @ p['c'], arrays, X.astype(jnp.complex64))
+  for score in ('l1', 'l2'):
+    expected = rank(COUPLING, ARRAYS, score)['a:1']
+    found = rank(coupling, arrays, score)['a:1']
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == np.float64
+
+
 def test_a_target_in_milliseconds_counts_what_was_measured(monkeypatch):
   """Where only the units of A take time, half of it is half of them."""
   took = lambda session: np.array([1.0 + n.get('a:1', 0) for _, n in session.rows])

@@ -173,3 +173,69 @@ def test_the_difference_is_relative_and_the_worst():
   assert relative(a, b) == pytest.approx(0.5)
   assert relative(a, a) == 0
   assert relative(a, {**a, 'y': jnp.asarray([jnp.nan])}) == np.inf
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+@pytest.mark.parametrize('of', ['kept', 'closed', 'input'])
+def test_a_network_whose_own_output_is_not_finite_is_told_so(of, bad):
+  """It is not a group's fault, and no group is named."""
+  f = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+  arrays = zoo.Case(f, shapes={'a': (3, 6), 'b': (6, 2)}).variables()
+  x = zoo.image(2).mean((1, 2))
+  if of == 'input':
+    x = x.at[:].set(jnp.asarray([bad, -bad, bad]))
+  else:  # rows of `a` meet in one unit, so that its inputs are inf - inf
+    column = arrays['a'].at[:, 0 if of == 'kept' else 5]
+    arrays['a'] = column.set(jnp.asarray([bad, -bad, bad]))
+    x = jnp.abs(x)
+  keep = {'channels': {'a:1': np.arange(6) < 3}}
+  source = 'look at the inputs' if of == 'input' else 'the variables a'
+  with pytest.raises(InexactCut, match="^the network's own output is not") as error:
+    prune(f, arrays, keep, x)
+  assert source in str(error.value) and 'allow_inexact=True' in str(error.value)
+  assert 'a:1' not in str(error.value)
+  report = prune(f, arrays, keep, x, allow_inexact=True).report
+  assert any(source in note for note in report['notes'])
+
+
+def test_a_few_outputs_that_are_nan_are_noted():
+  f = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+  p = zoo.Case(f, shapes={'a': (3, 6), 'b': (6, 2)}).variables()
+  x = zoo.image(2).mean((1, 2)).at[0].set(jnp.nan)
+  [note] = prune(f, p, {'channels': {'a:1': np.arange(6) < 3}}, x).report['notes']
+  assert note.startswith("the network's own output is not finite")
+
+
+def test_outputs_that_are_not_finite_on_purpose_are_none_of_our_business():
+  """A mask of -inf over classes that are not allowed."""
+  f = lambda p, x: (
+    jnp.tanh(x @ p['a']) @ p['b'] + jnp.asarray([0.0, -jnp.inf], jnp.float32)
+  )
+  p = zoo.Case(f, shapes={'a': (3, 6), 'b': (6, 2)}).variables()
+  x = zoo.image(2).mean((1, 2))
+  assert prune(f, p, {'channels': {'a:1': np.arange(6) < 3}}, x).report['notes'] == []
+
+
+def test_complex_numbers_differ_in_both_parts():
+  a, b = np.asarray([3.0, 4j]), np.asarray([3.0, 2j])
+  assert relative(a, b) == pytest.approx(0.5)
+  assert relative(a, np.asarray([3.0, complex(0, np.nan)])) == np.inf
+  zero = {'w': jnp.zeros((3, 4), jnp.complex64)}
+  noisy = randomised(zero)['w']
+  assert noisy.dtype == jnp.complex64
+  assert (noisy.real != 0).all() and (noisy.imag != 0).all()
+
+
+@pytest.mark.parametrize('shaped', [False, True])
+def test_a_change_of_the_imaginary_part_alone_is_seen(shaped):
+  def f(p, x):
+    h = jnp.tanh((x @ p['a']).real) @ p['b']
+    return jax.lax.complex(jnp.zeros_like(h), h)
+
+  p = zoo.Case(f, shapes={'a': (3, 6), 'b': (6, 2)}).variables()
+  p['a'] = jax.lax.complex(p['a'], p['a'])
+  x = zoo.image(2).mean((1, 2)).astype(jnp.complex64)
+  x = jax.ShapeDtypeStruct(x.shape, x.dtype) if shaped else x
+  report = prune(f, p, {'channels': {'a:1': np.arange(6) < 3}}, x).report
+  assert report['verify']['moved'] > 1e-3 and report['notes'] == []
+  assert report['verify']['difference'] <= 1e-5
