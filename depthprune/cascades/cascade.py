@@ -73,7 +73,8 @@ class Cascade:
     """Answers a batch.
 
     Args:
-      *inputs: arrays [batch, ...]; the batch may have any size, 0 included.
+      *inputs: arrays [batch, ...], or trees of them; the batch may have any size, 0
+        included. What the examples of the network share is passed as it was there.
       last: the exit at which all examples leave that are still there; by default the
         network's own.
 
@@ -91,11 +92,17 @@ class Cascade:
     if last is not None and last not in self.exits:
       raise ValueError(f'cascade: no exit {last!r}; there are: {", ".join(self.exits)}')
     end = self.exits.index(last) + 1 if last else len(self.exits)
-    expected, got = [x.shape for x in self.stages.inputs], [np.shape(x) for x in inputs]
+    expected = [x.shape for x in jax.tree.leaves(self.stages.inputs)]
+    got = [np.shape(x) for x in jax.tree.leaves(inputs)]
     same_ranks = [*map(len, expected)] == [*map(len, got)]
-    if not same_ranks or len({shape[0] for shape in got}) != 1:
+    sizes = {shape[:1] for shape, c in zip(got, self.stages.counts) if c}
+    alike = jax.tree.structure(inputs) == jax.tree.structure(self.stages.inputs)
+    if not alike or not same_ranks or len(sizes) != 1:
+      every = zip(expected, self.stages.counts, strict=True)
+      shared = ', '.join(str([*shape]) for shape, c in every if not c)
+      also = f' (shared by all examples: {shared})' if shared else ''
       raise ValueError(
-        f'cascade: expected inputs of one batch, as {expected} is, got {got}'
+        f'cascade: expected inputs of one batch, as {expected} is{also}, got {got}'
       )
     weights = None if self.weights is None else jnp.asarray(self.weights)
     settings = Settings(
@@ -131,18 +138,41 @@ class Cascade:
       )
     return self(*inputs, last=self.exits[int(reached[-1])])
 
-  def predictions(self, labels: Any, *inputs: Any) -> Predictions:
+  def predictions(self, labels: Any, *inputs: Any, batch: int = 256) -> Predictions:
     """Computes the answers and scores of all exits, by which thresholds are chosen.
 
     Args:
       labels: int [n]; None if only agreement with the network matters.
       *inputs: arrays [n, ...] of held-out examples.
+      batch: how many of them are computed at a time.
 
     Returns:
       The `Predictions` that the functions of `cascades.thresholds` take.
+
+    Raises:
+      ValueError: the batch is below 1, or the inputs are not those of one batch.
     """
-    outputs = jax.jit(self.stages.fn)(self.variables, *inputs)
-    logits = np.stack([np.asarray(outputs[name]) for name in self.exits])
+    if batch < 1:
+      raise ValueError(f'predictions: expected a batch of 1 or more, got {batch}')
+    self._arguments(inputs, None)  # checks them
+    arrays, tree = jax.tree.flatten(inputs)
+    counts = self.stages.counts
+    n = len(arrays[counts.index(True)])
+    batch = max(1, min(batch, n))
+
+    @jax.jit
+    def answers(variables, *inputs):
+      outputs = self.stages.fn(variables, *inputs)
+      return jnp.stack([outputs[name] for name in self.exits])
+
+    parts = []
+    for start in range(0, max(n, 1), batch):
+      # The last rows are repeated to the full batch, so that all share one program.
+      rows = np.minimum(np.arange(start, start + batch), n - 1) if n else slice(0)
+      part = [x[rows] if c else x for x, c in zip(arrays, counts, strict=True)]
+      stacked = answers(self.variables, *jax.tree.unflatten(tree, part))
+      parts.append(np.asarray(stacked)[:, : n - start])
+    logits = np.concatenate(parts, axis=1)
     scale = np.append(self.temperatures, np.float32(1))[:, None, None]
     stages = self.at(*inputs)
     return Predictions(
@@ -211,7 +241,9 @@ def cascade(
     model: a function f(variables, *inputs) -> {exit: logits [batch, classes]}, such as
       the `apply` of a `Pruned`, or a linen module, such as a `WithHeads`.
     variables: the arrays of the network.
-    *inputs: an example of the inputs [batch, ...], as arrays or shapes.
+    *inputs: an example of the inputs [batch, ...], as arrays or shapes, or trees of
+      them. Those of another first size than the logits, such as positions [length], as
+      well as scalars and keys are shared by all examples.
     thresholds: {exit: threshold}; no example leaves at an exit without one. The last
       exit has none.
     exits: names of the exits in order; by default all, in order of depth.

@@ -75,7 +75,8 @@ def run(
   `kind` is the confidence, and `steps` the number of static sizes. The batch may be
   symbolic, as for `jax.export`, if the stages can be traced with it.
   """
-  batch = inputs[0].shape[0]
+  arrays = jax.tree.leaves(inputs)
+  batch = arrays[stages.counts.index(True)].shape[0]
   stages = stages.again(*inputs)
   if not is_symbolic_dim(batch) and 0 < batch < stages.least:
     return _run_one(stages, kind, steps, variables, settings, inputs, end)
@@ -93,10 +94,10 @@ def run(
     return answer
   every = jnp.arange(batch, dtype=jnp.int32)
   memory = confidence.start(batch)
-  front = _Front(every, jnp.int32(batch), every, list(inputs), memory)
+  front = _Front(every, jnp.int32(batch), every, arrays, memory)
   for k in range(end):
     if k == 0:
-      at_exit, crossed = programs[batch][0](variables, inputs)
+      at_exit, crossed = programs[batch][0](variables, arrays)
       ran = jnp.int32(batch)
     else:
       ran, at_exit, crossed = _run_stage(
@@ -109,7 +110,10 @@ def run(
 
 def _run_one(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
   """Repeats a single example, for stages that run only on several."""
-  repeated = [jnp.repeat(x, stages.least, 0) for x in inputs]
+  arrays, tree = jax.tree.flatten(inputs)
+  both = zip(arrays, stages.counts, strict=True)
+  repeated = [jnp.repeat(x, stages.least, 0) if c else x for x, c in both]
+  repeated = jax.tree.unflatten(tree, repeated)
   answer = run(stages, kind, steps, variables, settings, repeated, end)
   return answer._replace(
     logits=answer.logits[:1],

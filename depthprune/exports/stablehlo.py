@@ -31,7 +31,8 @@ from depthprune.exports import onnx as converter
 from depthprune.exports.onnx import ExportError
 from depthprune.program import jaxpr as jx
 from depthprune.program.modules import runnable
-from depthprune.program.stages import batched, split
+from depthprune.program.stages import split
+from depthprune.program.trace import batched
 from depthprune.storage import checkpoint, directory
 from depthprune.surgery.prune import Pruned
 

@@ -15,7 +15,15 @@ import numpy as np
 from depthprune.program import axes as ax
 from depthprune.program import cost, modules, rules
 from depthprune.program import jaxpr as jx
-from depthprune.program.trace import Decision, View, abstract, look, paths_of
+from depthprune.program.trace import (
+  Decision,
+  View,
+  abstract,
+  counts_examples,
+  look,
+  paths_of,
+  split_arrays,
+)
 
 HARMLESS = {ax.UNIT, 'kernel window', 'input', 'output'}  # pins that surprise nobody
 
@@ -83,7 +91,7 @@ class Coupling:
   def __repr__(self) -> str:
     channels = [g for g in self.groups.values() if g.kind == 'channel']
     gated = sum(not g.ungated for g in channels)
-    shapes = (f'{x.dtype}{list(x.shape)}' for x in jax.tree.leaves(self.inputs))
+    shapes = (f'{x.dtype}{list(x.shape)}' for x in split_arrays(self.inputs)[0])
     return '\n'.join(
       (
         f'Coupling: {len(channels)} groups of {sum(g.size for g in channels):,} '
@@ -116,6 +124,11 @@ class Coupling:
   def branch_shape(self, branch: str) -> tuple[int, ...]:
     """Returns the shape of a branch gate: (), or [layers] in a scanned stack."""
     return tuple(d.size for d in self.axes[f'branches/{branch}'])
+
+  @functools.cached_property
+  def counts(self) -> tuple[bool, ...]:
+    """Whether axis 0 of each array among `(inputs, kwargs)` counts examples."""
+    return counts_examples((self.inputs, self.kwargs), self.view.program.outputs)
 
   @functools.cached_property
   def reads(self) -> frozenset[tuple[str, int]]:

@@ -21,7 +21,14 @@ from depthprune.program import cost
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import dependent
 from depthprune.program.modules import runnable
-from depthprune.program.trace import View, abstract, look, paths_of
+from depthprune.program.trace import (
+  View,
+  batched,
+  counts_examples,
+  look,
+  paths_of,
+  split_arrays,
+)
 
 SEVERAL = 2  # examples that are traced to find the axes that count them
 # Pins of an axis whose slices are nevertheless computed independently.
@@ -66,20 +73,6 @@ class Stage(NamedTuple):
     )
 
 
-def batched(inputs: tuple, batch: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Returns the shapes of the inputs for `batch` examples, a number or a symbolic size.
-
-  Raises:
-    ValueError: an input is not an array with examples along axis 0.
-  """
-  if not inputs or any(not getattr(x, 'shape', ()) for x in inputs):
-    raise ValueError(
-      'expected arrays with examples along axis 0 of every input (no dict, no scalar), '
-      f'got {[*map(str, inputs)]}'
-    )
-  return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs)
-
-
 """(variables, what crossed the cut before) -> (the exit, what crosses the next one);
 the first stage gets the inputs."""
 
@@ -93,7 +86,9 @@ class Stages(Sequence[Stage]):
   Attributes:
     fn: the network, a function of (variables, *inputs).
     variables: its variables, a tree of ShapeDtypeStruct.
-    inputs: the inputs of one example, ShapeDtypeStructs [1, ...].
+    inputs: the inputs of one example, trees of ShapeDtypeStruct; those that count
+      examples are [1, ...], others are shared by all examples.
+    counts: whether axis 0 of each array of the inputs counts examples.
     stages: the stages in order.
     whole: FLOPs of one example that is answered by the last exit alone.
     least: the smallest batch that stages can run on: 2 where the arrays that cross the
@@ -108,6 +103,7 @@ class Stages(Sequence[Stage]):
   fn: Callable
   variables: Any
   inputs: tuple
+  counts: tuple[bool, ...]
   stages: tuple[Stage, ...]
   whole: int
   least: int
@@ -144,10 +140,12 @@ def split(
     model: a linen module, or a function of (variables, *inputs, **kwargs). Its examples
       do not influence each other.
     variables: its arrays or ShapeDtypeStructs.
-    *inputs: arrays or ShapeDtypeStructs with examples along axis 0.
+    *inputs: trees of arrays or ShapeDtypeStructs with examples along axis 0. Those of
+      another first size than the outputs, scalars and keys are shared by all examples.
     exits: names of the exits to split at, in order; the last is the deepest. By default
       all of them, in the order of how many equations lead to them, 'main' last.
-    **kwargs: further arguments of the call, such as train=False.
+    **kwargs: further arguments of the call, such as train=False. An array among them
+      stays as it is, so it must not count examples.
 
   Returns:
     The Stages.
@@ -160,28 +158,55 @@ def split(
   """
   fn = functools.partial(runnable(model), **kwargs) if kwargs else runnable(model)
   variables = jax.eval_shape(lambda v: v, variables)
+  # A number among the inputs is a scalar: it may be another one in the next call.
+  shapes = functools.partial(jax.eval_shape, lambda inputs: inputs)
+  example = shapes(inputs)
+  batched(example, 1)  # refuses what has no examples at all
+  counts = counts_examples(example, jax.eval_shape(fn, variables, *example))
+  _check_named(kwargs, example, counts)
   known: dict[tuple, Stages] = {}
 
   def at(*inputs: Any) -> Stages:
-    inputs = batched(abstract(inputs), 1)
-    key = tuple((x.shape, x.dtype) for x in inputs)
+    inputs = batched(shapes(inputs), 1, counts)
+    leaves, tree = jax.tree.flatten(inputs)
+    key = (tree, *((x.shape, x.dtype) for x in leaves))
     if key not in known:
-      known[key] = _split(fn, variables, inputs, exits, at)
+      known[key] = _split(fn, variables, inputs, counts, exits, at)
     return known[key]
 
   return at(*inputs)
 
 
-def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> Stages:
+def _check_named(kwargs: Mapping, example: tuple, counts: Sequence[bool]) -> None:
+  """Refuses arrays by keyword that count examples: stages run at any batch size."""
+  leaves = zip(jax.tree.leaves(example), counts, strict=True)
+  examples = next((x.shape[0] for x, c in leaves if c), None)
+  for name, value in kwargs.items():
+    for x in split_arrays(value)[0]:
+      if isinstance(x, jax.ShapeDtypeStruct) or (*x.shape, None)[0] == examples:
+        raise ValueError(
+          f'split: {name} is an array by keyword, {x.dtype}{list(x.shape)}: make it '
+          f'an input, as in lambda v, x, {name}: model.apply(v, x, {name}={name})'
+        )
+
+
+def _split(
+  fn: Callable, variables, inputs: tuple, counts: tuple, exits, again: Callable
+) -> Stages:
   def view(batch: int) -> View:
     dims = {p: ax.fresh(leaf.shape) for p, leaf in paths_of(variables).items()}
-    return look(fn, variables, batched(inputs, batch), {}, dims)
+    return look(fn, variables, batched(inputs, batch, counts), {}, dims)
 
   one, several = view(1), view(SEVERAL)
   names = _ordered(one, exits)
   parts, single = _parts(several, names), _parts(one, names)
-  counting = _counting(several, len(inputs))
-  crossings = [[_crossing(several, v, counting) for v in p.outward] for p in parts]
+  data = several.program.inputs[len(several.leaves) :]
+  data = [v for v, c in zip(data, counts, strict=True) if c]
+  counting = _counting(several, data)
+  varies = dependent(several.program, data)
+  crossings = [
+    [_crossing(several, v, counting, v in varies) for v in p.outward] for p in parts
+  ]
   named = {p for p in one.leaves if p.startswith('params/')}
   trainable = named or {p for p in one.leaves if not p.startswith('branches/')}
   paths, stages = list(one.leaves), []
@@ -202,7 +227,7 @@ def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> St
   @functools.cache
   def runs(batch: int) -> tuple[Callable, ...]:
     # Axes are not solved here, so `batch` may be a symbolic size.
-    program, tree = jx.trace(fn, (variables, *batched(inputs, batch)))
+    program, tree = jx.trace(fn, (variables, *batched(inputs, batch, counts)))
     leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
     view = View(program, ax.Facts(), leaves, {}, tree, frozenset())
     return tuple(functools.partial(_run, part) for part in _parts(view, names))
@@ -210,7 +235,8 @@ def _split(fn: Callable, variables, inputs: tuple, exits, again: Callable) -> St
   kinds = lambda parts: [[(v.dtype, len(v.shape)) for v in p.outward] for p in parts]
   least = 1 if kinds(parts) == kinds(single) else SEVERAL
   whole = cost.of_program(one, one.upto(names[-1]))
-  return Stages(fn, variables, inputs, tuple(stages), whole, least, runs, again)
+  stages = tuple(stages)
+  return Stages(fn, variables, inputs, counts, stages, whole, least, runs, again)
 
 
 class _Part(NamedTuple):
@@ -262,14 +288,15 @@ def _parts(view: View, names: Sequence[str]) -> list[_Part]:
 
 def _run(part: _Part, variables: Any, crossed: Sequence) -> tuple[Any, list]:
   leaves = jax.tree.leaves(variables)
-  outs = jx.run(part.program, [*(leaves[i] for i in part.places), *crossed])
+  read = (leaves[i] for i in part.places)
+  outs = jx.run(part.program, [*read, *jax.tree.leaves(crossed)])
   n = part.tree.num_leaves
   return jax.tree.unflatten(part.tree, outs[:n]), outs[n:]
 
 
-def _counting(view: View, inputs: int) -> set[ax.Axis]:
-  """The axes that count examples: axis 0 of the last `inputs` inputs of the program."""
-  count = {ax.norm(view.facts.dims[v][0]) for v in view.program.inputs[-inputs:]}
+def _counting(view: View, data: Sequence[jx.Value]) -> set[ax.Axis]:
+  """The axes that count examples: axis 0 of the inputs `data` of the program."""
+  count = {ax.norm(view.facts.dims[v][0]) for v in data}
   parts = [v for a in count for v in ax.leaves(a)]
   why = {note for v in parts for note in v.notes}
   why |= {pin for v in parts for pin in v.pins if not pin.startswith(APART)}
@@ -291,15 +318,19 @@ def _counting(view: View, inputs: int) -> set[ax.Axis]:
   return count
 
 
-def _crossing(view: View, v: jx.Value, counting: set[ax.Axis]) -> Crossing:
-  """Describes a value that crosses a cut, in a view of SEVERAL examples."""
-  data = view.program.inputs[len(view.leaves) :]
+def _crossing(
+  view: View, v: jx.Value, counting: set[ax.Axis], varies: bool
+) -> Crossing:
+  """Describes a value that crosses a cut, in a view of SEVERAL examples.
+
+  `varies` says whether it depends on an input that counts examples.
+  """
   for i, d in enumerate(map(ax.norm, view.facts.dims[v])):
     first = ax.norm(d.parts[0]) if isinstance(d, ax.Prod) else d
     if first in counting:
       shape = (*v.shape[:i], v.shape[i] // SEVERAL, *v.shape[i + 1 :])
       return Crossing(shape, v.dtype, i)
-  if v not in dependent(view.program, data):
+  if not varies:
     return Crossing(v.shape, v.dtype, None)
   maker = next((e for e in view.program.equations if v in e.outputs), None)
   unknown = ', '.join(sorted(view.facts.unknown))

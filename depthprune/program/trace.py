@@ -152,6 +152,43 @@ def is_array(x: Any) -> bool:
   return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def counts_examples(inputs: Any, outputs: Any = ()) -> tuple[bool, ...]:
+  """Returns for each array among inputs whether its axis 0 counts examples.
+
+  The outputs, if they are known, say how many examples there are, otherwise the first
+  array with an axis does. Arrays of another first size are shared by all examples, as
+  positions [length] or a mask [length, length] are, and so are scalars and keys.
+  """
+  sizes = [x.shape[0] if x.shape else None for x in split_arrays(inputs)[0]]
+  answers = [x.shape[0] for x in jax.tree.leaves(outputs) if x.shape]
+  known = (n for n in (*answers, *sizes) if n is not None and n in sizes)
+  examples = next(known, None)
+  return tuple(n is not None and n == examples for n in sizes)
+
+
+def batched(inputs: Any, batch: Any, counts: Sequence[bool] | None = None) -> Any:
+  """Returns the shapes of inputs for `batch` examples, a number or a symbolic size.
+
+  Args:
+    inputs: a tree of arrays; what is not an array stays, as does a shared array.
+    batch: the number of examples.
+    counts: whether axis 0 of each array counts examples, by default as
+      `counts_examples` finds it without the outputs.
+
+  Raises:
+    ValueError: no array has examples along axis 0.
+  """
+  arrays, merge = split_arrays(abstract(inputs))
+  counts = counts_examples(inputs) if counts is None else counts
+  if not any(counts):
+    raise ValueError(
+      'expected an array with examples along axis 0 among the inputs, got '
+      f'{", ".join(map(str, jax.tree.leaves(inputs))) or "none"}'
+    )
+  sized = lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+  return merge([sized(x) if c else x for x, c in zip(arrays, counts, strict=True)])
+
+
 def abstract(tree: Any) -> Any:
   """Returns the tree with ShapeDtypeStructs in the place of its arrays."""
   arrays, merge = split_arrays(tree)

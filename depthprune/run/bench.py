@@ -22,7 +22,7 @@ from depthprune.exports.stablehlo import function, probe
 from depthprune.program import cost
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
-from depthprune.program.stages import batched
+from depthprune.program.trace import batched
 from depthprune.run import data
 from depthprune.run.config import Config, from_json
 from depthprune.run.network import network as build_network

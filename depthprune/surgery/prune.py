@@ -318,5 +318,5 @@ def _report(
       'tolerance': verdict.tolerance,
     },
     'notes': notes,
-    'inputs': [list(x.shape) for x in jax.tree.leaves(coupling.inputs)],
+    'inputs': [list(np.shape(x)) for x in jax.tree.leaves(coupling.inputs)],
   }

@@ -38,8 +38,7 @@ from depthprune.program import cost
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.resize import decided, rebound
-from depthprune.program.stages import batched
-from depthprune.program.trace import View
+from depthprune.program.trace import View, batched
 from depthprune.timing import clock
 
 BATCH = 128  # examples in a call
@@ -194,8 +193,8 @@ def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Sessio
   """
   if batch < 1:
     raise ValueError(f'milliseconds: expected a batch of 1 or more, got {batch}')
-  inputs = batched(coupling.inputs, batch)
-  view = coupling.retrace(coupling.fn, inputs, coupling.kwargs, {})
+  inputs, kwargs = batched((coupling.inputs, coupling.kwargs), batch, coupling.counts)
+  view = coupling.retrace(coupling.fn, inputs, kwargs, {})
   size = {g: gate.size for g, gate in coupling.gates()['channels'].items()}
   owner = {v: g for g in size for v in ax.leaves(view.groups[g])}
   heavy = {'conv_general_dilated', 'dot_general'}

@@ -308,3 +308,46 @@ def test_train_mode_is_refused():
   }
   with pytest.raises(ValueError, match='train=False'):
     split(train, variables, x)
+
+
+def shifted(v, x):
+  """The network on a dict of its features and of a shift that all examples share."""
+  return network(v, x['features'] + x['shift'])
+
+
+@pytest.mark.parametrize('batch', [0, 1, 6, 40])
+def test_inputs_of_which_some_are_shared_answer_at_any_batch(batch):
+  shift = np.linspace(0, 1, FEATURES, dtype=np.float32)
+  example = {'features': X[:3], 'shift': shift}
+  thresholds = {'a': 0.4, 'b': 0.5}
+  found = cascade(shifted, VARIABLES, example, thresholds=thresholds)
+  known = cascade(network, VARIABLES, X[:1], thresholds=thresholds)
+  answer = found({'features': X[:batch], 'shift': shift})
+  jax.tree.map(np.testing.assert_array_equal, answer, known(X[:batch] + shift))
+
+
+def test_inputs_of_another_structure_are_refused_saying_what_is_shared():
+  example = {'features': X[:3], 'shift': X[0]}
+  found = cascade(shifted, VARIABLES, example)
+  with pytest.raises(ValueError, match=r'shared by all examples: \[6\]'):
+    found(X)
+  with pytest.raises(ValueError, match='expected inputs of one batch'):
+    found({'features': X, 'shift': X})
+
+
+def test_predictions_do_not_depend_on_how_many_are_computed_at_a_time():
+  calls = []
+
+  def seen(v, x):
+    calls.append(x.shape)
+    return network(v, x)
+
+  found = cascade(seen, VARIABLES, X[:1])
+  calls.clear()
+  labels = np.zeros(40, int)
+  parts, at_once = found.predictions(labels, X, batch=7), CASCADE.predictions(labels, X)
+  np.testing.assert_allclose(parts.logits, at_once.logits, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(parts.scores, at_once.scores, rtol=1e-5, atol=1e-6)
+  assert (7, FEATURES) in calls and (40, FEATURES) not in calls
+  with pytest.raises(ValueError, match='batch of 1 or more, got 0'):
+    found.predictions(labels, X, batch=0)

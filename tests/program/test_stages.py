@@ -239,3 +239,45 @@ def test_an_input_without_examples():
   fn = lambda w, x: {'early': w, 'main': x @ w}
   with pytest.raises(ValueError, match='examples along axis 0'):
     split(fn, jnp.ones((3, 3)), jnp.float32(1))
+
+
+def embedded(v, tokens, positions, mask, scale):
+  """Exits after two layers that mix the places of a text, as the mask allows."""
+  x, out = v['embed'][tokens] + v['position'][positions], {}
+  for name in ('early', 'main'):
+    x = jnp.tanh(jnp.einsum('ij,bjc->bic', mask, x) @ v[name]) * scale
+    out[name] = x.mean(1) @ v['head']
+  return out
+
+
+def test_inputs_that_all_examples_share_are_passed_as_they_are():
+  shapes = {'embed': (9, 4), 'position': (6, 4), 'early': (4, 4), 'main': (4, 4)}
+  variables = {k: jnp.ones(shape) / 4 for k, shape in shapes.items()}
+  variables['head'] = jnp.arange(12.0).reshape(4, 3)
+  shared = jnp.arange(6), jnp.tri(6), jnp.float32(0.5)
+  tokens = jax.random.randint(jax.random.key(0), (16, 6), 0, 9)
+  stages = split(embedded, variables, tokens, *shared)
+  assert stages.counts == (True, False, False, False)
+  assert [x.shape for x in stages.inputs] == [(1, 6), (6,), (6, 6), ()]
+  crossing = {(c.shape, c.axis) for c in stages[0].crossing}
+  assert crossing == {((1, 6, 4), 0), ((6, 6), None), ((), None)}
+  batch = tokens[:5], *shared
+  first, second = stages.runs(5)
+  early, crossed = first(variables, batch)
+  expected = embedded(variables, *batch)
+  np.testing.assert_allclose(early, expected['early'], rtol=1e-6)
+  np.testing.assert_allclose(second(variables, crossed)[0], expected['main'], rtol=1e-6)
+  assert stages.again(tokens[:6], *shared) is stages.again(*batch)
+
+
+def test_an_array_by_keyword_that_counts_examples_is_refused_naming_it():
+  def fn(w, x, mask=None, scale=1.0):
+    x = x * scale if mask is None else x * mask
+    return {'early': x @ w, 'main': x @ w @ w}
+
+  w, x = jnp.ones((3, 3)), jnp.ones((2, 3))
+  with pytest.raises(
+    ValueError, match=r'mask is an array by keyword.*lambda v, x, mas'
+  ):
+    split(fn, w, x, mask=jnp.ones((2, 1)))
+  assert split(fn, w, x, scale=jnp.float32(2)).exits == ('early', 'main')

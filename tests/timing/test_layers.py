@@ -222,3 +222,14 @@ def test_milliseconds_are_measured():
 def test_what_cannot_be_timed_is_refused(fn, batch, message):
   with pytest.raises(ValueError, match=message):
     timing.session(couple(fn, arrays(*SIZES), jnp.ones((1, 5))), batch)
+
+
+def test_inputs_that_all_examples_share_keep_their_size():
+  def shifted(variables, x, shift, scale):
+    return network(variables, (x + shift) * scale)
+
+  example = jnp.ones((2, 5)), jnp.ones(5), jnp.float32(2)
+  found = timing.session(couple(shifted, arrays(*SIZES), *example), batch=8)
+  assert found.rows == SESSION.rows
+  (answer,) = found.call(len(found.rows) - 1)()
+  assert answer.shape == (8, 3)
