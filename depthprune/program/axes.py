@@ -333,11 +333,13 @@ class Facts:
     hidden: axes that lie on no array: the feature groups of a convolution and the
       length of a scan.
     unknown: names of the primitives for which there is no rule.
+    counted: integers that number the slices of an axis, with this axis.
   """
 
   dims: dict[jx.Value, Dims] = dataclasses.field(default_factory=dict)
   hidden: dict[jx.Equation, Axis] = dataclasses.field(default_factory=dict)
   unknown: set[str] = dataclasses.field(default_factory=set)
+  counted: dict[jx.Value, Axis] = dataclasses.field(default_factory=dict)
 
 
 def fresh(shape: Sequence[int], why: str | None = None) -> list[Axis]:

@@ -145,10 +145,16 @@ def unstack(facts, e, x):
 
 
 def iota(facts, e, *_):
-  d = e.params['dimension']
-  return [
-    [ax.Var(n, 'iota' if i == d else None) for i, n in enumerate(e.params['shape'])]
-  ]
+  """Counts along an axis: a table of which slices may be taken.
+
+  Integers may also be compared or be indices, as in a one-hot code; `rules.infer` then
+  pins the axis.
+  """
+  (v,) = e.outputs
+  out: list[ax.Axis] = ax.fresh(v.shape)
+  if not jx.differentiable(v):
+    facts.counted[v] = out[e.params['dimension']]
+  return [out]
 
 
 # ---- indexing ------------------------------------------------------------------------
@@ -162,7 +168,8 @@ def gather(facts, e, x, idx):
   for i, j in batching.items():
     ax.unify(x[i], idx[j], e)
   for i, n in enumerate(sizes):
-    if i in dn.start_index_map or (i not in batching and n != x[i].size):
+    # A window over all of an axis starts at its beginning, whatever the index says.
+    if i in dn.collapsed_slice_dims or (i not in batching and n != x[i].size):
       ax.pin(x[i], 'indexed')
   offset = iter(
     i for i in range(len(x)) if i not in {*dn.collapsed_slice_dims, *batching}
@@ -184,7 +191,7 @@ def scatter(facts, e, x, idx, updates):
   )
   for i, j in batching.items():
     ax.unify(x[i], idx[j], e)
-  for i in dn.scatter_dims_to_operand_dims:
+  for i in dn.inserted_window_dims:
     ax.pin(x[i], 'indexed')
   windows = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
   for i, k in zip(windows, dn.update_window_dims, strict=True):

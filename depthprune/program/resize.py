@@ -131,6 +131,11 @@ def rebound(
       full = jx.bind(e, ins, e.params, run)
       return [_take(x, m) for x, m in zip(full, outs, strict=True)]
     params = _resized(e, masks, facts, lambda axis: ax.count(axis, kept, symbols))
+    if e.name == 'iota' and not outs[0][k := params['dimension']].all():
+      sizes = list(params['shape'])
+      sizes[k] = len(outs[0][k])
+      (full,) = jx.bind(e, ins, {**params, 'shape': tuple(sizes)}, run)
+      return [jnp.take(full, np.flatnonzero(outs[0][k]), axis=k)]
     if e.name == 'scan' and params['length'] == 0:  # all layers are gone
       _, carry, _ = jx.scan_parts(e, ins)
       empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)

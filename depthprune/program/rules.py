@@ -24,6 +24,11 @@ ELEMENTWISE = frozenset(
   shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt
   square stop_gradient sub tan tanh xor zeta name complex""".split()
 )
+COMPARISONS = frozenset('eq eq_to ge gt le lt max min ne select_n sign'.split())
+MOVES = frozenset('broadcast_in_dim reshape squeeze transpose'.split())
+COLLECTIVE = frozenset(
+  'psum psum_invariant pmax pmin ppermute pbroadcast'.split()
+)  # over an axis that vmap, shard_map or pmap names
 LAYER = 'a layer of a scan'  # close its branches instead
 REDUCE = frozenset(
   f'reduce_{op}' for op in ('sum', 'max', 'min', 'prod', 'and', 'or', 'xor')
@@ -62,6 +67,7 @@ def infer(
 
   for e in program.equations:
     outs = rule_of(e.name)(facts, e, *(read(v) for v in e.inputs))
+    _follow_counts(facts, e)
     for v, dims in zip(e.outputs, outs, strict=True):
       if tuple(d.size for d in dims) != v.shape:
         raise AssertionError(
@@ -79,9 +85,24 @@ def rule_of(name: str) -> Callable:
   families = (
     (ELEMENTWISE, elementwise), (REDUCE, reduce), (ARGREDUCE, argreduce),
     (CUMULATIVE, cumulative), (WINDOW, window), (SCATTER, layout.scatter),
+    (COLLECTIVE, collective),
     (ANY_SHAPE, lambda facts, e, *_: [ax.fresh(v.shape) for v in e.outputs]),
   )  # fmt: skip
   return next((rule for names, rule in families if name in names), ax.opaque)
+
+
+def _follow_counts(facts: ax.Facts, e: jx.Equation) -> None:
+  """Pins an axis whose slices are told apart by their numbers.
+
+  Arithmetic and changes of shape are followed, until the numbers become floats.
+  """
+  for axis in [facts.counted[v] for v in e.inputs if v in facts.counted]:
+    if e.name in COMPARISONS or e.name not in (*ELEMENTWISE, *MOVES):
+      ax.pin(axis, 'iota')
+      continue
+    for v in e.outputs:
+      if not jx.differentiable(v):
+        facts.counted[v] = axis
 
 
 # ---- shape-preserving ----------------------------------------------------------------
@@ -103,6 +124,24 @@ def elementwise(facts, e, *ins):
 def unchanged(facts, e, *ins):
   """Gives every output the axes of the input at the same position."""
   return list(ins)
+
+
+def collective(facts, e, *ins):
+  """Combines the same slices of all members of a named axis."""
+  names = e.params.get('axes', ())
+  if any(isinstance(name, int) for name in names):  # an axis of the array itself
+    return ax.opaque(facts, e, *ins)
+  return list(ins)
+
+
+def all_gather(facts, e, *ins):
+  """Adds an axis with a slice for each member, or makes an axis so much longer."""
+  p, outs = e.params, []
+  k, members = p['all_gather_dimension'], ax.Var(p['axis_size'], 'gathered')
+  for x in ins:
+    at = ax.norm(ax.Prod(members, x[k])) if p['tiled'] else members
+    outs.append([*x[:k], at, *x[k + p['tiled'] :]])
+  return outs
 
 
 def bitcast(facts, e, x):
@@ -249,6 +288,7 @@ def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
 
 
 RULES = {
+  'all_gather': all_gather, 'all_gather_invariant': all_gather,
   'bitcast_convert_type': bitcast,
   'broadcast_in_dim': layout.broadcast_in_dim, 'concatenate': layout.concatenate,
   'cond': cond, 'conv_general_dilated': conv_general_dilated,
