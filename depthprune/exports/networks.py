@@ -20,12 +20,14 @@ from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
+from depthprune.program.trace import several, split_arrays
 from depthprune.storage import checkpoint, directory
-from depthprune.storage.checkpoint import CheckpointError, kind
+from depthprune.storage.checkpoint import CheckpointError, is_key, kind
 from depthprune.surgery.plan import cut, index_plan
 from depthprune.surgery.prune import Pruned, in_kind
 
 RECORD, CASCADE_RECORD, TOKENIZER = 'arch.json', 'cascade.json', 'tokenizer.json'
+KEYS = 'threefry2x32', 'rbg', 'unsafe_rbg'  # the kinds of random keys that jax has
 _OTHER = '?'  # a node or leaf of a tree that JSON cannot express
 
 
@@ -77,12 +79,14 @@ def save(
   path, coupling = Path(path), pruned.coupling
   expected = _small(coupling, pruned.keep)
   checkpoint.matched(expected, checkpoint.paths(pruned.variables), f'{path}: not saved')
+  named = {name: x for name, x in coupling.kwargs.items() if split_arrays(x)[0]}
+  plain = {name: x for name, x in coupling.kwargs.items() if name not in named}
   try:
-    kwargs = json.loads(json.dumps(coupling.kwargs))
+    kwargs = json.loads(json.dumps(plain))
   except TypeError as error:
     raise CheckpointError(
-      f'{path}: expected numbers, strings and flags as keyword arguments of the model, '
-      f'got {coupling.kwargs}: {error}. Couple it without them'
+      f'{path}: expected arrays, numbers, strings and flags as keyword arguments of '
+      f'the model, got {plain}: {error}. Couple it without them'
     ) from error
   report = dict(pruned.report)
   if normalisation is not None:
@@ -92,6 +96,7 @@ def save(
     'arch': pruned.arch,
     'inputs': _abstract(coupling.inputs),
     'kwargs': kwargs,
+    'arrays_by_keyword': _abstract(named),
     'keep': {
       'channels': {g: np.flatnonzero(k) for g, k in pruned.keep['channels'].items()},
       'branches': {b: np.asarray(k) for b, k in pruned.keep['branches'].items()},
@@ -109,6 +114,7 @@ def load(
   example: Any = None,
   variables: Any = None,
   fixed: Callable | None = None,
+  **kwargs,
 ) -> Pruned:
   """Reads a pruned network that `save` wrote.
 
@@ -120,11 +126,12 @@ def load(
     path: the folder.
     model: None for a model of depthprune; otherwise the full model or function that was
       pruned.
-    example: one input array, or a tuple of all inputs. It is only needed if an input is
-      not an array, or a dict, list or tuple of arrays.
+    example: the input, or a plain tuple or list of several. It is only needed if an
+      input is not an array, or a dict, list or tuple of arrays: a NamedTuple.
     variables: the variables of the full network, possibly abstract, needed in the same
       case.
     fixed: the argument `fixed` of `couple` with which the network was pruned.
+    **kwargs: further arguments of the model's call, only needed in the same case.
 
   Returns:
     The network as it was saved; `opt_state` is None.
@@ -138,15 +145,22 @@ def load(
   leaves, record = checkpoint.read(path, RECORD)
   model = _model(record, path, model)
   if example is not None:
-    inputs = example if isinstance(example, tuple) else (example,)
+    inputs = several(example)
   else:
     inputs = _concrete(record['inputs'], f'{path}: pass example=: the inputs are')
   if variables is None:
     variables = _concrete(
       record['variables'], f'{path}: pass variables=: those of the full network are'
     )
+  # Version 0.1 wrote no arrays by keyword.
+  named = {
+    name: _concrete(x, f'{path}: pass {name}=: it is')
+    for name, x in record.get('arrays_by_keyword', {}).items()
+    if name not in kwargs
+  }
+  kwargs = {**record['kwargs'], **named, **kwargs}
   try:
-    coupling = couple(model, variables, *inputs, fixed=fixed, **record['kwargs'])
+    coupling = couple(model, variables, *inputs, fixed=fixed, **kwargs)
     keep = _keep(record['keep'], coupling)
     small = _small(coupling, keep)
   except (KeyError, ValueError, TypeError) as error:
@@ -200,6 +214,12 @@ def save_cascade(
   arrays = zip(*map(jax.tree.leaves, (saved.variables, network.variables)), strict=True)
   if not all(a is b or np.array_equal(a, b) for a, b in arrays):
     raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
+  if named := [n for n, x in network.coupling.kwargs.items() if split_arrays(x)[0]]:
+    raise CheckpointError(
+      f'{path}: {named[0]} is an array by keyword, which a cascade does not take: make '
+      f'it an input, as in lambda v, x, {named[0]}: model.apply(v, x, '
+      f'{named[0]}={named[0]}), and prune that function'
+    )
   text = None if tokenizer is None else Path(tokenizer).read_text()
   if distributed.writes():
     (path / CASCADE_RECORD).unlink(missing_ok=True)  # written last, when all is there
@@ -369,8 +389,10 @@ def _abstract(tree: Any) -> Any:
     return {key: _abstract(value) for key, value in tree.items()}
   if type(tree) in (list, tuple):
     return [type(tree).__name__, *map(_abstract, tree)]
-  if tree is None:
-    return None
+  if tree is None or isinstance(tree, bool | int | float):
+    return tree
+  if is_key(tree):
+    return kind(tree)
   plain = isinstance(getattr(tree, 'dtype', None), np.dtype)
   return kind(tree) if plain else _OTHER
 
@@ -382,10 +404,12 @@ def _concrete(abstract: Any, where: str) -> Any:
   if isinstance(abstract, list):
     parts = [_concrete(value, where) for value in abstract[1:]]
     return tuple(parts) if abstract[0] == 'tuple' else parts
-  if abstract is None:
-    return None
+  if abstract is None or isinstance(abstract, bool | int | float):
+    return abstract
   if abstract == _OTHER:
     raise CheckpointError(f'{where} of a kind that JSON cannot express')
   dtype, shape = abstract.removesuffix(']').split('[')
   sizes = tuple(int(size) for size in shape.split(',') if size)
-  return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+  keys = (jax.eval_shape(lambda i=i: jax.random.key(0, impl=i)).dtype for i in KEYS)
+  kinds = {str(key): key for key in keys}
+  return jax.ShapeDtypeStruct(sizes, kinds.get(dtype) or jnp.dtype(dtype))

@@ -152,6 +152,11 @@ def is_array(x: Any) -> bool:
   return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def several(example: Any) -> tuple:
+  """Returns the inputs of a network: those in a plain tuple or list, else just one."""
+  return tuple(example) if type(example) in (tuple, list) else (example,)
+
+
 def counts_examples(inputs: Any, outputs: Any = ()) -> tuple[bool, ...]:
   """Returns for each array among inputs whether its axis 0 counts examples.
 

@@ -208,7 +208,7 @@ def _emptied(folder: Path) -> None:
 
 def _stored(leaf: Any) -> Any:
   """Copies a leaf to numpy, unless it is split over processes."""
-  if _is_key(leaf):
+  if is_key(leaf):
     leaf = jax.random.key_data(leaf)
   if getattr(leaf, 'is_fully_addressable', True) or leaf.is_fully_replicated:
     return np.asarray(jax.device_get(leaf))
@@ -218,10 +218,11 @@ def _stored(leaf: Any) -> Any:
 def _described(leaf: Any, array: Any) -> dict[str, Any]:
   """Describes a leaf, stored as `array`, in the record."""
   about = {'dtype': str(array.dtype), 'shape': list(array.shape)}
-  return {**about, 'key': str(jax.random.key_impl(leaf))} if _is_key(leaf) else about
+  return {**about, 'key': str(jax.random.key_impl(leaf))} if is_key(leaf) else about
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+  """Whether a leaf is an array of typed random keys."""
   dtype = getattr(leaf, 'dtype', None)
   return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 

@@ -12,7 +12,7 @@ from depthprune.program import axes as ax
 from depthprune.program import cost, modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
-from depthprune.program.trace import paths_of
+from depthprune.program.trace import paths_of, several
 from depthprune.surgery.fold import fold, fold_channels
 from depthprune.surgery.plan import IndexPlan, cut, cut_optimizer, index_plan
 from depthprune.surgery.settle import complete, settle
@@ -97,7 +97,8 @@ def prune(
     keep: {'channels': {group: bool [slices]}, 'branches': {path: bool}, 'exits':
       {name: bool}}, as `oneshot` or a method's `decide` returns it. Each part is
       optional, and what is missing is kept.
-    example: an input array, or the tuple of all inputs.
+    example: the input, an array or a tree of arrays such as a dict or a NamedTuple; or
+      a plain tuple or list of several inputs.
     tx: the optax optimizer of `opt_state`.
     opt_state: its state over variables['params'], or over `variables` where there is no
       such entry, or over some of these, as `nnx.Optimizer(net, tx, wrt=nnx.Param)` has
@@ -123,7 +124,7 @@ def prune(
     ValueError: an entry of `keep` has the wrong shape or type, or no exit is left;
       gates cannot be multiplied into the weights; or opt_state does not belong to tx.
   """
-  inputs = example if isinstance(example, tuple) else (example,)
+  inputs = several(example)
   coupling = coupling or couple(model, variables, *inputs, **kwargs)
   settled, notes = settle(coupling, keep, variables, round_to)
   channels = (gates or {}).get('channels', {})

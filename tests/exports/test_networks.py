@@ -1,5 +1,7 @@
 """Pruned networks on disk: the same network comes back, or an error names the leaf."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -229,3 +231,46 @@ def test_a_damaged_network_is_an_error_and_no_guess(resnet, tmp_path):
   data.write_bytes(data.read_bytes()[:-9])
   with pytest.raises(CheckpointError, match=f'damaged: arrays/.*{data.name}'):
     load(tmp_path / 'small')
+
+
+class Graph(NamedTuple):
+  """An input of several arrays."""
+
+  nodes: jax.Array
+  senders: jax.Array
+
+
+def test_arrays_by_keyword_come_back(tmp_path):
+  def f(variables, x, mask=None, rngs=None, scale=1.0):
+    noise = jax.random.normal(rngs['noise'][0], x.shape)
+    x = jnp.where(mask, x, 0) + noise
+    return nn.relu(x @ variables['a'] * scale) @ variables['b']
+
+  variables = {'a': jnp.eye(5, 8), 'b': jnp.eye(8, 2)}
+  x, mask = jnp.ones((3, 5)), jnp.ones((3, 1), bool)
+  kwargs = {'mask': mask, 'rngs': {'noise': [jax.random.key(0, impl='rbg')]}}
+  keep = {'channels': {'a:1': np.arange(8) < 5}}
+  small = prune(f, variables, keep, x, scale=2.0, **kwargs)
+  save(tmp_path / 'f', small)
+  back = load(tmp_path / 'f', model=f)
+  assert back.coupling.kwargs == small.coupling.kwargs
+  again = [p.apply(p.variables, x, scale=2.0, **kwargs) for p in (small, back)]
+  np.testing.assert_array_equal(*again)
+
+
+def test_a_namedtuple_is_one_input_and_a_list_is_several(tmp_path):
+  def f(variables, graph, scale=2.0):
+    h = nn.relu(graph.nodes @ variables['a'])
+    return (h + h[graph.senders]) @ variables['b'] * scale
+
+  variables = {'a': jnp.eye(5, 8), 'b': jnp.eye(8, 2)}
+  graph = Graph(jnp.ones((3, 5)), jnp.array([1, 2, 0]))
+  keep = {'channels': {'a:1': np.arange(8) < 5}}
+  small = prune(f, variables, keep, graph)
+  save(tmp_path / 'f', small)
+  with pytest.raises(CheckpointError, match='pass example='):
+    load(tmp_path / 'f', model=f)
+  assert_same(small, load(tmp_path / 'f', model=f, example=graph), graph)
+  save(tmp_path / 'g', prune(f, variables, keep, [graph, 3.0]))
+  two = load(tmp_path / 'g', model=f, example=[graph, 3.0])
+  assert two.coupling.inputs[1] == 3.0
