@@ -1,7 +1,7 @@
 """Exports: networks and cascades as files that run without this library.
 
   network/           arch.json and weights.safetensors, which `load` reads again
-  EXIT.stablehlo     (arrays, *inputs) -> logits, one file for every exit
+  EXIT.stablehlo     (arrays, *inputs, **named) -> logits, one file for every exit
   cascade.stablehlo  (arrays, *inputs) -> {logits, exit, score, rows, broken}
   cascade.json, cascade.safetensors   thresholds and other settings, also as arrays
   *.onnx             the same functions with their arrays inside, if asked for
@@ -10,6 +10,10 @@
 StableHLO is that of `jax.export`: one file for any batch size, on cpu, cuda and tpu.
 Its `arrays` are a dict of those in the safetensors files that export.json lists for it.
 Those of a cascade include its thresholds, which can change without another file.
+Inputs are called as the network is, with arrays by keyword where the network has them.
+Dicts, lists and tuples stay, any other container (a NamedTuple) becomes the dict of its
+fields, and what is not an array, such as train=False, is part of the program. What does
+not count examples keeps its shape.
 """
 
 import functools
@@ -30,9 +34,10 @@ from depthprune.exports import networks
 from depthprune.exports import onnx as converter
 from depthprune.exports.onnx import ExportError
 from depthprune.program import jaxpr as jx
+from depthprune.program.coupling import Coupling
 from depthprune.program.modules import runnable
 from depthprune.program.stages import split
-from depthprune.program.trace import batched
+from depthprune.program.trace import batched, split_arrays
 from depthprune.storage import checkpoint, directory
 from depthprune.surgery.prune import Pruned
 
@@ -44,7 +49,7 @@ RECORD, SETTINGS = 'export.json', 'cascade.safetensors'
 class ExportedFunction(NamedTuple):
   """A function that is exported, and the arrays that it reads."""
 
-  call: Callable[..., Any]  # (arrays, *inputs) -> logits [batch, ...], or a dict
+  call: Callable[..., Any]  # (arrays, *inputs, **named) -> logits, or a dict
   arrays: dict[str, Any]  # by name
 
 
@@ -114,46 +119,51 @@ def export(
 
 
 def function(network: Pruned) -> Callable:
-  """Returns f(variables, *inputs) of a pruned network.
+  """Returns f(variables, *inputs, **arrays) of a pruned network.
 
   It is the module that `arch` builds, or the cut program if `arch` cannot express it.
+  Keyword arguments without arrays are those of its coupling.
   """
   keep = network.keep
   parts = (*keep['channels'].values(), *keep['branches'].values())
   uncut = all(map(np.all, (*parts, *keep['exits'].values())))
   native = network.model is not None and (network.arch or uncut)
   fn = runnable(network.model) if native else network.apply
-  return functools.partial(fn, **network.coupling.kwargs)
+  kwargs = network.coupling.kwargs
+  static = {name: x for name, x in kwargs.items() if not split_arrays(x)[0]}
+  return functools.partial(fn, **static)
 
 
-def probe(inputs: Sequence[Any], batch: int = 7) -> list[np.ndarray]:
+def probe(inputs: Any, batch: int = 7) -> Any:
   """Draws inputs in the shapes of abstract ones, with `batch` for a symbolic size."""
   draw = np.random.default_rng(0)
-  arrays = []
-  for x in inputs:
-    size = x.shape[0] if isinstance(x.shape[0], int) else batch
-    values = draw.normal(size=(size, *x.shape[1:]))
+
+  def one(x: Any) -> Any:
+    shape = tuple(n if isinstance(n, int) else batch for n in x.shape)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jnp.broadcast_to(jax.random.key(0), shape)
+    values = draw.normal(size=shape)
     # Integers are 0 or 1, valid as tokens, as types and as a mask.
     values = values if jnp.issubdtype(x.dtype, jnp.floating) else values > -1
-    arrays.append(values.astype(x.dtype))
-  return arrays
+    return np.asarray(values).astype(x.dtype)
+
+  arrays, merge = split_arrays(inputs)
+  return merge([*map(one, arrays)])
 
 
 def _write(
   folder: Path, network: Pruned, cascade: Cascade | None, onnx: bool, batch, platforms
 ) -> dict[str, Any]:
   """Writes all functions and export.json."""
-  inputs = network.coupling.inputs
-  size = jax_export.symbolic_shape('batch')[0] if batch is None else batch
-  shapes = batched(inputs, size)
-  names = ['input'] if len(inputs) == 1 else [f'input{i}' for i in range(len(inputs))]
-  files = {}
+  any_size = jax_export.symbolic_shape('batch')[0]
+  arguments = _arguments(network, any_size if batch is None else batch)
+  names, files = _names(arguments), {}
   for name, exported in _functions(network, cascade, batch).items():
-    files[name] = _write_stablehlo(folder, name, exported, shapes, platforms)
+    files[name] = _write_stablehlo(folder, name, exported, arguments, platforms)
     if onnx:
-      fixed = shapes if name != CASCADE else batched(inputs, batch or 1)
+      fixed = arguments if name != CASCADE else _arguments(network, batch or 1)
       files[name] |= _write_onnx(folder, name, exported, names, fixed)
-  kinds = zip(names, map(_kind, shapes), strict=True)
+  kinds = zip(names, map(_kind, jax.tree.leaves(arguments)), strict=True)
   record = {
     'inputs': [{'name': name, **kind} for name, kind in kinds],
     'weights': f'network/{checkpoint.TENSORS}',
@@ -166,6 +176,61 @@ def _write(
   return record
 
 
+# ---- the inputs ----------------------------------------------------------------------
+
+
+def _arguments(network: Pruned, batch: Any) -> tuple[tuple, dict[str, Any]]:
+  """Returns the abstract inputs of the programs, and those by keyword.
+
+  They are for `batch` examples, or as the network was coupled with.
+  """
+  coupling = network.coupling
+  called = coupling.inputs, _named(coupling)
+  if batch is not None and any(coupling.counts):
+    called = batched(called, batch, coupling.counts)
+  inputs, named = called
+  return tuple(map(_plain, inputs)), {name: _plain(x) for name, x in named.items()}
+
+
+def _named(coupling: Coupling) -> dict[str, Any]:
+  """Returns the keyword arguments that hold arrays."""
+  return {name: x for name, x in coupling.kwargs.items() if split_arrays(x)[0]}
+
+
+def _rebuilding(coupling: Coupling) -> Callable[[tuple, dict], tuple[tuple, dict]]:
+  """Returns (inputs, named) of a program -> those that the network takes."""
+  called = coupling.inputs, _named(coupling)
+  places = [p for p, x in checkpoint.paths(called).items() if split_arrays(x)[0]]
+  _, merge = split_arrays(called)
+
+  def rebuilt(inputs, named):
+    arrays = checkpoint.paths((inputs, named))
+    return merge([arrays[place] for place in places])
+
+  return rebuilt
+
+
+def _plain(tree: Any) -> Any:
+  """Returns an input of dicts, lists and tuples; what is not an array becomes None."""
+  if isinstance(tree, jax.ShapeDtypeStruct):
+    return tree
+  children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+  below = {jax.tree_util.keystr(p, simple=True): _plain(x) for p, x in children[0] if p}
+  if type(tree) is dict:
+    return {key: _plain(x) for key, x in tree.items()}
+  if type(tree) in (list, tuple):
+    return type(tree)(below.values())
+  return below or None
+
+
+def _names(arguments: tuple[tuple, dict[str, Any]]) -> list[str]:
+  """Returns the name of every array: input, input0, input0.field, or its keyword."""
+  inputs, named = arguments
+  several = len(inputs) > 1
+  tops = {f'input{i}' if several else 'input': x for i, x in enumerate(inputs)} | named
+  return ['.'.join(path.split('/')) for path in checkpoint.paths(tops)]
+
+
 # ---- the functions -------------------------------------------------------------------
 
 
@@ -176,7 +241,7 @@ def _functions(
 
   Those of exits read arrays of the network by path; the cascade also reads settings.
   """
-  fn = function(network)
+  fn, rebuilt = function(network), _rebuilding(network.coupling)
   functions = _exits(fn, network)
   if cascade is None:
     return functions
@@ -188,6 +253,7 @@ def _functions(
   arrays, pack = checkpoint.paths(network.variables), _packing(network.variables)
 
   def early(flat, *inputs):
+    inputs, _ = rebuilt(inputs, {})
     chosen = Settings(*(flat.get(f'{CASCADE}/{name}') for name in Settings._fields))
     kind, steps, end = cascade.confidence, cascade.steps, len(stages)
     answer = executor.run(stages, kind, steps, pack(flat), chosen, inputs, end)
@@ -197,21 +263,29 @@ def _functions(
 
 
 def _exits(fn: Callable, network: Pruned) -> dict[str, ExportedFunction]:
-  inputs, pack = network.coupling.inputs, _packing(network.variables)
-  outputs = jax.eval_shape(fn, network.variables, *inputs)
+  (inputs, named), pack = _arguments(network, None), _packing(network.variables)
+  rebuilt = _rebuilding(network.coupling)
+
+  def run(variables, inputs, named):
+    inputs, named = rebuilt(inputs, named)
+    return fn(variables, *inputs, **named)
+
+  outputs = jax.eval_shape(run, network.variables, inputs, named)
   names = [*outputs] if isinstance(outputs, Mapping) else ['main']
   arrays = dict(sorted(checkpoint.paths(network.variables).items()))
 
   def of_exit(name: str) -> ExportedFunction:
-    def call(flat, *inputs):
-      outputs = fn(pack(flat), *inputs)
+    def call(flat, inputs, named):
+      outputs = run(pack(flat), inputs, named)
       return outputs[name] if isinstance(outputs, Mapping) else outputs
 
-    def lean(*args):  # without equations that `jax.export` would keep for nothing
+    def lean(flat, *inputs, **named):
+      # Without equations that `jax.export` would keep for nothing.
+      args = flat, inputs, named
       program, tree = jx.trace(call, args)
       return jax.tree.unflatten(tree, jx.run(jx.lean(program), jax.tree.leaves(args)))
 
-    traced, _ = jx.trace(call, (arrays, *inputs))
+    traced, _ = jx.trace(call, (arrays, inputs, named))
     _, needed = jx.live(traced)
     read = [name for name, v in zip(arrays, traced.inputs) if v in needed]
     return ExportedFunction(lean, {name: arrays[name] for name in read})
@@ -245,15 +319,17 @@ def _write_stablehlo(
   folder: Path,
   name: str,
   function: ExportedFunction,
-  inputs: Sequence,
+  arguments: tuple[tuple, dict[str, Any]],
   platforms: Sequence[str],
 ) -> dict[str, Any]:
+  inputs, named = arguments
   kinds = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, function.arrays))
   traced = jax_export.export(jax.jit(function.call), platforms=platforms)
   try:
-    exported = traced(kinds, *inputs)
+    exported = traced(kinds, *inputs, **named)
   except Exception as error:  # a symbolic size can fail in any operation
-    if isinstance(inputs[0].shape[0], int):
+    sizes = (n for x in jax.tree.leaves(arguments) for n in x.shape)
+    if all(isinstance(n, int) for n in sizes):
       raise
     first = (str(error) or type(error).__name__).splitlines()[0]
     raise ExportError(
@@ -270,12 +346,14 @@ def _write_onnx(
   name: str,
   function: ExportedFunction,
   names: Sequence[str],
-  inputs: Sequence,
+  arguments: tuple[tuple, dict[str, Any]],
 ) -> dict[str, Any]:
   arrays = jax.tree.map(np.asarray, function.arrays)
+  inputs, tree = jax.tree.flatten(arguments)
 
-  def call(*inputs):
-    outputs = checkpoint.paths(function.call(arrays, *inputs))
+  def call(*leaves):
+    inputs, named = jax.tree.unflatten(tree, leaves)
+    outputs = checkpoint.paths(function.call(arrays, *inputs, **named))
     return {_file(path or 'logits'): x for path, x in outputs.items()}
 
   content, distance = converter.convert(call, inputs, names, probe(inputs))
