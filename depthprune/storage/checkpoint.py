@@ -260,6 +260,8 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise _damaged(folder, f'{where.name} cannot be read ({first})') from error
   leaves = {}
   for path, leaf in about.items():
+    if path in filled and path not in arrays:
+      raise _damaged(folder, f'{path}: expected {leaf}, got no such leaf')
     array = arrays.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
     key = leaf.pop('key', None)
     if _described(array, array) != leaf:

@@ -105,3 +105,17 @@ def test_paths_that_collide_are_refused(tmp_path):
     checkpoint.write(
       tmp_path / 'a', 'r', {'a': {'b': np.zeros(1)}, 'a/b': np.zeros(1)}, {}
     )
+
+
+@pytest.mark.parametrize('tensors', [False, True])
+def test_a_leaf_that_is_not_among_the_arrays_is_named(tmp_path, tensors, monkeypatch):
+  checkpoint.write(tmp_path / 'one', 'arch.json', TREE, {}, tensors)
+  read_arrays = checkpoint._read_arrays
+
+  def without_one(where, names):
+    arrays = read_arrays(where, names)
+    return {name: x for name, x in arrays.items() if name != 'w'}
+
+  monkeypatch.setattr(checkpoint, '_read_arrays', without_one)
+  with pytest.raises(CheckpointError, match=r'damaged: w: expected .*no such leaf'):
+    checkpoint.read(tmp_path / 'one', 'arch.json')
