@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.program.coupling import Coupling, couple
-from depthprune.program.resize import slim
+from depthprune.program.resize import origins, slim
 from depthprune.program.trace import several, split_arrays
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError, is_key, kind
@@ -79,30 +80,14 @@ def save(
   path, coupling = Path(path), pruned.coupling
   expected = _small(coupling, pruned.keep)
   checkpoint.matched(expected, checkpoint.paths(pruned.variables), f'{path}: not saved')
-  named = {name: x for name, x in coupling.kwargs.items() if split_arrays(x)[0]}
-  plain = {name: x for name, x in coupling.kwargs.items() if name not in named}
-  try:
-    kwargs = json.loads(json.dumps(plain))
-  except TypeError as error:
-    raise CheckpointError(
-      f'{path}: expected arrays, numbers, strings and flags as keyword arguments of '
-      f'the model, got {plain}: {error}. Couple it without them'
-    ) from error
   report = dict(pruned.report)
   if normalisation is not None:
     report['normalisation'] = normalisation._asdict()
   record = {
     'model': _described(pruned),
     'arch': pruned.arch,
-    'inputs': _abstract(coupling.inputs),
-    'kwargs': kwargs,
-    'arrays_by_keyword': _abstract(named),
-    'keep': {
-      'channels': {g: np.flatnonzero(k) for g, k in pruned.keep['channels'].items()},
-      'branches': {b: np.asarray(k) for b, k in pruned.keep['branches'].items()},
-      'exits': {e: bool(k) for e, k in pruned.keep['exits'].items()},
-    },
-    'variables': _abstract(coupling.variables),
+    **_cut(path, coupling, pruned.keep),
+    'before': [_cut(path, o.coupling, o.keep) for o in origins(coupling.fn)],
     'report': report,
   }
   checkpoint.write(path, RECORD, pruned.variables, record, tensors)
@@ -125,7 +110,8 @@ def load(
   Args:
     path: the folder.
     model: None for a model of depthprune; otherwise the full model or function that was
-      pruned.
+      pruned. Of a network that was pruned twice, it is the one before the first cut, or
+      the `apply` of the one before the last.
     example: the input, or a plain tuple or list of several. It is only needed if an
       input is not an array, or a dict, list or tuple of arrays: a NamedTuple.
     variables: the variables of the full network, possibly abstract, needed in the same
@@ -144,30 +130,18 @@ def load(
   path = Path(path)
   leaves, record = checkpoint.read(path, RECORD)
   model = _model(record, path, model)
-  if example is not None:
-    inputs = several(example)
-  else:
-    inputs = _concrete(record['inputs'], f'{path}: pass example=: the inputs are')
-  if variables is None:
-    variables = _concrete(
-      record['variables'], f'{path}: pass variables=: those of the full network are'
-    )
-  # Version 0.1 wrote no arrays by keyword.
-  named = {
-    name: _concrete(x, f'{path}: pass {name}=: it is')
-    for name, x in record.get('arrays_by_keyword', {}).items()
-    if name not in kwargs
-  }
-  kwargs = {**record['kwargs'], **named, **kwargs}
-  try:
-    coupling = couple(model, variables, *inputs, fixed=fixed, **kwargs)
-    keep = _keep(record['keep'], coupling)
-    small = _small(coupling, keep)
-  except (KeyError, ValueError, TypeError) as error:
-    raise CheckpointError(
-      f'{path}: the model that was given is not the one that was pruned: {error}'
-    ) from error
-  arrays = checkpoint.matched(small, leaves, str(path))
+  # Version 0.1 did not write the cuts before the last one, nor arrays by keyword.
+  before = record.get('before', [])
+  wanted = f'{path}: pass variables=: those of the full network are'
+  leaves_of = lambda cut: _concrete(cut['variables'], wanted)
+  first, *others = [*before[len(origins(model)) :], record]
+  full = leaves_of(first) if variables is None else variables
+  coupling, keep = _coupled(path, first, model, full, example, fixed, kwargs)
+  for later in others:
+    model = slim(model, coupling, keep)
+    full = leaves_of(later) if variables is None else _small(coupling, keep)
+    coupling, keep = _coupled(path, later, model, full, example, fixed, kwargs)
+  arrays = checkpoint.matched(_small(coupling, keep), leaves, str(path))
   apply = slim(model, coupling, keep)
   if record['arch']:
     model = model.clone(arch=type(model.arch)(record['arch']))
@@ -317,6 +291,86 @@ def _read_cascade(path: Path, model: Any) -> tuple[Cascade, Pruned]:
   return early, network
 
 
+def _cut(path: Path, coupling: Coupling, keep: Mapping) -> dict[str, Any]:
+  """Describes one cut: the call, the variables before it, and what it kept."""
+  named = {name: x for name, x in coupling.kwargs.items() if split_arrays(x)[0]}
+  plain = {name: x for name, x in coupling.kwargs.items() if name not in named}
+  try:
+    kwargs = json.loads(json.dumps(plain))
+  except TypeError as error:
+    raise CheckpointError(
+      f'{path}: expected arrays, numbers, strings and flags as keyword arguments of '
+      f'the model, got {plain}: {error}. Couple it without them'
+    ) from error
+  channels, branches, exits = (
+    keep.get(part, {}) for part in ('channels', 'branches', 'exits')
+  )
+  return {
+    'inputs': _abstract(coupling.inputs),
+    'kwargs': kwargs,
+    'arrays_by_keyword': _abstract(named),
+    'keep': {
+      'channels': {g: np.flatnonzero(k).tolist() for g, k in channels.items()},
+      'branches': {b: np.asarray(k).tolist() for b, k in branches.items()},
+      'exits': {e: bool(k) for e, k in exits.items()},
+    },
+    'variables': _abstract(coupling.variables),
+  }
+
+
+def _coupled(
+  path: Path, cut: Mapping, model: Any, variables: Any, example: Any, fixed, given: dict
+) -> tuple[Coupling, dict[str, Any]]:
+  """Couples a network as it was before a cut, and returns what the cut kept of it."""
+  if example is not None:
+    inputs = several(example)
+  else:
+    inputs = _concrete(cut['inputs'], f'{path}: pass example=: the inputs are')
+  named = {
+    name: _concrete(x, f'{path}: pass {name}=: it is')
+    for name, x in cut.get('arrays_by_keyword', {}).items()
+    if name not in given
+  }
+  kwargs = {**cut['kwargs'], **named, **given}
+  try:
+    coupling = couple(model, variables, *inputs, fixed=fixed, **kwargs)
+    keep = _keep(cut['keep'], coupling)
+    index_plan(coupling, keep)
+  except Exception as error:  # another model fails in a way of its own
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    raise CheckpointError(
+      f'{path}: the model that was given is not the one that was pruned: '
+      f'{_apart(model, variables, inputs, kwargs) or first}'
+    ) from error
+  return coupling, keep
+
+
+def _apart(model: Any, variables: Any, inputs: tuple, kwargs: dict) -> str:
+  """Names the first leaf that a linen module would not create as it was saved."""
+  if not isinstance(model, nn.Module):
+    return ''
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  arrays, merge = split_arrays((inputs, kwargs))
+
+  def init(key, arrays):
+    args, named = merge(arrays)
+    return model.init(key, *args, **named)
+
+  try:
+    created = checkpoint.paths(jax.eval_shape(init, key, arrays))
+  except Exception:  # its first error is told instead
+    return ''
+  saved = checkpoint.paths(variables)
+  for path in [*saved, *created]:
+    there, here = (
+      kind(leaves[path]) if path in leaves else 'no such leaf'
+      for leaves in (saved, created)
+    )
+    if there != here:
+      return f'{path}: expected {there}, got {here}'
+  return ''
+
+
 def _small(coupling: Coupling, keep: Mapping) -> Any:
   """Returns the variables that are left, abstract."""
   plan = index_plan(coupling, keep)
@@ -326,6 +380,8 @@ def _small(coupling: Coupling, keep: Mapping) -> Any:
 def _described(pruned: Pruned) -> dict[str, Any]:
   """Describes the model before the cut, or only names one that is not ours."""
   model = pruned.coupling.model if pruned.model is None else pruned.model
+  before = origins(model)
+  model = before[0].model if before else model
   if not type(model).__module__.startswith(f'{models.__name__}.'):
     name = getattr(model, '__qualname__', type(model).__qualname__)
     return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}

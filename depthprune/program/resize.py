@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,20 @@ from depthprune.program.trace import (
 
 NUMBER = 3  # stands for a symbol while tracing; 1 could be broadcast
 OTHERS = NUMBER + 1, NUMBER + 2
+
+
+class Origin(NamedTuple):
+  """What a function of `slim` was made of; `cut_from` of the function holds it."""
+
+  model: Any
+  coupling: Coupling
+  keep: Mapping
+
+
+def origins(model: Any) -> list[Origin]:
+  """Returns the cuts that led to a network, first to last; none for a full network."""
+  origin = getattr(model, 'cut_from', None)
+  return [*origins(origin.model), origin] if isinstance(origin, Origin) else []
 
 
 def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
@@ -81,6 +95,7 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     outs = rebound(view.facts, kept, symbols, written)(view.program, flat)
     return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
+  small.cut_from = Origin(model, coupling, keep)
   return small
 
 

@@ -274,3 +274,65 @@ def test_a_namedtuple_is_one_input_and_a_list_is_several(tmp_path):
   save(tmp_path / 'g', prune(f, variables, keep, [graph, 3.0]))
   two = load(tmp_path / 'g', model=f, example=[graph, 3.0])
   assert two.coupling.inputs[1] == 3.0
+
+
+class Layered(nn.Module):
+  """A linen model of somebody else, of any widths."""
+
+  widths: tuple[int, ...] = (16,)
+
+  @nn.compact
+  def __call__(self, x):
+    for width in self.widths:
+      x = nn.relu(nn.Dense(width)(x))
+    return nn.Dense(3)(x)
+
+
+def cut_again(small: Pruned, target, x) -> Pruned:
+  """The network after one more cut, of its `apply`."""
+  coupling = couple(small.apply, small.variables, x)
+  keep = oneshot(coupling, small.variables, target)
+  return prune(small.apply, small.variables, keep, x, coupling=coupling)
+
+
+def test_what_was_pruned_twice_by_its_apply_comes_back_around_the_full_model(tmp_path):
+  x, model = jnp.ones((2, 8)), Layered((16, 12))
+  one = cut_to(0.7, model, model.init(jax.random.key(0), x), x)
+  two = cut_again(one, 0.7, x)
+  three = cut_again(two, 0.8, x)
+  probe = images(5, x)
+  for name, saved in (('one', one), ('two', two), ('three', three)):
+    save(tmp_path / name, saved)
+    assert_same(saved, load(tmp_path / name, model=model), probe)
+  by_way = load(tmp_path / 'three', model=load(tmp_path / 'two', model=model).apply)
+  assert_same(three, by_way, probe)
+  save(tmp_path / 'again', by_way)
+  assert_same(three, load(tmp_path / 'again', model=model), probe)
+
+
+def test_our_model_that_was_pruned_by_its_apply_comes_back_by_name(resnet, tmp_path):
+  twice = cut_again(resnet, 0.8, images(1))
+  save(tmp_path / 'smaller', twice)
+  assert_same(twice, load(tmp_path / 'smaller'), images())
+
+
+@pytest.mark.parametrize(
+  ('widths', 'words'),
+  [
+    ((32,), r'params/Dense_0/bias: expected float32\[16\], got float32\[32\]'),
+    (
+      (16, 16),
+      r'params/Dense_1/bias: expected float32\[3\], got float32\[16\]',
+    ),
+    ((), r'params/Dense_0/bias: expected float32\[16\], got float32\[3\]'),
+  ],
+)
+def test_a_linen_module_that_is_another_one_is_refused_naming_a_leaf(
+  tmp_path, widths, words
+):
+  x = jnp.ones((2, 8))
+  save(
+    tmp_path / 'one', cut_to(0.7, Layered(), Layered().init(jax.random.key(0), x), x)
+  )
+  with pytest.raises(CheckpointError, match=words):
+    load(tmp_path / 'one', model=Layered(widths))
