@@ -11,9 +11,9 @@ StableHLO is that of `jax.export`: one file for any batch size, on cpu, cuda and
 Its `arrays` are a dict of those in the safetensors files that export.json lists for it.
 Those of a cascade include its thresholds, which can change without another file.
 Inputs are called as the network is, with arrays by keyword where the network has them.
-Dicts, lists and tuples stay, any other container (a NamedTuple) becomes the dict of its
-fields, and what is not an array, such as train=False, is part of the program. What does
-not count examples keeps its shape.
+Lists and tuples stay, any other container (a NamedTuple) becomes a dict whose keys are
+strings, and what is not an array, such as train=False, is part of the program. Arrays
+that do not count examples keep their shapes.
 """
 
 import functools
@@ -216,8 +216,6 @@ def _plain(tree: Any) -> Any:
     return tree
   children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
   below = {jax.tree_util.keystr(p, simple=True): _plain(x) for p, x in children[0] if p}
-  if type(tree) is dict:
-    return {key: _plain(x) for key, x in tree.items()}
   if type(tree) in (list, tuple):
     return type(tree)(below.values())
   return below or None

@@ -164,7 +164,12 @@ def counts_examples(inputs: Any, outputs: Any = ()) -> tuple[bool, ...]:
   array with an axis does. Arrays of another first size are shared by all examples, as
   positions [length] or a mask [length, length] are, and so are scalars and keys.
   """
-  sizes = [x.shape[0] if x.shape else None for x in split_arrays(inputs)[0]]
+  # A key of `jax.random.PRNGKey` has two numbers, however many examples there are.
+  keys = ((2,), np.uint32)
+  sizes = [
+    x.shape[0] if x.shape and (x.shape, x.dtype) != keys else None
+    for x in split_arrays(inputs)[0]
+  ]
   answers = [x.shape[0] for x in jax.tree.leaves(outputs) if x.shape]
   known = (n for n in (*answers, *sizes) if n is not None and n in sizes)
   examples = next(known, None)

@@ -62,6 +62,9 @@ INPUTS = {
   'tuple': (lambda v, b, n: answers(v, b[0] * n + b[1]),
             lambda x: (((x, x[0]), 2.0), {}),
             ['input0.0', 'input0.1']),
+  'numbered': (lambda v, b, key: answers(v, b[1] + b[0] * jax.random.uniform(key)),
+               lambda x: (({1: x, 0: x[:, :1]}, jax.random.PRNGKey(1)), {}),
+               ['input0.0', 'input0.1', 'input1']),
   'positions': (lambda v, x, at: answers(v, x[:, at]),
                 lambda x: ((x, jnp.arange(6)[::-1]), {}),
                 ['input0', 'input1']),
@@ -85,6 +88,8 @@ def test_inputs_of_every_kind_are_those_of_the_program(tmp_path, kind):
     inputs, kwargs = call(VECTORS[:size])
     expected = network.apply(network.variables, *inputs, **kwargs)
     inputs = [None if isinstance(x, float) else x for x in inputs]
+    if kind == 'numbered':
+      inputs[0] = {str(key): x for key, x in inputs[0].items()}
     kwargs.pop('scale', None)
     exported = program(tmp_path / 'it', 'main')
     arrays = load_file(tmp_path / 'it' / 'network' / 'weights.safetensors')
