@@ -120,6 +120,7 @@ def look(
     args, named = merge(arrays)
     return fn(variables, *args, **named)
 
+  variables = jax.tree.map(_anywhere, jax.eval_shape(lambda v: v, variables))
   program, tree = jx.trace(call, (variables, arrays))
   leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
   dropped = frozenset()
@@ -129,6 +130,11 @@ def look(
   data = [ax.fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
   rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
   return View(program, facts, leaves, {}, tree, dropped)
+
+
+def _anywhere(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """The same shape on no particular devices: those of a cut may lie elsewhere."""
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
 
 
 def split_arrays(arguments: Any) -> tuple[list, Callable]:
@@ -206,7 +212,7 @@ def abstract(tree: Any) -> Any:
 
 
 def remembered(build: Callable) -> Callable:
-  """Caches views by the shapes, dtypes and static arguments that they were built for.
+  """Caches views by the shapes, dtypes, shardings and static arguments of calls.
 
   Args:
     build: (inputs, kwargs) -> View. A view that closes over arrays of an outer trace
@@ -219,7 +225,7 @@ def remembered(build: Callable) -> Callable:
 
   def signature(x: Any) -> tuple:
     if isinstance(x, jax.ShapeDtypeStruct):
-      return x.shape, x.dtype, x.weak_type
+      return x.shape, x.dtype, x.weak_type, x.sharding
     return type(x), x
 
   def view(inputs: tuple, kwargs: dict) -> View:

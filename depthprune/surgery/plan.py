@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, SequenceKey
 
 from depthprune.program import axes as ax
@@ -61,12 +62,22 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
   """Returns x without the slices that are masked out.
 
   Unless x is traced this happens on the host, because every new shape would have to be
-  compiled on the device.
+  compiled on the device. What lay on a mesh lies on it again: along the same axes where
+  the mesh divides what is left, else whole on every device.
   """
   if all(m.all() for m in masks):
     return x
-  x = x if isinstance(x, Tracer) else np.asarray(x)
-  return jnp.asarray(x[np.ix_(*masks)])
+  if isinstance(x, Tracer):
+    return x[np.ix_(*masks)]
+  small = jnp.asarray(np.asarray(x)[np.ix_(*masks)])
+  place = getattr(x, 'sharding', None)
+  if not isinstance(place, NamedSharding):
+    return small
+  try:
+    place.shard_shape(small.shape)
+  except ValueError:
+    place = NamedSharding(place.mesh, PartitionSpec())
+  return jax.device_put(small, place)
 
 
 def widest(x: Any) -> np.ndarray:

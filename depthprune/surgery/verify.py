@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
@@ -71,7 +72,8 @@ def verify(
   masks = (nothing, {}), (asked, soft), (keep, soft)
   rows, outputs = [], []
   with jax.default_matmul_precision('highest'):
-    example = _concrete(coupling, inputs)
+    variables = jax.tree.map(_off_mesh, variables)
+    example = [_off_mesh(x) for x in _concrete(coupling, inputs)]
     randomly = randomised(variables), randomised(example)
     for arrays, probe in ((variables, example), randomly):
       full, wanted, reference = (
@@ -178,6 +180,16 @@ def randomised(variables: Any) -> Any:
 
   leaves = [one(p, x) for p, x in paths_of(variables).items()]
   return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+
+def _off_mesh(x: Any) -> Any:
+  """Returns an array of a mesh with explicit axes as one of a single device.
+
+  The masked and the small network would need other shardings than the given one.
+  """
+  place = getattr(x, 'sharding', None)
+  axes = getattr(getattr(place, 'mesh', None), 'axis_types', ())
+  return jnp.asarray(np.asarray(x)) if AxisType.Explicit in axes else x
 
 
 def _is_inexact(x) -> bool:

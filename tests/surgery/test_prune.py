@@ -2,6 +2,9 @@
 
 import collections
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -270,3 +273,52 @@ def test_a_wider_network_s_state_or_another_optimizer_s_is_refused(mlp):
     ValueError, match=r'mu/layer0/dense/bias: expected \(8,\), got \(9,\)'
   ):
     cut(tx=adam, opt_state=adam.init(wider))
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np, optax
+import depthprune as dp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+def net(v, x):
+  return jax.nn.relu(jax.nn.relu(x @ v['a']) @ v['b']) @ v['c']
+
+key = jax.random.key(0)
+shapes = {'a': (6, 16), 'b': (16, 12), 'c': (12, 4)}
+v = {k: jax.random.normal(key, shape) for k, shape in shapes.items()}
+x = jax.random.normal(key, (8, 6))
+keep = {'channels': {'a:1': np.arange(16) < 8, 'b:1': np.arange(12) < 7}}
+expected = dp.prune(net, v, keep, x)
+tx = optax.sgd(0.1, momentum=0.9)
+for kind in (AxisType.Explicit, AxisType.Auto):
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(kind,))
+  for of_a, of_c, of_x in (
+    (P(), P(), P()), (P(), P(), P('data')),
+    (P(None, 'data'), P(), P()), (P(), P(None, 'data'), P()),
+  ):
+    put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+    on = {'a': put(v['a'], of_a), 'b': put(v['b'], P()), 'c': put(v['c'], of_c)}
+    data = put(x, of_x)
+    state = tx.init(on)
+    for coupling in (None, dp.couple(net, v, x)):
+      small = dp.prune(net, on, keep, data, tx, state, coupling=coupling)
+      for tree in (small.variables, small.opt_state):
+        assert all(a.sharding.mesh == mesh for a in jax.tree.leaves(tree))
+      assert small.variables['a'].sharding.spec == of_a
+      for k, array in expected.variables.items():
+        np.testing.assert_array_equal(small.variables[k], array)
+    if 'data' not in of_a:
+      loss = lambda v: jnp.square(small.apply(v, data)).mean()
+      slopes = jax.jit(jax.grad(loss))(small.variables)
+      tx.update(slopes, small.opt_state, small.variables)
+print('done')
+"""
+
+
+def test_arrays_on_a_mesh_are_cut_and_stay_on_it():
+  """Its axes are explicit or automatic; arrays are whole or split over four devices."""
+  flags = '--xla_force_host_platform_device_count=4'
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+  run = [sys.executable, '-c', ON_A_MESH]
+  done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+  assert done.stdout == 'done\n', done.stderr[-2000:]
