@@ -27,6 +27,12 @@ from depthprune.program.trace import (
 
 HARMLESS = {ax.UNIT, 'kernel window', 'input', 'output'}  # pins that surprise nobody
 
+FIXED = (
+  'outputs keep their size; where only some have to, couple(..., fixed=lambda outputs: '
+  "outputs['logits']) selects these"
+)
+WHY = f'print(coupling.explain()) says why ({FIXED})'  # the end of messages elsewhere
+
 
 class Group(NamedTuple):
   """Slices of several arrays that are removed together or not at all.
@@ -152,15 +158,28 @@ class Coupling:
         raise KeyError(
           f'{group}: this axis is pinned ({why}), so it has no gate and no group'
         )
+    for where, axis, _ in self._outputs():
+      if path in where and group.endswith(f':{axis}'):
+        raise KeyError(f'{group}: this axis ends in an output, so it is whole; {FIXED}')
     near = difflib.get_close_matches(group, self.groups, n=3, cutoff=0.3)
     raise KeyError(f'{group}: no such group; nearest: {", ".join(near) or "none"}')
+
+  def _outputs(self) -> list[tuple[str, int, int]]:
+    """(path, axis, size) of every axis of a variable that only an output pins."""
+    told = {(pinned.path, pinned.axis) for pinned in self.pinned}
+    return [
+      (path, i, d.size)
+      for path, axes in self.axes.items()
+      for i, d in enumerate(axes)
+      if (path, i) not in told and any('output' in v.pins for v in ax.leaves(d))
+    ]
 
   def explain(self, group: str | None = None) -> str:
     """Says which slices are cut together, and which equation ties each of them.
 
     Args:
       group: name of the group. By default all groups are explained, then the axes that
-        are pinned and the primitives without a rule.
+        are pinned, those that end in an output, and the primitives without a rule.
 
     Returns:
       Text of several lines.
@@ -186,6 +205,9 @@ class Coupling:
       partly = any(not v.pins for v in ax.leaves(self.axes[path][i]))
       extent = 'partly pinned' if partly else 'pinned'
       lines.append(f'{extent}: {path} axis {i} ({size}): {"; ".join(reasons)}')
+    outputs = [f'ends in an output: {p} axis {i} ({n})' for p, i, n in self._outputs()]
+    if outputs:
+      lines += [*outputs, FIXED]
     for name in self.unknown:
       lines.append(f'no rule for the primitive {name}: all that it touches is pinned')
     return '\n'.join(lines)

@@ -16,7 +16,7 @@ import numpy as np
 
 from depthprune.program import axes as ax
 from depthprune.program import cost
-from depthprune.program.coupling import Coupling, Group
+from depthprune.program.coupling import WHY, Coupling, Group
 from depthprune.program.trace import paths_of
 from depthprune.surgery.plan import widest
 from depthprune.timing.layers import TIME, CostFunction, counted
@@ -76,7 +76,7 @@ def oneshot(
   total = cost_of(coupling, None)
   goal = absolute(target, total)
   if not scores:
-    raise ValueError('no group of this network can be gated: see coupling.explain()')
+    raise ValueError(f'no group of this network can be gated; {WHY}')
   price = lambda keep: cost_of(coupling, {'channels': keep})
   keep_at, steps = (_uniform if scope == 'uniform' else _global)(scores, round_to)
   floor = price(keep_at(steps))

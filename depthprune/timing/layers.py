@@ -36,7 +36,7 @@ import numpy as np
 from depthprune.program import axes as ax
 from depthprune.program import cost
 from depthprune.program import jaxpr as jx
-from depthprune.program.coupling import Coupling
+from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.resize import decided, rebound
 from depthprune.program.trace import View, batched
 from depthprune.timing import clock
@@ -221,9 +221,7 @@ def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Sessio
       programs += [alone] * len(points)
     layers.append((bundles, known[kind]))
   if not layers:
-    raise ValueError(
-      'milliseconds: no layer of this network can be cut: see coupling.explain()'
-    )
+    raise ValueError(f'milliseconds: no layer of this network can be cut; {WHY}')
   even = [*_narrowed(size, EVEN, round_to), size]
   rows += [('', widths) for widths in even]
   programs += [view.program] * len(even)

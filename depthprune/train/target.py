@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from depthprune.program import cost
-from depthprune.program.coupling import Coupling
+from depthprune.program.coupling import WHY, Coupling
 from depthprune.timing.layers import CostFunction, counted
 from depthprune.train.task import Tree
 
@@ -74,9 +74,7 @@ def reachable(
     )
   gates = coupling.gates()['channels']
   if not gates:
-    raise ValueError(
-      'target: no group of channels can be gated; print(coupling.explain()) says why'
-    )
+    raise ValueError(f'target: no group of channels can be gated; {WHY}')
   least = {group: possible(g.size, round_to)[0] for group, g in gates.items()}
   floor = C(coupling, _widest(gates, least)) / C(coupling, None)
   if target < floor:

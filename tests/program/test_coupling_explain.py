@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from depthprune.program.coupling import couple
@@ -42,6 +43,36 @@ def test_everything_is_explained_by_default():
   for group in coupling.groups:
     assert coupling.explain(group) in text
   assert 'pinned: params/Embed_0/embedding axis 0 (20): indexed' in text
+
+
+def test_axes_that_end_in_an_output_are_named_with_what_to_do():
+  """Hidden states are returned too, so that nothing can be cut unless told which."""
+
+  def f(v, x):
+    h = jnp.tanh(x @ v['in'])
+    return {'logits': h @ v['out'], 'hidden': h}
+
+  v = {'in': jnp.ones((3, 6)), 'out': jnp.ones((6, 2))}
+  coupling = couple(f, v, jnp.ones((4, 3)))
+  assert not coupling.groups and not coupling.pinned
+  *lines, advice = coupling.explain().splitlines()
+  assert lines == [
+    'ends in an output: in axis 1 (6)',
+    'ends in an output: out axis 0 (6)',
+    'ends in an output: out axis 1 (2)',
+  ]
+  assert 'fixed=lambda outputs:' in advice
+  with pytest.raises(KeyError, match='in:1: this axis ends in an output.*fixed=lambda'):
+    coupling.explain('in:1')
+  free = couple(f, v, jnp.ones((4, 3)), fixed=lambda outputs: outputs['logits'])
+  assert [*free.groups] == ['in:1']
+  assert free.explain().splitlines()[-2:] == [lines[-1], advice]
+  assert 'an output' not in free.explain('in:1')
+
+
+def test_where_no_output_has_axes_of_variables_none_is_named():
+  coupling = couple(lambda v, x: jnp.tanh(x @ v).sum(), jnp.ones((3, 6)), jnp.ones(3))
+  assert 'output' not in coupling.explain()
 
 
 def test_unknown_and_pinned_groups():
