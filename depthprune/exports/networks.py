@@ -19,6 +19,7 @@ import numpy as np
 
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
+from depthprune.program import modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import origins, slim
 from depthprune.program.trace import several, split_arrays
@@ -115,7 +116,7 @@ def load(
     example: the input, or a plain tuple or list of several. It is only needed if an
       input is not an array, or a dict, list or tuple of arrays: a NamedTuple.
     variables: the variables of the full network, possibly abstract, needed in the same
-      case.
+      case. A module that holds its arrays (NNX, Equinox) has them already.
     fixed: the argument `fixed` of `couple` with which the network was pruned.
     **kwargs: further arguments of the model's call, only needed in the same case.
 
@@ -135,6 +136,8 @@ def load(
   wanted = f'{path}: pass variables=: those of the full network are'
   leaves_of = lambda cut: _concrete(cut['variables'], wanted)
   first, *others = [*before[len(origins(model)) :], record]
+  if variables is None and modules.is_module(model):
+    variables = modules.arrays_of(model)
   full = leaves_of(first) if variables is None else variables
   coupling, keep = _coupled(path, first, model, full, example, fixed, kwargs)
   for later in others:

@@ -143,6 +143,13 @@ def is_module(model: Any) -> bool:
   return callable(model) and any(map(is_array, jax.tree.leaves(model)))
 
 
+def arrays_of(module: Any) -> Any:
+  """Returns the arrays that a module carries, as `couple` takes them."""
+  if _is_nnx(module):
+    return sys.modules['flax.nnx'].state(module)
+  return jax.tree.map(lambda x: x if is_array(x) else None, module)
+
+
 def _is_nnx(model: Any) -> bool:
   nnx = sys.modules.get('flax.nnx')  # who has such a module has imported it
   return nnx is not None and isinstance(model, nnx.Module)
@@ -163,7 +170,7 @@ def _transformed(apply: Callable) -> Callable:
 
 
 def _structure(tree: Any) -> Any:
-  return jax.tree.structure(jax.tree.map(lambda x: x if is_array(x) else None, tree))
+  return jax.tree.structure(arrays_of(tree))
 
 
 def _only_arrays(tree: Any) -> bool:

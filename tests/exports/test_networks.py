@@ -336,3 +336,23 @@ def test_a_linen_module_that_is_another_one_is_refused_naming_a_leaf(
   )
   with pytest.raises(CheckpointError, match=words):
     load(tmp_path / 'one', model=Layered(widths))
+
+
+class Layers(nnx.Module):
+  def __init__(self, rngs):
+    self.a, self.b = nnx.Linear(6, 16, rngs=rngs), nnx.Linear(16, 4, rngs=rngs)
+
+  def __call__(self, x):
+    return self.b(nnx.relu(self.a(x)))
+
+
+def test_a_module_that_holds_its_arrays_comes_back_small(tmp_path):
+  full, x = Layers(nnx.Rngs(0)), jnp.ones((2, 6))
+  variables = nnx.state(full)
+  coupling = couple(full, variables, x)
+  keep = {'channels': {'a:1': np.arange(16) % 2 == 0}}
+  small = prune(full, variables, keep, x, coupling=coupling)
+  save(tmp_path / 'small', small)
+  back = load(tmp_path / 'small', model=Layers(nnx.Rngs(1)))
+  assert isinstance(back.model, Layers) and back.model.a.kernel[...].shape == (6, 8)
+  np.testing.assert_array_equal(back.model(x), small.model(x))
