@@ -92,6 +92,15 @@ class Cascade:
     if last is not None and last not in self.exits:
       raise ValueError(f'cascade: no exit {last!r}; there are: {", ".join(self.exits)}')
     end = self.exits.index(last) + 1 if last else len(self.exits)
+    self._check(inputs)
+    weights = None if self.weights is None else jnp.asarray(self.weights)
+    settings = Settings(
+      jnp.asarray(self.thresholds), jnp.asarray(self.temperatures), weights
+    )
+    return self.variables, settings, inputs, end
+
+  def _check(self, inputs: tuple) -> None:
+    """Raises ValueError unless these are inputs of one batch, as the example was."""
     expected = [x.shape for x in jax.tree.leaves(self.stages.inputs)]
     got = [np.shape(x) for x in jax.tree.leaves(inputs)]
     same_ranks = [*map(len, expected)] == [*map(len, got)]
@@ -104,11 +113,6 @@ class Cascade:
       raise ValueError(
         f'cascade: expected inputs of one batch, as {expected} is{also}, got {got}'
       )
-    weights = None if self.weights is None else jnp.asarray(self.weights)
-    settings = Settings(
-      jnp.asarray(self.thresholds), jnp.asarray(self.temperatures), weights
-    )
-    return self.variables, settings, inputs, end
 
   def at(self, *inputs: Any) -> Stages:
     """Returns the stages for inputs [batch, ...] of another shape."""
@@ -154,7 +158,7 @@ class Cascade:
     """
     if batch < 1:
       raise ValueError(f'predictions: expected a batch of 1 or more, got {batch}')
-    self._arguments(inputs, None)  # checks them
+    self._check(inputs)
     arrays, tree = jax.tree.flatten(inputs)
     counts = self.stages.counts
     n = len(arrays[counts.index(True)])

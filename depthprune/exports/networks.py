@@ -191,7 +191,7 @@ def save_cascade(
   arrays = zip(*map(jax.tree.leaves, (saved.variables, network.variables)), strict=True)
   if not all(a is b or np.array_equal(a, b) for a, b in arrays):
     raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
-  if named := [n for n, x in network.coupling.kwargs.items() if split_arrays(x)[0]]:
+  if named := [*network.coupling.named]:
     raise CheckpointError(
       f'{path}: {named[0]} is an array by keyword, which a cascade does not take: make '
       f'it an input, as in lambda v, x, {named[0]}: model.apply(v, x, '
@@ -296,7 +296,7 @@ def _read_cascade(path: Path, model: Any) -> tuple[Cascade, Pruned]:
 
 def _cut(path: Path, coupling: Coupling, keep: Mapping) -> dict[str, Any]:
   """Describes one cut: the call, the variables before it, and what it kept."""
-  named = {name: x for name, x in coupling.kwargs.items() if split_arrays(x)[0]}
+  named = coupling.named
   plain = {name: x for name, x in coupling.kwargs.items() if name not in named}
   try:
     kwargs = json.loads(json.dumps(plain))

@@ -129,8 +129,8 @@ def function(network: Pruned) -> Callable:
   uncut = all(map(np.all, (*parts, *keep['exits'].values())))
   native = network.model is not None and (network.arch or uncut)
   fn = runnable(network.model) if native else network.apply
-  kwargs = network.coupling.kwargs
-  static = {name: x for name, x in kwargs.items() if not split_arrays(x)[0]}
+  kwargs, named = network.coupling.kwargs, network.coupling.named
+  static = {name: x for name, x in kwargs.items() if name not in named}
   return functools.partial(fn, **static)
 
 
@@ -185,21 +185,16 @@ def _arguments(network: Pruned, batch: Any) -> tuple[tuple, dict[str, Any]]:
   They are for `batch` examples, or as the network was coupled with.
   """
   coupling = network.coupling
-  called = coupling.inputs, _named(coupling)
+  called = coupling.inputs, coupling.named
   if batch is not None and any(coupling.counts):
     called = batched(called, batch, coupling.counts)
   inputs, named = called
   return tuple(map(_plain, inputs)), {name: _plain(x) for name, x in named.items()}
 
 
-def _named(coupling: Coupling) -> dict[str, Any]:
-  """Returns the keyword arguments that hold arrays."""
-  return {name: x for name, x in coupling.kwargs.items() if split_arrays(x)[0]}
-
-
 def _rebuilding(coupling: Coupling) -> Callable[[tuple, dict], tuple[tuple, dict]]:
   """Returns (inputs, named) of a program -> those that the network takes."""
-  called = coupling.inputs, _named(coupling)
+  called = coupling.inputs, coupling.named
   places = [p for p, x in checkpoint.paths(called).items() if split_arrays(x)[0]]
   _, merge = split_arrays(called)
 

@@ -131,6 +131,11 @@ class Coupling:
     """Returns the shape of a branch gate: (), or [layers] in a scanned stack."""
     return tuple(d.size for d in self.axes[f'branches/{branch}'])
 
+  @property
+  def named(self) -> dict[str, Any]:
+    """The arguments by keyword that hold arrays; the others are static."""
+    return {name: x for name, x in self.kwargs.items() if split_arrays(x)[0]}
+
   @functools.cached_property
   def counts(self) -> tuple[bool, ...]:
     """Whether axis 0 of each array among `(inputs, kwargs)` counts examples."""
@@ -294,7 +299,7 @@ def couple(
   """
   fn = modules.runnable(model)
   if modules.is_module(model):
-    modules.rebuilt(model, variables)
+    modules.rebuilt(model, variables)  # refuses what is not its arrays, before tracing
   variables = jax.eval_shape(lambda v: v, variables)
   inputs, kwargs = abstract((tuple(inputs), kwargs))
   paths = paths_of(variables)

@@ -25,7 +25,9 @@ ELEMENTWISE = frozenset(
   square stop_gradient sub tan tanh xor zeta name complex""".split()
 )
 COMPARISONS = frozenset('eq eq_to ge gt le lt max min ne select_n sign'.split())
-MOVES = frozenset('broadcast_in_dim reshape squeeze transpose'.split())
+COUNTING = (ELEMENTWISE - COMPARISONS) | frozenset(  # what keeps counts what they are
+  'broadcast_in_dim reshape squeeze transpose'.split()
+)
 COLLECTIVE = frozenset(
   'psum psum_invariant pmax pmin ppermute pbroadcast'.split()
 )  # over an axis that vmap, shard_map or pmap names
@@ -97,7 +99,7 @@ def _follow_counts(facts: ax.Facts, e: jx.Equation) -> None:
   Arithmetic and changes of shape are followed, until the numbers become floats.
   """
   for axis in [facts.counted[v] for v in e.inputs if v in facts.counted]:
-    if e.name in COMPARISONS or e.name not in (*ELEMENTWISE, *MOVES):
+    if e.name not in COUNTING:
       ax.pin(axis, 'iota')
       continue
     for v in e.outputs:
@@ -131,7 +133,7 @@ def collective(facts, e, *ins):
   names = e.params.get('axes', ())
   if any(isinstance(name, int) for name in names):  # an axis of the array itself
     return ax.opaque(facts, e, *ins)
-  return list(ins)
+  return unchanged(facts, e, *ins)
 
 
 def all_gather(facts, e, *ins):

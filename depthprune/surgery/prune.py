@@ -191,7 +191,7 @@ def in_kind(model: Any, coupling: Coupling, apply: Callable, variables: Any) -> 
   """
   if modules.is_module(model):
     model = modules.rebuilt(model, variables)
-  same = agrees(coupling, modules.runnable(model), apply, variables, coupling.inputs)
+  same = agrees(coupling, modules.runnable(model), apply, variables)
   return model if same else None
 
 

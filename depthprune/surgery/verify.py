@@ -65,8 +65,8 @@ def verify(
     keep: the complete decision after settling.
     soft: {group: [slices]}, values of channel gates that are neither 0 nor 1.
   """
-  masked, small = _runs(coupling, slim(coupling.fn, coupling, keep))
-  masked, small = jax.jit(masked), jax.jit(small)
+  masked = jax.jit(_on_arrays(coupling, plug(coupling.fn, coupling)))
+  small = jax.jit(_on_arrays(coupling, slim(coupling.fn, coupling, keep)))
   nothing = {'channels': {}, 'branches': {}}
   # The full network has no gates: those of closed channels are 0 and would hide them.
   masks = (nothing, {}), (asked, soft), (keep, soft)
@@ -98,26 +98,18 @@ def verify(
   return verdict._replace(responsible=blame)
 
 
-def agrees(
-  coupling: Coupling, fn: Callable, small: Callable, variables: Any, inputs: tuple
-) -> bool:
+def agrees(coupling: Coupling, fn: Callable, small: Callable, variables: Any) -> bool:
   """Whether a function runs on the small variables and returns what `small` returns."""
-  arrays = _concrete(coupling, inputs)
-  _, merge = split_arrays((inputs, coupling.kwargs))
-  outputs = []
-  for run in (small, fn):
-
-    @jax.jit
-    def call(variables, arrays, run=run):
-      args, named = merge(arrays)
-      return run(variables, *args, **named)
-
-    try:
-      with jax.default_matmul_precision('highest'):
-        outputs.append(call(variables, arrays))
-    except Exception:  # a network may refuse other sizes in any way
-      return False
-  return relative(*outputs) <= SINGLE
+  arrays = _concrete(coupling, coupling.inputs)
+  try:
+    with jax.default_matmul_precision('highest'):
+      # `fn` first: what has its sizes in its code fails before anything is compiled.
+      got, expected = (
+        jax.jit(_on_arrays(coupling, run))(variables, arrays) for run in (fn, small)
+      )
+  except Exception:  # a network may refuse other sizes in any way
+    return False
+  return relative(expected, got) <= SINGLE
 
 
 def relative(a: Any, b: Any) -> float:
@@ -220,20 +212,16 @@ def _concrete(coupling: Coupling, inputs: tuple) -> list:
   return [one(x) for x in split_arrays((inputs, coupling.kwargs))[0]]
 
 
-def _runs(coupling: Coupling, small: Callable) -> tuple[Callable, Callable]:
-  """Returns masked(variables, gates, arrays) and small(variables, arrays)."""
-  gated = plug(coupling.fn, coupling)
+def _on_arrays(coupling: Coupling, fn: Callable) -> Callable:
+  """Returns fn(..., *inputs, **kwargs) as a function of (..., arrays of the call)."""
   _, merge = split_arrays((coupling.inputs, coupling.kwargs))
 
-  def masked(variables, gates, arrays):
+  def call(*arguments):
+    *first, arrays = arguments
     args, named = merge(arrays)
-    return gated(variables, gates, *args, **named)
+    return fn(*first, *args, **named)
 
-  def run(variables, arrays):
-    args, named = merge(arrays)
-    return small(variables, *args, **named)
-
-  return masked, run
+  return call
 
 
 def _mask(
@@ -286,12 +274,13 @@ def _blame(
 ) -> tuple[str, ...]:
   """Names the groups for which the networks differ when they alone are closed."""
   arrays, probe = randomised(variables), randomised(_concrete(coupling, inputs))
+  masked = _on_arrays(coupling, plug(coupling.fn, coupling))
   sentences = []
   for name, kept in keep['channels'].items():
     if np.all(kept):
       continue
     alone = {'channels': {name: kept}, 'branches': {}, 'exits': keep['exits']}
-    masked, small = _runs(coupling, slim(coupling.fn, coupling, alone))
+    small = _on_arrays(coupling, slim(coupling.fn, coupling, alone))
     outputs = masked(*_mask(coupling, arrays, alone, soft), probe)
     reference = _cut_outputs(coupling, outputs, alone)
     got = small(shrink(arrays, alone), probe)
