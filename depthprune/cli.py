@@ -146,10 +146,10 @@ def main(words: Sequence[str] | None = None) -> int:
     with interrupts.raised():
       _obey(sys.argv[1:] if words is None else words)
   except KeyboardInterrupt:
-    print('stopped; the same command continues from here', file=sys.stderr)
+    _tell('stopped; the same command continues from here')
     return INTERRUPTED
   except interrupts.Preempted as stopped:
-    print(stopped, file=sys.stderr)
+    _tell(stopped)
     return TERMINATED
   except BrokenPipeError:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
@@ -157,9 +157,14 @@ def main(words: Sequence[str] | None = None) -> int:
   except Exception as error:
     if not interrupts.is_explained(error):
       raise
-    print(f'error: {error}', file=sys.stderr)
+    _tell(f'error: {error}')
     return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT
   return 0
+
+
+def _tell(message: object) -> None:
+  """Writes a line at once: `print` lets threads that end write before its newline."""
+  sys.stderr.write(f'{message}\n')
 
 
 def _obey(words: Sequence[str]) -> None:
