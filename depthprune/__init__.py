@@ -18,11 +18,13 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.methods.netcut import netcut
   from depthprune.methods.sidenet import sidenet
   from depthprune.methods.trainable_gates import trainable_gates
+  from depthprune.models.trunk import trunk
   from depthprune.program import cost
   from depthprune.program.coupling import Coupling, couple
   from depthprune.program.gating import plug
   from depthprune.program.resize import slim
   from depthprune.program.stages import split
+  from depthprune.program.taps import taps
   from depthprune.storage.checkpoint import CheckpointError
   from depthprune.surgery.oneshot import oneshot
   from depthprune.surgery.prune import InexactCut, Pruned, prune
@@ -38,6 +40,7 @@ with _epy.lazy_api_imports(globals()):
     optimizer,
     spare_closed,
   )
+  from depthprune.train.rounds import shrink
   from depthprune.train.step import init_state, make_step
   from depthprune.train.task import classification
 
@@ -74,12 +77,15 @@ __all__ = [
   'recalibrate',
   'save',
   'save_cascade',
+  'shrink',
   'sidenet',
   'slim',
   'spare_closed',
   'split',
   'straight_through',
+  'taps',
   'trainable_gates',
+  'trunk',
 ]
 
 try:

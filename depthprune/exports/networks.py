@@ -19,6 +19,7 @@ import numpy as np
 
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
+from depthprune.models.trunk import Trunk
 from depthprune.program import modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import origins, slim
@@ -385,9 +386,13 @@ def _described(pruned: Pruned) -> dict[str, Any]:
   model = pruned.coupling.model if pruned.model is None else pruned.model
   before = origins(model)
   model = before[0].model if before else model
-  if not type(model).__module__.startswith(f'{models.__name__}.'):
+  ours = type(model).__module__.startswith(f'{models.__name__}.')
+  if not ours or isinstance(getattr(model, 'trunk', model), Trunk):
     name = getattr(model, '__qualname__', type(model).__qualname__)
-    return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
+    foreign: dict[str, Any] = {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
+    if isinstance(getattr(model, 'trunk', model), Trunk):
+      foreign['arch'] = dict(pruned.coupling.model.arch)
+    return foreign
   full = {k: v for k, v in model.arch.items() if k not in pruned.arch}
   full |= {k: _uncut(k, v, pruned.coupling) for k, v in pruned.arch.items()}
   return models.describe(model.clone(arch=type(model.arch)(full)))
@@ -417,6 +422,8 @@ def _model(record: Mapping, path: Path, model: Any) -> Any:
         f'{path}: {described["foreign"]} is not a model of depthprune: expected '
         'load(path, model=...) with the full model or function that was pruned'
       )
+    if described.get('arch'):  # of a trunk that was cut before
+      return model.clone(arch=type(model.arch)(described['arch']))
     return model
   if model is not None:
     # `arch` is left out, because it may repeat what the fields say.

@@ -137,8 +137,8 @@ class WithHeads(nn.Module):
   def __post_init__(self):
     for name, head in self.heads.items():
       for tap in head.reads:
-        check_tap(tap, self.trunk.taps)
-      if name in (*self.trunk.taps, 'main'):
+        check_tap(tap, _values(self.trunk))
+      if name in (*_values(self.trunk), 'main'):
         raise ValueError(f'head {name!r}: the trunk has an output of that name')
     self.heads = FrozenDict(self.heads)
     self.arch = FrozenDict({**beneath(self.trunk.arch, 'trunk'), **self.arch})
@@ -184,7 +184,8 @@ class WithHeads(nn.Module):
     for name, path in paths.items():
       part = within(arch, f'head_{name}')
       run = AuxiliaryPath(path, part, dtype, name=f'head_{name}')
-      answers[name] = run(outputs, train, mask, inputs[0].shape[1:-1])
+      size = getattr(inputs[0], 'shape', ())[1:-1]
+      answers[name] = run(outputs, train, mask, size)
     return outputs | answers
 
   def features(self, *inputs: jax.Array) -> dict[str, jax.Array]:
@@ -214,9 +215,14 @@ class WithHeads(nn.Module):
   def _run_trunk(self, inputs: tuple, train: bool) -> dict[str, jax.Array]:
     """Runs the trunk as far as an exit needs it."""
     read = {tap for head in self._kept.values() for tap in head.reads}
-    last = [tap for tap in self.taps if tap in read][-1:]
+    last = [tap for tap in _values(self.trunk) if tap in read][-1:]
     until = '' if 'main' in self.exits else last[0]
     return self.trunk(*inputs, train=train, until=until)
+
+
+def _values(trunk: Any) -> tuple[str, ...]:
+  """All taps of a trunk that a head may read, in order of depth."""
+  return getattr(trunk, 'values', trunk.taps)
 
 
 def hidden_widths(heads: Mapping[str, Head | Auxiliary]) -> dict[str, int]:
@@ -315,7 +321,7 @@ def _taps(trunk: Any, who: str) -> tuple[str, ...]:
   taps = getattr(trunk, 'taps', ())
   if not taps:
     raise ValueError(
-      f'{who}: {type(trunk).__name__} has no taps to put exits on; expected a model '
-      f'with `taps` and `pool`, such as those of {__package__}'
+      f'{who}: {type(trunk).__name__} has no taps to put exits on; expected a model of '
+      f'{__package__}, or any other as dp.trunk(model, variables, *inputs)'
     )
   return taps

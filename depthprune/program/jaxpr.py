@@ -119,13 +119,15 @@ def decode(jaxpr: Any) -> Program:
   inputs = tuple(map(_value, jaxpr.invars))
   env.update(zip(jaxpr.constvars, constants, strict=True))
   env.update(zip(jaxpr.invars, inputs, strict=True))
-  _decode_into(jaxpr, env, equations, constants)
+  _decode_into(jaxpr, env, equations, constants, source_info_util.NameStack())
   outputs = tuple(_read(v, env) for v in jaxpr.outvars)
   return Program(inputs, constants, tuple(equations), outputs)
 
 
-def _decode_into(jaxpr, env, equations, constants):
+def _decode_into(jaxpr, env, equations, constants, scope):
   for e in jaxpr.eqns:
+    # The scopes within a call that is inlined are relative to those around it.
+    names = scope + e.source_info.name_stack
     inputs = tuple(_read(v, env) for v in e.invars)
     if e.primitive.name in INLINED:
       body, consts = _open(e.params[INLINED[e.primitive.name]])
@@ -133,13 +135,14 @@ def _decode_into(jaxpr, env, equations, constants):
       for v, c in zip(body.constvars, consts, strict=True):
         inner[v] = _value(v)
         constants[inner[v]] = c
-      _decode_into(body, inner, equations, constants)
+      _decode_into(body, inner, equations, constants, names)
       outputs = [_read(v, inner) for v in body.outvars]
     else:
       outputs = [_value(v) for v in e.outvars]
       bodies = tuple(decode(b) for b in _bodies(e))
+      source = e.source_info.replace(name_stack=names)
       equations.append(
-        Equation(e.primitive, inputs, tuple(outputs), e.params, bodies, e.source_info)
+        Equation(e.primitive, inputs, tuple(outputs), e.params, bodies, source)
       )
     env.update(zip(e.outvars, outputs, strict=True))
 
@@ -261,8 +264,14 @@ def interpret(
   def read(v):
     return written.get(v, v.val) if isinstance(v, Literal) else env[v]
 
+  scope = source_info_util.current_name_stack()
   for e in program.equations:
-    outputs = execute(e, [read(v) for v in e.inputs])
+    # A program that is traced again keeps the lines and the scopes of the first trace.
+    source = e.source or source_info_util.new_source_info()
+    with source_info_util.user_context(
+      source.traceback, name_stack=scope + source.name_stack
+    ):
+      outputs = execute(e, [read(v) for v in e.inputs])
     env.update(zip(e.outputs, outputs, strict=True))
   return [read(v) for v in program.outputs]
 

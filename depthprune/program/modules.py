@@ -10,6 +10,10 @@
   function             the function itself.
 
 None of these libraries is imported: their networks are known by their shape.
+
+All of them understand `train=True` and `train=False`: it becomes the flag that the
+network has (`FLAGS`), or the mode of an NNX module without a flag, and is left out
+where there is nothing to set.
 """
 
 from __future__ import annotations
@@ -22,8 +26,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from depthprune.program.trace import is_array
+from depthprune.program.trace import is_array, paths_of
+
+FLAGS = {
+  'train': True, 'training': True, 'is_training': True, 'deterministic': False,
+  'use_running_average': False, 'inference': False,
+}  # fmt: skip
+"""Arguments that tell training from evaluation, with their values in training."""
+
+ANY = '**'  # among names of parameters: the call takes arguments of any name
 
 
 def runnable(model: Any) -> Callable:
@@ -34,23 +47,33 @@ def runnable(model: Any) -> Callable:
       module docstring lists. Where the object has a tuple `exits`, the function returns
       these outputs only, so that taps no exit needs are dead code.
   """
+  names = parameters(model)
   if is_module(model):
-    return lambda variables, *inputs, **kwargs: rebuilt(model, variables)(
-      *inputs, **kwargs
-    )
+
+    def call_module(variables, *inputs, **kwargs):
+      module = rebuilt(model, variables)
+      if 'train' in kwargs:
+        set_mode(module, kwargs['train'])
+      return module(*inputs, **accepted(kwargs, names))
+
+    return call_module
   apply = getattr(model, 'apply', model)
-  if apply is model and hasattr(getattr(model, 'module', None), 'apply'):
+  if is_transformers(model):
     return lambda variables, *inputs, **kwargs: model(
-      *inputs, params=variables, **kwargs
+      *inputs, params=variables, **accepted(kwargs, names)
     )
-  if getattr(model, '_fields', None) == ('init', 'apply'):
+  if is_haiku(model):
     return _transformed(apply)
   exits = getattr(model, 'exits', None)
   if not isinstance(exits, tuple):
-    return apply
+    if ANY in names:
+      return apply
+    return lambda variables, *inputs, **kwargs: apply(
+      variables, *inputs, **accepted(kwargs, names)
+    )
 
   def fn(variables, *inputs, **kwargs):
-    out = apply(variables, *inputs, **kwargs)
+    out = apply(variables, *inputs, **accepted(kwargs, names))
     if kwargs.get('mutable'):
       return chosen(out[0]), out[1]
     return chosen(out)
@@ -74,12 +97,12 @@ def rebuilt(model: Any, variables: Any) -> Any:
       write.
   """
   kind = type(model).__name__
-  if _is_nnx(model):
+  if is_nnx(model):
     nnx: Any = sys.modules['flax.nnx']
     graph, state = nnx.split(model)
     if isinstance(variables, type(model)):
       if len(jax.tree.leaves(variables)) == len(jax.tree.leaves(state)):
-        return variables
+        return nnx.merge(*nnx.split(variables))  # a call may change its mode
       raise TypeError(
         f'variables: {kind} shares arrays between its parts, which is lost in the '
         'module as a pytree; expected nnx.state(module)'
@@ -136,7 +159,7 @@ def explained(variables: Any, inputs: tuple) -> Iterator[None]:
 
 def is_module(model: Any) -> bool:
   """Whether a network carries its own arrays, so that `rebuilt` can replace them."""
-  if _is_nnx(model):
+  if is_nnx(model):
     return True
   if hasattr(model, 'apply') or isinstance(model, functools.partial):
     return False
@@ -145,26 +168,183 @@ def is_module(model: Any) -> bool:
 
 def arrays_of(module: Any) -> Any:
   """Returns the arrays that a module carries, as `couple` takes them."""
-  if _is_nnx(module):
+  if is_nnx(module):
     return sys.modules['flax.nnx'].state(module)
   return jax.tree.map(lambda x: x if is_array(x) else None, module)
 
 
-def _is_nnx(model: Any) -> bool:
+def is_nnx(model: Any) -> bool:
+  """Whether a network is an NNX module."""
   nnx = sys.modules.get('flax.nnx')  # who has such a module has imported it
   return nnx is not None and isinstance(model, nnx.Module)
+
+
+def is_haiku(model: Any) -> bool:
+  """Whether a network is a haiku transform."""
+  return getattr(model, '_fields', None) == ('init', 'apply')
+
+
+def is_transformers(model: Any) -> bool:
+  """Whether a network is a Flax model of transformers."""
+  return not hasattr(model, 'apply') and hasattr(
+    getattr(model, 'module', None), 'apply'
+  )
+
+
+def parameters(model: Any) -> frozenset[str]:
+  """Returns the names of the arguments of a network's call.
+
+  ANY is among them where it takes arguments of any name, or cannot be inspected.
+  """
+  if getattr(model, '__name__', '') == 'apply' and hasattr(model, '__self__'):
+    model = model.__self__  # module.apply, given as a function
+  linen = hasattr(model, 'apply') and not is_haiku(model)
+  called = model.apply if is_haiku(model) or not callable(model) else model
+  try:
+    found = inspect.signature(called).parameters.values()
+  except (TypeError, ValueError):
+    return frozenset((ANY,))
+  names = {ANY if p.kind is p.VAR_KEYWORD else p.name for p in found}
+  return frozenset(names | ({'rngs', 'mutable'} if linen else set()))
+
+
+def accepted(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+  """Returns the arguments of a call by keyword as a network takes them.
+
+  `train` becomes the flag that the network has. Without one it is left out, as are
+  `rngs` and `mutable` where the network does not know them.
+
+  Args:
+    kwargs: the arguments.
+    names: the arguments that the network has, from `parameters`.
+  """
+  if ANY in names or 'method' in kwargs:
+    return dict(kwargs)
+  optional = {'train', 'rngs', 'mutable'} - names
+  taken = {name: x for name, x in kwargs.items() if name not in optional}
+  flag = next((name for name in FLAGS if name in names), 'train')
+  if 'train' in kwargs and flag in names:
+    taken.setdefault(flag, kwargs['train'] == FLAGS[flag])
+  return taken
+
+
+def set_mode(module: Any, train: bool) -> None:
+  """Sets the mode of an NNX module whose call has no flag for it."""
+  if is_nnx(module) and not parameters(module) & {*FLAGS}:
+    (module.train if train else module.eval)()
+
+
+def collected(model: Any, variables: Any) -> dict[str, Any]:
+  """Returns the arrays of a network by path, each below what it is for.
+
+  Args:
+    model: a network of any kind.
+    variables: its arrays, as `couple` takes them.
+
+  Returns:
+    {'params/...': trained by gradients, 'batch_stats/...': running statistics,
+    'constants/...': neither}. Variables with an entry 'params' have this form already,
+    in an NNX module the types of the variables say it, and elsewhere all floating point
+    numbers are trained. Keys of `nnx.Rngs` are left out.
+  """
+  if is_nnx(model):
+    nnx: Any = sys.modules['flax.nnx']
+    state = nnx.state(variables) if is_nnx(variables) else variables
+    return {name: x.get_value() for _, name, x in _nnx_named(state) if name}
+  paths = paths_of(variables)
+  if isinstance(variables, Mapping) and 'params' in variables:
+    return paths
+  kind = lambda x: 'params' if np.issubdtype(x.dtype, np.inexact) else 'constants'
+  return {f'{kind(x)}/{path}': x for path, x in paths.items()}
+
+
+def updating(model: Any, variables: Any) -> Callable:
+  """Returns a network as a function of named arrays that also returns their updates.
+
+  Args:
+    model: a network of any kind.
+    variables: its arrays or their shapes, as `couple` takes them.
+
+  Returns:
+    f(arrays, *inputs, key=None, **kwargs) -> (outputs, {path: new array}). The arrays
+    are named as `collected` names them. With train=True among the arguments, running
+    statistics are updated, and `key` is for dropout.
+  """
+  fn, taken = runnable(model), parameters(model)
+  kinds = {name.split('/')[0] for name in collected(model, variables)}
+  stateful = sorted(kinds - {'params', 'constants', 'branches'})
+  updates = stateful and (is_haiku(model) or taken & {ANY, 'mutable'})
+
+  def call(arrays, *inputs, key=None, **kwargs):
+    if key is not None and (is_transformers(model) or is_haiku(model)):
+      kwargs['dropout_rng' if is_transformers(model) else 'rng'] = key
+    elif key is not None:
+      kwargs['rngs'] = {'dropout': key}
+    tree = joined(model, variables, arrays)
+    if not (kwargs.get('train') and updates):
+      return fn(tree, *inputs, **kwargs), {}
+    outputs, changed = fn(tree, *inputs, mutable=stateful, **kwargs)
+    return outputs, {p: x for p, x in paths_of(changed).items() if p in arrays}
+
+  def call_nnx(arrays, *inputs, key=None, **kwargs):
+    module = rebuilt(model, joined(model, variables, arrays, key))
+    if 'train' in kwargs:
+      set_mode(module, kwargs['train'])
+    outputs = module(*inputs, **accepted(kwargs, taken))
+    new = collected(model, module) if kwargs.get('train') else {}
+    return outputs, {p: x for p, x in new.items() if not p.startswith('params/')}
+
+  return call_nnx if is_nnx(model) else call
+
+
+def joined(
+  model: Any, variables: Any, arrays: Mapping[str, Any], key: Any = None
+) -> Any:
+  """Returns the variables of a network with arrays named as `collected` names them.
+
+  Args:
+    model: a network of any kind.
+    variables: its variables or their shapes, for their structure.
+    arrays: all arrays by path.
+    key: random key, from which all keys of an NNX module are made anew.
+  """
+  if not is_nnx(model):
+    names = collected(model, variables)
+    structure = jax.tree.structure(variables)
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+  nnx: Any = sys.modules['flax.nnx']
+  full = []
+  for i, (path, name, variable) in enumerate(_nnx_named(nnx.state(model))):
+    value = arrays[name] if name else variable.get_value()
+    if isinstance(variable, nnx.RngKey) and key is not None:
+      value = jax.random.fold_in(key, i)
+    full.append((path, variable.replace(value)))  # the call may change its copy
+  return nnx.from_flat_state(full)
+
+
+def _nnx_named(state: Any) -> Iterator[tuple[tuple, str, Any]]:
+  """Yields (path, name, variable) of an NNX state; random keys have the name ''."""
+  nnx: Any = sys.modules['flax.nnx']
+  kinds = ((nnx.Param, 'params'), (nnx.BatchStat, 'batch_stats'))
+  for path, variable in nnx.to_flat_state(state):
+    kind = next((n for cls, n in kinds if isinstance(variable, cls)), 'constants')
+    name = '/'.join((kind, *map(str, path)))
+    yield path, '' if isinstance(variable, nnx.RngState) else name, variable
 
 
 def _transformed(apply: Callable) -> Callable:
   """The `apply` of a haiku transform, whose arguments say which kind it is."""
   names = list(inspect.signature(apply).parameters)
 
-  def fn(variables, *inputs, rng=None, **kwargs):
+  def fn(variables, *inputs, rng=None, mutable=(), train=None, **kwargs):
     key = (rng,) if 'rng' in names[:3] else ()
+    if train is not None and (flag := next((f for f in FLAGS if f in names), '')):
+      kwargs.setdefault(flag, train == FLAGS[flag])
     if names[1:2] != ['state']:
       return apply(variables, *key, *inputs, **kwargs)
     params, state = variables['params'], variables['state']
-    return apply(params, state, *key, *inputs, **kwargs)[0]
+    out, state = apply(params, state, *key, *inputs, **kwargs)
+    return (out, {'state': state}) if mutable else out
 
   return fn
 

@@ -7,12 +7,11 @@ functions of these and are made again.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from depthprune import distributed, methods
@@ -20,7 +19,6 @@ from depthprune.data.dataset import epoch_steps
 from depthprune.distributed import local
 from depthprune.exports import networks
 from depthprune.program.coupling import Coupling, couple
-from depthprune.program.gating import with_branches
 from depthprune.program.units import units
 from depthprune.run import early_exit, result
 from depthprune.run.config import Config
@@ -42,6 +40,7 @@ from depthprune.train.result import (
   from_json,
   to_json,
 )
+from depthprune.train.rounds import carried, opened, trained
 from depthprune.train.step import State, apply_of, branches_of, gated
 from depthprune.train.task import Tree, as_dict
 
@@ -322,40 +321,3 @@ def _round_result(one: _Round, after: float) -> RoundResult:
     verify=Proof(**report['verify']),
     notes=report['notes'],
   )
-
-
-# ---- branch gates --------------------------------------------------------------------
-
-
-def trained(method: Method, state: State) -> Tree:
-  """Returns the state's variables with the branch gates that the method has trained."""
-  branches = method.forward(state.theta, None, state.step).get('branches')
-  return with_branches(state.variables, branches) if branches else state.variables
-
-
-def opened(variables: Tree) -> Tree:
-  """Returns the variables with all branch gates one, so that a cut folds nothing."""
-  ones = jax.tree.map(jnp.ones_like, branches_of(variables))
-  return with_branches(variables, ones) if ones else variables
-
-
-def carried(pruned: Pruned, gates: Mapping[str, jax.Array], *inputs: jax.Array) -> Tree:
-  """Returns the small variables of a cut that folded nothing, with their branch gates.
-
-  Args:
-    pruned: the result of the cut.
-    gates: {path: gate} before the cut.
-    *inputs: an example of what the network reads.
-  """
-  if not pruned.arch:
-    return pruned.variables
-  shapes = jax.eval_shape(pruned.model.init, jax.random.key(0), *inputs)
-  ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes.get('branches', {}))
-  if not ones:
-    return pruned.variables
-  variables, keep = {**pruned.variables, 'branches': ones}, pruned.keep['branches']
-  left = {
-    path: gates[path][keep[path]] if one.ndim else gates[path]
-    for path, one in branches_of(variables).items()
-  }
-  return with_branches(variables, left)

@@ -2,8 +2,9 @@
 
 Branches: y·g with y = BN(conv(x)) equals BN with its scale and bias multiplied by g.
 The arrays that can carry the factor are found in the program, backwards from each
-product with the gate: through sums (both sides), products (one side) and operations
-that only move values, to variables that are read once.
+product with the gate: through sums (both sides), products (one side), operations that
+only move values and, for a positive gate, ReLU and maxima, to variables that are read
+once.
 
 Channels: a gate acts where its axis is contracted, so the weight that is contracted
 carries it.
@@ -49,7 +50,8 @@ def fold(
     if np.all(value == 1):
       continue
     path = f'branches/{branch}'
-    carriers = _carriers(program, view.leaves[path], set(names))
+    positive = bool(np.all(value >= 0))
+    carriers = _carriers(program, view.leaves[path], set(names), positive)
     if carriers is None:
       raise ValueError(
         f'{path}: its value {np.round(value, 4)} cannot be folded: all that it scales '
@@ -144,9 +146,12 @@ def _carried_by(e, k: int, axis: int, gate, made_by, uses, paths):
 
 
 def _carriers(
-  program: jx.Program, gate: jx.Value, variables: set[jx.Value]
+  program: jx.Program, gate: jx.Value, variables: set[jx.Value], positive: bool
 ) -> set[jx.Value] | None:
-  """Returns the variables that can carry the factor `gate` in its place, or None."""
+  """Returns the variables that can carry the factor `gate` in its place, or None.
+
+  `positive` says that the gate is not negative.
+  """
   equations, _ = jx.live(program)
   made_by = {v: e for e in equations for v in e.outputs}
   uses = Counter(v for e in equations for v in e.inputs)
@@ -167,7 +172,7 @@ def _carriers(
       scaled = [v for v in e.inputs if v not in aliases]
       if len(scaled) != 1:
         return None
-      carriers = _absorb(scaled[0], made_by, uses, variables)
+      carriers = _absorb(scaled[0], made_by, uses, variables, positive)
       if (
         carriers is None or all_carriers & carriers
       ):  # a shared carrier would be scaled twice
@@ -186,7 +191,8 @@ def _carriers(
     for v in (xs if per_layer else [*consts, *xs])
     if at[v] in variables and uses[at[v]] == 1
   }
-  inner = _carriers(e.bodies[0], next(v for v in at if at[v] is gate), inside)
+  within = next(v for v in at if at[v] is gate)
+  inner = _carriers(e.bodies[0], within, inside, positive)
   return None if inner is None else {at[v] for v in inner}
 
 
@@ -198,14 +204,19 @@ def _is_moved(e: jx.Equation, aliases: set[jx.Value]) -> bool:
   return e.name in LAYOUT and e.inputs[0] in aliases
 
 
-def _absorb(v: jx.Value, made_by, uses, variables) -> set[jx.Value] | None:
+def _absorb(
+  v: jx.Value, made_by, uses, variables, positive: bool
+) -> set[jx.Value] | None:
   """Returns the variables to scale in order to scale v; None where there are none."""
   if uses[v] > 1:
     return None
   if v not in made_by:
     return {v} if v in variables else None
   e = made_by[v]
-  inner = [_absorb(u, made_by, uses, variables) for u in e.inputs]
+  if positive and _is_homogeneous(e):
+    v = next(u for u in e.inputs if not isinstance(u, jx.Literal))
+    return _absorb(v, made_by, uses, variables, positive)
+  inner = [_absorb(u, made_by, uses, variables, positive) for u in e.inputs]
   if e.name in SUMS or e.name == 'concatenate':
     return None if None in inner else set().union(*(i for i in inner if i))
   if e.name in LAYOUT or e.name in ('neg', 'reduce_sum', 'div'):
@@ -213,3 +224,12 @@ def _absorb(v: jx.Value, made_by, uses, variables) -> set[jx.Value] | None:
   if e.name in ('mul', 'dot_general', 'conv_general_dilated'):
     return next((i for i in reversed(inner) if i is not None), None)
   return None
+
+
+def _is_homogeneous(e: jx.Equation) -> bool:
+  """Whether an equation of one array has g f(x) = f(g x) for all g >= 0."""
+  if e.name == 'custom_jvp_call' and len(e.inputs) == 1:  # as ReLU is
+    (body,) = e.bodies
+    return len(body.equations) == 1 and _is_homogeneous(body.equations[0])
+  zero = any(isinstance(v, jx.Literal) and v.val == 0 for v in e.inputs)
+  return e.name in ('reduce_max', 'reduce_window_max') or (e.name == 'max' and zero)

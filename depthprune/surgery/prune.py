@@ -257,6 +257,8 @@ def _native(
     if not np.all(kept):
       arch[branch] = _layers_left(coupling, keep, branch)
   arch |= {f'exit/{e}': 0 for e, kept in keep['exits'].items() if not kept}
+  if not {*arch} <= {*known}:  # the widths of a trunk that is not one of our models
+    return None, {}
   make: Any = type(model.arch)
   native = model.clone(arch=make(arch))
   key = jax.eval_shape(lambda: jax.random.key(0))

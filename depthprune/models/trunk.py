@@ -1,0 +1,380 @@
+"""Any network as a trunk: its values are taps, and its residual units have gates.
+
+A network of NNX, Equinox, haiku, transformers or of your own becomes a linen module
+that heads, auxiliary paths and every method take, without a line changed in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from depthprune.models.arch import Arch, complete
+from depthprune.models.layers import Pool
+from depthprune.program import jaxpr as jx
+from depthprune.program import modules
+from depthprune.program.deadcode import simplify
+from depthprune.program.taps import Inside, gated, inside
+from depthprune.program.trace import abstract, is_array, split_arrays
+
+MASKS = ('mask', 'attention_mask')  # arguments that say which tokens are no padding
+
+
+def trunk(
+  model: Any,
+  variables: Any,
+  *inputs: Any,
+  output: Callable[[Any], Any] | None = None,
+  mode: Callable[[bool], Mapping[str, Any]] | None = None,
+  pool: Pool = 'avg',
+  **kwargs: Any,
+) -> Trunk:
+  """Makes a linen module of any network, with taps and with gates at residual units.
+
+      net = dp.trunk(model, variables, images)
+      print(dp.taps(model, variables, images))  # names for heads
+      wide = WithHeads(net, {'early': Head('block1', classes=10)})
+      wide_variables = wide.init(key, images)  # the arrays of `model`, and new heads
+
+  Args:
+    model: a network of any kind, as for `couple`.
+    variables: its arrays, with which `init` fills the module. Of abstract arrays these
+      are zeros.
+    *inputs: an example of its inputs, arrays [batch, ...] or trees of them.
+    output: (what the network returns) -> its logits. By default what it returns, or its
+      entry 'main' or 'logits'.
+    mode: (train) -> the arguments of the call that tell training from evaluation. By
+      default they are found: train, training, is_training, deterministic,
+      use_running_average, inference, or the mode of an NNX module.
+    pool: how a head turns features into a vector where it does not say so itself; see
+      `heads.Head`.
+    **kwargs: further arguments of the call. Arrays among them become further inputs of
+      the module, in the order given: `trunk(model, variables, tokens,
+      attention_mask=mask)` is called as `net.apply(variables, tokens, mask)`, and heads
+      leave out what such a mask excludes.
+
+  Returns:
+    The Trunk. It returns {'main': logits, and every tap by name}.
+
+  Raises:
+    ValueError: `output` is needed to find the logits.
+    TypeError: the variables are not those of the model.
+  """
+  named = {name: x for name, x in kwargs.items() if split_arrays(x)[0]}
+  static = {name: x for name, x in kwargs.items() if name not in named}
+  network = Network(
+    call=modules.updating(model, variables),
+    joined=functools.partial(modules.joined, model, variables),
+    arrays=dict(sorted(modules.collected(model, variables).items())),
+    inputs=abstract((*inputs, *named.values())),
+    names=tuple(named),
+    static=static,
+    output=output or _logits,
+    mode=mode or (lambda train: {'train': train}),
+    kind=type(model).__name__,
+  )
+  return Trunk(network, pool=pool)
+
+
+class Program(NamedTuple):
+  """A traced network whose residual units have gates.
+
+  Attributes:
+    program: (gates, arrays, inputs, key) -> outputs, taps and updates.
+    gates: the program's input for the gate of each unit, by name.
+    arrays: the program's input for each array, by path.
+    returns: what each output of the program is: ('output', name), ('tap', name) or
+      ('update', path).
+  """
+
+  program: jx.Program
+  gates: dict[str, jx.Value]
+  arrays: dict[str, jx.Value]
+  returns: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+  """A network of any kind, and how a trunk calls it.
+
+  Attributes:
+    call: from `modules.updating`.
+    joined: (arrays by path) -> the variables of the network in its own form.
+    arrays: its arrays by path, 'params/...', in sorted order.
+    inputs: an example of all inputs, abstract.
+    names: names of the last inputs, which the call takes by keyword.
+    static: further arguments of the call.
+    output: (what the network returns) -> logits, or outputs by name.
+    mode: (train) -> the arguments of the call that say so.
+    kind: name of its type, for messages.
+  """
+
+  call: Callable
+  joined: Callable
+  arrays: Mapping[str, Any]
+  inputs: tuple
+  names: tuple[str, ...]
+  static: Mapping[str, Any]
+  output: Callable
+  mode: Callable
+  kind: str
+
+  def __repr__(self) -> str:
+    return f'{self.kind} with {len(self.arrays)} arrays'
+
+  @functools.cached_property
+  def inside(self) -> Inside:
+    """The values and units of the network in evaluation."""
+    return self._traced(self.inputs, False, None).inside
+
+  @functools.cached_property
+  def logits(self) -> jx.Value:
+    """The network's main output for the example."""
+    return self._traced(self.inputs, False, None).outputs['main']
+
+  @functools.cached_property
+  def _programs(self) -> dict[Any, Program]:
+    return {}
+
+  def at(self, inputs: tuple, train: bool, key: Any) -> Program:
+    """Returns the program for inputs of these shapes, traced once."""
+    shapes = abstract((inputs, key))
+    leaves, tree = jax.tree.flatten(shapes)
+    kinds = ((x.shape, x.dtype) if hasattr(x, 'shape') else x for x in leaves)
+    signature = (tree, train, *kinds)
+    if signature not in self._programs:
+      self._programs[signature] = self._gated(shapes[0], shapes[1], train)
+    return self._programs[signature]
+
+  def _run(self, arrays, inputs: tuple, train: bool, key: Any) -> tuple[dict, dict]:
+    """Returns (outputs by name, updates by path)."""
+    positional = inputs[: len(inputs) - len(self.names)]
+    named = dict(zip(self.names, inputs[len(positional) :], strict=True))
+    kwargs = {**self.static, **named, **self.mode(train)}
+    raw, updates = self.call(arrays, *positional, key=key, **kwargs)
+    outputs = self.output(raw)
+    outputs = dict(outputs) if isinstance(outputs, Mapping) else {'main': outputs}
+    for name in MASKS:
+      if name in named and named[name].ndim == 2:
+        outputs['mask'] = named[name].astype(bool)
+    return outputs, updates
+
+  def _traced(self, inputs: tuple, train: bool, key: Any) -> _Traced:
+    arrays, merge = split_arrays(inputs)
+    call = lambda own, arrays, key: self._run(own, merge(arrays), train, key)
+    program, tree = jx.trace(call, (abstract(self.arrays), arrays, key))
+    outputs, updates = jax.tree.unflatten(tree, program.outputs)
+    main = dataclasses.replace(program, outputs=tuple(outputs.values()))
+    found = inside(main, dict(zip(self.arrays, program.inputs)))
+    return _Traced(program, outputs, updates, found)
+
+  def _gated(self, inputs: tuple, key: Any, train: bool) -> Program:
+    traced = self._traced(inputs, train, key)
+    units, parts = traced.inside.units, {
+      'output': traced.outputs, 'tap': traced.inside.values, 'update': traced.updates
+    }  # fmt: skip
+    if {*units} != {*self.inside.units}:
+      raise ValueError(
+        f'{self.kind}: it has other residual units in training ({", ".join(units)}) '
+        f'than in evaluation ({", ".join(self.inside.units)})'
+      )
+    returns = tuple((what, name) for what, part in parts.items() for name in part)
+    outputs = tuple(v for part in parts.values() for v in part.values())
+    program = dataclasses.replace(traced.program, outputs=outputs)
+
+    def run(gates, flat):
+      values = jx.interpret(program, flat, gated(units, gates))
+      axes = traced.inside.channels
+      last = lambda x: jnp.moveaxis(x, axes.get(x.ndim, -1), -1)
+      return [last(x) if r[0] == 'tap' else x for x, r in zip(values, returns)]
+
+    flat = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program.inputs]
+    gates = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in sorted(units)}
+    full = jx.trace(run, (gates, flat)).program
+    ins = iter(full.inputs)
+    return Program(full, dict(zip(gates, ins)), dict(zip(self.arrays, ins)), returns)
+
+
+class _Traced(NamedTuple):
+  program: jx.Program
+  outputs: dict[str, jx.Value]
+  updates: dict[str, jx.Value]
+  inside: Inside
+
+
+class Trunk(nn.Module):
+  """A network of any kind as a trunk; `trunk` makes it.
+
+  It maps the inputs of the network to {'main': logits, and every tap by name}. Features
+  have their channels last, also where the network has them first.
+
+  Attributes:
+    network: the network.
+    arch: what pruning removed: {'UNIT/branch': 0} for a residual unit.
+    pool: how a head on a tap reduces it to a vector; see `heads.Head`.
+    dtype: type of the computation of heads.
+  """
+
+  network: Network
+  arch: Arch = FrozenDict()
+  pool: Pool = 'avg'
+  dtype: DTypeLike = jnp.float32
+  exits: ClassVar[tuple[str, ...]] = ('main',)
+
+  def __post_init__(self):
+    self.arch = FrozenDict(self.arch)
+    super().__post_init__()
+
+  @property
+  def classes(self) -> int:
+    """The number of logits."""
+    return self.network.logits.shape[-1]
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    """The taps from which all that follows is computed, in order of depth."""
+    return self.network.inside.narrow
+
+  @property
+  def values(self) -> tuple[str, ...]:
+    """All taps, in order of execution."""
+    return tuple(self.network.inside.values)
+
+  @property
+  def units(self) -> tuple[str, ...]:
+    """The names of the residual units, in order of execution."""
+    return tuple(self.network.inside.units)
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold, with its value in the full network."""
+    return {f'{unit}/branch': 1 for unit in self.units}
+
+  @nn.compact
+  def __call__(
+    self, *inputs: Any, train: bool = False, until: str = ''
+  ) -> dict[str, jax.Array]:
+    """Computes all outputs, or the taps up to `until` if it is not ''."""
+    arch = complete(self.arch, self.widths, 'Trunk')
+    key = self.make_rng('dropout') if train and self.has_rng('dropout') else None
+    at = self.network.at(inputs, train, key)
+    erased = {v: 0 for unit, v in at.gates.items() if not arch[f'{unit}/branch']}
+    if self.is_initializing():
+      self._fill(at, erased, until)
+    own = {'/'.join(p): x for p, x in flatten_dict(dict(self.variables)).items()}
+    gates = {v: own.get(f'branches/{unit}/branch') for unit, v in at.gates.items()}
+    known = {v: 1 for v, gate in gates.items() if gate is None} | erased
+    updates = [
+      ('update', path)
+      for what, path in at.returns
+      if what == 'update' and path in own
+      if self.is_mutable_collection(path.split('/')[0])
+    ]
+    program, returns = _reduced(at, known, until, updates)
+    _, needed = jx.live(program)
+    arrays = [own.get(path) for path in at.arrays]
+    for (path, v), x in zip(at.arrays.items(), arrays):
+      if v in needed and x is None:
+        raise ValueError(f'{path}: missing in the variables of {self.network.kind}')
+    flat = [*gates.values(), *arrays, *split_arrays((inputs, key))[0]]
+    results = dict(zip(returns, jx.run(program, flat), strict=True))
+    new = {path: x for (what, path), x in results.items() if what == 'update'}
+    if not self.is_initializing():
+      self._put({**own, **new}, new)
+    return {name: x for (what, name), x in results.items() if what != 'update'}
+
+  def original(self, variables: Mapping[str, Any]) -> Any:
+    """Returns variables of the trunk in the form that the network has them in.
+
+        state = net.original(variables)  # an nnx.State, say
+
+    Args:
+      variables: of the trunk, not cut; where heads were put on it, the parts 'trunk'.
+    """
+    return self.network.joined(flatten_dict(dict(variables), sep='/'))
+
+  def _fill(self, at: Program, erased: Mapping[jx.Value, int], until: str) -> None:
+    """Creates the variables that the outputs need, with the arrays of the network."""
+    _, needed = jx.live(_reduced(at, erased, until)[0])
+    arrays: dict[str, Any] = {
+      path: x if is_concrete(x) else jnp.zeros(x.shape, x.dtype)
+      for path, x in self.network.arrays.items()
+      if at.arrays[path] in needed
+    }
+    for unit, v in at.gates.items():
+      if v in needed and v not in erased:
+        arrays[f'branches/{unit}/branch'] = jnp.ones(())
+    self._put(arrays, arrays)
+
+  def _put(self, arrays: Mapping[str, Any], changed: Collection[str]) -> None:
+    """Stores the variables that hold the changed ones of these arrays."""
+    nested = unflatten_dict({tuple(path.split('/')): x for path, x in arrays.items()})
+    for collection, name in {tuple(path.split('/')[:2]) for path in changed}:
+      self.put_variable(collection, name, nested[collection][name])
+
+
+def _reduced(
+  at: Program,
+  known: Mapping[jx.Value, int],
+  until: str,
+  updates: Collection[tuple[str, str]] = (),
+) -> tuple[jx.Program, list[tuple[str, str]]]:
+  """Returns the program that computes no more than it has to, and what it returns.
+
+  Args:
+    at: the whole program.
+    known: gates that are 0 or 1.
+    until: the tap that it ends with, '' for the network's own outputs.
+    updates: the updates that are wanted.
+  """
+  program = simplify(at.program, known)
+  ends = [
+    (r == ('tap', until) or r == ('output', 'mask')) if until else r[0] == 'output'
+    for r in at.returns
+  ]
+  made_by = {v: e for e in program.equations for v in e.outputs}
+  last = tuple(v for v, end in zip(program.outputs, ends) if end)
+  _, needed = jx.live(dataclasses.replace(program, outputs=last))
+  kept, returns = [], []
+  for v, r, end in zip(program.outputs, at.returns, ends):
+    moved = v in made_by and made_by[v].name == 'transpose'  # channels go last
+    source = made_by[v].inputs[0] if moved else v
+    passed = r[0] == 'tap' and not needed.isdisjoint((v, source))
+    if end or passed or r in updates:
+      kept.append(v)
+      returns.append(r)
+  return jx.lean(dataclasses.replace(program, outputs=tuple(kept))), returns
+
+
+def is_concrete(x: Any) -> bool:
+  """Whether x holds numbers, and not only their shape."""
+  return not isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _logits(raw: Any) -> Any:
+  """Returns the logits among what a network returns, or its outputs by name.
+
+  Raises:
+    ValueError: they cannot be told.
+  """
+  if is_array(raw):
+    return raw
+  named = raw if isinstance(raw, Mapping) else getattr(raw, '__dict__', {})
+  if isinstance(raw, Mapping) and 'main' in raw:
+    return {name: x for name, x in raw.items() if is_array(x)}
+  if 'logits' in named:
+    return named['logits']
+  names = ', '.join(map(str, named)) or 'several values'
+  raise ValueError(
+    f'trunk: the network returns a {type(raw).__name__} of {names}; say which of it '
+    "are the logits, as in trunk(..., output=lambda out: out['logits'])"
+  )

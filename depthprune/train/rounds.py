@@ -1,0 +1,153 @@
+"""Training and cutting in turns: the loop over the rounds of any method."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from depthprune.program.coupling import Coupling, couple
+from depthprune.program.gating import with_branches
+from depthprune.program.trace import several
+from depthprune.surgery.prune import Pruned, prune
+from depthprune.train.evaluate import COLLECTION, recalibrate
+from depthprune.train.judge import judge, kept_gates
+from depthprune.train.method import Method, plain
+from depthprune.train.step import State, branches_of, init_state, make_step
+from depthprune.train.task import Task, Tree
+
+COSTS = 'flops', 'params', 'peak_bytes'  # what a report compares before and after
+
+
+def shrink(
+  model: Any,
+  variables: Tree,
+  example: Any,
+  build: Callable[[Coupling], Method],
+  train: Callable[[Callable, State, str], State],
+  *,
+  task: Task,
+  tx: optax.GradientTransformation,
+  held_out: Sequence[Tree],
+  calibration: Sequence[Tree] = (),
+  round_to: int = 1,
+) -> Pruned:
+  """Trains, decides and cuts as often as the method asks for, and trains what is left.
+
+      net = dp.trunk(model, variables, images[:1])  # gates at its residual units
+      small = dp.shrink(
+        net, net.init(key, images[:1]), images[:1],
+        build=lambda coupling: dp.implosion(coupling, depth=3),
+        train=lambda step, state, stage: dp.fit(
+          step, state, key, batch_at, data, steps=200, label=stage),
+        task=dp.classification(10), tx=optax.adam(1e-3), held_out=[held_out],
+        calibration=[data])
+
+  Args:
+    model: the network, a linen module: one of `depthprune.models`, one with `dp.branch`
+      at its residual units, or what `trunk` makes of any network.
+    variables: its variables, from `model.init`.
+    example: the input, or a plain tuple or list of several.
+    build: (coupling) -> the method, called in every round for what is left.
+    train: (step, state, stage) -> the trained state, where step(state, batch, key) is
+      from `make_step`. It is called once per round, with the stages 'round1', 'round2',
+      ..., and at last with 'finetune', where nothing but the weights is trained; to
+      train no further, return the state as it is.
+    task: what is trained and measured.
+    tx: optax optimizer of the weights. Every stage begins with a fresh state of it.
+    held_out: batches on which the method decides, as for `judge`.
+    calibration: training batches for fresh batch statistics, needed by a network that
+      has such statistics.
+    round_to: widths become multiples of this.
+
+  Returns:
+    The result of the last cut, with the variables after fine-tuning. Its report
+    compares with the network before the first cut; `report['rounds']` holds the report
+    of each.
+
+  Raises:
+    CutRefused: the method refuses a cut, because it would cost too much.
+    InexactCut: masked and small network differ.
+  """
+  inputs = several(example)
+  example_batch, reports = held_out[0], []
+  while True:
+    coupling = couple(model, variables, *inputs)
+    method = build(coupling)
+    step = make_step(model, method, task, tx, coupling)
+    state = init_state(model, method, tx, variables, coupling, example_batch)
+    state = train(step, state, f'round{len(reports) + 1}')
+    evaluate = judge(model, method, task, state, held_out, calibration, coupling)
+    keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
+    gates = method.forward(state.theta, None, state.step)
+    last = method.rounds <= 1
+    pruned = prune(
+      model,
+      trained(method, state) if last else opened(state.variables),
+      keep,
+      example,
+      round_to=round_to,
+      gates=kept_gates({'channels': gates.get('channels', {})}, keep),
+      coupling=coupling,
+    )
+    reports.append(pruned.report)
+    variables, model = pruned.variables, pruned.apply
+    if pruned.arch:
+      model = pruned.model
+      if not last:
+        variables = carried(pruned, branches_of(trained(method, state)), *inputs)
+    if jax.tree.leaves(variables.get(COLLECTION, {})) and _closed(pruned.keep):
+      variables = recalibrate(model, variables, calibration)
+    if last:
+      break
+  step = make_step(model, plain(), task, tx)
+  state = train(step, init_state(model, plain(), tx, variables), 'finetune')
+  report = {**pruned.report, 'rounds': reports}
+  for name in COSTS:
+    report[name] = {**pruned.report[name], 'before': reports[0][name]['before']}
+  return pruned._replace(variables=state.variables, report=report)
+
+
+def _closed(keep: Mapping) -> bool:
+  """Whether a cut changes what is computed, so that batch statistics are wrong."""
+  parts = (keep['channels'], keep['branches'])
+  return not all(np.all(kept) for part in parts for kept in part.values())
+
+
+# ---- branch gates --------------------------------------------------------------------
+
+
+def trained(method: Method, state: State) -> Tree:
+  """Returns the state's variables with the branch gates that the method has trained."""
+  branches = method.forward(state.theta, None, state.step).get('branches')
+  return with_branches(state.variables, branches) if branches else state.variables
+
+
+def opened(variables: Tree) -> Tree:
+  """Returns the variables with all branch gates one, so that a cut folds nothing."""
+  ones = jax.tree.map(jnp.ones_like, branches_of(variables))
+  return with_branches(variables, ones) if ones else variables
+
+
+def carried(pruned: Pruned, gates: Mapping[str, jax.Array], *inputs: jax.Array) -> Tree:
+  """Returns the small variables of a cut that folded nothing, with their branch gates.
+
+  Args:
+    pruned: the result of the cut.
+    gates: {path: gate} before the cut.
+    *inputs: an example of what the network reads.
+  """
+  if not pruned.arch:
+    return pruned.variables
+  shapes = jax.eval_shape(pruned.model.init, jax.random.key(0), *inputs)
+  ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes.get('branches', {}))
+  if not ones:
+    return pruned.variables
+  variables, keep = {**pruned.variables, 'branches': ones}, pruned.keep['branches']
+  left = {
+    path: gates[path][keep[path]] if one.ndim else gates[path]
+    for path, one in branches_of(variables).items()
+  }
+  return with_branches(variables, left)

@@ -1,0 +1,182 @@
+"""Names of values inside networks, and the residual units that are found in them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import depthprune as dp
+from depthprune.program import jaxpr as jx
+from depthprune.program.taps import inside
+
+X = jax.random.normal(jax.random.key(0), (3, 6))
+
+
+class Unit(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    y = nn.Dense(6, name='a')(x)
+    y = nn.BatchNorm(use_running_average=not train)(y)
+    y = nn.Dropout(0.5, deterministic=not train)(nn.relu(y))
+    return nn.relu(x + nn.Dense(6, name='b')(y))
+
+
+class Linen(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Dense(6, name='stem')(x)
+    for i in range(2):
+      x = Unit(name=f'unit{i}')(x, train)
+    return nn.Dense(4, name='head')(x)
+
+
+class NNXUnit(nnx.Module):
+  def __init__(self, rngs):
+    self.a, self.b = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+
+  def __call__(self, x):
+    return nnx.relu(x + self.b(nnx.relu(self.a(x))))
+
+
+class NNX(nnx.Module):
+  def __init__(self, rngs):
+    self.stem = nnx.Linear(6, 6, rngs=rngs)
+    self.units = nnx.List([NNXUnit(rngs) for _ in range(2)])
+    self.head = nnx.Linear(6, 4, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.stem(x)
+    for unit in self.units:
+      x = unit(x)
+    return self.head(x)
+
+
+def traced(f, params, *inputs):
+  """What is inside of a function of ({path: array}, *inputs)."""
+  params = {f'params/{name}': x for name, x in sorted(params.items())}
+  short = lambda params, *inputs: f(
+    {name.removeprefix('params/'): x for name, x in params.items()}, *inputs
+  )
+  program = jx.trace(short, (params, *inputs)).program
+  return inside(program, dict(zip(params, program.inputs)))
+
+
+def test_taps_of_a_linen_network_are_the_outputs_of_its_modules():
+  model = Linen()
+  variables = model.init(jax.random.key(0), X)
+  taps = {tap.name: tap for tap in dp.taps(model, variables, X)}
+  _, state = model.apply(variables, X, capture_intermediates=True)
+  captured = dp.trunk(model, variables, X)
+  outputs = captured.apply(captured.init(jax.random.key(0), X), X)
+  for name in ('stem', 'unit0/a', 'unit0/BatchNorm_0', 'unit0/b', 'unit1', 'head'):
+    value = state['intermediates']
+    for part in name.split('/'):
+      value = value[part]
+    np.testing.assert_array_equal(outputs[name], value['__call__'][0])
+    assert taps[name].shape == value['__call__'][0].shape
+
+
+def test_the_cost_of_a_tap_is_that_of_the_network_up_to_it():
+  model = Linen()
+  taps = {t.name: t for t in dp.taps(model, model.init(jax.random.key(0), X), X)}
+  dense = 3 * 2 * 6 * 6  # FLOPs of a layer for three examples, 1 MAC = 2 FLOPs
+  assert taps['stem'].flops == dense
+  assert taps['unit0'].flops == 3 * dense
+  assert taps['unit0'].params == 3 * (36 + 6) + 12  # a normalisation has two vectors
+  assert [t.name for t in taps.values() if t.narrow] == ['stem', 'unit0', 'unit1']
+  assert '* unit1' in repr(dp.taps(model, model.init(jax.random.key(0), X), X))
+
+
+def test_modules_without_written_names_are_known_by_the_arrays_they_read():
+  net = NNX(nnx.Rngs(0))
+  taps = dp.taps(net, nnx.state(net), X)
+  names = ['stem', 'units/0/a', 'units/0/b', 'units/0', 'units/1/a', 'units/1/b']
+  assert [tap.name for tap in taps] == [*names, 'units/1', 'head']
+  assert [tap.name for tap in taps if tap.narrow] == ['stem', 'units/0', 'units/1']
+  trunk = dp.trunk(net, nnx.state(net), X)
+  outputs = trunk.apply(trunk.init(jax.random.key(0), X), X)
+  np.testing.assert_array_equal(outputs['units/0'], net.units[0](net.stem(X)))
+  np.testing.assert_array_equal(outputs['units/0/a'], net.units[0].a(net.stem(X)))
+
+
+def test_training_has_the_names_of_evaluation():
+  """Dropout and batch statistics are computed by functions that jax inlines."""
+  model = Linen()
+  variables = model.init(jax.random.key(0), X)
+  trunk = dp.trunk(model, variables, X)
+  rngs = {'dropout': jax.random.key(1)}
+  variables = trunk.init(jax.random.key(0), X)
+  here, there = (
+    trunk.apply(variables, X, train=t, rngs=rngs, mutable=['batch_stats'])[0]
+    for t in (False, True)
+  )
+  assert {*there} - {*here} == {f'unit{i}/Dropout_0' for i in range(2)}
+
+
+def test_a_network_that_calls_a_module_twice_has_numbered_taps():
+  class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.Dense(6, name='layer')
+      return nn.Dense(2, name='head')(layer(nn.relu(layer(x))))
+
+  model = Twice()
+  variables = model.init(jax.random.key(0), X)
+  names = [tap.name for tap in dp.taps(model, variables, X)]
+  assert names == ['layer', 'layer/out', 'layer:1', 'head']
+
+
+def test_values_beside_a_shortcut_are_not_narrow():
+  f = lambda p, x: (x + jnp.tanh(x @ p['a/w']) @ p['b/w']) @ p['c/w']
+  found = traced(f, {'a/w': jnp.ones((6, 6)), 'b/w': jnp.ones((6, 6)),
+                     'c/w': jnp.ones((6, 2))}, X)  # fmt: skip
+  assert found.narrow == ('b/out',)
+  assert list(found.units) == ['b']
+
+
+EYE = jnp.eye(6)
+
+
+@pytest.mark.parametrize(
+  ('f', 'units'),
+  [
+    (lambda p, x: x + x @ p['a/w'], ['a']),
+    (lambda p, x: x @ p['a/w'] + x, ['a']),
+    (lambda p, x: x + 0.1 * (x @ p['a/w'] @ p['a/v']), ['a']),
+    (lambda p, x: (x + x @ p['a/w']) + jnp.tanh(x) @ p['b/w'], ['a', 'b']),
+    (lambda p, x: x + (x @ p['a/w'] + x @ p['b/w']), ['b']),  # one branch, two layers
+    (lambda p, x: x @ p['a/w'] + x @ p['b/w'], []),  # no shortcut
+    (lambda p, x: (x @ p['a/w']) + 0.04 * (x @ p['a/w']) ** 3, []),  # part of a GELU
+    (lambda p, x: x * jax.nn.sigmoid(x @ p['a/w']), []),
+    (lambda p, x: x @ p['a/w'] + p['b/w'][0], []),  # a bias
+  ],
+)
+def test_residual_units_are_sums_with_what_a_layer_reads(f, units):
+  p = dict.fromkeys(('a/w', 'a/v', 'b/w'), EYE)
+  assert list(traced(f, p, X).units) == units
+
+
+def test_a_shortcut_around_everything_is_no_unit():
+  def f(p, x):
+    y = x + jnp.tanh(x @ p['a/w'])
+    y = y + jnp.tanh(y @ p['b/w'])
+    return x + y @ p['c/w']
+
+  p = dict.fromkeys(('a/w', 'b/w', 'c/w'), EYE)
+  assert list(traced(f, p, X).units) == ['a', 'b']
+
+
+def test_channels_are_where_the_convolution_has_them():
+  def conv(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME')  # channels first
+
+  f = lambda p, x: conv(conv(x, p['a/w']), p['b/w']).mean((2, 3))
+  p = {'a/w': jnp.ones((4, 3, 3, 3)), 'b/w': jnp.ones((2, 4, 3, 3))}
+  found = traced(f, p, jnp.ones((2, 3, 8, 8)))
+  assert found.channels == {4: 1}
+  trunk = dp.trunk(f, p, jnp.ones((2, 3, 8, 8)))
+  outputs = trunk.apply(trunk.init(jax.random.key(0), jnp.ones((2, 3, 8, 8))),
+                        jnp.ones((2, 3, 8, 8)))  # fmt: skip
+  assert outputs['a'].shape == (2, 8, 8, 4)

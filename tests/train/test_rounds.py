@@ -1,0 +1,83 @@
+"""Rounds of training and cutting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import depthprune as dp
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (12, 6))
+DATA = {'image': X, 'label': jnp.arange(12, dtype=jnp.int32) % 3}
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.stem = nnx.Linear(6, 8, rngs=rngs)
+    self.units = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(4)])
+    self.norms = nnx.List([nnx.BatchNorm(8, rngs=rngs) for _ in range(4)])
+    self.head = nnx.Linear(8, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.stem(x)
+    for unit, norm in zip(self.units, self.norms):
+      x = x + nnx.relu(norm(unit(x)))
+    return self.head(x)
+
+
+def shrunk(build, stages, **kwargs):
+  net = Net(nnx.Rngs(0))
+  trunk = dp.trunk(net, nnx.state(net), X)
+
+  def train(step, state, stage):
+    stages.append(stage)
+    return dp.fit(step, state, KEY, lambda d, i: d, DATA, steps=3, show=False)
+
+  return trunk, dp.shrink(
+    trunk, trunk.init(KEY, X), X, build, train, task=dp.classification(3),
+    tx=optax.sgd(1e-2), held_out=[DATA], calibration=[DATA], **kwargs,
+  )  # fmt: skip
+
+
+def test_units_of_a_foreign_network_go_in_rounds(tmp_path):
+  stages = []
+  trunk, small = shrunk(lambda c: dp.implosion(c, depth=1), stages)
+  assert stages == ['round1', 'round2', 'round3', 'finetune']
+  assert len(small.model.arch) == 3
+  reports = small.report['rounds']
+  widths = [r['params']['after'] for r in reports]
+  assert widths == sorted(widths, reverse=True)
+  assert small.report['params'] == {
+    'before': reports[0]['params']['before'],
+    'after': widths[-1],
+  }
+  # 8 · 8 + 8 parameters of a layer and 16 of a normalisation for each unit
+  assert reports[0]['params']['before'] - widths[-1] == 3 * (64 + 8 + 16)
+  dp.save(tmp_path / 'small', small)
+  again = dp.load(tmp_path / 'small', trunk)
+  want = small.apply(small.variables, X)['main']
+  np.testing.assert_array_equal(again.apply(again.variables, X)['main'], want)
+  native = small.model.apply(small.variables, X)['main']
+  np.testing.assert_allclose(native, want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_round_of_channels_is_a_special_case():
+  stages = []
+  build = lambda c: dp.trainable_gates(c, target=0.6)
+  _, small = shrunk(build, stages)
+  assert stages == ['round1', 'finetune']
+  flops = small.report['flops']
+  assert flops['after'] / flops['before'] == pytest.approx(0.6, abs=0.05)
+
+
+def test_statistics_are_measured_anew_after_a_cut():
+  stages = []
+  _, small = shrunk(lambda c: dp.implosion(c, depth=3), stages)
+  (units,) = [
+    u for u in small.variables['batch_stats']['norms'] if u not in small.arch
+  ][:1]
+  mean = small.variables['batch_stats']['norms'][units]['mean']
+  assert np.abs(mean).max() > 0
