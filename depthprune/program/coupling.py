@@ -182,6 +182,9 @@ class Coupling:
   def explain(self, group: str | None = None) -> str:
     """Says which slices are cut together, and which equation ties each of them.
 
+    The names of groups and the paths of arrays that it shows, and patterns of them, are
+    what `exclude`, `at_least` and `at_most` of `oneshot` and `trainable_gates` take.
+
     Args:
       group: name of the group. By default all groups are explained, then the axes that
         are pinned, those that end in an output, and the primitives without a rule.

@@ -8,7 +8,7 @@ Taylor is the first-order change of a loss when a gate closes (Molchanov et al.,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,23 +18,31 @@ from depthprune.program import axes as ax
 from depthprune.program import cost
 from depthprune.program.coupling import WHY, Coupling, Group
 from depthprune.program.trace import paths_of
+from depthprune.program.widths import Count, Counts, Range, ranges
 from depthprune.surgery.plan import widest
 from depthprune.timing.layers import TIME, CostFunction, counted
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
 SCOPES = ('global', 'uniform')
 
+Score = str | Mapping[str, Any] | Callable[[Coupling, Any], Mapping[str, Any]]
+"""A name of SCORES, {group: [slices]}, or a function of (coupling, variables) that
+returns that."""
+
 
 def oneshot(
   coupling: Coupling,
   variables: Any,
-  target: float | str,
-  score: str = 'l1',
+  target: float | str | Mapping[str, Count],
+  score: Score = 'l1',
   scope: str = 'global',
   of: str | CostFunction = 'flops',
   round_to: int = 1,
   grads: Mapping | None = None,
   key: jax.Array | None = None,
+  exclude: str | Sequence[str] = (),
+  at_least: Counts | None = None,
+  at_most: Counts | None = None,
 ) -> dict:
   """Decides which channels to keep so that the network costs what is asked for.
 
@@ -44,22 +52,45 @@ def oneshot(
     keep = dp.oneshot(coupling, variables, target='50%')
     pruned = dp.prune(model, variables, keep, images, train=False)
 
+  Groups are chosen by the names that `print(coupling.explain())` shows, of groups and
+  of arrays, or by patterns of them::
+
+    keep = dp.oneshot(
+      coupling, variables, '50%', exclude=['head', 'stage3/*'], at_least={'*conv1': 8}
+    )
+
+  A pattern is compared with the names of groups ('stage2/block0/conv1:3') and with the
+  paths of arrays and of the modules around them ('stage2/block0'; 'params/' can be left
+  out). `*` also matches '/'. A number of channels is an int; a part of them is a float
+  in (0, 1], or a text such as '25%'. Of several patterns that match a group, the one
+  that matches the fewest groups counts.
+
   Args:
     coupling: of the network, made by `couple`.
     variables: its arrays.
     target: what the network may cost: a fraction of its cost in (0, 1], a percentage
-      such as '50%', or an absolute number above 1.
+      such as '50%', or an absolute number above 1. Or {pattern: channels}, how many
+      channels the matching arrays are to produce, as near as the other arguments
+      allow: then nothing else is cut, and no cost is counted.
     score: what decides which channels stay. 'l1' and 'l2' are norms of the kernels,
-      'random' needs `key`, 'taylor' needs `grads`.
+      'random' needs `key`, 'taylor' needs `grads`. Or a score of your own, higher for
+      what should stay: {group: [slices]}, as `activations` returns, or a function of
+      (coupling, variables) that returns it.
     scope: 'global' ranks all channels of the network together, after dividing the
-      scores of each group by their mean; 'uniform' keeps the same fraction of each
-      group.
+      scores of each group by their mean (of their sizes, where some are negative);
+      'uniform' keeps the same fraction of each group.
     of: what is counted: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', which
       are measured now, on this device, with a batch of 128. For another batch pass
       `milliseconds(coupling, batch, round_to=round_to)`.
     round_to: widths become multiples of this, and the target counts them so.
     grads: gradient of a loss with respect to `coupling.gates()`, through `plug`.
     key: jax random key.
+    exclude: patterns of groups, arrays or modules that are left whole: a matching array
+      keeps its shape, and so do the channels that it reads.
+    at_least: fewest channels of every group, or {pattern: channels} of the matching
+      arrays' output.
+    at_most: most channels, in the same way. Of a floor and a ceiling that contradict
+      each other, one with a pattern goes before one for every group.
 
   Returns:
     {'channels': {group: bool [slices]}} for `prune`. Groups that cannot be gated are
@@ -68,22 +99,39 @@ def oneshot(
   Raises:
     ValueError: an unknown score, scope or cost; a missing `grads` or `key`; a target
       that cannot be reached; scores that are missing, not one per slice, or not
-      finite; or a network of which no group can be gated.
+      finite; a pattern that matches nothing, with the nearest names; a floor above the
+      ceiling; or a network of which no group can be gated.
   """
   _check(score, scope, grads, key)
+  gates = coupling.gates()['channels']
+  if not gates:
+    raise ValueError(f'no group of this network can be gated; {WHY}')
+  ratios = target if isinstance(target, Mapping) else None
+  limits = ranges(coupling, round_to, exclude, at_least, at_most, ratios)
+  scores = rank(coupling, variables, score, grads, key, limits)
+  whole = {group: gate > 0 for group, gate in gates.items()}
+  decision = lambda kept: {'channels': {**whole, **kept}}
+  if isinstance(target, Mapping):
+    return decision({g: _best(s, limits[g].most) for g, s in scores.items()})
   name, cost_of = counted(coupling, of, round_to)
-  scores = rank(coupling, variables, score, grads, key)
   total = cost_of(coupling, None)
   goal = absolute(target, total)
-  if not scores:
-    raise ValueError(f'no group of this network can be gated; {WHY}')
   price = lambda keep: cost_of(coupling, {'channels': keep})
-  keep_at, steps = (_uniform if scope == 'uniform' else _global)(scores, round_to)
-  floor = price(keep_at(steps))
+  plan = _uniform if scope == 'uniform' else _global
+  keep_at, steps = plan(scores, limits, round_to)
+  ceiling, floor = price(keep_at(0)), price(keep_at(steps))
   if goal < floor:
+    least = 'at least one slice per group'
+    least = 'what exclude and at_least keep' if exclude or at_least else least
     raise ValueError(
-      f'target {target} is {goal:.4g} {name}; with at least one slice per group the '
+      f'target {target} is {goal:.4g} {name}; with {least} the '
       f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): raise the target'
+    )
+  if goal > ceiling:
+    raise ValueError(
+      f'target {target} is {goal:.4g} {name}; with what at_most leaves the '
+      f'ceiling is {ceiling:.4g} ({ceiling / total:.3f} of {total:.4g}): lower the '
+      'target'
     )
   low, high = 0, steps  # bisection: price(low) >= goal >= price(high)
   while high - low > 1:
@@ -91,9 +139,9 @@ def oneshot(
     low, high = (middle, high) if price(keep_at(middle)) >= goal else (low, middle)
   # Milliseconds fall in steps too large to take the nearest, so they stay below.
   if name == TIME and price(keep_at(low)) > goal:
-    return {'channels': keep_at(high)}
+    return decision(keep_at(high))
   ends = keep_at(low), keep_at(high)
-  return {'channels': min(ends, key=lambda keep: abs(price(keep) - goal))}
+  return decision(min(ends, key=lambda keep: abs(price(keep) - goal)))
 
 
 def absolute(target: float | str, total: float) -> float:
@@ -121,38 +169,51 @@ def absolute(target: float | str, total: float) -> float:
 def rank(
   coupling: Coupling,
   variables: Any,
-  score: str,
+  score: Score,
   grads: Mapping | None = None,
   key: jax.Array | None = None,
+  among: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
   """Returns the score of every slice of every group that can be gated.
 
   Args:
     coupling: of the network, made by `couple`.
     variables: its arrays.
-    score: 'l1', 'l2', 'random' or 'taylor', as in `oneshot`.
+    score: 'l1', 'l2', 'random' or 'taylor', or a score of your own, as in `oneshot`.
     grads: gradients of the gates, for 'taylor'.
     key: jax random key, for 'random'.
+    among: the groups to score, by default all that can be gated.
 
   Returns:
     {group: float [slices]}.
 
   Raises:
-    ValueError: scores of a group are missing, not one per slice, or not finite.
+    ValueError: scores of a group are missing, not one per slice, or not finite, or a
+      score of your own names a group that there is not.
   """
-  groups = [g for g in coupling.groups.values() if not g.ungated]
+  gated = [g for g in coupling.groups.values() if not g.ungated]
+  groups = [g for g in gated if among is None or g.name in among]
   if key is not None and score == 'random':
-    keys = jax.random.split(key, len(groups))
-    pairs = zip(groups, keys, strict=True)
-    return {g.name: np.asarray(jax.random.uniform(k, (g.size,))) for g, k in pairs}
+    keys = dict(zip((g.name for g in gated), jax.random.split(key, len(gated))))
+    draw = lambda g: np.asarray(jax.random.uniform(keys[g.name], (g.size,)))
+    return {g.name: draw(g) for g in groups}
   if score == 'taylor':
     channels = (grads or {}).get('channels', {})
     scores = {
       g.name: np.abs(widest(channels[g.name])) for g in groups if g.name in channels
     }
-  else:
+  elif isinstance(score, str):
     power, leaves = 1 if score == 'l1' else 2, paths_of(variables)
     scores = {g.name: norms(coupling, leaves, g.name, power) for g in groups}
+  else:
+    own = score(coupling, variables) if callable(score) else score
+    if not isinstance(own, Mapping):
+      raise ValueError(
+        f'score: expected {{group: [slices]}} from the function, got {type(own)}'
+      )
+    for name in own:
+      coupling.axis(name)
+    scores = {g.name: widest(own[g.name]) for g in groups if g.name in own}
   for g in groups:
     _check_scores(g, score, scores.get(g.name))
   return scores
@@ -187,30 +248,39 @@ def norms(
   return total ** (1 / power)
 
 
-def _check_scores(group: Group, score: str, scores: np.ndarray | None):
-  by_gates = 'grads is the gradient of a loss by coupling.gates()'
+def _check_scores(group: Group, score: Score, scores: np.ndarray | None):
+  members = ', '.join(path for path, _ in group.members)
+  kind, entries, where = f'{score} ', 'grads', members
+  expected = 'grads is the gradient of a loss by coupling.gates()'
+  if score == 'taylor':
+    where = 'grads'
+  elif not isinstance(score, str):
+    kind, entries, where = '', 'score', 'score'
+    expected = 'score is {group: [slices]}, for all groups that may be cut'
   if scores is None:
-    raise ValueError(f"{group.name}: grads['channels'] has no such entry; {by_gates}")
+    channels = "['channels']" if score == 'taylor' else ''
+    raise ValueError(f'{group.name}: {entries}{channels} has no such entry; {expected}')
   if scores.shape != (group.size,):
     raise ValueError(
-      f'{group.name}: grads has shape {scores.shape}, its slices are {group.size}; '
-      f'{by_gates}'
+      f'{group.name}: {entries} has shape {scores.shape}, its slices are {group.size}; '
+      f'{expected}'
     )
   if bad := int(np.sum(~np.isfinite(scores))):
-    where = (
-      'grads' if score == 'taylor' else ', '.join(path for path, _ in group.members)
-    )
     raise ValueError(
-      f'{group.name}: the {score} scores of {bad} of its {group.size} slices are not '
+      f'{group.name}: the {kind}scores of {bad} of its {group.size} slices are not '
       f'finite ({where}), so they say nothing about which slices to keep; look for an '
       'overflow or a diverged training, and pass finite values'
     )
 
 
 def _check(score, scope, grads, key):
-  for value, allowed, name in ((score, SCORES, 'score'), (scope, SCOPES, 'scope')):
-    if value not in allowed:
-      raise ValueError(f'{name}={value!r}: expected one of {", ".join(allowed)}')
+  if not callable(score) and not isinstance(score, Mapping) and score not in SCORES:
+    raise ValueError(
+      f'score={score!r}: expected one of {", ".join(SCORES)}, {{group: [slices]}}, or '
+      'a function of (coupling, variables) that returns it'
+    )
+  if scope not in SCOPES:
+    raise ValueError(f'scope={scope!r}: expected one of {", ".join(SCOPES)}')
   if score == 'taylor' and grads is None:
     raise ValueError(
       "score='taylor' needs grads: the gradient of a loss by coupling.gates(), e.g. "
@@ -220,46 +290,60 @@ def _check(score, scope, grads, key):
     raise ValueError("score='random' needs key, e.g. jax.random.key(0)")
 
 
-def _uniform(scores: Mapping, round_to: int) -> tuple[Callable, int]:
+def _uniform(
+  scores: Mapping, limits: Mapping[str, Range], round_to: int
+) -> tuple[Callable, int]:
   """Returns keep_at and its number of steps: step k keeps the fraction 1 - k/steps.
 
   Groups round at different points, so that the cost falls in small steps.
   """
-  steps = 4 * max(s.size for s in scores.values())
+  steps = 4 * max((s.size for s in scores.values()), default=0)
   offset = {g: (i + 0.5) / len(scores) for i, g in enumerate(scores)}
 
   def keep_at(k):
-    share = 1 - k / steps
-    widths = {g: max(1, int(share * s.size + offset[g])) for g, s in scores.items()}
-    return {g: _rounded(s, widths[g], round_to) for g, s in scores.items()}
+    share = 1 - k / max(steps, 1)
+    widths = {g: int(share * s.size + offset[g]) for g, s in scores.items()}
+    return _built(scores, widths, limits, round_to)
 
   return keep_at, steps
 
 
-def _global(scores: Mapping, round_to: int) -> tuple[Callable, int]:
+def _global(
+  scores: Mapping, limits: Mapping[str, Range], round_to: int
+) -> tuple[Callable, int]:
   """Returns keep_at and its number of steps: step k closes the k lowest slices.
 
-  The best slice of every group is never closed.
+  Slices above the ceiling of their group are closed at step 0, those below its floor
+  never.
   """
   order = []
   for group, s in scores.items():
-    relative = s / max(s.mean(), np.finfo(float).tiny)
-    best = int(np.argmax(s))
-    order += [(relative[i], group) for i in range(s.size) if i != best]
+    relative = np.sort(s) / max(np.abs(s).mean(), np.finfo(float).tiny)
+    least, most = limits[group]
+    order += [(r, group) for r in relative[s.size - most : s.size - least]]
   order.sort()
 
   def keep_at(k):
     closed = dict.fromkeys(scores, 0)
     for _, group in order[:k]:
       closed[group] += 1
-    return {g: _rounded(s, s.size - closed[g], round_to) for g, s in scores.items()}
+    widths = {g: limits[g].most - closed[g] for g in scores}
+    return _built(scores, widths, limits, round_to)
 
   return keep_at, len(order)
 
 
-def _rounded(scores: np.ndarray, width: int, round_to: int) -> np.ndarray:
-  """The highest scores, as many as the rounded width. bool [len(scores)]"""
+def _built(scores, widths, limits, round_to: int) -> dict[str, np.ndarray]:
+  """The highest scores of every group, as many as can be built. {group: bool [n]}"""
+  built = {}
+  for group, s in scores.items():
+    width = int(cost.multiple(widths[group], s.size, round_to))
+    built[group] = _best(s, min(max(width, limits[group].least), limits[group].most))
+  return built
+
+
+def _best(scores: np.ndarray, width: int) -> np.ndarray:
+  """The `width` highest scores. bool [len(scores)]"""
   kept = np.zeros(scores.size, bool)
-  width = int(cost.multiple(width, scores.size, round_to))
   kept[np.argsort(-scores, kind='stable')[:width]] = True
   return kept

@@ -9,7 +9,9 @@ from depthprune import models
 from depthprune.program import cost
 from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
+from depthprune.program.trace import paths_of
 from depthprune.surgery.oneshot import oneshot, rank
+from depthprune.surgery.prune import prune
 from depthprune.surgery.settle import settle
 from depthprune.timing import layers
 from tests import zoo
@@ -259,3 +261,140 @@ def test_a_network_without_hidden_channels_has_nothing_to_close():
     match=r'no group of this network can be gated.*explain\(\).*fixed=lambda',
   ):
     oneshot(coupling, jnp.ones((3, 2)), 0.5)
+
+
+# ---- what may be cut -----------------------------------------------------------------
+
+
+def test_excluded_groups_are_whole_and_the_target_counts_them():
+  keep = oneshot(COUPLING, ARRAYS, priced(4, 1), exclude=['a:1'])
+  assert masks(*keep['channels'].values()) == masks([1] * 4, [0, 0, 1])
+  assert cost.flops(COUPLING, keep) == priced(4, 1)
+  small = prune(net, ARRAYS, keep, X)
+  assert small.report['widths'] == {'a:1': [4, 4], 'b:1': [3, 1]}
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'scope'),
+  [('stage2/*', 'global'), ('stage1/block0', 'uniform'), ('head', 'global')],
+)
+def test_excluded_modules_keep_their_shapes(resnet20, pattern, scope):
+  coupling, variables = resnet20
+  keep = oneshot(coupling, variables, 0.7, scope=scope, exclude=pattern)
+  assert abs(cost.flops(coupling, keep) / cost.flops(coupling) - 0.7) <= 0.02
+  small = prune(coupling.model, variables, keep, coupling.inputs)
+  below = f'params/{pattern.removesuffix("*").removesuffix("/")}/'
+  before, after = paths_of(variables), paths_of(small.variables)
+  kept = [path for path in before if path.startswith(below)]
+  assert kept and all(after[path].shape == before[path].shape for path in kept)
+  assert any(after[path].shape != x.shape for path, x in before.items())
+
+
+@pytest.mark.parametrize('scope', ['global', 'uniform'])
+@pytest.mark.parametrize('round_to', [1, 4])
+def test_floors_and_ceilings_hold_at_every_target(resnet20, scope, round_to):
+  coupling, variables = resnet20
+  limits = {'at_least': {'stage3': '50%'}, 'at_most': {'stage1/*/conv1': 8}}
+  total, seen = cost.flops(coupling), set()
+  for target in (0.7, 0.5, 0.3):
+    arguments = {'scope': scope, 'round_to': round_to, **limits}
+    keep = oneshot(coupling, variables, target, **arguments)
+    assert abs(cost.flops(coupling, keep) / total - target) <= 0.02 * round_to
+    for group, n in widths(keep).items():
+      assert n >= 32 or 'stage3' not in group
+      assert n <= 8 or 'stage1' not in group
+      assert n % round_to == 0
+      seen.add(n)
+  assert {8, 32} <= seen
+
+
+def test_floors_hold_the_best_slices():
+  """Without the floor, b0 and b1 go first (1/4 and 1 of the mean), then a0 to a2."""
+  assert decided(priced(2, 2), at_least={'b': 3}) == masks([0, 0, 0, 1], [1, 1, 1])
+  assert decided(priced(4, 1), at_most={'b': 1}) == masks([1] * 4, [0, 0, 1])
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'target': 0.3, 'at_least': 2}, r'is 18 flops; with what exclude .* 28 \(0.467 o'),
+    ({'target': 0.3, 'exclude': '*'}, r'with what exclude .* the floor is 60 \(1.000'),
+    ({'target': 0.9, 'at_most': 2}, r'with what at_most leaves the ceiling is 28 \(0.'),
+    ({'target': 0.5, 'exclude': ['aa']}, "exclude: 'aa' matches no group.*nearest: a"),
+    ({'target': 0.5, 'at_least': {'c': 1}}, "'c' matches arrays that only read.*: b:1"),
+    ({'target': {'x': 0.5}}, "target: 'x' matches no group"),
+    ({'target': {'a': 0}}, 'target: expected a number of channels'),
+    ({'target': 0.5, 'at_least': 3, 'at_most': 2}, 'a:1: no width is possible'),
+  ],
+)
+def test_what_cannot_be_is_said(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    oneshot(COUPLING, ARRAYS, **arguments)
+
+
+def test_a_ratio_for_each_group():
+  """The rest is whole; a part goes to the nearest width, floors and ceilings hold."""
+  keep = oneshot(COUPLING, ARRAYS, {'a': 0.5})
+  assert masks(*keep['channels'].values()) == masks([0, 0, 1, 1], [1] * 3)
+  assert decided({'*': '50%'}) == masks([0, 0, 1, 1], [0, 1, 1])
+  assert decided({'*': '50%', 'b:1': 1}) == masks([0, 0, 1, 1], [0, 0, 1])
+  assert decided({'*': 1}, at_least={'a': 3}) == masks([0, 1, 1, 1], [0, 0, 1])
+
+
+# ---- scores of one's own -------------------------------------------------------------
+
+OWN = {'a:1': [4, 3, 2, 1], 'b:1': jnp.asarray([3, 2, 1])}
+
+
+def test_a_score_of_ones_own_is_arrays_or_a_function():
+  reversed_ = masks([1, 1, 0, 0], [1, 1, 0])
+  assert decided(priced(2, 2), score=OWN) == reversed_
+  assert decided(priced(2, 2), score=lambda coupling, variables: OWN) == reversed_
+
+  def of_the_readers(coupling, arrays):
+    readers = {'a:1': arrays['b'], 'b:1': arrays['c']}
+    return {g: jnp.abs(w).sum(1) for g, w in readers.items()}
+
+  found = rank(COUPLING, ARRAYS, of_the_readers)
+  np.testing.assert_allclose(found['b:1'], [4, 2, 7])
+  assert found['b:1'].dtype == np.float64
+
+
+def test_negative_scores_keep_their_order():
+  shifted = {g: np.asarray(s) - 10.0 for g, s in OWN.items()}
+  assert decided(priced(2, 2), score=shifted, scope='uniform') == masks(
+    [1, 1, 0, 0], [1, 1, 0]
+  )
+  keep = oneshot(COUPLING, ARRAYS, priced(2, 1), score=shifted)['channels']
+  for kept in keep.values():
+    assert np.all(np.diff(kept.astype(int)) <= 0)  # the first stay
+
+
+def test_a_score_may_leave_out_what_is_excluded():
+  keep = oneshot(
+    COUPLING, ARRAYS, priced(4, 2), score={'b:1': [3, 2, 1]}, exclude='a:1'
+  )
+  assert masks(*keep['channels'].values()) == masks([1] * 4, [1, 1, 0])
+
+
+@pytest.mark.parametrize(
+  ('score', 'error', 'message'),
+  [
+    ({'a:1': [1, 2, 3, 4]}, ValueError, r'b:1: score has no such entry; score is {gro'),
+    (
+      {**OWN, 'b:1': [1, 2]},
+      ValueError,
+      r'b:1: score has shape \(2,\), its slices are',
+    ),
+    (
+      {**OWN, 'b:1': [1, 2, np.nan]},
+      ValueError,
+      'b:1: the scores of 1 of its 3 slices',
+    ),
+    ({**OWN, 'd:1': [1]}, KeyError, 'd:1: no such group; nearest: '),
+    (lambda coupling, variables: [1, 2], ValueError, r'score: expected {group: \[sli'),
+  ],
+)
+def test_scores_of_ones_own_that_do_not_fit_are_refused(score, error, message):
+  with pytest.raises(error, match=message):
+    oneshot(COUPLING, ARRAYS, 0.5, score=score)

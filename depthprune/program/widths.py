@@ -1,0 +1,264 @@
+"""The widths that groups of channels may have, as names and patterns ask for them.
+
+A pattern is a name, or has the wildcards of a shell (`*`, which also matches '/', `?`,
+`[...]`). It is compared with the names of groups ('stage2/block0/conv1:3'), with the
+paths of arrays ('params/stage2/block0/conv1/kernel'), and with the paths of the modules
+that hold them ('stage2/block0'); 'params/' can be left out. `Coupling.explain` lists
+groups and arrays.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from depthprune.program.coupling import Coupling, Group
+
+Count = int | float | str
+"""Channels: a number of them (an int), or a part in (0, 1], as 0.25 or '25%'."""
+
+Counts = Count | Mapping[str, Count]
+"""A count for every group, or {pattern: count}."""
+
+
+class Range(NamedTuple):
+  """The narrowest and the widest width that a group may have."""
+
+  least: int
+  most: int
+
+
+def ranges(
+  coupling: Coupling,
+  round_to: int = 1,
+  exclude: str | Sequence[str] = (),
+  at_least: Counts | None = None,
+  at_most: Counts | None = None,
+  ratios: Mapping[str, Count] | None = None,
+) -> dict[str, Range]:
+  """Returns the widths between which every group has to stay.
+
+  Where several patterns of one argument match a group, that which matches the fewest
+  groups counts. A pattern goes before a count for every group. A width that is built is
+  a multiple of `round_to`, and never less than one multiple.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    round_to: widths are multiples of this.
+    exclude: patterns of groups, arrays and modules that are left whole. An array that
+      matches keeps its shape, so the channels that it reads stay too.
+    at_least: floor of the channels that the matching arrays produce.
+    at_most: their ceiling.
+    ratios: {pattern: count}, the channels that the matching arrays are to produce, as
+      near as the floors and ceilings allow. Groups that no pattern matches keep what
+      they may.
+
+  Returns:
+    {group: Range}, both ends of which can be built, for the groups that may be cut. All
+    other groups are left whole.
+
+  Raises:
+    ValueError: a pattern that matches nothing, with the nearest names; a count that is
+      none; two equally specific patterns with different counts; or a floor above the
+      ceiling.
+  """
+  groups = {g.name: g for g in coupling.groups.values() if not g.ungated}
+  excluded = _excluded(coupling, [exclude] if isinstance(exclude, str) else exclude)
+  floors = _by_group(coupling, groups, at_least, 'at_least')
+  ceilings = _by_group(coupling, groups, at_most, 'at_most')
+  wanted = _by_group(coupling, groups, ratios, 'target')
+  found = {}
+  for name, group in groups.items():
+    floor, ceiling = floors.get(name), ceilings.get(name)
+    if name in excluded:
+      floor = _Bound('exclude', excluded[name], group.size)
+    widths = _between(group, floor, ceiling, round_to)
+    if ratios is not None:
+      asked = wanted[name].channels if name in wanted else group.size
+      widths = [min(widths, key=lambda width: (abs(width - asked), -width))]
+    whole = floor is not None and floor.channels >= group.size == widths[0]
+    if not whole and (ratios is None or widths != [group.size]):
+      found[name] = Range(widths[0], widths[-1])
+  return found
+
+
+def possible(size: int, round_to: int) -> list[int]:
+  """Returns the widths that an axis of `size` can have, narrowest first."""
+  return sorted({min(round_to, size), *range(round_to, size, round_to), size})
+
+
+def matches(name: str, pattern: str) -> bool:
+  """Returns whether a name is the pattern, or matches its wildcards."""
+  return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+class _Bound(NamedTuple):
+  """Channels that an argument asks for, and its pattern; '' is for every group."""
+
+  argument: str
+  pattern: str
+  channels: float
+
+  def __str__(self) -> str:
+    pattern = f' {self.pattern!r}' if self.pattern else ''
+    return f'{self.argument}{pattern} asks for {self.channels:g}'
+
+
+def _between(
+  group: Group, floor: _Bound | None, ceiling: _Bound | None, round_to: int
+) -> list[int]:
+  """The widths of a group that can be built between two bounds, narrowest first."""
+  widths = possible(group.size, round_to)
+
+  def allowed(floor: _Bound | None, ceiling: _Bound | None) -> list[int]:
+    low = min(floor.channels, group.size) if floor else 0
+    high = max(ceiling.channels, widths[0]) if ceiling else group.size
+    return [width for width in widths if low - 1e-6 <= width <= high + 1e-6]
+
+  if between := allowed(floor, ceiling):
+    return between
+  assert floor and ceiling, 'one bound alone leaves the narrowest or the whole group'
+  if bool(floor.pattern) != bool(ceiling.pattern):
+    return allowed(floor, None) if floor.pattern else allowed(None, ceiling)
+  multiple = f', in multiples of {round_to}' if round_to > 1 else ''
+  raise ValueError(
+    f'{group.name}: no width is possible: of its {group.size} channels {floor} or '
+    f'more, {ceiling} or fewer{multiple}; change one of them'
+  )
+
+
+def _excluded(coupling: Coupling, patterns: Sequence[str]) -> dict[str, str]:
+  """{group: the pattern by which it is left whole}."""
+  excluded = {}
+  for pattern in patterns:
+    arrays = {p for p in coupling.axes if _any(_names(coupling, p), pattern)}
+    groups = [
+      g.name
+      for g in coupling.groups.values()
+      if _any(_names_of_group(g), pattern) or any(p in arrays for p, _ in g.members)
+    ]
+    if not arrays and not groups:
+      raise _unmatched(coupling, 'exclude', pattern, coupling.axes)
+    excluded |= dict.fromkeys(groups, pattern)
+  return excluded
+
+
+def _by_group(
+  coupling: Coupling, groups: Mapping[str, Group], counts: Counts | None, argument: str
+) -> dict[str, _Bound]:
+  """What an argument asks of every group of which it says something."""
+  if counts is None:
+    return {}
+  if not isinstance(counts, Mapping):
+    return {
+      name: _Bound(argument, '', _channels(counts, group.size, argument))
+      for name, group in groups.items()
+    }
+  names = {name: _names_of_written(coupling, group) for name, group in groups.items()}
+  matched = {
+    pattern: [name for name in groups if _any(names[name], pattern)]
+    for pattern in counts
+  }
+  for pattern, those in matched.items():
+    if not those:
+      written = [p for g in groups.values() for p, _ in _written(coupling, g)]
+      raise _unmatched(coupling, argument, pattern, written)
+  asked = {}
+  for name, group in groups.items():
+    fitting = [pattern for pattern, those in matched.items() if name in those]
+    fewest = min((len(matched[pattern]) for pattern in fitting), default=0)
+    bounds = [
+      _Bound(argument, pattern, _channels(counts[pattern], group.size, argument))
+      for pattern in fitting
+      if len(matched[pattern]) == fewest
+    ]
+    if len({bound.channels for bound in bounds}) > 1:
+      raise ValueError(
+        f'{name}: {" and ".join(map(str, bounds[:2]))} of its {group.size} channels, '
+        'and both patterns match as many groups; leave one of them out'
+      )
+    if bounds:
+      asked[name] = bounds[0]
+  return asked
+
+
+def _channels(count: Count, size: int, argument: str) -> float:
+  """The channels that a count asks for of a group; a part may lie between two."""
+  text = str(count).strip()
+  try:
+    if text.isdigit():
+      number = int(text)
+      if number:
+        return number
+    else:
+      part = float(text[:-1]) / 100 if text.endswith('%') else float(text)
+      if 0 < part <= 1:
+        return part * size
+  except ValueError:
+    pass
+  raise ValueError(
+    f'{argument}: expected a number of channels (1, 2, ...), or a part of them such as '
+    f"0.25 or '25%', got {count!r}"
+  )
+
+
+# ---- names ---------------------------------------------------------------------------
+
+
+def _any(names: Collection[str], pattern: str) -> bool:
+  return any(matches(name, pattern) for name in names)
+
+
+def _names(coupling: Coupling, path: str) -> set[str]:
+  """The names of an array: its path, and the modules in which it lies."""
+  parts = path.split('/')
+  collections = any(p.startswith('params/') for p in coupling.axes)
+  return {
+    '/'.join(parts[start:end])
+    for start in range(1 + collections)
+    for end in range(start + 1, len(parts) + 1)
+  }
+
+
+def _names_of_group(group: Group) -> tuple[str, str]:
+  return group.name, group.name.rsplit(':', 1)[0]
+
+
+def _written(coupling: Coupling, group: Group) -> Sequence[tuple[str, int]]:
+  """The members that produce the channels of a group, rather than read them."""
+  return [m for m in group.members if m not in coupling.reads] or group.members
+
+
+def _names_of_written(coupling: Coupling, group: Group) -> set[str]:
+  paths = {path for path, _ in _written(coupling, group)}
+  return {*_names_of_group(group)}.union(*(_names(coupling, path) for path in paths))
+
+
+def _unmatched(
+  coupling: Coupling, argument: str, pattern: str, paths: Collection[str]
+) -> ValueError:
+  """The error about a pattern that matches nothing; `paths` could have matched."""
+  arrays = {path for path in coupling.axes if _any(_names(coupling, path), pattern)}
+  read = [
+    g.name
+    for g in coupling.groups.values()
+    if not g.ungated and any(path in arrays for path, _ in g.members)
+  ]
+  if read:
+    return ValueError(
+      f'{argument}: {pattern!r} matches arrays that only read channels; write the name '
+      f'of the group that they read: {", ".join(read[:3])}'
+    )
+  if arrays or any(_any(_names_of_group(g), pattern) for g in coupling.groups.values()):
+    return ValueError(
+      f'{argument}: {pattern!r} matches no channels that can be cut; '
+      'print(coupling.explain()) says why'
+    )
+  names = {*coupling.groups}.union(*(_names(coupling, path) for path in paths))
+  near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.3)
+  return ValueError(
+    f'{argument}: {pattern!r} matches no group, array or module; nearest: '
+    f'{", ".join(near) or "none"}; print(coupling.explain()) shows all'
+  )
