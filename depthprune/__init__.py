@@ -26,6 +26,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.program.stages import split
   from depthprune.program.taps import taps
   from depthprune.storage.checkpoint import CheckpointError
+  from depthprune.surgery.activations import activations
   from depthprune.surgery.oneshot import oneshot
   from depthprune.surgery.prune import InexactCut, Pruned, prune
   from depthprune.timing.layers import milliseconds
@@ -51,6 +52,7 @@ __all__ = [
   'InexactCut',
   'Method',
   'Pruned',
+  'activations',
   'add_penalty',
   'auxiliary',
   'branch',

@@ -187,6 +187,10 @@ def made_of_variables(view: View) -> set[jx.Value]:
       elif e.name == 'cond':
         for body in e.bodies:
           walk(body, flags[1:])
+      elif e.name == 'while':
+        *consts, carry = jx.while_parts(e, flags)
+        for body, fixed in zip(e.bodies, consts, strict=True):
+          walk(body, [*fixed, *[False] * len(carry)])
       if all(flags):
         made.update(e.outputs)
 

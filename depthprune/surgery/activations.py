@@ -1,0 +1,195 @@
+"""Scores of channels by their activations over a calibration set.
+
+A channel is measured where its axis is contracted, as the gates of `program.gating` are
+placed: at every read, after whatever nonlinearity, normalisation or pooling lies
+between the layer that produces it and the layer that reads it. A channel that is read
+as zero contributes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+from depthprune.program import rules
+from depthprune.program.coupling import Coupling
+from depthprune.program.gating import made_of_variables, place
+from depthprune.program.trace import View, remembered, several, split_arrays
+
+Measure = Literal['absolute', 'square', 'nonzero']
+VALUES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+  'absolute': jnp.abs,
+  'square': lambda x: jnp.square(jnp.abs(x)),
+  'nonzero': lambda x: x != 0,
+}
+
+
+def activations(
+  coupling: Coupling,
+  variables: Any,
+  batches: Iterable[Any],
+  measure: Measure = 'absolute',
+) -> dict[str, np.ndarray]:
+  """Scores every channel by its mean activation over a calibration set.
+
+  The scores are what `oneshot` takes::
+
+    coupling = dp.couple(model, variables, images[:1], train=False)
+    score = dp.activations(coupling, variables, [images[:128], images[128:256]])
+    keep = dp.oneshot(coupling, variables, '50%', score=score)
+
+  Args:
+    coupling: of the network, made by `couple` in the mode that is to be measured.
+    variables: its arrays.
+    batches: the calibration set, in batches of any sizes. A batch is what the network
+      is called with: its input, or a tuple of its inputs. Of a network that was coupled
+      with arrays by keyword it is a pair (inputs, {name: array}).
+    measure: 'absolute' is the mean absolute activation, 'square' the mean squared one,
+      and 'nonzero' the part of the activations that are not zero, which is 1 - APoZ (Hu
+      et al., arXiv 1607.03250).
+
+  Returns:
+    {group: float64 [slices]}, for all groups that can be gated: the mean over examples,
+    positions and all places where the channel is read.
+
+  Raises:
+    ValueError: an unknown measure, no batches, or a batch that is not like the inputs
+      with which the network was coupled.
+  """
+  if measure not in VALUES:
+    expected = ', '.join(get_args(Measure))
+    raise ValueError(f'measure={measure!r}: expected one of {expected}')
+  groups = [g for g in coupling.groups.values() if not g.ungated]
+  starts = np.cumsum([0, *(g.size for g in groups)])
+  views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
+
+  @jax.jit
+  def measured(variables, inputs, named):
+    kwargs = {**coupling.kwargs, **named}
+    view = views(inputs, kwargs)
+    coupling.check_view(view, [g.name for g in groups])
+    slots: dict[ax.Axis, Any] = {}
+    for group, start in zip(groups, starts):
+      place(group.name, view.groups[group.name], start + np.arange(group.size), slots)
+    arrays, _ = split_arrays((inputs, kwargs))
+    args = [*jax.tree.leaves(variables), *arrays]
+    return _sums(view, slots, int(starts[-1]), VALUES[measure], args)
+
+  totals, counts = np.zeros((2, starts[-1]))
+  for batch in batches:
+    inputs, named = batch if coupling.named else (batch, {})
+    inputs = several(inputs)
+    _check_batch(coupling, inputs, named)
+    both = measured(variables, inputs, named)
+    totals, counts = (a + np.asarray(b, float) for a, b in zip((totals, counts), both))
+  if groups and not counts.any():
+    raise ValueError('batches: expected at least one batch of inputs, got none')
+  means = totals / np.maximum(counts, 1)
+  return {g.name: means[start : start + g.size] for g, start in zip(groups, starts)}
+
+
+def _check_batch(coupling: Coupling, inputs: tuple, named: Mapping) -> None:
+  described = lambda tree: [
+    (np.ndim(x), jnp.result_type(x)) for x in split_arrays(tree)[0]
+  ]
+  expected, got = (coupling.inputs, coupling.named), (inputs, dict(named))
+  same = jax.tree.structure(expected) == jax.tree.structure(got)
+  if not same or described(expected) != described(got):
+    shown = lambda tree: ', '.join(
+      f'{jnp.result_type(x)}{list(np.shape(x))}' for x in split_arrays(tree)[0]
+    )
+    raise ValueError(
+      f'batches: expected batches like the inputs of couple ({shown(expected)}), got '
+      f'{shown(got) or type(inputs[0]).__name__}; one batch goes into a list: [x]'
+    )
+
+
+def _sums(
+  view: View, slots: Mapping, size: int, value: Callable, args: Sequence
+) -> list[jax.Array]:
+  """Runs a program; returns the sum of the values of every channel, and their number.
+
+  Args:
+    view: the traced network.
+    slots: {axis variable: numbers of its slices among all}.
+    size: number of slices of all groups.
+    value: what is added up of each activation.
+    args: inputs of the program.
+
+  Returns:
+    [sums, numbers], each float32 [size].
+  """
+  made = made_of_variables(view)
+
+  def run(program: jx.Program, args: Sequence) -> list:
+    """The outputs of a program, followed by its sums and numbers."""
+    seen = [jnp.zeros(size), jnp.zeros(size)]
+
+    def execute(e: jx.Equation, ins: list) -> list:
+      for k, axis in _activations_read(e, made):
+        _add(seen, view.facts.dims[e.inputs[k]][axis], ins[k], axis, _summed(view, e))
+      if e.name == 'while':
+        outputs = _while(e, ins, run, size)
+      else:
+        outputs = jx.bind(e, ins, e.params, run)
+      own, inner = outputs[: len(e.outputs)], outputs[len(e.outputs) :]
+      for i, more in enumerate(inner):
+        seen[i] += more.sum(0) if e.name == 'scan' else more
+      return own
+
+    outputs = jx.interpret(program, args, execute)
+    return [*outputs, *seen]
+
+  def _add(seen, dims: ax.Axis, x, axis: int, summed: set):
+    others = tuple(i for i in range(x.ndim) if i != axis)
+    each = value(x).astype(jnp.float32).sum(others)
+    for v in dict.fromkeys(ax.leaves(dims)):
+      if v in slots and v in summed:
+        at = ax.index_of(dims, v)
+        slot = np.asarray(slots[v])[at[at >= 0]]
+        seen[0] = seen[0].at[slot].add(each[at >= 0])
+        seen[1] = seen[1].at[slot].add(x.size / x.shape[axis])
+
+  return run(view.program, args)[-2:]
+
+
+def _activations_read(e: jx.Equation, made: set) -> list[tuple[int, int]]:
+  """(input, axis) of the activations that a contraction sums over.
+
+  Of two weights, which only meet where weights are computed, both count.
+  """
+  if e.name == 'conv_general_dilated':
+    return [(0, e.params['dimension_numbers'].lhs_spec[1])]
+  sides = [side for side in rules.contracted(e) if side]
+  activations = [side for side in sides if e.inputs[side[0][0]] not in made]
+  return [pair for side in activations or sides for pair in side]
+
+
+def _summed(view: View, e: jx.Equation) -> set[ax.Var]:
+  """The axes that an equation sums over."""
+  pairs = (pair for side in rules.contracted(e) for pair in side)
+  axes = (view.facts.dims[e.inputs[k]][axis] for k, axis in pairs)
+  return {v for axis in axes for v in ax.leaves(axis)}
+
+
+def _while(e: jx.Equation, ins: list, run: Callable, size: int) -> list:
+  """Runs a loop whose carry has its sums and numbers besides."""
+  test, body = e.bodies
+  test_consts, body_consts, carry = jx.while_parts(e, ins)
+
+  def step(loop):
+    carry, seen = loop
+    outputs = run(body, [*body_consts, *carry])
+    n = len(carry)
+    return outputs[:n], [a + b for a, b in zip(seen, outputs[n:], strict=True)]
+
+  ends = lambda loop: run(test, [*test_consts, *loop[0]])[0]
+  start = carry, [jnp.zeros(size), jnp.zeros(size)]
+  carry, seen = jax.lax.while_loop(ends, step, start)
+  return [*carry, *seen]
