@@ -35,7 +35,7 @@ gradient.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from etils import epy
@@ -43,6 +43,7 @@ from etils import epy
 from depthprune.train.method import Method, apart, openness, spare_closed, supervised
 from depthprune.train.options import (
   FRACTION,
+  PATTERNS,
   ConfigError,
   Epochs,
   at_least,
@@ -60,8 +61,9 @@ with epy.lazy_imports():
 
   from depthprune import gates as gating
   from depthprune.gates import Surrogate
-  from depthprune.program import cost
+  from depthprune.program import cost, widths
   from depthprune.program.coupling import Coupling
+  from depthprune.program.widths import Count, Counts, Range
   from depthprune.timing import latency, layers
   from depthprune.timing.layers import CostFunction
   from depthprune.train import target as targets
@@ -74,7 +76,7 @@ LEAST = 0.1  # of the mean price of a channel, where prices are measured
 
 def trainable_gates(
   coupling: Coupling,
-  target: float = 0.5,
+  target: float | Mapping[str, Count] = 0.5,
   of: str | CostFunction = 'flops',
   strength: float = 200.0,
   gate_lr: float = 2e-4,
@@ -82,6 +84,9 @@ def trainable_gates(
   round_to: int = 1,
   steps: int = 0,
   scores: Mapping[str, np.ndarray] | None = None,
+  exclude: str | Sequence[str] = (),
+  at_least: Counts | None = None,
+  at_most: Counts | None = None,
 ) -> Method:
   """Learns by gradient descent which channels of a network may go.
 
@@ -99,7 +104,9 @@ def trainable_gates(
 
   Args:
     coupling: what `couple` found in the network.
-    target: the part of the cost that is to remain, in (0, 1].
+    target: the part of the cost that is to remain, in (0, 1]. Or {pattern: channels},
+      as in `oneshot`: how many channels the matching arrays are to produce; the gates
+      then learn which.
     of: the cost: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now
       on this device for a batch of 128; for another batch
       `milliseconds(coupling, batch, round_to=round_to)`.
@@ -114,37 +121,57 @@ def trainable_gates(
       rest.
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
       start nearer to closing. By default the order is arbitrary.
+    exclude: patterns of groups, arrays or modules that are left whole, as in `oneshot`.
+      They have no gates.
+    at_least: fewest channels of every group, or {pattern: channels}, as in `oneshot`.
+      So many gates stay open throughout.
+    at_most: most channels, in the same way. Gates above that close one by one during
+      the first half of the training.
 
   Returns:
     The Method. Its `decide` keeps the open channels, corrected to meet the target.
 
   Raises:
-    ValueError: no channel can be gated, or the target is not in (0, 1] or below the
-      cost with one channel (one multiple of round_to) left per group.
+    ValueError: no channel can be gated; the target is not in (0, 1], or is out of reach
+      with one channel (one multiple of round_to) left per group and with these floors
+      and ceilings; a pattern that matches nothing; or a floor above the ceiling.
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
+  ratios = target if isinstance(target, Mapping) else None
+  limits = widths.ranges(coupling, round_to, exclude, at_least, at_most, ratios)
   name, C = layers.counted(coupling, of, round_to)
-  targets.reachable(coupling, target, C, round_to)
-  rho = target
-  start = coupling.gates()['channels']
+  rho = _remaining(coupling, C, limits) if isinstance(target, Mapping) else target
+  targets.reachable(coupling, rho, C, round_to, limits)
+  start = {group: coupling.gates()['channels'][group] for group in limits}
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
   c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
   if name == layers.TIME:
     c = _not_free(c)
 
-  def forward(theta, key=None, step=None):
-    del key, step
-    return jax.tree.map(lambda w: gate(w, surrogate, round_to), theta)
+  part = lambda step: jnp.asarray(step).astype(jnp.float32) / steps
+  passed = lambda step: part(step) if steps else jnp.float32(0.5)
+  approach = lambda step: jnp.minimum(1, 2 * passed(step))
 
-  share = lambda theta: C(coupling, forward(theta)) / C_0
-  passed = lambda step: step.astype(jnp.float32) / steps if steps else jnp.float32(0.5)
-  rho_t = lambda step: 1 + (rho - 1) * jnp.minimum(1, 2 * passed(step))
+  def forward(theta, key=None, step=None):
+    del key
+    there = 1.0 if step is None else approach(step)
+
+    def one(group, w):
+      least, most = limits[group]
+      return gate(w, surrogate, round_to, least, w.size + (most - w.size) * there)
+
+    return {
+      'channels': {group: one(group, w) for group, w in theta['channels'].items()}
+    }
+
+  share = lambda theta, step=None: C(coupling, forward(theta, None, step)) / C_0
+  rho_t = lambda step: 1 + (rho - 1) * approach(step)
   eta_t = lambda step: gate_lr * jnp.clip(3 - 4 * passed(step), 0, 1)
 
   def objective(task, outputs, batch, theta, step):
     loss, metrics = supervised(task, outputs, batch, theta, step)
-    return loss, {**metrics, name: share(theta), 'target': rho_t(step)}
+    return loss, {**metrics, name: share(theta, step), 'target': rho_t(step)}
 
   def open_part(trained):
     params = openness(coupling, forward(trained['theta']), trained['params'])
@@ -153,9 +180,9 @@ def trainable_gates(
   return Method(
     objective=objective,
     decide=lambda theta, stats, evaluate: targets.on_target(
-      coupling, theta['channels'], rho, C, round_to
+      coupling, theta['channels'], rho, C, round_to, limits
     ),
-    penalty=lambda theta, step: strength * (rho_t(step) - share(theta)) ** 2,
+    penalty=lambda theta, step: strength * (rho_t(step) - share(theta, step)) ** 2,
     init=lambda gates, outputs: {'channels': _spread(start, scores or {})},
     forward=forward,
     report=lambda theta: {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])},
@@ -164,18 +191,35 @@ def trainable_gates(
 
 
 def gate(
-  w: jax.Array, surrogate: Surrogate = 'constant', round_to: int = 1
+  w: jax.Array,
+  surrogate: Surrogate = 'constant',
+  round_to: int = 1,
+  least: int = 1,
+  most: jax.Array | float | None = None,
 ) -> jax.Array:
   """b(w) with derivative g(w), [channels].
 
   Of the open gates the largest are left open, as many as make a width that can be
-  built: a multiple of round_to, and at least one whatever their weights.
+  built: a multiple of round_to, and from `least` to `most` whatever their weights.
   """
   b = gating.straight_through(w, surrogate)
-  width = cost.multiple(jnp.maximum(b.sum(), 1), w.size, round_to, jnp)
+  width = jnp.maximum(b.sum(), least)
+  width = width if most is None else jnp.minimum(width, most)
+  width = cost.multiple(width, w.size, round_to, jnp)
   rank = jnp.argsort(jnp.argsort(-w, stable=True), stable=True)
   built = (rank.astype(w.dtype) < width).astype(w.dtype)
   return b + jax.lax.stop_gradient(built - b)
+
+
+def _remaining(
+  coupling: Coupling, C: CostFunction, limits: Mapping[str, Range]
+) -> float:
+  """The part of the cost that remains at the widest widths."""
+  kept = {
+    group: np.arange(coupling.groups[group].size) < most
+    for group, (_, most) in limits.items()
+  }
+  return C(coupling, {'channels': kept}) / C(coupling, None)
 
 
 def _not_free(c: Tree) -> Tree:
@@ -236,6 +280,10 @@ class GateOptions:
   strength: float = 200.0
   """Weight of the distance to the target in the loss."""
 
+  keep: Annotated[tuple[str, ...], PATTERNS] = ()
+  """Channels to leave whole: names of modules or arrays, or patterns of them, such as
+  head 'stage3/*'."""
+
   def __post_init__(self):
     if isinstance(self.target, str):
       object.__setattr__(self, 'target', fraction(self.target, 'target'))
@@ -267,6 +315,7 @@ def _build(setting: Setting) -> Method:
     round_to=o.round_to,
     steps=setting.steps,
     scores=setting.scores,
+    exclude=o.keep,
   )
 
 
@@ -305,9 +354,10 @@ def _sentence(result: Result) -> str:
   if of == 'milliseconds' and result.milliseconds:
     batch = f' at batch {result.milliseconds.batch}'
   cost = getattr(result, of)
+  kept = ', '.join(result.options.get('keep', ()))
   return (
     f'requested {100 * fraction:.1f} % of the {COSTS[of]}{batch}, reached '
-    f'{100 * cost.after / cost.before:.2f} %'
+    f'{100 * cost.after / cost.before:.2f} %{f", with {kept} left whole" * bool(kept)}'
   )
 
 

@@ -190,8 +190,8 @@ class Keeper:
 def same_config(stored: Mapping, config: Mapping, where: str) -> None:
   """Checks that a run has the config of what is stored.
 
-  They are compared as JSON, where tuples are lists. A field that is None or False
-  equals a field that did not exist when the stored run was made. `where` is the
+  They are compared as JSON, where tuples are lists. A field that is None, False or
+  empty equals a field that did not exist when the stored run was made. `where` is the
   directory, for errors.
 
   Raises:
@@ -214,11 +214,11 @@ def same_config(stored: Mapping, config: Mapping, where: str) -> None:
 
 
 def _without_defaults(values: Any) -> Any:
-  """Removes fields that are None or False, at any depth."""
+  """Removes fields that are None, False or an empty list, at any depth."""
   if not isinstance(values, dict):
     return values
   return {
     key: _without_defaults(value)
     for key, value in values.items()
-    if value is not None and value is not False
+    if value is not None and value is not False and value != []
   }

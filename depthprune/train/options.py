@@ -49,6 +49,9 @@ FRACTION = tyro.constructors.PrimitiveConstructorSpec(
   str_from_instance=lambda value: ['none' if value is None else f'{value:g}'],
 )
 
+# How the command line describes the names that are left whole.
+PATTERNS = tyro.conf.arg(metavar='PATTERN', help_behavior_hint='(default: none)')
+
 
 def axes(text: str) -> tuple[int | None, int]:
   """Reads the axes (data, model) of a mesh, such as 'data=4,model=2'.

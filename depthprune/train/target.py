@@ -6,6 +6,7 @@ import numpy as np
 
 from depthprune.program import cost
 from depthprune.program.coupling import WHY, Coupling
+from depthprune.program.widths import Range, possible
 from depthprune.timing.layers import CostFunction, counted
 from depthprune.train.task import Tree
 
@@ -21,12 +22,14 @@ def on_target(
   target: float,
   of: str | CostFunction = 'flops',
   round_to: int = 1,
+  limits: Mapping[str, Range] | None = None,
 ) -> Tree:
   """Returns keep = w > 0, corrected where that is off the target.
 
-  Widths are first rounded down to a multiple of `round_to`, but not below one multiple.
-  Then, while the cost is more than TOLERANCE off, the gates nearest to zero whose flip
-  brings it nearer are flipped: one gate, or as many as make a multiple.
+  Widths are first rounded down to a multiple of `round_to`, but not below one multiple,
+  and brought between their limits. Then, while the cost is more than TOLERANCE off, the
+  gates nearest to zero whose flip brings it nearer are flipped: one gate, or as many as
+  make a multiple.
 
   Args:
     coupling: the network's coupling.
@@ -34,37 +37,45 @@ def on_target(
     target: part of the cost that is to remain, in (0, 1].
     of: 'flops', 'params' or a cost of `timing.layers`.
     round_to: widths become multiples of it.
+    limits: {group: Range} of the widths that each group may have; by default any.
 
   Returns:
-    {'channels': {group: bool [n]}}.
+    {'channels': {group: bool [n]}}, in which groups without a weight are whole.
   """
   _, C = counted(coupling, of, round_to)
   w = {group: np.asarray(value) for group, value in w.items()}
   C_0 = C(coupling, None)
+  choices = _choices(w, round_to, limits)
   widths = {
     group: int(cost.multiple(max(1, (value > 0).sum()), value.size, round_to))
     for group, value in w.items()
   }
+  widths = {g: min(max(n, choices[g][0]), choices[g][-1]) for g, n in widths.items()}
   error = lambda widths: C(coupling, _widest(w, widths)) / C_0 - target
   off = error(widths)
-  for group, width in _nearest_first(w, widths, round_to):
+  for group, width in _nearest_first(w, widths, choices):
     if abs(off) <= TOLERANCE:
       break
     if (width < widths[group]) == (off > 0):
       changed = {**widths, group: width}
       if abs(error(changed)) < abs(off):
         widths, off = changed, error(changed)
-  return _widest(w, widths)
+  whole = {group: gate > 0 for group, gate in coupling.gates()['channels'].items()}
+  return {'channels': {**whole, **_widest(w, widths)['channels']}}
 
 
 def reachable(
-  coupling: Coupling, target: float, of: str | CostFunction = 'flops', round_to: int = 1
+  coupling: Coupling,
+  target: float,
+  of: str | CostFunction = 'flops',
+  round_to: int = 1,
+  limits: Mapping[str, Range] | None = None,
 ) -> None:
   """Checks that a network can be cut to a target; arguments as for `on_target`.
 
   Raises:
-    ValueError: the target is not in (0, 1], the narrowest network costs more, or no
-      channels can be gated.
+    ValueError: the target is not in (0, 1], the narrowest network costs more or the
+      widest less, or no channels can be gated.
   """
   name, C = counted(coupling, of, round_to)
   if not 0 < target <= 1:
@@ -75,26 +86,47 @@ def reachable(
   gates = coupling.gates()['channels']
   if not gates:
     raise ValueError(f'target: no group of channels can be gated; {WHY}')
-  least = {group: possible(g.size, round_to)[0] for group, g in gates.items()}
-  floor = C(coupling, _widest(gates, least)) / C(coupling, None)
+  if limits is not None:
+    gates = {group: gates[group] for group in limits}
+  if not gates:
+    raise ValueError('target: exclude and at_least leave every group whole')
+  choices = _choices(gates, round_to, limits)
+  share = lambda widths: C(coupling, _widest(gates, widths)) / C(coupling, None)
+  floor = share({group: widths[0] for group, widths in choices.items()})
+  ceiling = share({group: widths[-1] for group, widths in choices.items()})
   if target < floor:
+    kept = '' if limits is None else ', or what exclude and at_least keep,'
     raise ValueError(
       f'target: {target:g} of the {name} cannot be reached: with {round_to} channel(s) '
-      f'left in every group {floor:.4f} remain; ask for that or more, or lower round_to'
+      f'left in every group{kept} {floor:.4f} remain; ask for that or more, or lower '
+      'round_to'
+    )
+  if target > ceiling:
+    raise ValueError(
+      f'target: {target:g} of the {name} cannot be reached: with what at_most leaves '
+      f'{ceiling:.4f} remain; ask for that or less'
     )
 
 
-def possible(size: int, round_to: int) -> list[int]:
-  """Returns the widths that an axis of `size` can have, narrowest first."""
-  return sorted({min(round_to, size), *range(round_to, size, round_to), size})
+def _choices(
+  w: Weights, round_to: int, limits: Mapping[str, Range] | None
+) -> dict[str, list[int]]:
+  """The widths that every group can have, narrowest first."""
+  choices = {group: possible(value.size, round_to) for group, value in w.items()}
+  if limits is None:
+    return choices
+  inside = lambda width, limit: limit.least <= width <= limit.most
+  return {g: [n for n in all_ if inside(n, limits[g])] for g, all_ in choices.items()}
 
 
-def _nearest_first(w: Weights, widths, round_to: int) -> list[tuple[str, int]]:
+def _nearest_first(
+  w: Weights, widths: Mapping[str, int], choices: Mapping[str, list[int]]
+) -> list[tuple[str, int]]:
   """Returns all other (group, width), those first for which gates move least."""
   moves = []
   for group, value in w.items():
     falling = -np.sort(-value)
-    for width in possible(value.size, round_to):
+    for width in choices[group]:
       if width != widths[group]:
         farthest = falling[width if width < widths[group] else width - 1]
         moves.append((abs(float(farthest)), group, width))

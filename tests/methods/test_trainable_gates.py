@@ -290,3 +290,86 @@ def test_nothing_to_gate_is_an_error():
   )
   with pytest.raises(ValueError, match='no group of channels can be gated'):
     trainable_gates(pinned)
+
+
+# ---- what may be cut -----------------------------------------------------------------
+
+
+def test_excluded_groups_have_no_gates_and_are_whole():
+  """The first layer is left whole, so the target is met by the second alone."""
+  method = trainable_gates(COUPLING, 0.5, exclude=['first*', 'params/first'])
+  theta = method.init(COUPLING.gates(), {})
+  assert [*theta['channels']] == ['second:1']
+  assert [*method.forward(theta)['channels']] == ['second:1']
+  keep = method.decide(theta, {}, None)['channels']
+  assert keep['first:1'].all() and keep['first:1'].shape == (16,)
+  reached = share(16, int(keep['second:1'].sum()))
+  assert abs(reached - 0.5) <= min(abs(share(16, n) - 0.5) for n in range(13)) + 0.005
+  assert method.penalty is not None
+  penalty = method.penalty(theta_like(second=4), STEP)
+  assert float(penalty) == pytest.approx(200 * (share(16, 4) - 0.5) ** 2, rel=1e-5)
+
+
+def theta_like(**open_):
+  """Gate weights of some groups, with so many channels open."""
+  of = lambda group, n: theta_of(n, n)['channels'][group]
+  return {'channels': {f'{g}:1': of(f'{g}:1', n) for g, n in open_.items()}}
+
+
+def test_floors_hold_in_training_and_in_the_decision():
+  method = trainable_gates(COUPLING, 0.5, at_least={'first': 14, 'second': '25%'})
+  gates = method.forward(theta_of(2, 1))['channels']
+  assert int(gates['first:1'].sum()) == 14 and int(gates['second:1'].sum()) == 3
+  keep = method.decide(theta_of(2, 12), {}, None)['channels']
+  assert keep['first:1'].sum() == 14
+  assert abs(share(14, keep['second:1'].sum()) - 0.5) < 0.04
+
+
+def test_ceilings_come_down_in_the_first_half_of_the_training():
+  method = trainable_gates(COUPLING, 0.3, steps=100, at_most={'first': 8})
+  width = lambda step: int(
+    method.forward(theta_of(16, 12), None, step)['channels']['first:1'].sum()
+  )
+  steps = jnp.asarray([0, 25, 50, 99], jnp.int32)
+  assert [width(step) for step in steps] == [16, 12, 8, 8]
+  assert width(None) == 8  # evaluation, as the cut will leave it
+  assert method.decide(theta_of(16, 12), {}, None)['channels']['first:1'].sum() <= 8
+
+
+def test_a_ratio_for_each_group_says_how_many_and_gates_say_which():
+  method = trainable_gates(COUPLING, {'first': 0.25, 'second': 6}, scores={})
+  theta = method.init(COUPLING.gates(), {})
+  keep = method.decide(theta, {}, None)['channels']
+  for group, n in (('first:1', 4), ('second:1', 6)):
+    w = np.asarray(theta['channels'][group])
+    assert keep[group].sum() == n and w[keep[group]].min() > w[~keep[group]].max()
+  one = trainable_gates(COUPLING, {'second': 6})
+  assert [*one.init(COUPLING.gates(), {})['channels']] == ['second:1']
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'exclude': 'fist'}, "exclude: 'fist' matches no group.* nearest: first"),
+    ({'exclude': '*'}, 'exclude and at_least leave every group whole'),
+    (
+      {'target': 0.15, 'at_least': {'first': '50%'}},
+      r'0\.15 of the flops cannot be reached.* at_least keep, 0\.1656 remain',
+    ),
+    (
+      {'target': 0.9, 'at_most': 0.5},
+      r'0\.9 of the flops cannot be reached: with what at_most leaves 0\.3442 remain',
+    ),
+  ],
+)
+def test_what_cannot_be_is_refused(arguments, message):
+  """8 and 1 channels of 16 and 12 are 0.1656 of the FLOPs; 8 and 6 are 0.3442."""
+  with pytest.raises(ValueError, match=message):
+    trainable_gates(COUPLING, **arguments)
+
+
+def test_a_run_leaves_whole_what_its_options_keep():
+  method = methods.build(GateOptions(0.5, keep=('first',)), COUPLING, 0)
+  assert [*method.init({}, {})['channels']] == ['second:1']
+  with pytest.raises(ValueError, match="'thrid' matches no group"):
+    methods.build(GateOptions(0.5, keep=('thrid',)), COUPLING, 0)

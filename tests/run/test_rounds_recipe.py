@@ -17,13 +17,14 @@ from depthprune.exports import networks
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
+from depthprune.run.config import from_json as from_config
 from depthprune.run.job import prepare
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.timing import layers
 from depthprune.train.evaluate import evaluator
 from depthprune.train.loop import NonFiniteLoss
-from depthprune.train.result import to_json
+from depthprune.train.result import from_json, to_json
 
 CONFIG = default(
   'gates',
@@ -160,6 +161,28 @@ def test_a_target_in_milliseconds_is_measured_once_and_reported(tmp_path, monkey
 
   monkeypatch.setattr(layers.Session, 'measure', again)
   assert to_json(rounds.run(config, show=False))['widths'] == result['widths']
+
+
+def test_a_run_that_keeps_a_layer_resumes_and_tells(tmp_path, monkeypatch):
+  options = GateOptions(0.6, keep=('layer0/*',))
+  config = dataclasses.replace(CONFIG, options=options, workdir=str(tmp_path))
+  result = to_json(rounds.run(config, show=False))
+  widths = result['widths']
+  assert widths['layer0/dense:1'] == [200, 200]
+  assert widths['layer1/dense:1'][1] < 200
+  assert abs(result['flops']['after'] / result['flops']['before'] - 0.6) <= 0.01
+  assert lines(tmp_path / 'gates.jsonl')[-1]['open'].keys() == {'layer1/dense:1'}
+  assert config.recipe.sentence is not None
+  assert 'with layer0/* left whole' in config.recipe.sentence(from_json(result))
+  stored = json.loads((tmp_path / 'config.json').read_text())
+  assert from_config(stored['config']) == config
+  monkeypatch.setattr('depthprune.train.loop._one_by_one', None)
+  assert to_json(rounds.run(config, show=False))['widths'] == widths
+  with pytest.raises(CheckpointError, match='options .*layer1'):
+    rounds.run(
+      dataclasses.replace(config, options=GateOptions(0.6, keep=('layer1',))),
+      show=False,
+    )
 
 
 def start(config: Config) -> subprocess.Popen:

@@ -322,5 +322,6 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path, kills):
 def test_a_field_that_came_later_and_is_not_used_is_no_difference():
   before = {'options': {'drop': 0.5}}
   same_config(before, {'options': {'drop': 0.5, 'threshold': None}}, 'here')
+  same_config(before, {'options': {'drop': 0.5, 'keep': ()}}, 'here')
   with pytest.raises(CheckpointError, match='options'):
     same_config(before, {'options': {'drop': 0.5, 'threshold': 0.9}}, 'here')
