@@ -39,7 +39,7 @@ import tyro
 from etils import epy
 
 from depthprune.train.method import Method, spare_closed
-from depthprune.train.options import Epochs, at_least, one_of
+from depthprune.train.options import PATTERNS, Epochs, at_least, one_of
 from depthprune.train.recipe import Chart, Recipe, Setting
 
 with epy.lazy_imports():
@@ -48,6 +48,7 @@ with epy.lazy_imports():
   import numpy as np
 
   from depthprune.program import units as unit_search
+  from depthprune.program import widths
   from depthprune.program.coupling import Coupling
   from depthprune.program.units import ResidualUnit
   from depthprune.train.result import Result
@@ -63,6 +64,7 @@ def implosion(
   importance: Importance = 'priority',
   units: Sequence[str] | None = None,
   seed: int = 0,
+  exclude: str | Sequence[str] = (),
 ) -> Method:
   """Erases the residual units of the smallest importance, a few in every round.
 
@@ -84,14 +86,15 @@ def implosion(
     units: names of those that may be erased; by default all that can be. (After a cut,
       the layers of a scanned stack are numbered anew.)
     seed: of 'random'.
+    exclude: units that are never erased: names, or patterns such as 'stage3/*'.
 
   Returns:
     The Method. `rounds` counts the rounds that are left, this one included.
 
   Raises:
     ValueError: no unit of the network can be erased; the depth is above the present one
-      or cannot be reached; a unit does not exist or cannot be erased; the importance is
-      unknown.
+      or cannot be reached; a unit does not exist or cannot be erased; a pattern matches
+      no unit; the importance is unknown.
 
   Source: Ida, Fujiwara, arXiv 1906.03826.
   """
@@ -102,7 +105,9 @@ def implosion(
     raise ValueError(f'per_round: expected at least 1, got {per_round}')
   present = unit_search.units(coupling)
   erasable = _erasable(present, [u.name for u in present if not u.why_not])
+  kept = _matching(present, exclude)
   among = erasable if units is None else _erasable(present, units)
+  among = tuple(unit for unit in among if unit.name not in kept)
   excess = len(present) - _reachable(depth, present, among)
   k = min(per_round, excess)
   with_priority = {b for unit in erasable for b in unit.branches}
@@ -170,9 +175,11 @@ def erasure(
   return tuple(order[len(gone) :])
 
 
-def _three_quarters(present: Sequence[ResidualUnit]) -> int:
+def _three_quarters(
+  present: Sequence[ResidualUnit], among: Sequence[ResidualUnit]
+) -> int:
   """The default depth: at least one unit less, and never one that cannot be reached."""
-  stay = sum(1 for unit in present if unit.why_not)
+  stay = len(present) - len(among)
   return max(len(present) - max(1, len(present) // 4), stay)
 
 
@@ -194,17 +201,33 @@ def _erasable(
   return tuple(unit for unit in present if unit.name in names)
 
 
+def _matching(
+  present: Sequence[ResidualUnit], patterns: str | Sequence[str]
+) -> set[str]:
+  """Names of the units that some pattern matches; ValueError where one matches none."""
+  patterns = [patterns] if isinstance(patterns, str) else patterns
+  names = [unit.name for unit in present]
+  for pattern in patterns:
+    if not any(widths.matches(name, pattern) for name in names):
+      near = difflib.get_close_matches(pattern, names, n=3, cutoff=0)
+      raise ValueError(
+        f'exclude: {pattern!r} matches no unit; nearest: {", ".join(near)}'
+      )
+  return {n for n in names if any(widths.matches(n, p) for p in patterns)}
+
+
 def _reachable(
   depth: int | None, present: Sequence[ResidualUnit], among: Sequence[ResidualUnit]
 ) -> int:
   """The depth, if erasing `among` leads there; raises ValueError if it does not."""
   if not among:
-    stay = [f'{unit.name}: {unit.why_not}' for unit in present]
+    stay = [f'{unit.name}: {unit.why_not}' for unit in present if unit.why_not]
+    none = 'it has no branch gates (`depthprune.gates.branch`)'
+    none = 'units and exclude leave none of them' if present else none
     raise ValueError(
-      'implosion: no unit of this network can be erased; '
-      + ('; '.join(stay) or 'it has no branch gates (`depthprune.gates.branch`)')
+      f'implosion: no unit of this network can be erased; {"; ".join(stay) or none}'
     )
-  depth = _three_quarters(present) if depth is None else depth
+  depth = _three_quarters(present, among) if depth is None else depth
   least = len(present) - len(among)
   if not least <= depth <= len(present):
     stay = [f'{u.name}: {u.why_not}' for u in present if u.why_not]
@@ -256,6 +279,9 @@ class ImplosionOptions:
   units: Annotated[tuple[str, ...], ANY] = ()
   """Units that may be erased, such as stage1/block3."""
 
+  keep: Annotated[tuple[str, ...], PATTERNS] = ()
+  """Units that are never erased: names, or patterns of them, such as 'stage3/*'."""
+
   def __post_init__(self):
     one_of(self, 'importance', get_args(Importance))
     for name in ('depth', 'per_round'):
@@ -271,27 +297,34 @@ def _build(setting: Setting) -> Method:
   """The default depth and the names of units are about the network before any cut."""
   o = setting.options
   before = unit_search.units(setting.whole)
-  _named_once(o, before)
+  kept = _matching(before, o.keep)
+  among = _erasable(before, o.units or [u.name for u in before if not u.why_not])
+  depth = o.depth or _three_quarters(before, [u for u in among if u.name not in kept])
+  _named_once(o, before, depth)
   present = {u.name for u in unit_search.units(setting.coupling)}
-  named = {u.name for u in _erasable(before, o.units)} & present
+  named = {u.name for u in among} & present
   return implosion(
     setting.coupling,
-    depth=o.depth or _three_quarters(before),
+    depth=depth,
     per_round=o.per_round,
     importance=o.importance,
     units=sorted(named) if o.units else None,
     seed=setting.seed,
+    exclude=sorted(kept & present),
   )
 
 
-def _named_once(options: ImplosionOptions, present: Sequence[ResidualUnit]) -> None:
+def _named_once(
+  options: ImplosionOptions, present: Sequence[ResidualUnit], depth: int
+) -> None:
   """Raises ValueError where layers of a stack are named and several rounds cut."""
-  layers = [u.name for u in present if u.name in options.units and u.layer is not None]
-  excess = len(present) - (options.depth or _three_quarters(present))
+  named = {*options.units, *_matching(present, options.keep)}
+  layers = [u.name for u in present if u.name in named and u.layer is not None]
+  excess = len(present) - depth
   if layers and excess > options.per_round:
     raise ValueError(
-      f'units: {layers[0]} is a layer of a stack, which every cut numbers anew: erase '
-      f'all of them in one round (--per-round {excess}), or leave scan off'
+      f'units, keep: {layers[0]} is a layer of a stack, which every cut numbers anew: '
+      f'erase all of them in one round (--per-round {excess}), or leave scan off'
     )
 
 

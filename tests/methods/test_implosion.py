@@ -325,6 +325,15 @@ def test_only_named_units_go():
   assert len(method.report(theta_of({}))['priority']) == 7
 
 
+def test_units_that_a_pattern_excludes_stay():
+  among = [u.name for u in UNITS if not u.why_not]
+  method = implosion(COUPLING, 7, 2, exclude=['stage1/*', 'stage2/block1'])
+  gone = closed(method.decide(theta_of({}), {}, None))
+  assert len(gone) == 2 and all(name not in gone for name in among if 'stage1' in name)
+  # The default depth is one that can be reached.
+  assert implosion(COUPLING, exclude=among[1:]).rounds == 1
+
+
 def built(coupling, whole=COUPLING, **options):
   """The method of a run with these options, for a network that was `whole`."""
   return methods.build(ImplosionOptions(**options), coupling, whole=whole, seed=3)
@@ -342,6 +351,18 @@ def test_a_run_says_depth_and_units_of_the_whole_network():
   method = built(small, **two)
   theta = theta_of({}, small)
   assert closed(method.decide(theta, {}, None)) == {'stage1/block0'}
+
+
+def test_a_run_keeps_units_of_the_whole_network_in_every_round():
+  small = coupled(
+    ResNet(classes=3, depth=20, width=2, arch={'stage2/block1/branch': 0})
+  )
+  for network in (COUPLING, small):
+    method = built(network, keep=('stage[13]/*',))
+    gone = closed(method.decide(theta_of({}, network), {}, None))
+    assert gone and all(name.startswith('stage2') for name in gone)
+  with pytest.raises(ValueError, match=r"'stage4/\*' matches no unit; nearest"):
+    built(COUPLING, keep=('stage4/*',))
 
 
 def test_the_seed_of_a_run_is_that_of_the_control():
@@ -374,6 +395,12 @@ def test_layers_of_a_stack_are_named_for_one_round_alone():
     ({'importance': 'size'}, 'expected one of priority, drop, greedy, random'),
     ({'per_round': 0}, 'per_round: expected at least 1, got 0'),
     ({'units': []}, 'no unit .* can be erased'),
+    (
+      {'exclude': 'stage1/blok1'},
+      "'stage1/blok1' matches no unit; nearest: stage1",
+    ),
+    ({'exclude': '*'}, 'no unit .* can be erased'),
+    ({'depth': 4, 'exclude': '*/block1'}, 'of which may .* expected 5 to 9'),
   ],
 )
 def test_a_wish_that_cannot_be_is_an_error(arguments, message):
