@@ -40,9 +40,9 @@ def ranges(
 ) -> dict[str, Range]:
   """Returns the widths between which every group has to stay.
 
-  Where several patterns of one argument match a group, that which matches the fewest
-  groups counts. A pattern goes before a count for every group. A width that is built is
-  a multiple of `round_to`, and never less than one multiple.
+  Where several patterns of one argument match a group, its own name counts, else that
+  which matches the fewest groups. A pattern goes before a count for every group. A
+  width that is built is a multiple of `round_to`, and never less than one multiple.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -167,17 +167,20 @@ def _by_group(
       raise _unmatched(coupling, argument, pattern, written)
   asked = {}
   for name, group in groups.items():
-    fitting = [pattern for pattern, those in matched.items() if name in those]
-    fewest = min((len(matched[pattern]) for pattern in fitting), default=0)
+    reach = {
+      pattern: len(those) if pattern != name else 0  # which is meant for no other group
+      for pattern, those in matched.items()
+      if name in those
+    }
     bounds = [
       _Bound(argument, pattern, _channels(counts[pattern], group.size, argument))
-      for pattern in fitting
-      if len(matched[pattern]) == fewest
+      for pattern, number in reach.items()
+      if number == min(reach.values())
     ]
     if len({bound.channels for bound in bounds}) > 1:
       raise ValueError(
         f'{name}: {" and ".join(map(str, bounds[:2]))} of its {group.size} channels, '
-        'and both patterns match as many groups; leave one of them out'
+        f'and both match as many groups; decide by its own name, {name!r}: ...'
       )
     if bounds:
       asked[name] = bounds[0]

@@ -83,7 +83,8 @@ def activations(
 
   totals, counts = np.zeros((2, starts[-1]))
   for batch in batches:
-    inputs, named = batch if coupling.named else (batch, {})
+    is_pair = type(batch) is tuple and len(batch) == 2 and isinstance(batch[1], Mapping)
+    inputs, named = batch if coupling.named and is_pair else (batch, {})
     inputs = several(inputs)
     _check_batch(coupling, inputs, named)
     both = measured(variables, inputs, named)
@@ -104,9 +105,13 @@ def _check_batch(coupling: Coupling, inputs: tuple, named: Mapping) -> None:
     shown = lambda tree: ', '.join(
       f'{jnp.result_type(x)}{list(np.shape(x))}' for x in split_arrays(tree)[0]
     )
+    pair = ''
+    if coupling.named:
+      names = ', '.join(f'{name!r}: ...' for name in coupling.named)
+      pair = f'; a batch is a pair (inputs, {{{names}}})'
     raise ValueError(
       f'batches: expected batches like the inputs of couple ({shown(expected)}), got '
-      f'{shown(got) or type(inputs[0]).__name__}; one batch goes into a list: [x]'
+      f'{shown(got) or type(inputs[0]).__name__}; one batch goes into a list: [x]{pair}'
     )
 
 

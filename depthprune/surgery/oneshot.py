@@ -62,8 +62,8 @@ def oneshot(
   A pattern is compared with the names of groups ('stage2/block0/conv1:3') and with the
   paths of arrays and of the modules around them ('stage2/block0'; 'params/' can be left
   out). `*` also matches '/'. A number of channels is an int; a part of them is a float
-  in (0, 1], or a text such as '25%'. Of several patterns that match a group, the one
-  that matches the fewest groups counts.
+  in (0, 1], or a text such as '25%'. Of several patterns that match a group, its own
+  name counts, else the one that matches the fewest groups.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -274,7 +274,8 @@ def _check_scores(group: Group, score: Score, scores: np.ndarray | None):
 
 
 def _check(score, scope, grads, key):
-  if not callable(score) and not isinstance(score, Mapping) and score not in SCORES:
+  own = callable(score) or isinstance(score, Mapping)
+  if not own and not (isinstance(score, str) and score in SCORES):
     raise ValueError(
       f'score={score!r}: expected one of {", ".join(SCORES)}, {{group: [slices]}}, or '
       'a function of (coupling, variables) that returns it'

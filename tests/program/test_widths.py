@@ -164,6 +164,12 @@ def test_the_pattern_that_matches_fewest_groups_counts():
   assert [found[name].least for name in SIZES] == [2, 5, 3, 2]
 
 
+def test_the_name_of_a_group_goes_before_all_patterns():
+  """All three match the stream alone."""
+  asked = {'stem': 2, 'stem:1': 3, 'params/stage?/down/kernel': 4}
+  assert ranges(NET, at_least=asked)[STREAM].least == 3
+
+
 def test_equally_specific_patterns_must_agree():
   assert ranges(NET, at_least={'stage1/up': 4, '*1/up': 0.5})[FIRST].least == 4
   with pytest.raises(ValueError, match=r"stage1/up:1: at_least '.*asks for 4 and .* 5"):

@@ -179,6 +179,8 @@ def test_arrays_by_keyword_and_several_inputs():
   coupling = couple(net, MLP, half, half, mask=mask, scale=3.0)
   scores = activations(coupling, MLP, [((half, half), {'mask': mask})])
   np.testing.assert_allclose(scores['a:1'], [1.5, 0, 6])
+  with pytest.raises(ValueError, match=r"is a pair \(inputs, {'mask': ...}\)"):
+    activations(coupling, MLP, [(half, half)])
 
 
 @pytest.mark.parametrize(
