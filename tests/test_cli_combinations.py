@@ -32,3 +32,9 @@ from depthprune.cli import combinations
 )
 def test_every_combination_is_a_run(words, runs):
   assert combinations(words.split()) == [run.split() for run in runs]
+
+
+def test_patterns_of_what_is_kept_are_one_value():
+  words = ['sweep', 'gates', '--keep', 'stage3/*', 'stem', '--target', '0.3', '0.5']
+  kept = words[:5]
+  assert combinations(words) == [[*kept, '--target', x] for x in ('0.3', '0.5')]
