@@ -211,7 +211,7 @@ def _matching(
     if not any(widths.matches(name, pattern) for name in names):
       near = difflib.get_close_matches(pattern, names, n=3, cutoff=0)
       raise ValueError(
-        f'exclude: {pattern!r} matches no unit; nearest: {", ".join(near)}'
+        f'to leave in place: {pattern!r} matches no unit; nearest: {", ".join(near)}'
       )
   return {n for n in names if any(widths.matches(n, p) for p in patterns)}
 

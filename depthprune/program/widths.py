@@ -140,7 +140,7 @@ def _excluded(coupling: Coupling, patterns: Sequence[str]) -> dict[str, str]:
       if _any(_names_of_group(g), pattern) or any(p in arrays for p, _ in g.members)
     ]
     if not arrays and not groups:
-      raise _unmatched(coupling, 'exclude', pattern, coupling.axes)
+      raise _unmatched(coupling, 'to leave whole', pattern, coupling.axes)
     excluded |= dict.fromkeys(groups, pattern)
   return excluded
 

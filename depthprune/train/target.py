@@ -89,13 +89,15 @@ def reachable(
   if limits is not None:
     gates = {group: gates[group] for group in limits}
   if not gates:
-    raise ValueError('target: exclude and at_least leave every group whole')
+    raise ValueError(
+      'target: all groups are to be left whole, so there is nothing to cut'
+    )
   choices = _choices(gates, round_to, limits)
   share = lambda widths: C(coupling, _widest(gates, widths)) / C(coupling, None)
   floor = share({group: widths[0] for group, widths in choices.items()})
   ceiling = share({group: widths[-1] for group, widths in choices.items()})
   if target < floor:
-    kept = '' if limits is None else ', or what exclude and at_least keep,'
+    kept = '' if limits is None else ', or as many as are to stay,'
     raise ValueError(
       f'target: {target:g} of the {name} cannot be reached: with {round_to} channel(s) '
       f'left in every group{kept} {floor:.4f} remain; ask for that or more, or lower '

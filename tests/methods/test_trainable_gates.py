@@ -350,11 +350,11 @@ def test_a_ratio_for_each_group_says_how_many_and_gates_say_which():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'exclude': 'fist'}, "exclude: 'fist' matches no group.* nearest: first"),
-    ({'exclude': '*'}, 'exclude and at_least leave every group whole'),
+    ({'exclude': 'fist'}, "leave whole: 'fist' matches no group.* nearest: first"),
+    ({'exclude': '*'}, 'all groups are to be left whole'),
     (
       {'target': 0.15, 'at_least': {'first': '50%'}},
-      r'0\.15 of the flops cannot be reached.* at_least keep, 0\.1656 remain',
+      r'0\.15 of the flops cannot be reached.* are to stay, 0\.1656 remain',
     ),
     (
       {'target': 0.9, 'at_most': 0.5},

@@ -320,7 +320,7 @@ def test_floors_hold_the_best_slices():
     ({'target': 0.3, 'at_least': 2}, r'is 18 flops; with what exclude .* 28 \(0.467 o'),
     ({'target': 0.3, 'exclude': '*'}, r'with what exclude .* the floor is 60 \(1.000'),
     ({'target': 0.9, 'at_most': 2}, r'with what at_most leaves the ceiling is 28 \(0.'),
-    ({'target': 0.5, 'exclude': ['aa']}, "exclude: 'aa' matches no group.*nearest: a"),
+    ({'target': 0.5, 'exclude': ['aa']}, "whole: 'aa' matches no group.*nearest: a"),
     ({'target': 0.5, 'at_least': {'c': 1}}, "'c' matches arrays that only read.*: b:1"),
     ({'target': {'x': 0.5}}, "target: 'x' matches no group"),
     ({'target': {'a': 0}}, 'target: expected a number of channels'),
