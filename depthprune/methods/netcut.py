@@ -25,7 +25,7 @@ is s = log sum_k w_k p_k, and `geometric` normalises s, which is gamma = 1.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -43,6 +43,7 @@ with epy.lazy_imports():
   import optax
 
   from depthprune.program import cost as costs
+  from depthprune.program import trace
   from depthprune.program.coupling import Coupling
   from depthprune.timing import clock
   from depthprune.train import task as tasks
@@ -219,15 +220,21 @@ def cost_of_exits(coupling: Coupling, of: DepthCost) -> np.ndarray:
 
 
 def _milliseconds(coupling: Coupling) -> np.ndarray:
-  """Medians of the networks up to each exit, on arrays of ones."""
-  ones = lambda tree: jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), tree)
-  inputs = [jnp.ones((BATCH, *x.shape[1:]), x.dtype) for x in coupling.inputs]
-  variables = ones(coupling.variables)
-  upto = lambda name: jax.jit(
-    lambda variables, *inputs: coupling.fn(variables, *inputs, **coupling.kwargs)[name]
-  )
+  """Medians of the networks up to each exit, on made-up arrays."""
+  arguments = (coupling.inputs, coupling.kwargs)
+  arrays, merge = trace.split_arrays(trace.batched(arguments, BATCH, coupling.counts))
+  made_up = lambda tree: jax.tree.map(lambda s: clock.made_up(s.shape, s.dtype), tree)
+  variables, arrays = made_up(coupling.variables), made_up(arrays)
+
+  def upto(name: str) -> Callable:
+    def run(variables, arrays):
+      inputs, kwargs = merge(arrays)
+      return coupling.fn(variables, *inputs, **kwargs)[name]
+
+    return jax.jit(run)
+
   networks = [upto(name) for name in coupling.exits]
-  calls = [lambda f=f: f(variables, *inputs) for f in networks]
+  calls = [lambda f=f: f(variables, arrays) for f in networks]
   return np.median(clock.interleave(calls), axis=1)
 
 

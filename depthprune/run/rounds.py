@@ -19,6 +19,7 @@ from depthprune.data.dataset import epoch_steps
 from depthprune.distributed import local
 from depthprune.exports import networks
 from depthprune.program.coupling import Coupling, couple
+from depthprune.program.modules import runnable
 from depthprune.program.units import units
 from depthprune.run import early_exit, result
 from depthprune.run.config import Config
@@ -41,7 +42,7 @@ from depthprune.train.result import (
   to_json,
 )
 from depthprune.train.rounds import carried, opened, trained
-from depthprune.train.step import State, apply_of, branches_of, gated
+from depthprune.train.step import State, branches_of, gated
 from depthprune.train.task import Tree, as_dict
 
 RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
@@ -170,7 +171,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   )
   before, answer, teacher = variables, job.task.answer, None
   if config.distill and trained_before:
-    teacher = Teacher(apply_of(model), variables)
+    teacher = Teacher(runnable(model), variables)
   rounds = [_round(job, model, variables, build, teacher, ())]
   if not trained_before:
     method, first = rounds[0].method, rounds[0].state

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program.trace import counts_examples, split_arrays
 from depthprune.timing import clock
 
 NEAR = 0.02  # a target is reached within this fraction of the time
@@ -87,8 +88,9 @@ def compare(
   Args:
     before: the first network.
     after: the second network.
-    *example: inputs with at least one example along axis 0, repeated or shortened to
-      every batch size.
+    *example: inputs, arrays or trees of them. Those with at least one example along
+      axis 0 are repeated or shortened to every batch size; those of another first size
+      than the outputs, such as positions [length], are passed as they are.
     batches: batch sizes to measure.
     exits: where the networks return a dict, the outputs to compute. Without it every
       tap is computed and written to memory.
@@ -123,8 +125,19 @@ def sweep(
     (batch, milliseconds [networks, turns]) for every batch size; see `compare`.
   """
   programs = [_program(network, exits) for network in networks]
+  first = networks[0]
+  arrays, merge = split_arrays(jax.tree.map(jnp.asarray, example))
+  answers = jax.eval_shape(first.apply, first.variables, *example)
+  counts = counts_examples(arrays, answers)
+  if not any(counts) or not len(arrays[counts.index(True)]):
+    shapes = ', '.join(str(x.shape) for x in arrays)
+    raise ValueError(
+      f'compare: expected an example with the batch in front, got shape {shapes}; '
+      'pass at least one image, such as images[:1]'
+    )
   for batch in sorted(set(batches)):
-    inputs = jax.block_until_ready([_sized(x, batch) for x in example])
+    sized = [_sized(x, batch) if c else x for x, c in zip(arrays, counts)]
+    inputs = jax.block_until_ready(merge(sized))
     calls = [functools.partial(program, *inputs) for program in programs]
     yield batch, clock.interleave(calls, seconds)
 
@@ -231,11 +244,5 @@ def _program(network: Network, exits: Sequence[str]) -> Callable[..., Any]:
   return lambda *inputs: compiled(variables, *inputs)
 
 
-def _sized(x: Any, batch: int) -> jax.Array:
-  x = jnp.asarray(x)
-  if x.ndim == 0 or x.shape[0] == 0:
-    raise ValueError(
-      f'compare: expected an example with the batch in front, got shape {x.shape}; '
-      'pass at least one image, such as images[:1]'
-    )
+def _sized(x: jax.Array, batch: int) -> jax.Array:
   return jnp.take(x, np.arange(batch) % x.shape[0], axis=0)

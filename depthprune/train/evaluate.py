@@ -10,7 +10,8 @@ import numpy as np
 
 from depthprune.data.dataset import inputs_of
 from depthprune.distributed import fetch
-from depthprune.train.step import apply_of, gated
+from depthprune.program.modules import runnable
+from depthprune.train.step import gated
 from depthprune.train.task import Task, Tree, as_dict
 
 
@@ -115,7 +116,7 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
       f'recalibrate: the variables have no {COLLECTION!r} collection, got '
       f'{sorted(variables)}; a network without batch normalisation needs none'
     )
-  measure = jax.jit(partial(_batch_statistics, apply_of(model)))
+  measure = jax.jit(partial(_batch_statistics, runnable(model)))
   total, count = None, 0
   for batch in batches:
     stats = measure(variables, *inputs_of(batch))

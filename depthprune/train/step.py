@@ -197,11 +197,6 @@ def branches_of(variables: Tree) -> dict[str, jax.Array]:
   return paths_of(variables.get('branches', {}))
 
 
-def apply_of(model: Any) -> Callable[..., Any]:
-  """Returns model.apply, or the model itself where it is a function."""
-  return getattr(model, 'apply', model)
-
-
 def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
   """Returns f(variables, gates, *inputs, **kwargs), the model with gates in place."""
   apply = runnable(model)

@@ -1,17 +1,22 @@
 """Networks of other libraries, and what is said where a first call goes wrong."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import depthprune as dp
+from depthprune.program import modules
+from depthprune.train.method import plain
 
-X = jax.random.normal(jax.random.key(0), (3, 6))
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (3, 6))
 
 
 class Plain(nnx.Module):
@@ -229,3 +234,88 @@ def test_what_to_write_where_a_first_call_fails():
   first = lambda out: out[0]
   trained = {'train': True, 'mutable': ['batch_stats']}
   assert dp.couple(model, variables, X, fixed=first, **trained).groups
+
+
+# ---- training and evaluation ---------------------------------------------------------
+
+
+FLAGGED = ('train', 'training', 'is_training', 'deterministic', 'use_running_average')
+
+
+def flagged(flag: str):
+  """A function whose answer is doubled in training, as told by a flag of this name."""
+  source = f'lambda v, x, *, {flag}: (x @ v["params"]["w"], {flag})'
+  told = eval(source)
+
+  def double(v, x, **kwargs):
+    y, value = told(v, x, **kwargs)
+    training = value == (flag not in ('deterministic', 'use_running_average'))
+    return 2 * y if training else y
+
+  double.__signature__ = inspect.signature(told)
+  return double
+
+
+@pytest.mark.parametrize('flag', FLAGGED)
+def test_train_becomes_the_flag_that_a_function_has(flag):
+  v = {'params': {'w': jnp.ones((6, 2))}}
+  run = modules.runnable(flagged(flag))
+  y = X @ v['params']['w']
+  np.testing.assert_array_equal(run(v, X, train=False), y)
+  np.testing.assert_array_equal(run(v, X, train=True, rngs={'dropout': KEY}), 2 * y)
+
+
+LINEN = """
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, FLAG):
+    still = FLAG == ('FLAG' in ('deterministic', 'use_running_average'))
+    x = nn.BatchNorm(use_running_average=still)(nn.Dense(8)(x))
+    return nn.Dense(2)(nn.Dropout(0.5, deterministic=still)(x))
+"""
+
+
+def made_by(source: str, name: str):
+  scope = {'nn': nn, '__name__': __name__}
+  exec(source, scope)
+  return scope[name]
+
+
+@pytest.mark.parametrize('flag', FLAGGED)
+def test_a_linen_module_trains_whatever_its_flag_is_called(flag):
+  Net = made_by(LINEN.replace('FLAG', flag), 'Net')
+  evaluation = {flag: flag in ('deterministic', 'use_running_average')}
+  model = Net()
+  variables = model.init(KEY, X, **evaluation)
+  data = {'image': X, 'label': jnp.array([0, 1, 1])}
+  method, tx = plain(), optax.sgd(0.1)
+  state = dp.init_state(model, method, tx, variables, batch=data)
+  step = dp.make_step(model, method, dp.classification(2), tx)
+  after, _ = step(state, data, KEY)
+  stats = after.model_state['batch_stats']['BatchNorm_0']['mean']
+  assert np.abs(stats).max() > 0
+  coupling = dp.couple(model, variables, X, train=False)
+  assert len(coupling.groups) == 1
+  fresh = dp.recalibrate(model, after.variables, [data])
+  judge = dp.judge(model, method, dp.classification(2), after, [data], [data])
+  assert np.isfinite(judge({})['loss'])
+  want = X @ after.params['Dense_0']['kernel'] + after.params['Dense_0']['bias']
+  got = fresh['batch_stats']['BatchNorm_0']['mean']
+  np.testing.assert_allclose(got, want.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_flag_there_is_nothing_to_set():
+  run = modules.runnable(lambda v, x: x @ v)
+  w = jnp.ones((6, 2))
+  np.testing.assert_array_equal(run(w, X, train=True, rngs={'dropout': KEY}), X @ w)
+  with pytest.raises(TypeError, match='phase'):
+    run(w, X, phase=1)
+
+
+def test_a_module_keeps_the_mode_that_it_had():
+  net = Plain(nnx.Rngs(0))
+  run = modules.runnable(net)
+  run(nnx.state(net), X, train=False)
+  run(net, X, train=False)
+  assert not net.drop.deterministic
+  assert not net.norm.use_running_average

@@ -50,8 +50,21 @@ def test_batch_sizes_exits_and_weights_reach_the_program_as_they_should():
     seconds=0,
   )
   assert [m.batch for m in measured] == [1, 7]
-  assert shapes == {(1, 4), (7, 4)}
+  assert shapes == {(1, 4), (3, 4), (7, 4)}  # 3 to see what counts examples
   assert weights == {True}
+
+
+def test_inputs_that_do_not_count_examples_are_passed_as_they_are():
+  shapes = set()
+
+  def network(variables, batch, positions):
+    shapes.add((batch['x'].shape, positions.shape))
+    return batch['x'] * positions * variables
+
+  example = {'x': np.ones((2, 4), np.float32)}, np.ones(4, np.float32)
+  networks = 2 * [Network(network, jnp.float32(2))]
+  latency.compare(*networks, *example, batches=(1, 3), seconds=0)
+  assert {((1, 4), (4,)), ((3, 4), (4,))} <= shapes
 
 
 @pytest.mark.parametrize('shape', [(), (0, 4)])
