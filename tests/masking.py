@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import depthprune as dp
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import paths_of
 
@@ -97,3 +98,23 @@ def difference(a: Any, b: Any) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     worst = max(worst, float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)))
   return worst
+
+
+def agree(f: Any, variables: Any, x: Any, keep: Mapping | None = None) -> Coupling:
+  """Checks that the small network equals the masked one, in value and in gradient.
+
+  By default a random half of every group that takes a gate is closed. Returns the
+  coupling.
+  """
+  coupling = dp.couple(f, variables, x)
+  keep = random_keep(coupling, seed=1, gated=True) if keep is None else keep
+  small = dp.prune(f, variables, keep, x, coupling=coupling)
+  assert small.report['verify']['difference'] < 1e-5
+  assert small.report['verify']['moved'] > 1e-3
+  gated = dp.plug(f, coupling)
+  masked = lambda v: jnp.mean(gated(v, as_gates(keep), x) ** 2)
+  full = smaller(coupling, jax.grad(masked)(variables), keep)
+  part = jax.grad(lambda v: jnp.mean(small.apply(v, x) ** 2))(small.variables)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, full, part)
+  return coupling

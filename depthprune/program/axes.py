@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,12 +205,8 @@ def unify(a: Axis, b: Axis, why: Any = None):
     return bind(a, b, why)
   if isinstance(b, Var):
     return bind(b, a, why)
-  try:
-    joint = isinstance(a, Cat) or isinstance(b, Cat)
-    (_unify_cat if joint else _unify_prod)(a, b, why)
-  except LayoutError as error:
-    pin(a, f'incompatible layouts: {error}')
-    pin(b, f'incompatible layouts: {error}')
+  joint = isinstance(a, Cat) or isinstance(b, Cat)
+  (_unify_cat if joint else _unify_prod)(a, b, why)
 
 
 def _unify_cat(a: Axis, b: Axis, why: Any):
@@ -223,22 +219,37 @@ def _unify_cat(a: Axis, b: Axis, why: Any):
 
 
 def _unify_prod(a: Axis, b: Axis, why: Any):
-  """Refines both sides to their common factors, then unifies factor by factor."""
+  """Refines both sides to their common factors, then unifies factor by factor.
+
+  Inner factors without a common refinement are pinned; those outside of them are not.
+  """
   while True:
     a, b = norm(a), norm(b)
     if not (isinstance(a, Prod) and isinstance(b, Prod)):
       return unify(a, b, why)
     (x, *xs), (y, *ys) = a.parts, b.parts
     n = math.gcd(x.size, y.size)
-    if n == 1:
-      raise LayoutError(f'{show(a)} with {show(b)}')
-    if x.size == n == y.size:
-      unify(x, y, why)
-      a, b = Prod(*xs), Prod(*ys)
-    elif x.size > n:
-      a = Prod(*factor(x, n, why), *xs)
-    else:
-      b = Prod(*factor(y, n, why), *ys)
+    try:
+      if n == 1:
+        raise LayoutError(f'{show(a)} with {show(b)}')
+      if x.size == n == y.size:
+        unify(x, y, why)
+        a, b = Prod(*xs), Prod(*ys)
+      elif x.size > n:
+        a = Prod(*factor(x, n, why), *xs)
+      else:
+        b = Prod(*factor(y, n, why), *ys)
+    except LayoutError as error:
+      where = f' in {why.where}' if isinstance(why, jx.Equation) else ''
+      _pin_once((a, b), f'incompatible layouts: {error}', where)
+      return None
+
+
+def _pin_once(axes: Sequence[Axis], why: str, where: str):
+  """Pins axes for a reason, unless they are for the same one found elsewhere."""
+  for v in {v for a in axes for v in leaves(a)}:
+    if not any(pinned.startswith(why) for pinned in v.pins):
+      v.pins.add(why + where)
 
 
 def copy(a: Axis, memo: dict[Var, Var]) -> Axis:
@@ -334,12 +345,23 @@ class Facts:
       length of a scan.
     unknown: names of the primitives for which there is no rule.
     counted: integers that number the slices of an axis, with this axis.
+    magnitudes: values that say how large an activation is, with their degree
+      (magnitudes.py).
+    varying: values that depend on variables or inputs.
+    repeated: positions of the axes along which a varying value repeats itself.
+    normalised: axes over which magnitudes are reduced.
+    written: axes to which something that repeats along them is added, and where.
   """
 
   dims: dict[jx.Value, Dims] = dataclasses.field(default_factory=dict)
   hidden: dict[jx.Equation, Axis] = dataclasses.field(default_factory=dict)
   unknown: set[str] = dataclasses.field(default_factory=set)
   counted: dict[jx.Value, Axis] = dataclasses.field(default_factory=dict)
+  magnitudes: dict[jx.Value, int] = dataclasses.field(default_factory=dict)
+  varying: Collection[jx.Value] = frozenset()
+  repeated: dict[jx.Value, set[int]] = dataclasses.field(default_factory=dict)
+  normalised: list[Axis] = dataclasses.field(default_factory=list)
+  written: list[tuple[Axis, str]] = dataclasses.field(default_factory=list)
 
 
 def fresh(shape: Sequence[int], why: str | None = None) -> list[Axis]:

@@ -354,7 +354,7 @@ def _groups(
   contracted = {
     v
     for e in jx.walk(view.program)
-    for side in rules.contracted(e)
+    for side in rules.contracted(view.facts, e)
     for k, axis in side
     for v in ax.leaves(view.facts.dims[e.inputs[k]][axis])
   }
@@ -408,7 +408,8 @@ def _contracted_members(view: View) -> frozenset[tuple[str, int]]:
   def walk(program: jx.Program):
     for e in program.equations:
       known = [origin.get(v) for v in e.inputs]
-      for k, axis in (pair for side in rules.contracted(e) for pair in side):
+      sides = rules.contracted(view.facts, e)
+      for k, axis in (pair for side in sides for pair in side):
         if (source := known[k]) is not None:
           members.add((source[0], source[1][axis]))
       if e.name in ('convert_element_type', 'copy') and known[0] is not None:

@@ -103,12 +103,28 @@ def fold(e: jx.Equation, ins: list, known: list) -> jx.Value | int | None:
 
 
 def dependent(program: jx.Program, values: Collection[jx.Value]) -> set[jx.Value]:
-  """Returns every value that is computed from any of `values`, including these."""
+  """Returns every value that is computed from any of `values`, including these.
+
+  Values inside loops and branches are among them.
+  """
   affected = set(values)
   for e in program.equations:
+    fed = any(v in affected for v in e.inputs)
+    for body, outer in jx.bodies_with_inputs(e):
+      inside = {v for v, o in zip(body.inputs, outer, strict=True) if o in affected}
+      if e.name == 'while' and fed:
+        inside.update(body.inputs[len(body.inputs) - len(e.outputs) :])
+      carry = jx.scan_parts(e, body.inputs)[1] if e.name == 'scan' else ()
+      size = -1
+      while size != len(inside):  # the carry of one iteration feeds the next one
+        size = len(inside)
+        inside = dependent(body, inside)
+        inside |= {v for v, o in zip(carry, body.outputs) if o in inside}
+      affected |= inside
     if e.name == 'scan':
-      affected.update(_fed(e, affected))
-    elif any(v in affected for v in e.inputs):
+      pairs = zip(e.bodies[0].outputs, e.outputs, strict=True)
+      affected.update(o for v, o in pairs if v in affected)
+    elif fed:
       affected.update(e.outputs)
   return affected
 
@@ -153,16 +169,3 @@ def _scanned(e: jx.Equation, ins: list, number: Mapping) -> tuple[jx.Program, ..
   known = [*consts, *[None] * len(carry), *xs]
   pairs = zip(e.bodies[0].inputs, known, strict=True)
   return (simplify(e.bodies[0], {v: k for v, k in pairs if k is not None}),)
-
-
-def _fed(e: jx.Equation, affected: Collection[jx.Value]) -> list[jx.Value]:
-  """Returns the outputs of a scan that are computed from any affected value."""
-  (body,) = e.bodies
-  carry = jx.scan_parts(e, body.inputs)[1]
-  inside = {v for v, o in zip(body.inputs, e.inputs, strict=True) if o in affected}
-  size = -1
-  while size != len(inside):  # the carry of one iteration feeds the next one
-    size = len(inside)
-    inside |= {v for v, o in zip(carry, body.outputs) if o in inside}
-    inside = dependent(body, inside)
-  return [o for v, o in zip(body.outputs, e.outputs, strict=True) if v in inside]

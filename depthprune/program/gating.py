@@ -23,6 +23,7 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.coupling import Coupling
+from depthprune.program.deadcode import dependent
 from depthprune.program.modules import runnable
 from depthprune.program.trace import View, paths_of, remembered, split_arrays
 
@@ -59,15 +60,16 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     weights: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
       place(group, view.groups[group], jnp.asarray(gate), weights)
-    made = made_of_variables(view)
+    data = activations(view)
 
     def run(program: jx.Program, args: Sequence) -> list:
       return jx.interpret(program, args, execute)
 
     def execute(e: jx.Equation, ins: list) -> list:
-      for k, axis in gated_side(e, made):
+      for k, axis in gated_side(view, e, data):
         scale = expand(view.facts.dims[e.inputs[k]][axis], weights)
         if scale is not None:
+          scale = scale ** view.facts.magnitudes.get(e.inputs[k], 1)
           shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
           ins[k] = ins[k] * scale.astype(ins[k].dtype).reshape(shape)
       return jx.bind(e, ins, e.params, run)
@@ -159,42 +161,25 @@ def expand(axis: ax.Axis, gates: Mapping) -> jax.Array | None:
   return out
 
 
-def gated_side(e: jx.Equation, made: set[jx.Value]) -> list[tuple[int, int]]:
-  """Returns which side of a contraction to scale: a weight, else the smaller array."""
-  sides = [side for side in rules.contracted(e) if side]
+def gated_side(
+  view: View, e: jx.Equation, data: set[jx.Value]
+) -> list[tuple[int, int]]:
+  """Returns which side of a contraction to scale: a weight, else the smaller array.
+
+  Args:
+    view: of the network.
+    e: one of its equations.
+    data: the values that depend on data, as `activations` returns them.
+  """
+  sides = [side for side in rules.contracted(view.facts, e) if side]
 
   def order(side):
     v = e.inputs[side[0][0]]
-    return v not in made, math.prod(v.shape)
+    return v in data, math.prod(v.shape)
 
   return min(sides, key=order, default=[])
 
 
-def made_of_variables(view: View) -> set[jx.Value]:
-  """Returns the values that depend on variables and constants alone.
-
-  Values that a loop carries are left out.
-  """
-
-  def walk(program: jx.Program, inputs: list[bool]):
-    made.update(v for v, m in zip(program.inputs, inputs, strict=True) if m)
-    made.update(program.constants)
-    for e in program.equations:
-      flags = [isinstance(v, jx.Literal) or v in made for v in e.inputs]
-      if e.name == 'scan':
-        consts, carry, xs = jx.scan_parts(e, flags)
-        walk(e.bodies[0], [*consts, *[False] * len(carry), *xs])
-      elif e.name == 'cond':
-        for body in e.bodies:
-          walk(body, flags[1:])
-      elif e.name == 'while':
-        *consts, carry = jx.while_parts(e, flags)
-        for body, fixed in zip(e.bodies, consts, strict=True):
-          walk(body, [*fixed, *[False] * len(carry)])
-      if all(flags):
-        made.update(e.outputs)
-
-  made: set[jx.Value] = set()
-  count = len(view.leaves)
-  walk(view.program, [i < count for i in range(len(view.program.inputs))])
-  return made
+def activations(view: View) -> set[jx.Value]:
+  """Returns the values that depend on data, not on variables and constants alone."""
+  return dependent(view.program, view.program.inputs[len(view.leaves) :])

@@ -139,10 +139,19 @@ def _decode_into(jaxpr, env, equations, constants, scope):
       outputs = [_read(v, inner) for v in body.outvars]
     else:
       outputs = [_value(v) for v in e.outvars]
+      params, source = e.params, e.source_info.replace(name_stack=names)
+      if e.primitive.name == 'reshape' and (order := params['dimensions']) is not None:
+        # vmap of a convolution writes a transpose and a reshape as one equation.
+        x, *rest = inputs
+        moved = Value(tuple(x.shape[i] for i in order), x.dtype)
+        permutation = {'permutation': tuple(order)}
+        equations.append(
+          Equation(jax.lax.transpose_p, (x,), (moved,), permutation, (), source)
+        )
+        inputs, params = (moved, *rest), {**params, 'dimensions': None}
       bodies = tuple(decode(b) for b in _bodies(e))
-      source = e.source_info.replace(name_stack=names)
       equations.append(
-        Equation(e.primitive, inputs, tuple(outputs), e.params, bodies, source)
+        Equation(e.primitive, inputs, tuple(outputs), params, bodies, source)
       )
     env.update(zip(e.outvars, outputs, strict=True))
 

@@ -35,6 +35,9 @@ def broadcast_in_dim(facts, e, x, *_):
   for i, o in enumerate(e.params['broadcast_dimensions']):
     if x[i].size == out[o].size:
       out[o] = x[i]
+  if x and e.inputs[0] in facts.varying:
+    new = {o for o, d in enumerate(out) if d.size > 1 and d not in x}
+    facts.repeated[e.outputs[0]] = new
   return [out]
 
 
@@ -134,7 +137,8 @@ def stack(facts, e, *ins):
   for x in ins[1:]:
     ax.equal(ins[0], x, e)
   axis = e.params['axis']
-  return [[*ins[0][:axis], ax.Var(len(ins), 'stacked'), *ins[0][axis:]]]
+  stacked = ax.norm(ax.Cat(*(ax.Var(1) for _ in ins)))
+  return [[*ins[0][:axis], stacked, *ins[0][axis:]]]
 
 
 def unstack(facts, e, x):
@@ -198,6 +202,9 @@ def scatter(facts, e, x, idx, updates):
     _same_or_pin(x[i], updates[k], e)
   rows = [d for k, d in enumerate(updates) if k not in dn.update_window_dims]
   ax.equal(rows, idx[:-1], e)
+  for k, d in enumerate(idx[:-1]):
+    if k not in batching.values():  # slices of zeros would be written like the others
+      ax.pin(d, f'spread over another axis by {e.where}')
   return [x]
 
 

@@ -35,6 +35,7 @@ LAYER = 'a layer of a scan'  # close its branches instead
 REDUCE = frozenset(
   f'reduce_{op}' for op in ('sum', 'max', 'min', 'prod', 'and', 'or', 'xor')
 )
+NORMS = frozenset(('reduce_sum', 'reduce_max'))  # where they reduce magnitudes
 ARGREDUCE = frozenset(('argmax', 'argmin'))
 CUMULATIVE = frozenset('cumsum cumprod cummax cummin cumlogsumexp'.split())
 WINDOW = frozenset(f'reduce_window{op}' for op in ('', '_sum', '_max', '_min'))
@@ -111,6 +112,7 @@ def _follow_counts(facts: ax.Facts, e: jx.Equation) -> None:
 
 
 def elementwise(facts, e, *ins):
+  _follow_repeats(facts, e, ins)
   outs = []
   for v in e.outputs:
     dims = []
@@ -121,6 +123,24 @@ def elementwise(facts, e, *ins):
       dims.append(same[0] if same else ax.Var(n))
     outs.append(dims)
   return outs
+
+
+def _follow_repeats(facts: ax.Facts, e: jx.Equation, ins: Sequence[ax.Dims]):
+  """Follows what repeats along an axis, up to where it is added to what does not."""
+  varying = [(v, x) for v, x in zip(e.inputs, ins, strict=True) if v in facts.varying]
+  for i, n in enumerate(e.outputs[0].shape):
+    carriers, repeats = [], 0
+    for v, x in varying:
+      if n == 1 or len(x) != len(e.outputs[0].shape):
+        continue
+      if x[i].size == 1 or i in facts.repeated.get(v, ()):
+        repeats += 1
+      else:
+        carriers.append(x[i])
+    if repeats and not carriers:
+      facts.repeated.setdefault(e.outputs[0], set()).add(i)
+    elif repeats and e.name in ('add', 'sub'):
+      facts.written.append((carriers[0], f'written to along its slices by {e.where}'))
 
 
 def unchanged(facts, e, *ins):
@@ -214,7 +234,10 @@ def reduce(facts, e, *ins):
   axes = e.params['axes']
   for x in ins:
     for i in axes:
-      ax.note(x[i], f'reduced over by {e.where}')
+      if contracted(facts, e):
+        facts.normalised.append(x[i])
+      else:
+        ax.note(x[i], f'reduced over by {e.where}')
   return [[d for i, d in enumerate(ins[0]) if i not in axes]] * len(e.outputs)
 
 
@@ -274,18 +297,23 @@ def own_derivative(facts, e, *ins):
   """
   outs = infer(facts, e.bodies[0], ins)
   for inner in jx.walk(e.bodies[0]):
-    for k, axis in (pair for side in contracted(inner) for pair in side):
+    for k, axis in (pair for side in contracted(facts, inner) for pair in side):
       ax.note(facts.dims[inner.inputs[k]][axis], f'contracted inside a {e.name}')
   return outs
 
 
-def contracted(e: jx.Equation) -> list[list[tuple[int, int]]]:
-  """Returns the (input, axis) pairs that are summed over, for each side to gate."""
+def contracted(facts: ax.Facts, e: jx.Equation) -> list[list[tuple[int, int]]]:
+  """Returns the (input, axis) pairs that are summed over, for each side to gate.
+
+  A norm is among these: the sum or the maximum of magnitudes does not see zeros.
+  """
   if e.name == 'dot_general':
     (lhs, rhs), _ = e.params['dimension_numbers']
     return [[(0, i) for i in lhs], [(1, i) for i in rhs]]
   if e.name == 'conv_general_dilated':
     return [[(1, e.params['dimension_numbers'].rhs_spec[1])]]
+  if e.name in NORMS and e.inputs[0] in facts.magnitudes:
+    return [[(0, i) for i in e.params['axes']]]
   return []
 
 

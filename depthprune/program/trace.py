@@ -14,6 +14,7 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.deadcode import dependent, simplify
+from depthprune.program.magnitudes import degrees
 
 GONE = object()  # marks what `without` removes from a pytree
 
@@ -126,9 +127,17 @@ def look(
   dropped = frozenset()
   if decision is not None:
     program, dropped = _decided(program, tree, leaves, decision)
-  facts = ax.Facts()
-  data = [ax.fresh(v.shape, 'input') for v in program.inputs[len(leaves) :]]
+  arguments = program.inputs[len(leaves) :]
+  magnitudes = degrees(program, dependent(program, arguments))
+  varying = dependent(program, program.inputs)
+  facts = ax.Facts(magnitudes=magnitudes, varying=varying)
+  data = [ax.fresh(v.shape, 'input') for v in arguments]
   rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
+  normalised = {v for axis in facts.normalised for v in ax.leaves(axis)}
+  for axis, why in facts.written:  # a norm would see it in the slices that are closed
+    for v in normalised.intersection(ax.leaves(axis)):
+      if not v.notes:
+        v.notes.add(f'normalised over, and {why}')
   return View(program, facts, leaves, {}, tree, dropped)
 
 

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import axes as ax
+from depthprune.program import gating, rules
 from depthprune.program import jaxpr as jx
-from depthprune.program import rules
 from depthprune.program.coupling import Coupling
-from depthprune.program.gating import made_of_variables, place
 from depthprune.program.trace import View, remembered, several, split_arrays
 
 Measure = Literal['absolute', 'square', 'nonzero']
@@ -76,7 +75,9 @@ def activations(
     coupling.check_view(view, [g.name for g in groups])
     slots: dict[ax.Axis, Any] = {}
     for group, start in zip(groups, starts):
-      place(group.name, view.groups[group.name], start + np.arange(group.size), slots)
+      gating.place(
+        group.name, view.groups[group.name], start + np.arange(group.size), slots
+      )
     arrays, _ = split_arrays((inputs, kwargs))
     args = [*jax.tree.leaves(variables), *arrays]
     return _sums(view, slots, int(starts[-1]), VALUES[measure], args)
@@ -130,14 +131,14 @@ def _sums(
   Returns:
     [sums, numbers], each float32 [size].
   """
-  made = made_of_variables(view)
+  data = gating.activations(view)
 
   def run(program: jx.Program, args: Sequence) -> list:
     """The outputs of a program, followed by its sums and numbers."""
     seen = [jnp.zeros(size), jnp.zeros(size)]
 
     def execute(e: jx.Equation, ins: list) -> list:
-      for k, axis in _activations_read(e, made):
+      for k, axis in _activations_read(view, e, data):
         _add(seen, view.facts.dims[e.inputs[k]][axis], ins[k], axis, _summed(view, e))
       if e.name == 'while':
         outputs = _while(e, ins, run, size)
@@ -164,21 +165,24 @@ def _sums(
   return run(view.program, args)[-2:]
 
 
-def _activations_read(e: jx.Equation, made: set) -> list[tuple[int, int]]:
+def _activations_read(view: View, e: jx.Equation, data: set) -> list[tuple[int, int]]:
   """(input, axis) of the activations that a contraction sums over.
 
-  Of two weights, which only meet where weights are computed, both count.
+  Of two weights, which only meet where weights are computed, both count. Norms, which
+  read squares or magnitudes, do not.
   """
   if e.name == 'conv_general_dilated':
     return [(0, e.params['dimension_numbers'].lhs_spec[1])]
-  sides = [side for side in rules.contracted(e) if side]
-  activations = [side for side in sides if e.inputs[side[0][0]] not in made]
+  if e.name in rules.NORMS:
+    return []
+  sides = [side for side in rules.contracted(view.facts, e) if side]
+  activations = [side for side in sides if e.inputs[side[0][0]] in data]
   return [pair for side in activations or sides for pair in side]
 
 
 def _summed(view: View, e: jx.Equation) -> set[ax.Var]:
   """The axes that an equation sums over."""
-  pairs = (pair for side in rules.contracted(e) for pair in side)
+  pairs = (pair for side in rules.contracted(view.facts, e) for pair in side)
   axes = (view.facts.dims[e.inputs[k]][axis] for k, axis in pairs)
   return {v for axis in axes for v in ax.leaves(axis)}
 

@@ -16,6 +16,7 @@ from tests import masking as m
 from tests.zoo import randomised
 
 WHERE = np.array([[0, 2], [1, 1]])
+ORDER = np.array([2, 0, 3, 1, 5, 4, 7, 6])
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 5)), jnp.float32)
 
 FREE = {
@@ -40,6 +41,32 @@ FREE = {
   'dilate in time': lambda h: lax.pad(h, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0))),
   'split in time': lambda h: jnp.multiply(*jnp.split(h, 2, 1)),
   'stack and max': lambda h: jnp.stack([h, 2 * h, -h], 1).max(1),
+  'stack and index': lambda h: jnp.stack([h, jnp.sin(h)], 2)[:, :, 1],
+  'stack last and index': lambda h: jnp.stack([h, 2 * h], -1)[..., 1],
+  'stack and sum': lambda h: jnp.stack([h, jnp.sin(h)], -2).sum(-2),
+  'stack last and mean': lambda h: jnp.stack([h, jnp.sin(h)], -1).mean(-1),
+  'stack and merge': lambda h: jnp.stack([h, jnp.sin(h)], 2).reshape(2, 4, -1),
+  'stack last and merge': lambda h: jnp.stack([h, jnp.sin(h)], -1).reshape(2, 4, -1),
+  'stack three and split': lambda h: jnp.prod(
+    jnp.stack(jnp.split(jnp.stack([h, 2 * h, jnp.sin(h)], 2).reshape(2, 4, -1), 3, -1)),
+    axis=0,
+  ),
+  'stack and join': lambda h: jnp.concatenate(
+    [s := jnp.stack([h, jnp.sin(h)], 1), 2 * s], 1
+  ).max(1),
+  'stack and unstack': lambda h: jnp.multiply(
+    *jnp.unstack(jnp.stack([h, jnp.sin(h)], -1), axis=-1)
+  ),
+  'stack and mix': lambda h: jnp.einsum(
+    'ntsc,sr->ntrc', jnp.stack([h, jnp.sin(h)], 2), jnp.float32([[1, 2], [3, 4]])
+  )[:, :, 1],
+  'pairs rotated': lambda h: jnp.stack([-h[..., 1::2], h[..., ::2]], -1).reshape(
+    h.shape
+  ),
+  'map over a stack': lambda h: jax.vmap(jnp.tanh)(jnp.stack([h, 2 * h])).sum(0),
+  'scan over a stack': lambda h: lax.scan(
+    lambda c, x: (c + jnp.sin(x), None), h, jnp.stack([h, 2 * h])
+  )[0],
   'unstack': lambda h: jnp.stack(jnp.unstack(h, axis=1)[::2], 1),
   'top 2 in time': lambda h: lax.top_k(h.swapaxes(1, 2), 2)[0].swapaxes(1, 2),
   'max pool in time': lambda h: lax.reduce_window(
@@ -77,6 +104,10 @@ PINNED = {
   'dynamic slice': lambda h: lax.dynamic_slice_in_dim(h, 1, 3, 2),
   'dynamic update': lambda h: lax.dynamic_update_slice_in_dim(h, h[..., :2], 3, 2),
   'scatter': lambda h: h.at[..., np.array([0, 5])].set(0.0),
+  'scatter of itself': lambda h: jnp.ones_like(h).at[..., ORDER].add(h),
+  'scatter over it': lambda h: jnp.ones_like(h).at[..., ORDER].set(h),
+  'scatter twice to one place': lambda h: jnp.ones_like(h).at[..., ORDER // 2].mul(h),
+  'scatter to another width': lambda h: jnp.zeros((2, 4, 12)).at[..., ORDER + 3].max(h),
   'crop': lambda h: lax.pad(h, 0.0, ((0, 0, 0), (0, 0, 0), (-2, 0, 0))),
   'dilate': lambda h: lax.pad(h, 0.0, ((0, 0, 0), (0, 0, 0), (0, 0, 1))),
   'pool': lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 1, 2), (1, 1, 2), 'VALID'),
@@ -125,6 +156,15 @@ def test_channels_are_pinned(name):
   keep = m.random_keep(coupling)  # the reader may still be free
   small = slim(f, coupling, keep)(m.smaller(coupling, arrays, keep), X)
   assert m.difference(f(m.zeroed(coupling, arrays, keep), X), small) <= 1e-5
+
+
+def test_a_scatter_says_where_it_is():
+  """In a way that finds the line; the network is cut around it."""
+  f, arrays = sandwiched(PINNED['scatter of itself'])
+  coupling = couple(f, arrays, X)
+  [reason] = {r for p in coupling.pinned if p.path == 'in' for r in p.reasons}
+  assert reason.startswith('spread over another axis by scatter-add')
+  assert 'test_rules.py' in reason
 
 
 @pytest.mark.parametrize(
