@@ -149,11 +149,17 @@ def unchanged(facts, e, *ins):
 
 
 def collective(facts, e, *ins):
-  """Combines the same slices of all members of a named axis."""
-  names = e.params.get('axes', ())
-  if any(isinstance(name, int) for name in names):  # an axis of the array itself
+  """Combines the same slices of all members of a named axis.
+
+  An axis that a vmap inside of the function names is a position, and disappears.
+  """
+  over = [i for i in e.params.get('axes', ()) if isinstance(i, int)]
+  if over and e.params.get('axis_index_groups'):
     return ax.opaque(facts, e, *ins)
-  return unchanged(facts, e, *ins)
+  for x in ins:
+    for i in over:
+      ax.note(x[i], f'reduced over by {e.where}')
+  return [[d for i, d in enumerate(x) if i not in over] for x in ins]
 
 
 def all_gather(facts, e, *ins):

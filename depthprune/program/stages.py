@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import cost
+from depthprune.program import cost, rules
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import dependent
 from depthprune.program.modules import runnable
@@ -305,6 +305,8 @@ def _counting(view: View, data: Sequence[jx.Value]) -> set[ax.Axis]:
       ((read, _), _) = e.params['dimension_numbers']
     elif e.name == 'conv_general_dilated':
       read = e.params['dimension_numbers'].lhs_spec[1:]
+    elif e.name in rules.NORMS:
+      read = e.params['axes']
     else:
       continue
     lhs = view.facts.dims[e.inputs[0]]

@@ -1,5 +1,7 @@
 """Random networks: surgery equals masking on every one, and would not if rules lied."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,6 +31,26 @@ def error(seed: int, gated: bool = False) -> float:
   return m.difference(m.quick(f)(m.zeroed(coupling, arrays, keep), x), small)
 
 
+def slope_error(seed: int) -> float:
+  """The same of the gradients with respect to the arrays that are left."""
+  f, arrays = random_network(seed)
+  x = image(2, 4)
+  coupling = couple(f, arrays, x)
+  keep = m.random_keep(coupling, seed, gated=True)
+  gated, small = plug(f, coupling), slim(f, coupling, keep)
+  loss = lambda out: jnp.mean(out**2)
+  masked = lambda p: loss(gated(p, m.as_gates(keep), x))
+  full = m.smaller(coupling, m.quick(jax.grad(masked))(arrays), keep)
+  part = m.quick(jax.grad(lambda p: loss(small(p, x))))(
+    m.smaller(coupling, arrays, keep)
+  )
+  largest = max(float(jnp.abs(g).max()) for g in full.values())
+  return max(
+    float(np.abs(full[n] - g).max() / max(np.abs(full[n]).max(), 1e-3 * largest))
+    for n, g in part.items()
+  )
+
+
 @pytest.mark.parametrize('first', range(0, FAST, 10))
 def test_small_is_masked(first):
   assert (
@@ -36,11 +58,16 @@ def test_small_is_masked(first):
   )
 
 
+def test_gradients_agree():
+  assert max(slope_error(seed) for seed in range(8)) <= 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('first', range(FAST, ALL, 20))
 def test_small_is_masked_on_many_more(first):
   for seed in range(first, first + 20):
     assert error(seed) <= 1e-4 and error(seed, gated=True) <= 1e-4, seed
+    assert slope_error(seed) <= 1e-3, seed
 
 
 def test_most_random_networks_can_be_cut():

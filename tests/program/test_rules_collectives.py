@@ -103,3 +103,31 @@ def test_each_combines_the_slices_that_are_left(combine):
   masked = by_vmap(lambda v, x: plugged(v, gates, x, together=True))
   got = by_vmap(lambda v, x: small.apply(v, x, together=True))(small.variables, x)
   np.testing.assert_allclose(got, masked(variables, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'combine',
+  [
+    lambda a: a + jax.lax.psum(a, 'n'),
+    lambda a: a - jax.lax.pmean(a, 'n'),
+    lambda a: a * jax.lax.pmax(a, 'n'),
+    lambda a: a * jax.lax.all_gather(a, 'n').mean(0),
+    lambda a: a * jax.lax.ppermute(a, 'n', [(i, (i + 1) % 4) for i in range(4)]),
+  ],
+  ids='psum pmean pmax all_gather ppermute'.split(),
+)
+def test_an_axis_named_inside_of_the_network_disappears(combine):
+  """A vmap in the network turns a collective into a reduction of an axis of arrays."""
+  x = X.mean((2, 3))
+  key = jax.random.key(1)
+  variables = {
+    'a': jax.random.normal(key, (2, 8)),
+    'b': jax.random.normal(key, (8, 3)),
+  }
+  each = jax.vmap(combine, axis_name='n')
+  fn = lambda v, x: each(jnp.tanh(x @ v['a'])) @ v['b']
+  coupling = dp.couple(fn, variables, x)
+  assert not coupling.unknown and not coupling.groups['a:1'].ungated
+  keep = {'channels': {'a:1': np.arange(8) % 3 > 0}}
+  small = dp.prune(fn, variables, keep, x, coupling=coupling)
+  assert small.report['verify']['difference'] < 1e-5 < small.report['verify']['moved']

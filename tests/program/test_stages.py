@@ -206,8 +206,10 @@ def test_examples_that_are_sorted_among_each_other():
     lambda h: jnp.ones((h.shape[0],) * 2) @ h,
     lambda h: jax.lax.dynamic_slice(jnp.concatenate([h, h]), (1, 0), h.shape),
     lambda h: jax.pure_callback(lambda h: h - h.mean(0), h, h),
+    lambda h: h / jnp.linalg.norm(h, axis=0),
+    jax.vmap(lambda h: h - jax.lax.pmean(h, 'n'), axis_name='n'),
   ],
-  ids=['contracted', 'averaged', 'shifted', 'opaque'],
+  ids=['contracted', 'averaged', 'shifted', 'opaque', 'normalised', 'collective'],
 )
 def test_examples_that_look_at_each_other_in_other_ways(mix):
   def fn(w, x):

@@ -148,10 +148,128 @@ def every_other(draw, array, widths, i):
   return (c, lambda p, h: h[i][..., ::2]) if c * 2 == widths[i] and c > 3 else None
 
 
+def stacked(draw, array, widths, i):
+  """Two nodes along a new axis, which is then merged, indexed or summed over."""
+  same = [j for j in range(1, len(widths)) if widths[j] == widths[i]]
+  j, axis = int(draw.choice(same)), int(draw.choice([1, 3, 4]))
+  how = int(draw.integers(3 if axis > 1 else 2))
+  if how == 2 and 2 * widths[i] > WIDEST:
+    return None
+
+  def step(p, h):
+    both = jnp.stack([jnp.tanh(h[i]), h[j]], axis)
+    if how == 0:
+      return both.sum(axis)
+    if how == 1:
+      return jnp.take(both, 0, axis) * lax.index_in_dim(both, 1, axis, False)
+    return both.reshape(*h[i].shape[:3], -1)
+
+  return (1 + (how == 2)) * widths[i], step
+
+
+def l2_normalised(draw, array, widths, i):
+  kind = int(draw.integers(3))
+
+  def step(p, h):
+    x = h[i]
+    if kind == 0:
+      return x * lax.rsqrt((x**2).sum(-1, keepdims=True) + 0.1)
+    if kind == 1:
+      return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 0.3)
+    return x / (jnp.abs(x).max(-1, keepdims=True) + 0.1)
+
+  return widths[i], step
+
+
+def rms_normalised(draw, array, widths, i):
+  scale, offset = array(widths[i]), float(draw.integers(2))
+
+  def step(p, h):
+    mean = jnp.mean(jnp.square(h[i]), axis=-1, keepdims=True)
+    return h[i] * lax.rsqrt(mean + 0.1) * (offset + p[scale])
+
+  return widths[i], step
+
+
+def global_response(draw, array, widths, i):
+  scale = array(widths[i])
+
+  def step(p, h):
+    size = jnp.linalg.norm(h[i], axis=(1, 2), keepdims=True)
+    return h[i] + p[scale] * h[i] * size / (size.mean(-1, keepdims=True) + 0.1)
+
+  return widths[i], step
+
+
+def group_normalised(draw, array, widths, i):
+  """Over the groups of a divisor; what is within a group is not cut alone."""
+  c, groups = widths[i], divisor(draw, widths[i])
+  scale, bias = array(c), array(c)
+
+  def step(p, h):
+    x = h[i].reshape(*h[i].shape[:3], groups, -1)
+    mean, square = (t.mean((1, 2, 4), keepdims=True) for t in (x, x * x))
+    x = (x - mean) * lax.rsqrt(square - mean * mean + 0.1)
+    return x.reshape(h[i].shape) * p[scale] + p[bias]
+
+  return c, step
+
+
+def groups_of_squares(draw, array, widths, i):
+  groups = divisor(draw, widths[i])
+
+  def step(p, h):
+    x = h[i].reshape(*h[i].shape[:3], groups, -1)
+    return (x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 0.1)).reshape(h[i].shape)
+
+  return widths[i], step
+
+
+def rolled(draw, array, widths, i):
+  """Rows are rolled, by another number of steps for every example."""
+  roll = jax.vmap(lambda x, n: jnp.roll(x, n, 0))
+  return widths[i], lambda p, h: h[i] + roll(h[i], jnp.arange(len(h[i])))
+
+
+def collective(draw, array, widths, i):
+  combine = (lax.pmean, lax.psum)[int(draw.integers(2))]
+  each = jax.vmap(lambda x: x - combine(x, 'n') / 3, axis_name='n')
+  return widths[i], lambda p, h: each(h[i])
+
+
+def counted(draw, array, widths, i):
+  """Multiplied by a table of the number of the row and the number of the channel."""
+
+  def step(p, h):
+    row = jnp.arange(h[i].shape[1], dtype=jnp.float32)[:, None, None]
+    return h[i] * jnp.cos(row / (1 + jnp.arange(widths[i], dtype=jnp.float32)))
+
+  return widths[i], step
+
+
+def scattered(draw, array, widths, i):
+  where = draw.integers(0, widths[i], widths[i])
+  return widths[i], lambda p, h: h[i].at[..., where].add(h[i])
+
+
+def kernels_per_example(draw, array, widths, i):
+  c, o = widths[i], int(draw.choice([6, 12]))
+  make, w = array(c, 2), array(2, 1, 1, c, o)
+
+  def step(p, h):
+    share = jax.nn.sigmoid(h[i].mean((1, 2)) @ p[make])
+    kernels = jnp.einsum('be,ehwio->bhwio', share, p[w])
+    return jax.vmap(lambda x, k: convolve(x[None], k)[0])(h[i], kernels)
+
+  return o, step
+
+
 OPERATIONS = (
   conv, conv, depthwise, depthwise_doubled, grouped, add, join, upper_half,
   swap_thirds, shuffle, affine, relu, squeeze_excite, gated_halves, per_head,
-  padded_sum, looped, every_other,
+  padded_sum, looped, every_other, stacked, stacked, l2_normalised, rms_normalised,
+  global_response, group_normalised, groups_of_squares, rolled, collective, counted,
+  scattered, kernels_per_example,
 )  # fmt: skip
 
 
