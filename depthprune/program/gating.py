@@ -4,7 +4,8 @@ x·(g∘W) = (x∘g)·W: scaling the weight of every equation that sums over an 
 gating the activation wherever it is read, in value and in gradient, whatever produced
 it. The operand *at that equation* is scaled, never the stored array, so a square kernel
 or one that is used twice is gated on its reading side only. Where two activations meet
-(query · key), the smaller of them is scaled, once.
+(query · key), the smaller of them is scaled, once. A norm reads its axis too: where
+activations are gated by g, their squares in its sum are scaled by g².
 
 Source: the gate of arXiv 1904.10921 ("appended to each intermediate tensor"). Placing
 it at the contraction is ours.

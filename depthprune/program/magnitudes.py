@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import numpy as np
+
 from depthprune.program import jaxpr as jx
 
 KEEPING = frozenset(
@@ -67,5 +69,5 @@ def _degree(e: jx.Equation, found: dict, conjugates: dict) -> int | None:
     return d if found.get(y) == d else None
   same_size = math.prod(x.shape) == math.prod(e.outputs[0].shape)
   keeps = e.name in KEEPING or (e.name == 'broadcast_in_dim' and same_size)
-  scaled = e.name in ('mul', 'div') and y.shape == ()
+  scaled = e.name in ('mul', 'div') and isinstance(y, jx.Literal) and np.all(y.val > 0)
   return d if keeps or scaled else None

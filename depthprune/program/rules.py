@@ -127,20 +127,16 @@ def elementwise(facts, e, *ins):
 
 def _follow_repeats(facts: ax.Facts, e: jx.Equation, ins: Sequence[ax.Dims]):
   """Follows what repeats along an axis, up to where it is added to what does not."""
-  varying = [(v, x) for v, x in zip(e.inputs, ins, strict=True) if v in facts.varying]
-  for i, n in enumerate(e.outputs[0].shape):
-    carriers, repeats = [], 0
-    for v, x in varying:
-      if n == 1 or len(x) != len(e.outputs[0].shape):
-        continue
-      if x[i].size == 1 or i in facts.repeated.get(v, ()):
-        repeats += 1
-      else:
-        carriers.append(x[i])
-    if repeats and not carriers:
+  shape = e.outputs[0].shape
+  pairs = zip(e.inputs, ins, strict=True)
+  varying = [(v, x) for v, x in pairs if v in facts.varying and len(x) == len(shape)]
+  for i, n in enumerate(shape):
+    repeats = [x[i].size < n or i in facts.repeated.get(v, ()) for v, x in varying]
+    if any(repeats) and all(repeats):
       facts.repeated.setdefault(e.outputs[0], set()).add(i)
-    elif repeats and e.name in ('add', 'sub'):
-      facts.written.append((carriers[0], f'written to along its slices by {e.where}'))
+    elif any(repeats) and e.name in ('add', 'sub'):
+      _, carrier = varying[repeats.index(False)]
+      facts.written.append((carrier[i], f'{e.where} adds one value to all its slices'))
 
 
 def unchanged(facts, e, *ins):

@@ -137,7 +137,7 @@ def look(
   for axis, why in facts.written:  # a norm would see it in the slices that are closed
     for v in normalised.intersection(ax.leaves(axis)):
       if not v.notes:
-        v.notes.add(f'normalised over, and {why}')
+        v.notes.add(f'it is normalised over, and {why}')
   return View(program, facts, leaves, {}, tree, dropped)
 
 
