@@ -46,7 +46,7 @@ def slope_error(seed: int) -> float:
   )
   largest = max(float(jnp.abs(g).max()) for g in full.values())
   return max(
-    float(np.abs(full[n] - g).max() / max(np.abs(full[n]).max(), 1e-3 * largest))
+    float(np.abs(full[n] - g).max() / max(np.abs(full[n]).max(), 1e-3 * largest, 1e-30))
     for n, g in part.items()
   )
 
