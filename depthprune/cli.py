@@ -52,7 +52,7 @@ _subcommands = tuple(map(_subcommand, sorted(methods.names(), key=methods.word))
 AnyMethod: Any = Union[_subcommands]  # noqa: UP007
 # Options that one run has several values of, and the one that METHOD may follow.
 LISTS = {
-  '--at-once',
+  *('--at-once', '--model-args'),
   *(
     f'--{name}'
     for recipe in methods.all().values()
@@ -263,8 +263,9 @@ def _report(path: Path) -> None:
 def _export(command: Export) -> None:
   from depthprune.exports import networks
   from depthprune.exports.stablehlo import export
+  from depthprune.run.network import of_run
 
-  found = networks.find(command.run)
+  found = networks.find(command.run, of_run(command.run))
   to = command.to or (found.run or command.run) / 'exported'
   beside = found.folder / networks.TOKENIZER
   told = export(

@@ -49,6 +49,8 @@ def default_augment(name: str, source: ImageSource) -> Augment:
   """Returns the usual augmentation for the images of a data set."""
   if source.tasks:  # position tells the tasks apart, so images move by less than that
     return Augment(source.shape[0] // 12)
+  if len(source.shape) < 3:
+    return Augment()
   # An eighth of the side: 4 pixels of 32, 1 of 8.
   flip = name.split(':')[0] not in _CHARACTERS
   return Augment(-(-source.shape[0] // 8), flip, source.ignore)
@@ -58,9 +60,16 @@ def measure_normalisation(image: np.ndarray, scale: float) -> Normalisation:
   """Computes the exact mean and standard deviation of every channel.
 
   Args:
-    image: uint8 [n, height, width, channels].
+    image: [n, ..., channels].
     scale: the pixel value that becomes 1.
   """
+  if image.dtype != np.uint8:
+    over = tuple(range(image.ndim - 1))
+    means = image.mean(over, dtype=np.float64) / scale
+    stds = image.std(over, dtype=np.float64) / scale
+    constant = stds <= 1e-7 * np.maximum(1, np.abs(means))
+    stds = np.where(constant, 1.0, stds)
+    return Normalisation(tuple(means.tolist()), tuple(stds.tolist()), scale)
   value = np.arange(256) / scale
   mean, std = [], []
   for channel in range(image.shape[-1]):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.data import dataset, masks, streaming
+from depthprune.data import dataset, labels, masks, streaming
 from depthprune.data.augment import (
   Augment,
   Normalisation,
@@ -84,7 +84,23 @@ def load(
     DataError: the set is unknown, absent, of another kind, or too large for the memory
       and cannot be streamed; or the augmentation does not suit its images.
   """
-  stored = source(name, resize, download)
+  how = stream, normalisation, mixup, randaugment, workers
+  return divided(name, source(name, resize, download), seed, held_out, subset, *how)
+
+
+def divided(
+  name: str,
+  stored: ImageSource,
+  seed: int = 0,
+  held_out: int | None = None,
+  subset: int | None = None,
+  stream: bool | None = None,
+  normalisation: Normalisation | None = None,
+  mixup: float = 0.0,
+  randaugment: int = 0,
+  workers: int = 0,
+) -> 'ImageSet | streaming.StreamedImages':
+  """Divides and reads a source of images; all else is as for `load`."""
   rows = dataset.divide(
     name,
     (stored.train, stored.test),
@@ -111,10 +127,12 @@ def load(
     'held_out': stored.read(rows.held_of, rows.held_out),
     'test': stored.read(rows.of, rows.test),
   }
-  classes, notes = stored.classes, ()
+  classes, notes = stored.classes, stored.notes
   if stored.ignore is not None:
     classes = classes or masks.highest(list(parts.values()), stored.ignore)
     notes = masks.notes(parts, classes, stored)
+  elif not stored.tasks:
+    notes += labels.untrained(stored.names, classes, parts['train']['label'])
   if normalisation is None:
     normalisation = measure_normalisation(parts['train']['image'], stored.scale)
   return ImageSet(
@@ -229,7 +247,7 @@ class ImageSet(NamedTuple):
   """A `Dataset` of images in memory.
 
   Attributes:
-    shape: (height, width, channels) of an image.
+    shape: (height, width, channels) of an image, or (features,) of rows of numbers.
     normalisation: measured on `train`, or the one that pretrained weights need.
     augment: how training images are augmented, where that is asked for.
 
@@ -241,7 +259,7 @@ class ImageSet(NamedTuple):
   held_out: Split
   test: Split
   classes: int
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
   normalisation: Normalisation
   augment: Augment
   ignore: int | None = None

@@ -62,7 +62,7 @@ class Crops(NamedTuple):
     randaugment: magnitude of RandAugment, 1 to 30; 0 turns it off.
   """
 
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
   random: bool = False
   flip: bool = False
   randaugment: int = 0
@@ -265,7 +265,7 @@ class StreamedImages(NamedTuple):
   held_out: Split
   test: Split
   classes: int
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
   normalisation: Normalisation
   augment: Augment
   notes: tuple[str, ...] = ()

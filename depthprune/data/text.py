@@ -37,7 +37,9 @@ class TextSource(NamedTuple):
     classes: number of classes.
     columns: names of the features that are texts, in the order in which they are read.
     splits: names of the splits on disk.
-    read: ('train' or 'test', rows) -> (texts, labels int32 [n]).
+    read: (split, rows) -> (texts, labels int32 [n]).
+    validation: number of texts of a validation split that is held out, else 0.
+    notes: sentences about the data that belong beside any result.
   """
 
   train: int
@@ -47,6 +49,8 @@ class TextSource(NamedTuple):
   columns: tuple[str, ...]
   splits: tuple[str, ...]
   read: Callable[[str, np.ndarray], tuple[list[Text], np.ndarray]]
+  validation: int = 0
+  notes: tuple[str, ...] = ()
 
 
 def kind_of(name: str, download: bool = False) -> Literal['images', 'text']:
@@ -237,6 +241,7 @@ class TextSet(NamedTuple):
     pad: number of the padding token.
     cut: number of texts that were cut to the largest length allowed.
     empty: number of texts without a word.
+    source_notes: notes of the source, which come first among `notes`.
 
   All other attributes are those of `Dataset`.
   """
@@ -252,6 +257,7 @@ class TextSet(NamedTuple):
   pad: int
   cut: int
   empty: int
+  source_notes: tuple[str, ...] = ()
 
   tasks = ()
   ignore = None
@@ -300,11 +306,12 @@ class TextSet(NamedTuple):
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """How many texts were cut, and how many are empty."""
+    """Those of the source, how many texts were cut, and how many are empty."""
     count = sum(len(s['label']) for s in (self.train, self.held_out, self.test))
     cut = f'{self.cut} of {count} texts were cut to {self.length} tokens'
     empty = f'{self.empty} of {count} texts have no word (or one of a pair has none)'
-    return (cut,) * bool(self.cut) + (empty,) * bool(self.empty)
+    counted = (cut,) * bool(self.cut) + (empty,) * bool(self.empty)
+    return (*self.source_notes, *counted)
 
 
 def load(
@@ -334,19 +341,33 @@ def load(
     DataError: the set is unknown, absent, of another kind or has no training split; or
       the tokenizer is refused by `tokens.check_tokenizer`.
   """
-  tokenizer = tokens.check_tokenizer(tokenizer_path)
+  tokens.check_tokenizer(tokenizer_path)  # before a large set is opened
   texts = source(name, download)
+  return encoded(name, texts, tokenizer_path, seed, held_out, subset, length)
+
+
+def encoded(
+  name: str,
+  texts: TextSource,
+  tokenizer_path: str | Path,
+  seed: int = 0,
+  held_out: int | None = None,
+  subset: int | None = None,
+  length: int = 128,
+) -> TextSet:
+  """Divides and tokenises texts; arguments, and what is raised, as for `load`."""
+  tokenizer = tokens.check_tokenizer(tokenizer_path)
   if not texts.train:
     raise DataError(f"data {name!r}: expected a split 'train', got {[*texts.splits]}")
   sizes = texts.train, texts.test
-  rows = dataset.divide(name, sizes, seed, held_out, subset, 'texts')
-  parts = ('train', rows.train), ('train', rows.held_out), (rows.of, rows.test)
+  rows = dataset.divide(name, sizes, seed, held_out, subset, 'texts', texts.validation)
+  parts = ('train', rows.train), (rows.held_of, rows.held_out), (rows.of, rows.test)
   read = [texts.read(of, chosen) for of, chosen in parts]
   pad = tokens.padding(tokenizer, tokenizer_path)
   # All splits are encoded together, so that their rows have one length.
   every = [text for part, _ in read for text in part]
-  encoded = tokens.encode(tokenizer, every, length, pad)
-  arrays = {'tokens': encoded.tokens, 'mask': encoded.mask, 'types': encoded.types}
+  made = tokens.encode(tokenizer, every, length, pad)
+  arrays = {'tokens': made.tokens, 'mask': made.mask, 'types': made.types}
   arrays = {name: array for name, array in arrays.items() if array is not None}
   splits, start = [], 0
   for _, label in read:
@@ -357,10 +378,11 @@ def load(
     name,
     *splits,
     classes=texts.classes,
-    length=encoded.tokens.shape[1],
+    length=made.tokens.shape[1],
     tokenizer=str(tokenizer_path),
     vocab=tokens.largest(tokenizer) + 1,
     pad=pad,
-    cut=encoded.cut,
-    empty=encoded.empty,
+    cut=made.cut,
+    empty=made.empty,
+    source_notes=texts.notes,
   )

@@ -22,7 +22,7 @@ class ImageSource(NamedTuple):
   Attributes:
     train: number of training images.
     test: number of test images, 0 without a labelled test split.
-    shape: (height, width, channels) of an image.
+    shape: (height, width, channels) of an image, or (features,) of rows of numbers.
     classes: number of classes of each label; 0 where only the masks will tell.
     scale: largest value of a pixel.
     read: (split, rows) -> the images and labels of these rows.
@@ -31,11 +31,12 @@ class ImageSource(NamedTuple):
     names: names of the classes, () if they are not known.
     tasks: names of the tasks if there are several, else ().
     records: () -> `Records`, for streaming; None where images cannot be streamed.
+    notes: sentences about the data that belong beside any result.
   """
 
   train: int
   test: int
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
   classes: int
   scale: float
   read: Callable[[str, np.ndarray], Split]
@@ -44,6 +45,7 @@ class ImageSource(NamedTuple):
   names: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ()
   records: Callable[[], 'Records'] | None = None
+  notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,8 @@ def sized(image: np.ndarray, side: int | None, nearest: bool = False) -> np.ndar
   """Scales the shorter side of an image to `side` and crops the middle of the longer.
 
   Args:
-    image: uint8 [height, width, channels].
+    image: [height, width, channels], with any number of channels where it is not
+      uint8.
     side: pixels; None returns the image as it is.
     nearest: take the nearest pixel and do not interpolate, for masks of classes.
   """
@@ -199,7 +202,15 @@ def sized(image: np.ndarray, side: int | None, nearest: bool = False) -> np.ndar
   height, width = image.shape[:2]
   cut = min(height, width)
   top, left = (height - cut) // 2, (width - cut) // 2
-  middle = image[top : top + cut, left : left + cut].squeeze()
+  middle = image[top : top + cut, left : left + cut]
   how = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+  if image.dtype != np.uint8 or image.shape[2] not in (1, 3, 4):
+    of = [
+      Image.fromarray(middle[..., c].astype(np.float32)) for c in range(image.shape[2])
+    ]
+    small = np.stack([np.asarray(one.resize((side, side), how)) for one in of], axis=2)
+    whole = np.issubdtype(image.dtype, np.integer)
+    return (small.round() if whole else small).astype(image.dtype)
+  middle = middle.reshape(cut, cut, *(image.shape[2:] if image.shape[2] > 1 else ()))
   small = Image.fromarray(middle).resize((side, side), how)
   return np.asarray(small).reshape(side, side, image.shape[2])

@@ -19,7 +19,7 @@ import numpy as np
 
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
-from depthprune.models.trunk import Trunk
+from depthprune.models.trunk import trunk as make_trunk
 from depthprune.program import modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import origins, slim
@@ -112,8 +112,9 @@ def load(
   Args:
     path: the folder.
     model: None for a model of depthprune; otherwise the full model or function that was
-      pruned. Of a network that was pruned twice, it is the one before the first cut, or
-      the `apply` of the one before the last.
+      pruned, possibly without the heads of depthprune that were on it. Of a network
+      that was pruned twice, it is the one before the first cut, or the `apply` of the
+      one before the last.
     example: the input, or a plain tuple or list of several. It is only needed if an
       input is not an array, or a dict, list or tuple of arrays: a NamedTuple.
     variables: the variables of the full network, possibly abstract, needed in the same
@@ -131,7 +132,7 @@ def load(
   """
   path = Path(path)
   leaves, record = checkpoint.read(path, RECORD)
-  model = _model(record, path, model)
+  model = _model(record, path, model, variables)
   # Version 0.1 did not write the cuts before the last one, nor arrays by keyword.
   before = record.get('before', [])
   wanted = f'{path}: pass variables=: those of the full network are'
@@ -386,13 +387,10 @@ def _described(pruned: Pruned) -> dict[str, Any]:
   model = pruned.coupling.model if pruned.model is None else pruned.model
   before = origins(model)
   model = before[0].model if before else model
-  ours = type(model).__module__.startswith(f'{models.__name__}.')
-  if not ours or isinstance(getattr(model, 'trunk', model), Trunk):
+  model = getattr(model, 'module', model)  # what adapts it is not named
+  if not type(model).__module__.startswith(f'{models.__name__}.'):
     name = getattr(model, '__qualname__', type(model).__qualname__)
-    foreign: dict[str, Any] = {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
-    if isinstance(getattr(model, 'trunk', model), Trunk):
-      foreign['arch'] = dict(pruned.coupling.model.arch)
-    return foreign
+    return {'foreign': f'{getattr(model, "__module__", "")}.{name}'}
   full = {k: v for k, v in model.arch.items() if k not in pruned.arch}
   full |= {k: _uncut(k, v, pruned.coupling) for k, v in pruned.arch.items()}
   return models.describe(model.clone(arch=type(model.arch)(full)))
@@ -414,17 +412,44 @@ def _uncut(key: str, value: int, coupling: Coupling) -> int:
   return value if kernel is None else kernel.shape[-1]
 
 
-def _model(record: Mapping, path: Path, model: Any) -> Any:
+def _foreign(described: Any) -> str:
+  """The name of the network in a description that is not ours; '' if there is none."""
+  if not isinstance(described, Mapping):
+    return ''
+  inside = (_foreign(value) for value in described.values())
+  return described.get('foreign') or next(filter(None, inside), '')
+
+
+def _filled(described: Mapping, networks: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a description with networks, by key, in the place of their names."""
+  return {
+    key: value
+    if not isinstance(value, Mapping)
+    else networks[key]
+    if 'foreign' in value
+    else _filled(value, networks)
+    for key, value in described.items()
+  }
+
+
+def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
   described = record['model']
+  foreign = _foreign(described)
+  if foreign and model is None:
+    raise CheckpointError(
+      f'{path}: {foreign} is not a model of depthprune: expected load(path, '
+      'model=...) with the full model or function that was pruned'
+    )
   if 'foreign' in described:
-    if model is None:
-      raise CheckpointError(
-        f'{path}: {described["foreign"]} is not a model of depthprune: expected '
-        'load(path, model=...) with the full model or function that was pruned'
-      )
-    if described.get('arch'):  # of a trunk that was cut before
-      return model.clone(arch=type(model.arch)(described['arch']))
     return model
+  if foreign:  # it is a trunk of ours, or under our heads
+    trunk = getattr(model, 'trunk', model)
+    network = getattr(trunk, 'network', None)
+    if network is None and 'network' in json.dumps(described):
+      first = [*record.get('before', []), record][0]
+      wanted = f'{path}: pass model=trunk(model, variables, *inputs): the inputs are'
+      network = make_trunk(model, variables, *_concrete(first['inputs'], wanted)).network
+    return models.build(**_filled(described, {'trunk': trunk, 'network': network}))
   if model is not None:
     # `arch` is left out, because it may repeat what the fields say.
     there, here = (

@@ -85,6 +85,9 @@ def describe(model: Any) -> dict[str, Any]:
   Returns:
     {'name': 'resnet.ResNet', 'fields': {...}}.
 
+  A network within it that is not from this package, the trunk of heads, is only named:
+  {'foreign': 'net.Net'}. Put the network itself there before the model is built.
+
   Raises:
     ValueError: the model is not from this package.
   """
@@ -123,7 +126,10 @@ def _plain(key: str, value: Any) -> Any:
   if key == 'dtype':
     return jnp.dtype(value).name
   if dataclasses.is_dataclass(value):
-    return describe(value)
+    kind = type(value)
+    ours = kind.__module__.startswith(f'{__name__}.')
+    foreign = {'foreign': f'{kind.__module__}.{kind.__qualname__}'}
+    return describe(value) if ours else foreign
   if isinstance(value, Mapping):
     return {name: _plain(name, item) for name, item in value.items()}
   if isinstance(value, tuple):

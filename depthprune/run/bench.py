@@ -26,11 +26,13 @@ from depthprune.program.trace import batched
 from depthprune.run import data
 from depthprune.run.config import Config, from_json
 from depthprune.run.network import network as build_network
+from depthprune.run.network import of_run
 from depthprune.storage import directory
 from depthprune.surgery.prune import Pruned
 from depthprune.timing import latency, roofline
 from depthprune.timing.clock import made_up
 from depthprune.timing.latency import Network, Timing
+from depthprune.train.task import as_dict
 
 BATCHES = (1, 8, 32, 128)
 
@@ -70,7 +72,7 @@ def bench(
     raise ValueError(
       f'bench: expected batches >= 1 and seconds > 0, got {[*batches]} and {seconds}'
     )
-  networks = [find(path) for path in paths]
+  networks = [find(path, of_run(path)) for path in paths]
   peaks = {dtype: roofline.measure(dtype) for dtype in sorted({*map(_dtype, networks)})}
   measured = []
   for path, saved in zip(paths, networks, strict=True):
@@ -99,16 +101,19 @@ def original(run: Path, after: Pruned) -> Original:
   config = _config(run)
   if config.pretrained is not None and not Path(config.pretrained).is_dir():
     config = dataclasses.replace(config, pretrained=None)  # arrays are made up anyway
-  classes = getattr(after.model, 'trunk', after.model).classes
-  model, inputs = build_network(config, classes), after.coupling.inputs
-  kept = () if config.recipe.deepest_answers else after.model.exits
-  answers = [name for name in kept if name in model.exits] or model.exits[-1:]
+  inputs = after.coupling.inputs
+  left = as_dict(jax.eval_shape(function(after), after.variables, *inputs))
+  model = build_network(config, next(iter(left.values())).shape[-1])
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   variables = jax.tree.map(lambda s: made_up(s.shape, s.dtype), shapes)
   run_all = runnable(model)
+  exits = [*as_dict(jax.eval_shape(run_all, variables, *inputs))]
+  exits = getattr(model, 'exits', exits)
+  kept = () if config.recipe.deepest_answers else left
+  answers = [name for name in kept if name in exits] or exits[-1:]
 
   def answer(variables, *inputs):
-    outputs = run_all(variables, *inputs)
+    outputs = as_dict(run_all(variables, *inputs))
     return {name: outputs[name] for name in answers}
 
   coupling = couple(answer, variables, *inputs)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 from depthprune import methods
+from depthprune.run import own
 from depthprune.train.options import (
   STRONGEST,
   ConfigError,
@@ -31,6 +32,9 @@ DEVICES = tyro.conf.arg(
   metavar='AXES', help_behavior_hint='(default: one, or all of several processes)'
 )
 NONE = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: without)')
+ARGUMENTS = tyro.conf.arg(
+  metavar='KEY=VALUE [KEY=VALUE ...]', help_behavior_hint='(default: its own)'
+)
 THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of one)')
 BY_SIZE = tyro.conf.arg(
   metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
@@ -55,12 +59,20 @@ class Config(Generic[O]):
   """Options of the method; their type says which method it is."""
 
   model: str = 'resnet20'
-  """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ..."""
+  """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ...
+  (depthprune models lists them); or FILE.py:CLASS, a linen module of your own."""
+
+  model_args: Annotated[tuple[str, ...], ARGUMENTS] = ()
+  """Arguments of the network, such as width=32 or '{"widths": [16, 32]}'."""
 
   data: str = 'digits'
   """digits (comes with scikit-learn), or a TFDS set of images (with a class each, or
   masks) or texts found in $TFDS_DATA_DIR, such as cifar10, camvid or glue/sst2; or
-  multi_fashion: two fashion_mnist images in one, and a class to tell of each."""
+  multi_fashion: two fashion_mnist images in one, and a class to tell of each. Of your
+  own: a FOLDER with a folder of images for each class, possibly within train,
+  validation and test; FILE.npz with x and y (or x_train, y_train, x_test, y_test);
+  FILE.csv or .jsonl with text and label, or numbers and label; or FILE.py:FUNCTION,
+  which returns such arrays or a Dataset."""
 
   pretrained: Annotated[str | None, FRESH] = None
   """Weights to start from: .npz or .safetensors of a ResNet or BERT, with torch's
@@ -148,6 +160,9 @@ class Config(Generic[O]):
   """Continue where an earlier run in the same directory stopped."""
 
   def __post_init__(self):
+    for name in ('model', 'data'):
+      object.__setattr__(self, name, own.absolute(getattr(self, name)))
+    own.arguments(self.model_args)
     one_of(self, 'optimizer', ('sgd', 'adam', 'adamw'))
     if self.stream is not None:
       one_of(self, 'stream', ('always', 'never'))
@@ -208,12 +223,20 @@ class Config(Generic[O]):
     if self.workdir is not None:
       return Path(self.workdir)
     options: Any = self.options
-    words = (self.method, self.model, self.data, options.label, f'seed{self.seed}')
+    names = (own.word(self.model), own.word(self.data))
+    words = (self.method, *names, options.label, f'seed{self.seed}')
     return Path('runs') / '-'.join(words)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns plain values, as `config.json` and `result.json` contain them."""
-    return {'method': self.method, **dataclasses.asdict(self)}
+    """Returns plain values, as `config.json` and `result.json` contain them.
+
+    A network or data from a file come with a hash of what the file contains.
+    """
+    hashes = {
+      f'{k}_file_sha256': own.digest(getattr(self, k)) for k in ('model', 'data')
+    }
+    values = {'method': self.method, **dataclasses.asdict(self)}
+    return {**values, **{k: v for k, v in hashes.items() if v is not None}}
 
 
 def default(method: str, options: Any = None, **fields) -> Config:
@@ -234,7 +257,7 @@ def default(method: str, options: Any = None, **fields) -> Config:
 
 def from_json(values: Mapping[str, Any]) -> Config:
   """Returns the Config of some `to_json()` values; later fields get their defaults."""
-  values = dict(values)
+  values = {k: v for k, v in values.items() if not k.endswith('_file_sha256')}
   try:
     recipe = methods.recipe(values.pop('method', ''))
   except ValueError as error:

@@ -1,15 +1,22 @@
-"""The data set of a run: images or texts, with their normalisation or tokenizer."""
+"""The data set of a run: images or texts, with their normalisation or tokenizer.
+
+It is read by name, or from files of the user's own, see `run.own`.
+"""
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from depthprune.data import images, text
+from depthprune.data import arrays, folders, images, tables, text
 from depthprune.data.augment import Normalisation
 from depthprune.data.dataset import DataError, Dataset
+from depthprune.data.text import TextSource
+from depthprune.data.tfds import ImageSource
 from depthprune.exports import networks
 from depthprune.models import pretrained
+from depthprune.run import own
 from depthprune.run.config import Config
 from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import kind
@@ -23,7 +30,12 @@ def read(config: Config) -> Dataset:
       tokenizer, or an option does not suit the data.
     CheckpointError: the pretrained network's folder holds no network.
   """
-  if text.kind_of(config.data) == 'text':
+  source = _own(config)
+  if source is not None and not isinstance(source, ImageSource | TextSource):
+    return _ready(config, source)
+  if source is None and text.kind_of(config.data) == 'text':
+    source = text.source(config.data)
+  if isinstance(source, TextSource):
     for_images = 'mixup', 'randaugment', 'stream', 'workers'
     if wrong := [name for name in for_images if getattr(config, name) is not None]:
       raise DataError(
@@ -35,24 +47,61 @@ def read(config: Config) -> Dataset:
         f'data {config.data!r}: resize is for images, got resize={config.resize} for '
         'texts: leave it out, and give the tokens of a text with length'
       )
-    return text.load(
+    return text.encoded(
       config.data,
+      source,
       tokenizer(config),
       seed=config.seed,
       subset=config.subset,
       length=config.length,
     )
-  return images.load(
+  return images.divided(
     config.data,
+    source or images.source(config.data, config.resize),
     seed=config.seed,
     subset=config.subset,
-    resize=config.resize,
     stream=None if config.stream is None else config.stream == 'always',
     normalisation=normalisation(config.pretrained) if config.pretrained else None,
     mixup=config.mixup or 0.0,
     randaugment=config.randaugment or 0,
     workers=config.workers or 0,
   )
+
+
+def _own(config: Config) -> Any:
+  """Returns the source of a user's own data, or its `Dataset`; None for a name."""
+  name, resize = config.data, config.resize
+  if own.is_object(name):
+    try:
+      given = own.load(name)()
+    except own.ConfigError:
+      raise
+    except Exception as error:
+      raise DataError(f'data {name}: the function failed: {own.told(error)}') from error
+    return given if hasattr(given, 'sampler') else arrays.source(name, given, resize)
+  if own.is_folder(name):
+    return folders.source(name, resize)
+  if own.is_file(name):
+    read = arrays.read_npz if name.endswith(own.ARRAYS) else tables.read
+    return arrays.source(name, read(name), resize)
+  return None
+
+
+def _ready(config: Config, data: Any) -> Dataset:
+  """Returns the `Dataset` of a user's own, which divides and augments by itself."""
+  members = {*Dataset.__annotations__, *vars(Dataset)}
+  missing = sorted(m for m in members if m[0] != '_' and not hasattr(data, m))
+  if missing:
+    raise DataError(
+      f'data {config.data}: expected a Dataset, with {", ".join(missing)} besides'
+    )
+  options = 'subset', 'resize', 'stream', 'mixup', 'randaugment'
+  if wrong := [k for k in options if getattr(config, k) is not None]:
+    raise DataError(
+      f'data {config.data}: {", ".join(wrong)}: the Dataset is taken as the function '
+      'returns it: leave it out'
+    )
+  return data
 
 
 def checksums(data: Dataset) -> dict[str, str]:

@@ -167,8 +167,9 @@ def surroundings() -> dict[str, Any]:
 
 
 def record_config(job: Job) -> None:
-  """Writes config.json: the config, versions, device and command."""
-  values = {'config': job.config.to_json(), **surroundings()}
+  """Writes config.json: the config, number of classes, versions, device and command."""
+  config = {'config': job.config.to_json(), 'classes': job.images.classes}
+  values = {**config, **surroundings()}
   directory.write(job.folder / 'config.json', values)
 
 

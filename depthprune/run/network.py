@@ -1,13 +1,18 @@
 """The network of a run, and the variables that it starts with.
 
 A run may start from a file of pretrained weights or from the folder of a network that
-was pruned before (`as_thin`, `pruned`).
+was pruned before (`as_thin`, `pruned`). Its network may be a linen module in a file of
+the user's own, whose calls `OwnNetwork` adapts.
 """
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,11 +23,15 @@ from depthprune.exports import networks
 from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
 from depthprune.models.heads import WithHeads, multitask
-from depthprune.run.config import Config
+from depthprune.program.modules import runnable
+from depthprune.program.resize import origins
+from depthprune.run import own
+from depthprune.run.config import Config, from_json
 from depthprune.run.job import Job
-from depthprune.storage import checkpoint
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
-from depthprune.train.task import Tree
+from depthprune.train.options import ConfigError
+from depthprune.train.task import Tree, as_dict
 
 
 def network(config: Config, classes: int) -> Any:
@@ -37,14 +46,11 @@ def network(config: Config, classes: int) -> Any:
     classes: number of classes of the data, for each task.
 
   Raises:
-    ValueError: there is no model of that name.
+    ValueError: there is no model of that name, or it does not take its arguments.
     DataError: the method cannot be used for several tasks.
     CheckpointError: the folder holds another model, or one that has exits already.
   """
-  chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
-  model = models.build(
-    config.model, classes=classes, **{k: v for k, v in chosen.items() if v}
-  )
+  model: Any = _alone(config, classes)
   own_exits = config.recipe.own_exits
   if tasks := images.tasks(config.data):
     if own_exits or getattr(model, 'pool', None) is None:
@@ -59,7 +65,13 @@ def network(config: Config, classes: int) -> Any:
     model = multitask(model, dict.fromkeys(tasks, classes))
   if config.pretrained is not None and Path(config.pretrained).is_dir():
     model = as_thin(model, config.pretrained)
-  if own_exits and hasattr(model, 'trunk') and model.exits:
+  if isinstance(model, OwnNetwork) and (config.recipe.heads or config.recipe.cascade):
+    raise ConfigError(
+      f'{config.model}: {config.method} puts heads on the taps of a network: expected '
+      'a class with `taps`, `exits`, `pool`, `classes`, `dtype` and `arch`, as in '
+      'depthprune/models/mlp.py'
+    )
+  if own_exits and isinstance(model, WithHeads) and model.exits:
     raise CheckpointError(
       f'{config.pretrained}: expected a network that {config.method} can put exits on, '
       f'got one that has {", ".join(model.exits)}'
@@ -67,6 +79,18 @@ def network(config: Config, classes: int) -> Any:
   if config.recipe.heads is None:
     return model
   return config.recipe.heads(config.options, model, heads)
+
+
+def _alone(config: Config, classes: int) -> Any:
+  """Builds the model of a config without the exits of its method."""
+  chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
+  fields = {k: v for k, v in chosen.items() if v} | own.arguments(config.model_args)
+  if own.is_object(config.model):
+    return own_network(config.model, classes, fields)
+  try:
+    return models.build(config.model, **{'classes': classes, **fields})
+  except TypeError as error:
+    raise ConfigError(f'model {config.model}: {error}') from error
 
 
 def initial_variables(job: Job, model: Any) -> Tree:
@@ -117,22 +141,164 @@ def check_answer(job: Job, model: Any) -> None:
   """
   if images.tasks(job.config.data):
     return  # the task itself names the outputs that are missing
-  outputs = jax.eval_shape(model.init_with_output, job.key('shapes'), *job.inputs)[0]
-  answers = {name: tuple(outputs[name].shape) for name in model.exits}
-  label = job.labels
+  config, label = job.config, job.labels
+  with _explained(config):
+    shapes = jax.eval_shape(model.init, job.key('shapes'), *job.inputs)
+    given = jax.eval_shape(runnable(model), shapes, *job.inputs)
+  outputs = as_dict(given)
+  if not outputs or not all(hasattr(x, 'shape') for x in outputs.values()):
+    raise DataError(
+      f'{own.word(config.model)}: expected logits [batch, classes], or a dict of them '
+      f'by the names of the exits, got a {type(given).__name__}'
+    )
+  names = ('main',) if 'main' in outputs else tuple(outputs)
+  answers = {n: tuple(outputs[n].shape) for n in getattr(model, 'exits', names)}
   if any(len(shape) != len(label) + 1 for shape in answers.values()):
     kinds = {1: 'a class of every image or text', 3: 'a class of every pixel'}
     raise DataError(
-      f'data {job.config.data!r} has {kinds.get(len(label), "labels")} {label}, but '
-      f'{job.config.model} answers {answers}: choose a model of that kind, such as '
+      f'data {config.data!r} has {kinds.get(len(label), "labels")} {label}, but '
+      f'{config.model} answers {answers}: choose a model of that kind, such as '
       f'{"segnet8" if len(label) == 3 else "resnet20"}'
+    )
+  if wrong := {k: v for k, v in answers.items() if v[-1] != job.images.classes}:
+    raise DataError(
+      f'data {config.data!r} has {job.images.classes} classes, but '
+      f'{own.word(config.model)} answers {wrong}: give their number with --model-args, '
+      'or leave it out there'
     )
 
 
 def _read(job: Job, path: str, model: Any) -> Tree:
   if Path(path).is_dir():
     return pruned(path, model, *job.inputs)
+  if isinstance(model, OwnNetwork):
+    like = jax.eval_shape(model.init, jax.random.key(0), *job.inputs)
+    return checkpoint.matched(like, pretrained.read(path), path)
   return pretrained.load(path, model, job.images.shape)
+
+
+# ---- networks of the user's own ------------------------------------------------------
+
+CLASSES = 'classes', 'num_classes', 'n_classes'  # what the number of classes is called
+# Arguments that switch modes, with their values in evaluation.
+MODES = {
+  'train': False,
+  'training': False,
+  'deterministic': True,
+  'use_running_average': True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNetwork:
+  """A linen module from a file, to be called like a network of this library.
+
+  Attributes:
+    module: the module.
+    name: FILE.py:CLASS.
+    evaluation: the arguments with which it is called in evaluation, of those that
+      switch a mode: `train`, `training`, `deterministic` or `use_running_average`.
+  """
+
+  module: nn.Module
+  name: str
+  evaluation: Mapping[str, Any]
+
+  def init(self, key: jax.Array, *inputs: Any) -> Tree:
+    """Returns its first variables."""
+    made = self.module.init(key, *inputs, **self.evaluation)
+    return {k: v for k, v in made.items() if k != 'intermediates'}
+
+  def apply(
+    self, variables: Tree, *inputs: Any, train: bool = False, **kwargs: Any
+  ) -> Any:
+    """Calls the module in evaluation or training; further arguments are its own."""
+    modes = {k: v != train for k, v in self.evaluation.items()}
+    return self.module.apply(variables, *inputs, **{**modes, **kwargs})
+
+
+def own_network(name: str, classes: int, chosen: Mapping[str, Any]) -> Any:
+  """Makes the network that FILE.py:CLASS means.
+
+  A network with taps, as those of this library, is returned as it is.
+
+  Args:
+    name: FILE.py:CLASS, or a function that returns a linen module.
+    classes: number of classes, which it is given where it takes that number.
+    chosen: its other arguments.
+
+  Raises:
+    ConfigError: there is no such class, it does not take these arguments, or it makes
+      something else than a linen module.
+  """
+  made = own.load(name)
+  if not callable(made):
+    raise ConfigError(f'{name}: expected a class, got a {type(made).__name__}')
+  takes = inspect.signature(made).parameters
+  fill = {word: classes for word in CLASSES if word in takes and word not in chosen}
+  wrong = [word for word in chosen if word not in takes]
+  if wrong and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+    known = [word for word in takes if word not in ('parent', 'name')]
+    raise ConfigError(
+      f'{name}: takes no {wrong[0]}; its arguments are {", ".join(known) or "none"}'
+    )
+  try:
+    module = made(**{**dict([*fill.items()][:1]), **chosen})
+  except Exception as error:
+    raise ConfigError(f'{name}: making it failed: {own.told(error)}') from error
+  if not isinstance(module, nn.Module):
+    raise ConfigError(
+      f'{name}: expected a linen module (flax.linen.Module), got a '
+      f'{type(module).__module__}.{type(module).__name__}'
+    )
+  if hasattr(module, 'taps') and hasattr(module, 'exits'):
+    return module
+  call = inspect.signature(type(module).__call__).parameters
+  return OwnNetwork(module, name, {k: v for k, v in MODES.items() if k in call})
+
+
+def evaluation(model: Any) -> Mapping[str, Any]:
+  """Returns the arguments with which a network of the user's own is evaluated."""
+  cuts = origins(model)
+  return getattr(cuts[0].model if cuts else model, 'evaluation', {})
+
+
+def of_run(folder: str | Path) -> Any:
+  """Returns the network of a run, if it is one from a file, for `load`; else None.
+
+  It is the full one, without the heads of the method.
+
+  Args:
+    folder: the run's directory, or a folder in it.
+
+  Raises:
+    ConfigError: the file is gone, or has changed since.
+  """
+  for path in (Path(folder), Path(folder).parent):
+    stored = directory.read(path / 'config.json')
+    if stored is None or not own.is_object(stored['config']['model']):
+      continue
+    config = from_json(stored['config'])
+    if own.digest(config.model) not in (None, stored['config']['model_file_sha256']):
+      raise ConfigError(
+        f'{config.model}: has changed since {path} was made: restore the file'
+      )
+    return _alone(config, stored['classes'])
+  return None
+
+
+@contextlib.contextmanager
+def _explained(config: Config) -> Iterator[None]:
+  """Says where a network of the user's own fails when it is first called."""
+  try:
+    yield
+  except Exception as error:
+    if not own.is_object(config.model):
+      raise
+    raise DataError(
+      f'{config.model}: its call failed on an example of {own.word(config.data)}: '
+      f'{own.told(error)}'
+    ) from error
 
 
 # ---- networks that were pruned before ------------------------------------------------
@@ -145,6 +311,12 @@ def as_thin(model: Any, path: str | Path) -> Any:
     CheckpointError: the folder holds no network, or one of another model. Only the
       number of classes and the type of its numbers may differ.
   """
+  if isinstance(model, OwnNetwork):
+    raise CheckpointError(
+      f'{path}: expected a .npz or .safetensors file with the arrays of {model.name} '
+      '(params/Dense_0/kernel, ...), got a folder: only networks of this library start '
+      'from one'
+    )
   record = checkpoint.read_record(Path(path), networks.RECORD)
   stored, arch, _ = _compact(record)
   if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut, with its exit

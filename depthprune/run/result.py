@@ -10,6 +10,7 @@ import jax
 from depthprune import distributed
 from depthprune.data.dataset import count
 from depthprune.program.modules import runnable
+from depthprune.run import own
 from depthprune.run.job import Job, surroundings
 from depthprune.timing import latency
 from depthprune.train.result import Result, from_json
@@ -71,8 +72,8 @@ def described(job: Job) -> dict[str, Any]:
     **surroundings(),
     'mesh': {**job.mesh.shape, 'processes': jax.process_count()},
     'seed': config.seed,
-    'model': config.model,
-    'data': config.data,
+    'model': own.word(config.model),
+    'data': own.word(config.data),
     'method': config.method,
     'options': dataclasses.asdict(config.options),
     'data_notes': list(job.images.notes),
