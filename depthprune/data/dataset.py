@@ -31,8 +31,10 @@ Batch = dict[str, jax.Array]
 """A batch to train or evaluate on: the inputs by name, 'label', and for evaluation
 'weight', float32 [batch], which is 0 on rows that only pad the batch."""
 
-INPUTS = ('image', 'tokens', 'mask', 'types', 'features')
-"""The entries of a batch that a network may read, in the order of its arguments."""
+INPUTS = ('image', 'tokens', 'mask', 'types', 'features', 'input')
+"""The entries of a batch that a network may read, in the order of its arguments.
+
+'input' is what none of the others names; a tuple there is several arguments."""
 
 
 class DataError(ValueError):
@@ -50,12 +52,14 @@ def inputs_of(batch: Mapping[str, Any]) -> tuple[Any, ...]:
   Returns:
     For images (image [batch, height, width, channels],); for texts (tokens int32
     [batch, length], mask bool [batch, length]), followed by types int32 [batch,
-    length] for pairs; for precomputed features ({name: [batch, n]},).
+    length] for pairs; for precomputed features ({name: [batch, n]},). An entry 'input'
+    comes last; if it is a tuple, these are several inputs.
 
   Raises:
     ValueError: the batch has none of these entries.
   """
-  inputs = tuple(batch[name] for name in INPUTS if name in batch)
+  given = [batch[name] for name in INPUTS if name in batch]
+  inputs = tuple(x for g in given for x in (g if isinstance(g, tuple) else (g,)))
   if not inputs:
     raise ValueError(
       f'batch: expected an entry for the network to read ({", ".join(INPUTS)}), got '

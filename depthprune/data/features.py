@@ -113,7 +113,7 @@ class FeatureSampler(NamedTuple):
       return self.stepwise()(split, int(step))
     steps = epoch_steps(split, self.size)
     step = jnp.asarray(step, jnp.int32)
-    order = shuffled(self.key, step // steps, len(split['label']))
+    order = shuffled(self.key, step // steps, dataset.count(split))
     start = step % steps * self.size
     rows = jax.lax.dynamic_slice_in_dim(order, start, self.size)
     return jax.tree.map(lambda x: x[rows], split)
@@ -126,7 +126,7 @@ class FeatureSampler(NamedTuple):
 
     def batch_at(split, step):
       epoch, at = divmod(int(step), epoch_steps(split, self.size))
-      order = order_of(epoch, len(split['label']))
+      order = order_of(epoch, dataset.count(split))
       rows = order[at * self.size : (at + 1) * self.size]
       return place.whole(jax.tree.map(lambda x: x[rows], split))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune import distributed
+from depthprune.data import batches
 from depthprune.data.dataset import inputs_of
 from depthprune.train.evaluate import COLLECTION, add_up, recalibrate, totals
 from depthprune.train.method import Method
@@ -40,10 +41,11 @@ def judge(
   method: Method,
   task: Task,
   state: State,
-  held_out: Sequence[Tree],
-  calibration: Sequence[Tree] = (),
+  held_out: Any,
+  calibration: Any = (),
   coupling: Any = None,
   vectorise: Vectorise = 'auto',
+  batch: int = 128,
 ) -> Judge:
   """Returns a function that scores a trained network without some of its parts.
 
@@ -57,15 +59,18 @@ def judge(
     method: the method that trained it.
     task: what is measured.
     state: the state after training. A later training step would consume its arrays.
-    held_out: batches to judge on, all of one size; an entry 'weight' [batch] is 0 on
-      rows that only pad the batch.
-    calibration: batches for fresh batch statistics, augmented as in training and of one
-      size. They are needed where a branch is closed in a network with such statistics.
+    held_out: what to judge on: arrays, {'image': x, 'label': y} or (x, y), or an
+      iterable of such batches. An entry 'weight' [batch] is 0 on rows that only pad a
+      batch; batches of unlike sizes are padded so.
+    calibration: the same, for fresh batch statistics, augmented as in training; the
+      rows of arrays that fill no batch are left out. They are needed where a branch is
+      closed in a network with such statistics.
     coupling: the network's coupling, needed to close channels.
     vectorise: how `Judge.each` runs several decisions in one program: 'vmap' makes one
       larger batch of them and 'map' is a loop. 'auto' is vmap; on a CPU, where the
       convolutions of a loop may use one core only, it is whichever is faster when it
       is first used.
+    batch: examples in a batch of arrays.
 
   Returns:
     The `Judge`, evaluate(keep) -> {'loss', 'accuracy', ...}.
@@ -76,6 +81,7 @@ def judge(
   if vectorise not in get_args(Vectorise):
     expected = ', '.join(get_args(Vectorise))
     raise ValueError(f'judge: vectorise={vectorise!r}: expected one of {expected}')
+  held_out = batches.whole(held_out, batch)
   if not held_out:
     raise ValueError('judge: expected at least one held-out batch, got none')
   network = masked_programs(model, method, task, state, coupling)
@@ -83,7 +89,7 @@ def judge(
     network=network,
     exits=tuple(sorted(jax.eval_shape(network.outputs, *inputs_of(held_out[0])))),
     held_out=tuple(held_out),
-    calibration=tuple(calibration),
+    calibration=tuple(batches.full(calibration, batch)),
     vectorised={'by': vectorise},
   )
 

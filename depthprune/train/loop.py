@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from depthprune.data import batches
 from depthprune.train.step import State
 from depthprune.train.task import Tree
 
@@ -64,10 +65,11 @@ def fit(
   step: Callable[..., Any],
   state: State,
   key: jax.Array,
-  batch_at: Callable[[Any, Any], Tree],
+  batch_at: Any,
   data: Tree = None,
   *,
   steps: int,
+  batch: int = 128,
   every: int = 50,
   teacher: Tree = None,
   callbacks: Sequence[Callable[[State, Row], None]] = (),
@@ -79,22 +81,25 @@ def fit(
 
       step = make_step(model, method, task, tx)
       state = init_state(model, method, tx, variables)
-      batch_at = lambda data, i: {'image': images[i % n], 'label': labels[i % n]}
-      state = fit(step, state, jax.random.key(0), batch_at, steps=1000)
+      state = fit(step, state, jax.random.key(0), (x, y), batch=128, steps=1000)
 
-  Batches and random keys depend only on the number of the step, so neither `every` nor
-  where a run was resumed changes the result.
+  Random keys, and batches but those of an iterable, depend only on the number of the
+  step, so neither `every` nor where a run was resumed changes the result.
 
   Args:
     step: the training step, from `make_step`.
     state: the state to start from, at any step; it is consumed.
     key: random key, the same for all steps.
-    batch_at: (data, number of the step) -> batch. With `data` it must be traceable;
+    batch_at: what to train on. Arrays, {'image': x, 'label': y} or (x, y), are shuffled
+      in every epoch. An iterable of such batches (a list, a loader of PyTorch or Grain,
+      a tf.data.Dataset) is gone through again and again. Or a function (data, number of
+      the step) -> batch. With `data` it must be traceable;
       without, it is called outside jit. Where steps run one by one, a function with a
       method `stepwise()` is replaced by what that returns; an attribute `on_host` that
       is true says that it can only be called outside jit.
-    data: the training data as arrays on the device, or None.
+    data: for a function, the training data as arrays on the device, or None.
     steps: the step at which to stop, counted from step 0 and not from state.step.
+    batch: examples in a batch of arrays; unused for all else.
     every: steps between two log lines.
     teacher: the teacher's variables, if the step was made with a teacher.
     callbacks: functions (state, row) that are called after every `every` steps, with a
@@ -111,11 +116,16 @@ def fit(
 
   Raises:
     NonFiniteLoss: the loss or a parameter is not finite. No callback has seen it.
+    DataError: arrays differ in length or are fewer than `batch`; or an iterator has
+      ended before the last step.
     ValueError: `fused` is True although batches are made on the host.
   """
   start = int(state.step)
   if start >= steps:
     return state
+  if not callable(batch_at):
+    ordering = jax.random.fold_in(key, 0)
+    batch_at, data = batches.sampled(batch_at, ordering, batch)
   if fused is None:
     on_device = data is not None and not _on_host(batch_at)
     fused = on_device and jax.default_backend() != 'cpu'

@@ -339,3 +339,19 @@ def test_soft_channel_gates_are_judged_without_noise_and_as_they_are_cut():
   dropped = prune(model, variables, keep, image)
   other = evaluate(dropped.apply, dropped.variables, held_out, TASK)['loss']
   assert abs(other - small['loss']) > 1e-3
+
+
+def test_arrays_and_batches_of_unlike_sizes_are_scored_alike():
+  """All examples count once, however they are batched."""
+  (whole,) = batches(1, 3, size=10)
+  whole.pop('weight')
+  rows = lambda part: {k: v[part] for k, v in whole.items()}
+  expected = judged(held_out=[whole])({})
+  for held_out, more in (
+    (whole, {'batch': 4}),
+    ((whole['image'], whole['label']), {'batch': 7}),
+    ([rows(slice(4)), rows(slice(4, 7)), rows(slice(7, 10))], {}),
+    ((rows(part) for part in (slice(9), slice(9, 10))), {}),
+  ):
+    found = judged(held_out=held_out, **more)({})
+    assert found == pytest.approx(expected, rel=1e-5)

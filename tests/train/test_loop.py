@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from depthprune.data.dataset import DataError
 from depthprune.train.loop import NonFiniteLoss, fit
 from depthprune.train.method import Method, plain, supervised
 from depthprune.train.step import economical, init_state, make_step
@@ -294,3 +295,38 @@ def test_channel_gates_without_a_coupling_are_refused():
   step, state, _ = setting(method)
   with pytest.raises(ValueError, match=r'pass coupling=couple'):
     step(state, batch_at(data(), 0), KEY)
+
+
+def test_arrays_and_iterables_train_as_a_function_does():
+  """The same batches, whoever makes them, give the same bits."""
+  arrays = data()
+  of = lambda i: batch_at(arrays, i)
+  step, state, _ = setting()
+  expected = fit(step, state, KEY, lambda _, i: of(i), steps=6, show=False)
+  for source in (
+    [of(i) for i in range(3)],
+    iter([of(i) for i in range(6)]),
+    [(of(i)['image'], np.asarray(of(i)['label'], np.int64)) for i in range(3)],
+  ):
+    step, state, _ = setting()
+    assert equal(fit(step, state, KEY, source, steps=6, show=False), expected)
+  step, state, _ = setting()
+  with pytest.raises(DataError, match='ended after 3 batches, at step 3'):
+    fit(step, state, KEY, iter([of(i) for i in range(3)]), steps=6, show=False)
+
+
+def test_arrays_are_resumed_to_the_same_bits():
+  pair = (data()['image'], data()['label'])
+
+  def trained(*stops):
+    step, state, _ = setting()
+    for stop in stops:
+      state = fit(step, state, KEY, pair, batch=5, steps=stop, show=False)
+    return state
+
+  assert equal(trained(9), trained(3, 4, 9))
+  step, state, _ = setting()
+  fused = fit(step, state, KEY, pair, batch=5, steps=9, show=False, fused=True)
+  np.testing.assert_allclose(
+    *(jax.tree.leaves(s.params)[0] for s in (fused, trained(9))), rtol=1e-5
+  )
