@@ -128,8 +128,9 @@ def _plain(key: str, value: Any) -> Any:
   if dataclasses.is_dataclass(value):
     kind = type(value)
     ours = kind.__module__.startswith(f'{__name__}.')
-    foreign = {'foreign': f'{kind.__module__}.{kind.__qualname__}'}
-    return describe(value) if ours else foreign
+    named = getattr(value, 'foreign', f'{kind.__module__}.{kind.__qualname__}')
+    described = ours and not hasattr(value, 'foreign')
+    return describe(value) if described else {'foreign': named}
   if isinstance(value, Mapping):
     return {name: _plain(name, item) for name, item in value.items()}
   if isinstance(value, tuple):

@@ -48,7 +48,7 @@ def trunk(
   Args:
     model: a network of any kind, as for `couple`.
     variables: its arrays, with which `init` fills the module. Of abstract arrays these
-      are zeros.
+      are zeros; None, for a linen module, draws them in `init`.
     *inputs: an example of its inputs, arrays [batch, ...] or trees of them.
     output: (what the network returns) -> its logits. By default what it returns, or its
       entry 'main' or 'logits'.
@@ -71,6 +71,11 @@ def trunk(
   """
   named = {name: x for name, x in kwargs.items() if split_arrays(x)[0]}
   static = {name: x for name, x in kwargs.items() if name not in named}
+  mode = mode or (lambda train: {'train': train})
+  draw = None
+  if variables is None:
+    draw = functools.partial(_drawn, model, inputs, {**kwargs, **mode(False)})
+    variables = jax.eval_shape(draw, jax.random.key(0))
   network = Network(
     call=modules.updating(model, variables),
     joined=functools.partial(modules.joined, model, variables),
@@ -79,8 +84,9 @@ def trunk(
     names=tuple(named),
     static=static,
     output=output or _logits,
-    mode=mode or (lambda train: {'train': train}),
-    kind=type(model).__name__,
+    mode=mode,
+    draw=None if draw is None else lambda key: modules.collected(model, draw(key)),
+    name=f'{type(model).__module__}.{type(model).__qualname__}',
   )
   return Trunk(network, pool=pool)
 
@@ -90,7 +96,8 @@ class Program(NamedTuple):
 
   Attributes:
     program: (gates, arrays, inputs, key) -> outputs, taps and updates.
-    gates: the program's input for the gate of each unit, by name.
+    gates: the program's input for each gate, by its path below 'branches/'.
+    added: those of `gates` that the network itself does not have, in order.
     arrays: the program's input for each array, by path.
     returns: what each output of the program is: ('output', name), ('tap', name) or
       ('update', path).
@@ -98,6 +105,7 @@ class Program(NamedTuple):
 
   program: jx.Program
   gates: dict[str, jx.Value]
+  added: tuple[str, ...]
   arrays: dict[str, jx.Value]
   returns: tuple[tuple[str, str], ...]
 
@@ -115,7 +123,8 @@ class Network:
     static: further arguments of the call.
     output: (what the network returns) -> logits, or outputs by name.
     mode: (train) -> the arguments of the call that say so.
-    kind: name of its type, for messages.
+    draw: (key) -> arrays by path, for `init`; None where `arrays` are to be used.
+    name: full name of its type.
   """
 
   call: Callable
@@ -126,10 +135,30 @@ class Network:
   static: Mapping[str, Any]
   output: Callable
   mode: Callable
-  kind: str
+  draw: Callable | None
+  name: str
 
   def __repr__(self) -> str:
-    return f'{self.kind} with {len(self.arrays)} arrays'
+    return f'{self.name} with {len(self.arrays)} arrays'
+
+  @property
+  def foreign(self) -> str:
+    """Names the network where it cannot be described."""
+    return self.name
+
+  @functools.cached_property
+  def gates(self) -> dict[str, str]:
+    """The residual units by the paths of their gates below 'branches/'.
+
+    They are those of `gates.branch` where the network has such gates, and those that
+    are found in its program elsewhere.
+    """
+    mine = [path for path, x in self.arrays.items() if path.startswith('branches/')]
+    if mine:
+      scalars = (p for p in mine if self.arrays[p].shape == ())
+      names = (p.removeprefix('branches/') for p in scalars)
+      return {name: name.removesuffix('/branch') for name in names}
+    return {f'{unit}/branch': unit for unit in self.inside.units}
 
   @functools.cached_property
   def inside(self) -> Inside:
@@ -182,9 +211,10 @@ class Network:
     units, parts = traced.inside.units, {
       'output': traced.outputs, 'tap': traced.inside.values, 'update': traced.updates
     }  # fmt: skip
-    if {*units} != {*self.inside.units}:
+    added = tuple(sorted(g for g in self.gates if f'branches/{g}' not in self.arrays))
+    if added and {*units} != {*self.inside.units}:
       raise ValueError(
-        f'{self.kind}: it has other residual units in training ({", ".join(units)}) '
+        f'{self.name}: it has other residual units in training ({", ".join(units)}) '
         f'than in evaluation ({", ".join(self.inside.units)})'
       )
     returns = tuple((what, name) for what, part in parts.items() for name in part)
@@ -192,16 +222,20 @@ class Network:
     program = dataclasses.replace(traced.program, outputs=outputs)
 
     def run(gates, flat):
-      values = jx.interpret(program, flat, gated(units, gates))
+      branches = {self.gates[g]: gate for g, gate in gates.items()}
+      here = {unit: units[unit] for unit in branches}
+      values = jx.interpret(program, flat, gated(here, branches))
       axes = traced.inside.channels
       last = lambda x: jnp.moveaxis(x, axes.get(x.ndim, -1), -1)
       return [last(x) if r[0] == 'tap' else x for x, r in zip(values, returns)]
 
     flat = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program.inputs]
-    gates = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in sorted(units)}
+    gates = {g: jax.ShapeDtypeStruct((), jnp.float32) for g in added}
     full = jx.trace(run, (gates, flat)).program
-    ins = iter(full.inputs)
-    return Program(full, dict(zip(gates, ins)), dict(zip(self.arrays, ins)), returns)
+    inputs_of_gates = dict(zip(added, full.inputs))
+    arrays = dict(zip(self.arrays, full.inputs[len(added) :]))
+    own = {g: arrays[f'branches/{g}'] for g in self.gates if g not in added}
+    return Program(full, inputs_of_gates | own, added, arrays, returns)
 
 
 class _Traced(NamedTuple):
@@ -252,27 +286,35 @@ class Trunk(nn.Module):
   @property
   def units(self) -> tuple[str, ...]:
     """The names of the residual units, in order of execution."""
-    return tuple(self.network.inside.units)
+    return tuple(self.network.gates.values())
 
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    return {f'{unit}/branch': 1 for unit in self.units}
+    return dict.fromkeys(self.network.gates, 1)
 
   @nn.compact
   def __call__(
-    self, *inputs: Any, train: bool = False, until: str = ''
+    self, *inputs: Any, train: bool = False, until: str = '', **flags: bool
   ) -> dict[str, jax.Array]:
-    """Computes all outputs, or the taps up to `until` if it is not ''."""
+    """Computes all outputs, or the taps up to `until` if it is not ''.
+
+    Flags are other names for `train`, as networks have them: deterministic=True, ...
+    """
+    for name, value in flags.items():
+      if name not in modules.FLAGS:
+        raise TypeError(f'{self.network.name}: unexpected argument {name!r}')
+      train = value == modules.FLAGS[name]
     arch = complete(self.arch, self.widths, 'Trunk')
     key = self.make_rng('dropout') if train and self.has_rng('dropout') else None
     at = self.network.at(inputs, train, key)
-    erased = {v: 0 for unit, v in at.gates.items() if not arch[f'{unit}/branch']}
+    erased = {v: 0 for gate, v in at.gates.items() if not arch[gate]}
     if self.is_initializing():
       self._fill(at, erased, until)
     own = {'/'.join(p): x for p, x in flatten_dict(dict(self.variables)).items()}
-    gates = {v: own.get(f'branches/{unit}/branch') for unit, v in at.gates.items()}
-    known = {v: 1 for v, gate in gates.items() if gate is None} | erased
+    gates = {name: own.get(f'branches/{name}') for name in at.gates}
+    open_ = {at.gates[name]: 1 for name, gate in gates.items() if gate is None}
+    known = open_ | erased
     updates = [
       ('update', path)
       for what, path in at.returns
@@ -284,8 +326,12 @@ class Trunk(nn.Module):
     arrays = [own.get(path) for path in at.arrays]
     for (path, v), x in zip(at.arrays.items(), arrays):
       if v in needed and x is None:
-        raise ValueError(f'{path}: missing in the variables of {self.network.kind}')
-    flat = [*gates.values(), *arrays, *split_arrays((inputs, key))[0]]
+        raise ValueError(f'{path}: missing in the variables of {self.network.name}')
+    flat = [
+      *(gates[name] for name in at.added),
+      *arrays,
+      *split_arrays((inputs, key))[0],
+    ]
     results = dict(zip(returns, jx.run(program, flat), strict=True))
     new = {path: x for (what, path), x in results.items() if what == 'update'}
     if not self.is_initializing():
@@ -305,14 +351,14 @@ class Trunk(nn.Module):
   def _fill(self, at: Program, erased: Mapping[jx.Value, int], until: str) -> None:
     """Creates the variables that the outputs need, with the arrays of the network."""
     _, needed = jx.live(_reduced(at, erased, until)[0])
+    draw, held = self.network.draw, self.network.arrays
+    full = held if draw is None else draw(self.make_rng('params'))
     arrays: dict[str, Any] = {
-      path: x if is_concrete(x) else jnp.zeros(x.shape, x.dtype)
-      for path, x in self.network.arrays.items()
+      path: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+      for path, x in full.items()
       if at.arrays[path] in needed
     }
-    for unit, v in at.gates.items():
-      if v in needed and v not in erased:
-        arrays[f'branches/{unit}/branch'] = jnp.ones(())
+    arrays |= {f'branches/{g}': jnp.ones(()) for g in at.added if at.gates[g] in needed}
     self._put(arrays, arrays)
 
   def _put(self, arrays: Mapping[str, Any], changed: Collection[str]) -> None:
@@ -355,9 +401,13 @@ def _reduced(
   return jx.lean(dataclasses.replace(program, outputs=tuple(kept))), returns
 
 
-def is_concrete(x: Any) -> bool:
-  """Whether x holds numbers, and not only their shape."""
-  return not isinstance(x, jax.ShapeDtypeStruct)
+def _drawn(model: Any, inputs: tuple, kwargs: Mapping, key: jax.Array) -> dict:
+  """Draws the variables of a linen module."""
+  arrays, merge = split_arrays((inputs, kwargs))
+  inputs, kwargs = merge([jnp.zeros(x.shape, x.dtype) for x in arrays])
+  named = modules.accepted(kwargs, modules.parameters(model))
+  drawn = model.init({'params': key, 'dropout': key}, *inputs, **named)
+  return {name: x for name, x in drawn.items() if name != 'intermediates'}
 
 
 def _logits(raw: Any) -> Any:
@@ -373,8 +423,9 @@ def _logits(raw: Any) -> Any:
     return {name: x for name, x in raw.items() if is_array(x)}
   if 'logits' in named:
     return named['logits']
-  names = ', '.join(map(str, named)) or 'several values'
+  names = f' of {", ".join(map(str, named))}' if named else ''
   raise ValueError(
-    f'trunk: the network returns a {type(raw).__name__} of {names}; say which of it '
-    "are the logits, as in trunk(..., output=lambda out: out['logits'])"
+    f'the network returns a {type(raw).__name__}{names}: expected '
+    "logits, or a dict with 'logits' or 'main'; trunk(..., output=lambda out: out[0]) "
+    'says which of it are the logits'
   )

@@ -103,7 +103,7 @@ def original(run: Path, after: Pruned) -> Original:
     config = dataclasses.replace(config, pretrained=None)  # arrays are made up anyway
   inputs = after.coupling.inputs
   left = as_dict(jax.eval_shape(function(after), after.variables, *inputs))
-  model = build_network(config, next(iter(left.values())).shape[-1])
+  model = build_network(config, next(iter(left.values())).shape[-1], *inputs)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   variables = jax.tree.map(lambda s: made_up(s.shape, s.dtype), shapes)
   run_all = runnable(model)

@@ -70,7 +70,7 @@ class Trained(NamedTuple):
 def train(job: Job) -> Trained:
   """Trains the network, if it is not pretrained, and its heads, as the plan says."""
   config, epochs, plan = job.config, job.config.epochs, cascade_plan(job.config)
-  trunk = network(config, job.images.classes)
+  trunk = network(config, job.images.classes, *job.inputs)
   variables = initial_variables(job, trunk)
   model = with_sides(plan, trunk, job)
   if not plan.frozen:

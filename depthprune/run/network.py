@@ -2,11 +2,10 @@
 
 A run may start from a file of pretrained weights or from the folder of a network that
 was pruned before (`as_thin`, `pruned`). Its network may be a linen module in a file of
-the user's own, whose calls `OwnNetwork` adapts.
+the user's own, which becomes a `models.trunk.Trunk`.
 """
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +22,8 @@ from depthprune.exports import networks
 from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
 from depthprune.models.heads import WithHeads, multitask
+from depthprune.models.trunk import Trunk, trunk
 from depthprune.program.modules import runnable
-from depthprune.program.resize import origins
 from depthprune.run import own
 from depthprune.run.config import Config, from_json
 from depthprune.run.job import Job
@@ -34,7 +33,7 @@ from depthprune.train.options import ConfigError
 from depthprune.train.task import Tree, as_dict
 
 
-def network(config: Config, classes: int) -> Any:
+def network(config: Config, classes: int, *inputs: Any) -> Any:
   """Builds the model of a run, with the exits that its method needs.
 
   For data with several tasks it has a head for each. If the run starts from the folder
@@ -44,6 +43,8 @@ def network(config: Config, classes: int) -> Any:
   Args:
     config: the run's configuration.
     classes: number of classes of the data, for each task.
+    *inputs: an example of what it reads. Without one, a network of the user's own is
+      only looked for, and returned as it is.
 
   Raises:
     ValueError: there is no model of that name, or it does not take its arguments.
@@ -51,6 +52,12 @@ def network(config: Config, classes: int) -> Any:
     CheckpointError: the folder holds another model, or one that has exits already.
   """
   model: Any = _alone(config, classes)
+  if own.is_object(config.model) and not (hasattr(model, 'taps') and model.exits):
+    if not inputs:
+      return model
+    with _explained(config):
+      model = trunk(model, None, *inputs)
+      _ = model.taps, model.classes
   own_exits = config.recipe.own_exits
   if tasks := images.tasks(config.data):
     if own_exits or getattr(model, 'pool', None) is None:
@@ -65,12 +72,6 @@ def network(config: Config, classes: int) -> Any:
     model = multitask(model, dict.fromkeys(tasks, classes))
   if config.pretrained is not None and Path(config.pretrained).is_dir():
     model = as_thin(model, config.pretrained)
-  if isinstance(model, OwnNetwork) and (config.recipe.heads or config.recipe.cascade):
-    raise ConfigError(
-      f'{config.model}: {config.method} puts heads on the taps of a network: expected '
-      'a class with `taps`, `exits`, `pool`, `classes`, `dtype` and `arch`, as in '
-      'depthprune/models/mlp.py'
-    )
   if own_exits and isinstance(model, WithHeads) and model.exits:
     raise CheckpointError(
       f'{config.pretrained}: expected a network that {config.method} can put exits on, '
@@ -171,56 +172,23 @@ def check_answer(job: Job, model: Any) -> None:
 def _read(job: Job, path: str, model: Any) -> Tree:
   if Path(path).is_dir():
     return pruned(path, model, *job.inputs)
-  if isinstance(model, OwnNetwork):
-    like = jax.eval_shape(model.init, jax.random.key(0), *job.inputs)
-    return checkpoint.matched(like, pretrained.read(path), path)
+  if isinstance(model, Trunk):
+    like = dict(jax.eval_shape(model.init, jax.random.key(0), *job.inputs))
+    leaves, gates = pretrained.read(path), {}
+    if not any(name.startswith('branches/') for name in leaves):
+      gates = {k: like.pop(k) for k in ('branches',) if k in like}
+    opened = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), gates)
+    return {**checkpoint.matched(like, leaves, path), **opened}
   return pretrained.load(path, model, job.images.shape)
 
 
 # ---- networks of the user's own ------------------------------------------------------
 
 CLASSES = 'classes', 'num_classes', 'n_classes'  # what the number of classes is called
-# Arguments that switch modes, with their values in evaluation.
-MODES = {
-  'train': False,
-  'training': False,
-  'deterministic': True,
-  'use_running_average': True,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnNetwork:
-  """A linen module from a file, to be called like a network of this library.
-
-  Attributes:
-    module: the module.
-    name: FILE.py:CLASS.
-    evaluation: the arguments with which it is called in evaluation, of those that
-      switch a mode: `train`, `training`, `deterministic` or `use_running_average`.
-  """
-
-  module: nn.Module
-  name: str
-  evaluation: Mapping[str, Any]
-
-  def init(self, key: jax.Array, *inputs: Any) -> Tree:
-    """Returns its first variables."""
-    made = self.module.init(key, *inputs, **self.evaluation)
-    return {k: v for k, v in made.items() if k != 'intermediates'}
-
-  def apply(
-    self, variables: Tree, *inputs: Any, train: bool = False, **kwargs: Any
-  ) -> Any:
-    """Calls the module in evaluation or training; further arguments are its own."""
-    modes = {k: v != train for k, v in self.evaluation.items()}
-    return self.module.apply(variables, *inputs, **{**modes, **kwargs})
 
 
 def own_network(name: str, classes: int, chosen: Mapping[str, Any]) -> Any:
   """Makes the network that FILE.py:CLASS means.
-
-  A network with taps, as those of this library, is returned as it is.
 
   Args:
     name: FILE.py:CLASS, or a function that returns a linen module.
@@ -251,16 +219,7 @@ def own_network(name: str, classes: int, chosen: Mapping[str, Any]) -> Any:
       f'{name}: expected a linen module (flax.linen.Module), got a '
       f'{type(module).__module__}.{type(module).__name__}'
     )
-  if hasattr(module, 'taps') and hasattr(module, 'exits'):
-    return module
-  call = inspect.signature(type(module).__call__).parameters
-  return OwnNetwork(module, name, {k: v for k, v in MODES.items() if k in call})
-
-
-def evaluation(model: Any) -> Mapping[str, Any]:
-  """Returns the arguments with which a network of the user's own is evaluated."""
-  cuts = origins(model)
-  return getattr(cuts[0].model if cuts else model, 'evaluation', {})
+  return module
 
 
 def of_run(folder: str | Path) -> Any:
@@ -311,11 +270,11 @@ def as_thin(model: Any, path: str | Path) -> Any:
     CheckpointError: the folder holds no network, or one of another model. Only the
       number of classes and the type of its numbers may differ.
   """
-  if isinstance(model, OwnNetwork):
+  if isinstance(model, Trunk):
     raise CheckpointError(
-      f'{path}: expected a .npz or .safetensors file with the arrays of {model.name} '
-      '(params/Dense_0/kernel, ...), got a folder: only networks of this library start '
-      'from one'
+      f'{path}: expected a .npz or .safetensors file with the arrays of '
+      f'{model.network.name} (params/Dense_0/kernel, ...), got a folder: only networks '
+      'of this library start from one'
     )
   record = checkpoint.read_record(Path(path), networks.RECORD)
   stored, arch, _ = _compact(record)

@@ -24,12 +24,7 @@ from depthprune.program.units import units
 from depthprune.run import early_exit, result
 from depthprune.run.config import Config
 from depthprune.run.job import Job, prepare, record_config, remembering, stage
-from depthprune.run.network import (
-  check_answer,
-  evaluation,
-  initial_variables,
-  network,
-)
+from depthprune.run.network import check_answer, initial_variables, network
 from depthprune.storage import directory
 from depthprune.surgery.oneshot import rank
 from depthprune.surgery.prune import Pruned, prune
@@ -133,7 +128,7 @@ def run(config: Config, show: bool = True) -> Result:
 def _prune(job: Job) -> Result:
   """Trains the network, cuts it, measures what is left and saves it."""
   config = job.config
-  model = network(config, job.images.classes)
+  model = network(config, job.images.classes, *job.inputs)
   check_answer(job, model)
   build = partial(
     methods.build,
@@ -143,7 +138,7 @@ def _prune(job: Job) -> Result:
   )
   variables = initial_variables(job, model)
   # Before any training, this refuses a target that cannot be reached.
-  build(couple(model, variables, *job.inputs, **evaluation(model)))
+  build(couple(model, variables, *job.inputs))
   record_config(job)
   if config.epochs.train:
     peak, epochs = config.learning_rate, config.epochs.train
@@ -220,7 +215,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
 
   `before` are the rounds so far.
   """
-  coupling = couple(model, variables, *job.inputs, **evaluation(model))
+  coupling = couple(model, variables, *job.inputs)
   epochs = job.config.epochs.finetune if before else job.config.epochs.gates
   method = build(
     coupling,
