@@ -43,7 +43,7 @@ with _epy.lazy_api_imports(globals()):
   )
   from depthprune.train.rounds import shrink
   from depthprune.train.step import init_state, make_step
-  from depthprune.train.task import classification
+  from depthprune.train.task import classification, multilabel, regression
 
 __all__ = [
   'CheckpointError',
@@ -71,12 +71,14 @@ __all__ = [
   'make_step',
   'milliseconds',
   'models',
+  'multilabel',
   'netcut',
   'oneshot',
   'optimizer',
   'plug',
   'prune',
   'recalibrate',
+  'regression',
   'save',
   'save_cascade',
   'shrink',

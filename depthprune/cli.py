@@ -1,4 +1,4 @@
-"""The command line: `depthprune run METHOD ...`, `sweep`, `report`, `export`, `bench`.
+"""The command line: `depthprune run METHOD ...`, `sweep`, `report`, `models`, ...
 
 What an option means is written once: at its field in `run/config.py`, or in the file of
 its method. The library itself is imported when there is work to do, so that `--help`
@@ -28,6 +28,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL: the same command continues
 EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
 ANY = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: any)')
 SEVERAL = tyro.conf.arg(metavar='RUN [RUN ...]', help_behavior_hint='')
+ANY_MODEL = tyro.conf.arg(metavar='[MODEL ...]', help_behavior_hint='(default: all)')
 PER_GPU = tyro.conf.arg(
   metavar='INT', help_behavior_hint='(default: one per GPU; 1 without, or with --mesh)'
 )
@@ -127,12 +128,27 @@ class Bench:
   """File for the numbers."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """List the networks that come with the library, with parameters and FLOPs."""
+
+  names: Annotated[tyro.conf.Positional[tuple[str, ...]], ANY_MODEL] = ()
+  """Names of networks."""
+
+  input: tuple[int, ...] = (32, 32, 3)
+  """Height, width and channels of an image; or the tokens of a text, for a BERT."""
+
+  classes: int = 10
+  """Number of classes."""
+
+
 Command = (
   Annotated[Run, tyro.conf.subcommand('run')]
   | Annotated[Sweep, tyro.conf.subcommand('sweep')]
   | Annotated[Report, tyro.conf.subcommand('report')]
   | Annotated[Export, tyro.conf.subcommand('export')]
   | Annotated[Bench, tyro.conf.subcommand('bench')]
+  | Annotated[Models, tyro.conf.subcommand('models')]
 )
 
 
@@ -179,6 +195,8 @@ def _obey(words: Sequence[str]) -> None:
     _export(command)
   elif isinstance(command, Bench):
     _bench(command)
+  elif isinstance(command, Models):
+    _models(command)
   elif isinstance(command, Sweep):
     _sweep([command, *more])
   elif isinstance(command, Run):
@@ -293,6 +311,20 @@ def _bench(command: Bench) -> None:
   directory.write(command.to, result)
   rich.print(shown.screen(result))
   print(f'\n  {command.to}')
+
+
+def _models(command: Models) -> None:
+  from depthprune.report.numbers import count
+  from depthprune.run.network import sizes
+
+  shape = 'x'.join(map(str, command.input))
+  print(f'  {"":20s}  parameters  FLOPs (1 MAC = 2) of an input {shape}')
+  for name, found in sizes(command.names, command.input, command.classes):
+    if isinstance(found, str):
+      print(f'  {name:20s}  {found}')
+    else:
+      params, flops = found
+      print(f'  {name:20s}  {count(params):>10s}  {count(flops):>10s}', flush=True)
 
 
 if __name__ == '__main__':

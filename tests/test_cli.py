@@ -231,3 +231,16 @@ def test_the_public_names_are_all_there_and_documented():
   assert {*dp.__all__} <= {*dir(dp)}
   with pytest.raises(AttributeError, match='no attribute .prunes'):
     dp.prunes  # noqa: B018
+
+
+def test_models_lists_networks_with_their_size(capsys):
+  """An MLP on 8x8 images, by hand: its products, and a bias for each unit."""
+  words = 'models mlp vit_tiny bert_tiny --input 8 8 1 --classes 3'
+  assert cli.main(words.split()) == 0
+  head, mlp, vit, bert = capsys.readouterr().out.splitlines()
+  products = 64 * 200 + 200 * 200 + 200 * 3
+  assert mlp.split() == ['mlp', f'{(products + 403) / 1e3:.1f}', 'k', '107', 'k']
+  assert round(2 * products / 1e3) == 107 and '8x8x1' in head
+  assert 'cannot read it' in vit and 'reads texts' in bert
+  assert cli.main(['models', 'mlpp']) == cli.WRONG_INPUT
+  assert 'Nearest: mlp' in capsys.readouterr().err

@@ -45,7 +45,7 @@ class Search(NamedTuple):
   """The arrays of a search."""
 
   cost: np.ndarray  # [K]
-  loss: np.ndarray  # bool [K, n]
+  loss: np.ndarray  # bool [K, n], or numbers that weigh samples
   scores: np.ndarray  # [K - 1, n]
   order: np.ndarray  # int [K - 1, n], the samples by falling score, nan last
   least: int  # samples that must leave at an exit that is used
@@ -68,7 +68,7 @@ def front(
 
   Args:
     p: predictions on held-out data, never on test data.
-    loss: 'error', 'gap' or 'disagreement'; see `predictions.losses`.
+    loss: 'error', 'gap', 'disagreement' or 'balanced'; see `predictions.losses`.
     least: number of samples that must leave at an exit that is used, so that thresholds
       do not fit a few samples.
     points: number of prices to try.
@@ -86,9 +86,9 @@ def front(
   s = search(p, loss, least)
   never = _point(s, p, np.full(len(s.scores), np.inf, np.float32))
   # One loss is worth more than all costs together: the fewest losses that there are.
-  ends = [
-    _best(s, p, price, never) for price in (2 * p.scores.shape[1] * p.cost[-1], 0)
-  ]
+  smallest = min(1, s.loss[s.loss > 0].min(initial=1))
+  most = 2 * p.scores.shape[1] * p.cost[-1] / smallest
+  ends = [_best(s, p, price, never) for price in (most, 0)]
   points_found, gaps = list(ends), [ends]
   for turn in range(2 * points):
     if turn >= points:
@@ -126,7 +126,7 @@ def solve(s: Search, price: float, start: np.ndarray) -> np.ndarray:
 def value(s: Search, price: float, thresholds: np.ndarray) -> float:
   """Returns the sum of cost + price · loss over the samples."""
   left = leave(s.scores, thresholds)
-  lost = np.count_nonzero(s.loss[left, np.arange(len(left))])
+  lost = s.loss[left, np.arange(len(left))].sum()
   return float(s.cost[left].sum() + price * lost)
 
 

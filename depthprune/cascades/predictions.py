@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from depthprune.data import metrics
+from depthprune.data.metrics import Metric
+
 LOSSES = ('error', 'gap', 'disagreement')
 # Measured times are not exact; a larger excess than this means another unit.
 OFF = 1.1
@@ -114,12 +117,14 @@ def losses(p: Predictions, loss: str) -> np.ndarray:
   Args:
     p: validated predictions.
     loss: 'error': the answer is wrong; 'gap': it is wrong and the network's own answer
-      is right; 'disagreement': it differs from the network's own, whatever the labels.
+      is right; 'disagreement': it differs from the network's own, whatever the labels;
+      'balanced': it is wrong, as a number [K, n] by which all classes weigh the same,
+      so that its mean is 1 minus the balanced accuracy.
 
   Raises:
     ValueError: there is no such loss, or it needs labels and there are none.
   """
-  if loss not in LOSSES:
+  if loss not in (*LOSSES, 'balanced'):
     raise ValueError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
   answers = p.logits.argmax(axis=2)
   if loss == 'disagreement':
@@ -127,7 +132,30 @@ def losses(p: Predictions, loss: str) -> np.ndarray:
   if p.labels is None:
     raise ValueError(f"loss={loss!r} needs labels, got None; 'disagreement' needs none")
   wrong = answers != p.labels
+  if loss == 'balanced':
+    present, counts = np.unique(p.labels, return_counts=True)
+    weight = np.zeros(p.logits.shape[2])
+    weight[present] = wrong.shape[1] / (len(present) * counts)
+    return wrong * weight[p.labels]
   return wrong if loss == 'error' else wrong & ~wrong[-1]
+
+
+def scored(p: Predictions, left: np.ndarray, metric: Metric) -> float:
+  """Returns a metric of the answers of samples that leave at the exits int [n].
+
+  Args:
+    p: validated predictions, with labels.
+    left: the exit of each sample.
+    metric: see `data.metrics`.
+
+  Raises:
+    ValueError: there are no labels, or there is no such metric.
+  """
+  if p.labels is None:
+    raise ValueError(f'metric {metrics.name_of(metric)!r} needs labels, got None')
+  answers = p.logits[left, np.arange(len(left))].argmax(axis=1)
+  counts = metrics.confusion(p.labels, answers, p.logits.shape[2])
+  return float(metrics.score(metric, counts))
 
 
 def measure(p: Predictions, left: np.ndarray) -> Measured:
@@ -192,7 +220,9 @@ def _labels(labels: Any, n: int, classes: int) -> np.ndarray:
   labels = np.asarray(labels)
   if labels.shape != (n,) or labels.dtype.kind not in 'iu':
     raise ValueError(
-      f'labels: expected integers [{n}], got {labels.dtype} of shape {labels.shape}'
+      f'labels: expected integers [{n}], got {labels.dtype} of shape {labels.shape}; a '
+      'cascade is for one class per sample: numbers, or several labels, have no '
+      'confidence by which a sample could leave'
     )
   if labels.min() < 0 or labels.max() >= classes:
     raise ValueError(

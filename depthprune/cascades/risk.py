@@ -20,7 +20,14 @@ import numpy as np
 from scipy.special import bdtr, betaincinv
 
 from depthprune.cascades.pareto import front
-from depthprune.cascades.predictions import Predictions, leave, losses, take, validate
+from depthprune.cascades.predictions import (
+  LOSSES,
+  Predictions,
+  leave,
+  losses,
+  take,
+  validate,
+)
 
 
 class Certificate(NamedTuple):
@@ -102,6 +109,8 @@ def certify(
   """
   p = validate(p)
   _check(p, alpha, delta)
+  if loss not in LOSSES:  # the test counts losses, which must be whole
+    raise ValueError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
   searched, tested = halves(p.scores.shape[1], seed)
   candidates = front(take(p, searched), loss, least, points)
   candidates.sort(key=lambda q: (q.risk, -q.measured.cost))

@@ -4,12 +4,12 @@ The number is a threshold, a mean cost, a drop in accuracy, or a level of risk t
 then certified. What the choice reaches is measured on test data, which never chooses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.cascades.pareto import front
+from depthprune.cascades.pareto import Point, front
 from depthprune.cascades.predictions import (
   Measured,
   Predictions,
@@ -17,9 +17,11 @@ from depthprune.cascades.predictions import (
   leave,
   losses,
   measure,
+  scored,
   validate,
 )
 from depthprune.cascades.risk import Certificate, certify
+from depthprune.data.metrics import Metric
 
 # The share of test data that may look like held-out data, by chance or duplication.
 SHARED = 0.5
@@ -77,7 +79,11 @@ def fixed(p: Predictions, tau: float) -> Choice:
 
 
 def for_budget(
-  p: Predictions, budget: float, least: int = 20, points: int = 40
+  p: Predictions,
+  budget: float,
+  least: int = 20,
+  points: int = 40,
+  metric: Metric = 'accuracy',
 ) -> Choice:
   """Finds the most accurate thresholds whose mean cost is within a budget.
 
@@ -86,6 +92,7 @@ def for_budget(
     budget: mean cost of a sample, in the unit of `p.cost`.
     least: number of samples that must leave at an exit that is used.
     points: number of prices to try; see `pareto.front`.
+    metric: what is to be best instead of the accuracy, see `for_drop`.
 
   Raises:
     ValueError: no thresholds cost so little, or the predictions are invalid.
@@ -97,19 +104,29 @@ def for_budget(
       f'budget {budget:g} is below the floor: exit {p.exits[0]}, the cheapest, costs '
       f'{p.cost[0]:g} a sample'
     )
-  candidates = front(p, least=least, points=points, within=within)
+  candidates = _candidates(p, metric, least, points, within)
   allowed = [q for q in candidates if within(q)]
   if not allowed:
+    floor = min(q.measured.cost for q in candidates)
     raise ValueError(
       f'budget {budget:g} is below the floor: on the held-out data no thresholds cost '
-      f'less than {candidates[-1].measured.cost:g} a sample, where at least {least} '
+      f'less than {floor:g} a sample, where at least {least} '
       f'must leave at an exit and a score of nan never leaves'
     )
-  best = min(allowed, key=lambda q: (q.risk, q.measured.cost))
+  worth = lambda q: -q.risk
+  if metric != 'accuracy':
+    worth = lambda q: scored(p, leave(p.scores, q.thresholds), metric)
+  best = min(allowed, key=lambda q: (-worth(q), q.measured.cost))
   return _choice(p, best.thresholds, 'budget', budget)
 
 
-def for_drop(p: Predictions, drop: float, least: int = 20, points: int = 40) -> Choice:
+def for_drop(
+  p: Predictions,
+  drop: float,
+  least: int = 20,
+  points: int = 40,
+  metric: Metric = 'accuracy',
+) -> Choice:
   """Finds the cheapest thresholds that lose at most `drop` points of accuracy.
 
   Args:
@@ -118,9 +135,14 @@ def for_drop(p: Predictions, drop: float, least: int = 20, points: int = 40) -> 
       is 93.0 %.
     least: number of samples that must leave at an exit that is used.
     points: number of prices to try; see `pareto.front`.
+    metric: what may drop instead of the accuracy, by so many hundredths:
+      'balanced_accuracy', 'f1' (the mean of the classes), or a function (labels [n],
+      answers [n]) -> score, higher is better. Where classes are unbalanced, the
+      accuracy hardly notices if nobody of a rare one is found any more.
 
   Raises:
-    ValueError: drop is below 0, or the predictions are invalid.
+    ValueError: drop is below 0, there is no such metric, or the predictions are
+      invalid.
   """
   p = validate(p)
   if not drop >= 0:
@@ -129,7 +151,10 @@ def for_drop(p: Predictions, drop: float, least: int = 20, points: int = 40) -> 
   n, own = p.scores.shape[1], int(np.count_nonzero(losses(p, 'error')[-1]))
   allowed = np.floor(own + n * drop / 100 + 1e-9)
   within = lambda q: round(q.risk * n) <= allowed
-  candidates = front(p, least=least, points=points, within=within)
+  if metric != 'accuracy':
+    lowest = scored(p, np.full(n, len(p.exits) - 1), metric) - drop / 100 - 1e-9
+    within = lambda q: scored(p, leave(p.scores, q.thresholds), metric) >= lowest
+  candidates = _candidates(p, metric, least, points, within)
   cheapest = min(filter(within, candidates), key=lambda q: q.measured.cost)
   return _choice(p, cheapest.thresholds, 'drop', drop)
 
@@ -165,6 +190,19 @@ def for_risk(
   p = validate(p)
   thresholds, certificate = certify(p, alpha, delta, risk, least, points, seed)
   return _choice(p, thresholds, 'risk', alpha, certificate)
+
+
+def _candidates(
+  p: Predictions, metric: Metric, least: int, points: int, within: Callable
+) -> list[Point]:
+  """Returns thresholds on the front; for another metric, on two that are near its own.
+
+  A metric that is no mean over samples has no front that prices could search.
+  """
+  found = front(p, least=least, points=points, within=within)
+  if metric == 'accuracy':
+    return found
+  return [*found, *front(p, 'balanced', least, points, within)]
 
 
 def _choice(

@@ -19,7 +19,8 @@ unit that changes the resolution stays. Nothing else fixes the scale of w: where
 in a normalisation, w repeats its scale. So there are other measures of importance,
 
   priority   |w_l|, the paper's (of a layer with several branches: their mean)
-  drop       the held-out loss without unit l, batch statistics measured anew
+  drop       the held-out loss without unit l, batch statistics measured anew; where
+             the task decides by a metric of its own, minus that metric
   greedy     drop, scored again after every single erasure: drops do not add up
   random     a fixed number per name, the control
 
@@ -170,7 +171,9 @@ def erasure(
     else:
       keeps = [unit_search.closing((*order, unit), coupling) for unit in left]
       keeps = jax.tree.map(lambda *kept: np.stack(kept), *keeps)
-      scores = evaluate.each(keeps)['loss']
+      metric = getattr(evaluate, 'decides_by', 'accuracy')
+      judged = evaluate.each(keeps)
+      scores = judged['loss'] if metric == 'accuracy' else -judged[metric]
     order += _smallest(left, scores, at_once)
   return tuple(order[len(gone) :])
 

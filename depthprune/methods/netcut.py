@@ -87,7 +87,8 @@ def netcut(
       FLOPs), 'params', or 'milliseconds', measured on this device; all are scaled so
       that the whole network costs its number of exits. Or the costs themselves, an
       array [exits].
-    tolerance: percentage points of held-out accuracy that the cut may cost; a cut that
+    tolerance: percentage points of held-out accuracy, or of what else decides in the
+      task (`decides_by`), that the cut may cost; a cut that
       costs more is refused.
     force: cut whatever it costs.
     importance_lr: learning rate of the exits' weights, which Adam trains.
@@ -113,6 +114,11 @@ def netcut(
 
   def objective(task, outputs, batch, theta, step):
     del step
+    if not task.softmax and (aggregate == 'linear' or gamma):
+      raise ValueError(
+        f'netcut: aggregate={aggregate!r}, gamma={gamma:g} are for classes that '
+        "exclude one another, which this task does not have: use 'log' and 0"
+      )
     w, s = importance(theta), answer(task, outputs, theta)
     if aggregate == 'log':
       loss = w @ jnp.stack([task.loss(outputs[e], batch) for e in exits])
@@ -126,13 +132,15 @@ def netcut(
     del stats
     kept = exits[int(np.argmax(theta['importance']))]
     keep = {'exits': {name: name == kept for name in exits}}
-    before, after = (100 * evaluate(k)['accuracy'] for k in ({}, keep))
+    metric = getattr(evaluate, 'decides_by', 'accuracy')
+    before, after = (100 * evaluate(k)[metric] for k in ({}, keep))
     if before - after > tolerance and not force:
       learned = report(theta)
       raise CutRefused(
         f'netcut: cut at {kept} (importance {learned["max_importance"]:.2f}, entropy '
-        f'{learned["entropy"]:.2f} of the possible), held-out accuracy falls from '
-        f'{before:.2f} to {after:.2f} %, by more than {tolerance:g} points: train '
+        f'{learned["entropy"]:.2f} of the possible), held-out '
+        f'{metric.replace("_", " ")} falls from {before:.2f} to {after:.2f} %, by more '
+        f'than {tolerance:g} points: train '
         "longer, use aggregate='log', or cut anyway: force=True (--force)"
       )
     return keep

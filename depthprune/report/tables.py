@@ -57,11 +57,7 @@ def _costs(result: Result) -> Iterator[Sequence[str]]:
   yield _accuracy('accuracy, test', result.accuracy)
   if result.held_out:
     yield _accuracy('accuracy, held-out', result.held_out)
-  before, after = (result.scores.get(when, {}) for when in ('before', 'after'))
-  for key, value in after.items():
-    name, first = _score_name(key), before.get(key)
-    if name and first is not None and value is not None:
-      yield _accuracy(f'{name}, test', Accuracies(first, value))
+  yield from (_accuracy(*each) for each in _scores(result))
   yield _cost(FLOPS, result.flops)
   yield _cost('parameters', result.params)
   peak = result.peak_bytes or result.report.peak_bytes
@@ -78,10 +74,24 @@ def _costs(result: Result) -> Iterator[Sequence[str]]:
     yield 'compile time', before, '', after, speedup
 
 
+def _scores(result: Result) -> Iterator[tuple[str, Accuracies]]:
+  """Yields the scores on test data that have a row, besides the accuracy."""
+  before, after = (result.scores.get(when, {}) for when in ('before', 'after'))
+  for key, value in after.items():
+    name, first = _score_name(key), before.get(key)
+    if name and first is not None and value is not None:
+      yield f'{name}, test', Accuracies(first, value)
+
+
 def _score_name(key: str) -> str:
-  """Returns the name of a score that has a row: the mean IoU, or a task's accuracy."""
+  """Returns the name of a score that has a row, '' if it has none."""
+  names = {
+    'miou': 'mean IoU',
+    'balanced_accuracy': 'balanced accuracy',
+    'f1': 'mean F1',
+  }
   task = key.removeprefix('accuracy_')
-  return 'mean IoU' if key == 'miou' else f'accuracy of {task}' if task != key else ''
+  return names.get(key, f'accuracy of {task}' if task != key else '')
 
 
 def _accuracy(name: str, accuracy: Accuracies) -> Sequence[str]:
@@ -102,6 +112,9 @@ def _costs_of_cascade(
     if accuracy:
       before, _, after, change = _accuracy('', accuracy)[1:]
       yield f'accuracy, {name}', before, after, change
+  for name, score in _scores(result):
+    name, before, _, after, change = _accuracy(name, score)
+    yield name, before, after, change
   executed, flops, params = cascade.executed, result.flops, result.params
   kept = lambda change: (
     count(change.before),

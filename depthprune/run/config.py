@@ -35,6 +35,12 @@ NONE = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: without)')
 ARGUMENTS = tyro.conf.arg(
   metavar='KEY=VALUE [KEY=VALUE ...]', help_behavior_hint='(default: its own)'
 )
+EQUAL = tyro.conf.arg(
+  metavar='balanced', help_behavior_hint='(default: every example weighs the same)'
+)
+ACCURACY = tyro.conf.arg(
+  metavar='{balanced_accuracy,f1}', help_behavior_hint='(default: accuracy)'
+)
 THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of one)')
 BY_SIZE = tyro.conf.arg(
   metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
@@ -120,6 +126,14 @@ class Config(Generic[O]):
   randaugment: Annotated[int | None, NONE] = None
   """Magnitude of RandAugment, 1 to 30, for streamed images."""
 
+  class_weights: Annotated[Literal['balanced'] | None, EQUAL] = None
+  """balanced: in the loss, all classes weigh the same together, however many examples
+  each has."""
+
+  metric: Annotated[Literal['balanced_accuracy', 'f1'] | None, ACCURACY] = None
+  """The score that decides whether a cut is refused, which units go, and what a cascade
+  may lose, for classes of unlike sizes. f1: the mean of the classes."""
+
   distill: bool = False
   """Fine-tune towards the unpruned network's answers as well as the labels."""
 
@@ -164,6 +178,10 @@ class Config(Generic[O]):
       object.__setattr__(self, name, own.absolute(getattr(self, name)))
     own.arguments(self.model_args)
     one_of(self, 'optimizer', ('sgd', 'adam', 'adamw'))
+    if self.metric is not None:
+      one_of(self, 'metric', ('balanced_accuracy', 'f1'))
+    if self.class_weights is not None:
+      one_of(self, 'class_weights', ('balanced',))
     if self.stream is not None:
       one_of(self, 'stream', ('always', 'never'))
     for name in ('train_epochs', 'gate_epochs', 'finetune_epochs', 'seed'):
@@ -236,6 +254,8 @@ class Config(Generic[O]):
       f'{k}_file_sha256': own.digest(getattr(self, k)) for k in ('model', 'data')
     }
     values = {'method': self.method, **dataclasses.asdict(self)}
+    if not self.model_args:  # as in runs before there were any
+      del values['model_args']
     return {**values, **{k: v for k, v in hashes.items() if v is not None}}
 
 

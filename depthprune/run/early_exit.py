@@ -17,7 +17,14 @@ from depthprune import distributed
 from depthprune.cascades import calibration, thresholds
 from depthprune.cascades import confidence as sure
 from depthprune.cascades.cascade import Cascade, cascade
-from depthprune.cascades.predictions import Predictions, drop, leave, losses, saved
+from depthprune.cascades.predictions import (
+  Predictions,
+  drop,
+  leave,
+  losses,
+  saved,
+  scored,
+)
 from depthprune.cascades.race import exit_milliseconds, race
 from depthprune.cascades.risk import halves
 from depthprune.cascades.thresholds import Choice
@@ -53,6 +60,7 @@ class Decided(NamedTuple):
     chosen: the thresholds for it.
     held_out: answers and confidence of every exit on held-out data; costs in FLOPs.
     test: the same on test data.
+    metric: what may drop.
   """
 
   stages: Stages
@@ -63,6 +71,7 @@ class Decided(NamedTuple):
   chosen: Choice
   held_out: Predictions
   test: Predictions
+  metric: str = 'accuracy'
 
 
 def run(job: Job) -> Result:
@@ -144,8 +153,10 @@ def decide(job: Job, trained: Trained) -> Decided:
     )  # fmt: skip
     cost, whole = distributed.agreed(exit_milliseconds(early, *typical_inputs(job)))
     priced = decides._replace(cost=cost, whole=float(whole))
-  chosen = choose(priced, kind, requested, plan.delta)
-  return Decided(stages, scale, weights, kind, requested, chosen, decides, reports)
+  metric = job.config.metric or 'accuracy'
+  chosen = choose(priced, kind, requested, plan.delta, metric)
+  request = kind, requested, chosen
+  return Decided(stages, scale, weights, *request, decides, reports, metric)
 
 
 def typical_inputs(job: Job) -> tuple:
@@ -178,7 +189,13 @@ def costs(job: Job, stages: Stages, examples: Tree) -> tuple[np.ndarray, float]:
   return total[:-1] / count, float(total[-1] / count)
 
 
-def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> Choice:
+def choose(
+  p: Predictions,
+  kind: str,
+  requested: float,
+  delta: float = 0.05,
+  metric: str = 'accuracy',
+) -> Choice:
   """Chooses thresholds for a request.
 
   Args:
@@ -186,14 +203,15 @@ def choose(p: Predictions, kind: str, requested: float, delta: float = 0.05) -> 
     kind: kind of the request, as in `CascadePlan.request`.
     requested: its value.
     delta: probability with which the guarantee of a risk may fail.
+    metric: what may drop, or is best within a budget; see `thresholds.for_drop`.
 
   Raises:
     ValueError: the request cannot be met.
   """
   ways: dict[str, Callable[[], Choice]] = {
-    'drop': lambda: thresholds.for_drop(p, requested),
-    'budget': lambda: thresholds.for_budget(p, requested * p.whole),
-    'milliseconds': lambda: thresholds.for_budget(p, requested),
+    'drop': lambda: thresholds.for_drop(p, requested, metric=metric),
+    'budget': lambda: thresholds.for_budget(p, requested * p.whole, metric=metric),
+    'milliseconds': lambda: thresholds.for_budget(p, requested, metric=metric),
     'threshold': lambda: thresholds.fixed(p, requested),
     'risk': lambda: thresholds.for_risk(p, requested, delta),
   }
@@ -254,6 +272,7 @@ def measure(
       'before': size(trained.variables['params']['trunk']),
       'after': size(pruned.variables['params']),
     },
+    'scores': scores_of(decided),
     'widths': {},
     'rounds': [],
     'report': {},
@@ -263,6 +282,19 @@ def measure(
       **behaviour(decided, executed['ms'] / executed['batch']),
       'executed': executed,
     },
+  }
+
+
+def scores_of(decided: Decided) -> dict[str, dict[str, float]]:
+  """Returns the metric that decided on test data, of the network and the cascade."""
+  p, metric = decided.test, decided.metric
+  if metric == 'accuracy':
+    return {}
+  alone = np.full(p.scores.shape[1], len(p.exits) - 1)
+  left = leave(p.scores, decided.chosen.thresholds)
+  return {
+    when: {metric: scored(p, of, metric)}
+    for when, of in (('before', alone), ('after', left))
   }
 
 
@@ -334,7 +366,9 @@ def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
     row: dict[str, Any] = {'kind': kind, 'requested': value, 'chosen': is_mine}
     row['refused'] = None
     try:
-      choice = decided.chosen if is_mine else choose(decided.held_out, kind, value)
+      choice = decided.chosen
+      if not is_mine:
+        choice = choose(decided.held_out, kind, value, metric=decided.metric)
       row |= outcome(decided, choice)
       if kind == 'milliseconds':
         row['test'] |= {'milliseconds': milliseconds}

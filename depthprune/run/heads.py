@@ -102,6 +102,12 @@ def cascade_plan(config: Config) -> CascadePlan:
   return config.recipe.cascade(config.options)
 
 
+def smoothed(job: Job) -> tasks.Task:
+  """Returns the task of the run, with the label smoothing of heads."""
+  config, smoothing = job.config, cascade_plan(job.config).smoothing
+  return tasks.task_of(job.images, config.metric, config.class_weights, smoothing)
+
+
 def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
   """Puts the heads that the plan asks for on a trunk: exit1, exit2, ... by depth.
 
@@ -172,7 +178,7 @@ def fit_heads(
     config=dataclasses.replace(config, optimizer='adamw'),
     images=features,
     train=features.on_device(functools.partial(mesh.replicate, job.mesh)),
-    task=tasks.classification(job.images.classes, plan.smoothing),
+    task=smoothed(job),
   )
   # Without a trunk, nothing has to stay in evaluation mode, and heads have dropout.
   coupling = couple(heads, mine, *features.example())
@@ -213,9 +219,14 @@ def together(
   peak = (first if name == 'joint' else later) * job.config.learning_rate
   coupling = couple(model, variables, *job.inputs)
   method = methods.build(job.config.options, coupling, stage=name)
-  task = tasks.classification(job.images.classes, cascade_plan(job.config).smoothing)
   state = stage(
-    job._replace(task=task), name, model, method, variables, epochs=epochs, peak=peak
+    job._replace(task=smoothed(job)),
+    name,
+    model,
+    method,
+    variables,
+    epochs=epochs,
+    peak=peak,
   )
   held_out, test = (
     answers(job, model, state.variables, model, split)

@@ -139,7 +139,8 @@ def prepare(config: Config, show: bool = True) -> Job:
   folder = config.path
   train = images.on_device(partial(meshes.replicate, mesh))
   show = show and distributed.writes()
-  job = Job(config, folder, images, train, tasks.task_of(images), mesh, show)
+  task = tasks.task_of(images, config.metric, config.class_weights)
+  job = Job(config, folder, images, train, task, mesh, show)
   begun = any((folder / name).exists() for name in ('history.jsonl', *CACHED))
   distributed.alike(str(folder), {'begun': begun}, SHARED)
   if config.resume:

@@ -7,7 +7,7 @@ the user's own, which becomes a `models.trunk.Trunk`.
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from depthprune.data.dataset import DataError
 from depthprune.exports import networks
 from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
+from depthprune.models.bert import BERT
 from depthprune.models.heads import WithHeads, multitask
 from depthprune.models.trunk import Trunk, trunk
+from depthprune.program import cost
+from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
 from depthprune.run import own
 from depthprune.run.config import Config, from_json
@@ -180,6 +183,38 @@ def _read(job: Job, path: str, model: Any) -> Tree:
     opened = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), gates)
     return {**checkpoint.matched(like, leaves, path), **opened}
   return pretrained.load(path, model, job.images.shape)
+
+
+def sizes(
+  names: Sequence[str], shape: Sequence[int], classes: int
+) -> Iterator[tuple[str, tuple[int, int] | str]]:
+  """Yields (name, (parameters, FLOPs of one input)) of models of this library.
+
+  Args:
+    names: the models; all if there is none.
+    shape: height, width and channels of an image, or (tokens,) of a text. For a model
+      that cannot read it, a sentence stands in the place of its numbers.
+    classes: number of classes.
+
+  Raises:
+    ValueError: there is no model of a name.
+  """
+  text = len(shape) == 1
+  inputs = [jnp.zeros((1, *shape), jnp.int32 if text else jnp.float32)]
+  inputs += [jnp.ones((1, *shape), bool)] * text
+  for name in names or models.names():
+    model = models.build(name, classes=classes)
+    if isinstance(model, BERT) != text:
+      yield name, f'reads {"images" if text else "texts (--input TOKENS)"}'
+      continue
+    try:
+      variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+      coupling = couple(model, variables, *inputs)
+    except Exception as error:  # each family has its own smallest image
+      said = (str(error) or type(error).__name__).splitlines()[0]
+      yield name, f'cannot read it: {said}'
+      continue
+    yield name, (cost.params(coupling), cost.flops(coupling))
 
 
 # ---- networks of the user's own ------------------------------------------------------

@@ -69,6 +69,11 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
         "distill: the batch has no 'teacher' logits; pass the teacher's apply to "
         'make_step(..., teacher=apply) and its variables to step(..., teacher)'
       )
+    if not task.softmax:
+      raise ValueError(
+        'distill: a divergence is that of classes, which this task does not have: '
+        'train without distill'
+      )
     loss, metrics = method.objective(task, outputs, batch, theta, step)
     T = temperature
     soft = lambda logits: task.log_probs(jax.tree.map(lambda z: z / T, logits))

@@ -91,6 +91,7 @@ def judge(
     held_out=tuple(held_out),
     calibration=tuple(batches.full(calibration, batch)),
     vectorised={'by': vectorise},
+    decides_by=task.decides_by,
   )
 
 
@@ -103,6 +104,7 @@ class Judge:
     exits: names of the network's outputs, sorted.
     held_out: batches to judge on.
     calibration: batches for fresh batch statistics.
+    decides_by: name of the score that decides, higher is better.
     vectorised: how `each` runs, {'by': 'vmap', 'map' or 'auto'}. 'auto' stands there
       until it has run once; then 'vmap_ms' and 'map_ms' are added if they were timed.
     sizes: numbers of decisions for which there are compiled programs.
@@ -113,6 +115,7 @@ class Judge:
   held_out: tuple[Tree, ...]
   calibration: tuple[Tree, ...]
   vectorised: dict[str, Any]
+  decides_by: str = 'accuracy'
   sizes: set[int] = dataclasses.field(default_factory=set)
 
   def __call__(self, keep: Tree) -> dict[str, float]:

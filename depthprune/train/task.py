@@ -1,7 +1,8 @@
 """Tasks: the loss, metrics and scores of a network's logits.
 
 There is one class per image or text (`classification`), one per pixel (`segmentation`),
-or several tasks at once (`combine`); `task_of` chooses by the data set.
+any number of labels (`multilabel`), numbers (`regression`), or several tasks at once
+(`combine`); `task_of` chooses by the data set.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthprune.data.dataset import Dataset
+from depthprune.data import metrics as metrics_of
+from depthprune.data.dataset import DataError, Dataset
+from depthprune.data.metrics import Metric
 
 Tree = Any
 """A nested dict (or any other pytree) of arrays."""
@@ -56,6 +59,9 @@ class Task(NamedTuple):
       They include scores that are no mean over batches, such as a mean IoU. Leaves may
       have more axes in front, which all scores then have.
     answer: (outputs of a network by name) -> the logits that the others take.
+    decides_by: name of the score that decides whether a cut is good, higher is better.
+    softmax: whether `log_probs` are those of classes that exclude one another. If not,
+      exits are mixed by their logits, and cannot be distilled.
   """
 
   loss: Callable[[Tree, Any], jax.Array]
@@ -64,6 +70,8 @@ class Task(NamedTuple):
   sums: Callable[[Tree, Any], Tree]
   scores: Callable[[Tree], dict[str, np.ndarray]]
   answer: Callable[[Tree], Tree] = main
+  decides_by: str = 'accuracy'
+  softmax: bool = True
 
 
 def mean(values: jax.Array, batch: Any) -> jax.Array:
@@ -171,7 +179,12 @@ def iou(confusion: np.ndarray) -> np.ndarray:
   return np.where(union > 0, hits / np.where(union > 0, union, 1), np.nan)
 
 
-def classification(classes: int, label_smoothing: float = 0.0) -> Task:
+def classification(
+  classes: int,
+  label_smoothing: float = 0.0,
+  class_weights: Any = None,
+  metric: Metric = 'accuracy',
+) -> Task:
   """Returns the task of telling the class of an image or a text.
 
   The loss is cross-entropy in nats and 'accuracy' the share of correct answers. After
@@ -185,7 +198,23 @@ def classification(classes: int, label_smoothing: float = 0.0) -> Task:
     classes: number of classes. Logits are [batch, classes], and a batch has 'label',
       int [batch], besides the inputs.
     label_smoothing: share of every label that is spread evenly over all classes.
+    class_weights: factors of the classes in the loss, [classes], such as
+      `data.metrics.balanced_weights(labels, classes)`; None for ones.
+    metric: the score that decides, besides which 'accuracy' is still there: 'accuracy',
+      'balanced_accuracy', 'f1', or a function (labels [n], answers [n]) -> score.
+
+  Raises:
+    ValueError: the weights are negative or of another number, or there is no such
+      metric.
   """
+  decides_by = metrics_of.name_of(metric)
+  if class_weights is not None:
+    class_weights = np.asarray(class_weights, np.float32)
+    if class_weights.shape != (classes,) or not (class_weights >= 0).all():
+      raise ValueError(
+        f'class_weights: expected {classes} numbers that are not negative, got '
+        f'{class_weights.tolist()}'
+      )
 
   def loss(logits, batch):
     chex.assert_shape(logits, (None, classes))
@@ -196,6 +225,8 @@ def classification(classes: int, label_smoothing: float = 0.0) -> Task:
       share = batch['share'].astype(logits.dtype)[:, None]
       targets = share * targets + (1 - share) * one_hot(batch['partner'])
     targets = optax.smooth_labels(targets, label_smoothing)
+    if class_weights is not None:
+      targets *= jnp.asarray(class_weights, targets.dtype)
     return mean(optax.softmax_cross_entropy(logits, targets), batch)
 
   def metrics(logits, batch):
@@ -206,13 +237,195 @@ def classification(classes: int, label_smoothing: float = 0.0) -> Task:
     size = jnp.asarray(batch['label'].shape[0], jnp.float32)
     examples = batch['weight'].sum() if 'weight' in batch else size
     means = {'loss': loss(logits, batch), **metrics(logits, batch)}
-    return {'examples': examples, **{k: v * examples for k, v in means.items()}}
+    counts = {}
+    if metric != 'accuracy':
+      weight = batch['weight'] if 'weight' in batch else jnp.ones_like(logits[:, 0])
+      one_hot = lambda label: jax.nn.one_hot(label, classes, dtype=jnp.float32)
+      label = one_hot(batch['label']) * weight.astype(jnp.float32)[:, None]
+      counts = {'confusion': label.T @ one_hot(jnp.argmax(logits, axis=-1))}
+    return {
+      'examples': examples,
+      **counts,
+      **{k: v * examples for k, v in means.items()},
+    }
 
   def scores(sums):
     examples = np.maximum(sums['examples'], 1e-9)
-    return {k: v / examples for k, v in sums.items() if k != 'examples'}
+    means = {k: sums[k] / examples for k in ('loss', 'accuracy')}
+    if metric == 'accuracy':
+      return means
+    return {**means, decides_by: metrics_of.score(metric, sums['confusion'])}
 
-  return Task(loss, metrics, jax.nn.log_softmax, sums, scores)
+  return Task(loss, metrics, jax.nn.log_softmax, sums, scores, decides_by=decides_by)
+
+
+def multilabel(classes: int, metric: str = 'f1', weights: Any = None) -> Task:
+  """Returns the task of telling which of several labels an example has.
+
+  The loss is the binary cross-entropy of sigmoids in nats, a mean over labels; a label
+  is answered where its logit is above 0. The scores of a data set are
+
+    accuracy   share of right answers, of all examples and labels
+    exact      share of examples of which all labels are right
+    f1         mean of the labels' F1, 2 TP / (2 TP + FP + FN)
+    micro_f1   F1 of all labels taken together
+    map        mean of the labels' average precision, examples in order of their
+               sigmoids, those within 1/1000 together
+
+  A label that no example has does not count in f1 (unless it is answered) and map.
+
+  Args:
+    classes: number of labels. Logits are [batch, classes], and so is 'label' in a
+      batch, 0 or 1.
+    metric: the score that decides.
+    weights: factors of the examples that have a label, in its loss, [classes], such as
+      negatives / positives for rare labels; None for ones.
+
+  Raises:
+    ValueError: there is no such metric.
+  """
+  known = 'accuracy', 'exact', 'f1', 'micro_f1', 'map'
+  if metric not in known:
+    raise ValueError(f'metric={metric!r}: expected one of {", ".join(known)}')
+  positive = np.ones(classes) if weights is None else np.asarray(weights)
+
+  def target(logits, batch):
+    chex.assert_shape((logits, batch['label']), (None, classes))
+    return jnp.asarray(batch['label']).astype(logits.dtype)
+
+  def loss(logits, batch):
+    y = target(logits, batch)
+    each = optax.sigmoid_binary_cross_entropy(logits, y)
+    factor = 1 + y * jnp.asarray(positive - 1, logits.dtype)
+    return mean((factor * each).mean(-1), batch)
+
+  def metrics(logits, batch):
+    right = ((logits > 0) == (target(logits, batch) > 0)).astype(logits.dtype)
+    return {
+      'accuracy': mean(right.mean(-1), batch),
+      'exact': mean(right.min(-1), batch),
+    }
+
+  def sums(logits, batch):
+    one = lambda which: which.astype(jnp.float32)
+    y, logits = target(logits, batch) > 0, one(logits)
+    weight = jnp.asarray(batch.get('weight', np.ones(len(y))), jnp.float32)
+    means = {'loss': loss(logits, batch), **metrics(logits, batch)}
+    examples = weight.sum()
+    bins = jax.nn.one_hot(
+      (jax.nn.sigmoid(logits) * RANKS).astype(jnp.int32).clip(0, RANKS - 1), RANKS
+    )
+    count = lambda which: (one(which) * weight[:, None]).sum(0)
+    ranked = lambda which: jnp.einsum('bcr,bc->cr', bins, one(which) * weight[:, None])
+    return {
+      'examples': examples,
+      **{k: v * examples for k, v in means.items()},
+      'hits': count(y & (logits > 0)),
+      'answers': count(logits > 0),
+      'positives': ranked(y),
+      'negatives': ranked(~y),
+    }
+
+  def scores(sums):
+    examples = np.maximum(sums['examples'], 1e-9)
+    hits, answers = np.asarray(sums['hits']), np.asarray(sums['answers'])
+    positives = np.asarray(sums['positives'])[..., ::-1]  # the most confident first
+    labels, of = positives.sum(-1), lambda x, n: x / np.maximum(n, 1e-9)
+    seen = np.cumsum(positives + np.asarray(sums['negatives'])[..., ::-1], -1)
+    precision = of(np.cumsum(positives, -1), seen)
+    average = of((precision * positives).sum(-1), labels)
+    over = lambda x, counted: of(np.where(counted, x, 0).sum(-1), counted.sum(-1))
+    f1 = of(2 * hits, labels + answers)
+    return {
+      **{k: sums[k] / examples for k in ('loss', 'accuracy', 'exact')},
+      'f1': over(f1, labels + answers > 0),
+      'micro_f1': of(2 * hits.sum(-1), (labels + answers).sum(-1)),
+      'map': over(average, labels > 0),
+    }
+
+  return Task(
+    loss, metrics, lambda x: x, sums, scores, decides_by=metric, softmax=False
+  )
+
+
+RANKS = 1000  # bins of the sigmoids of a label, for average precision
+
+
+def regression(
+  outputs: int = 1,
+  huber: float | None = None,
+  offset: Any = 0.0,
+  scale: Any = 1.0,
+) -> Task:
+  """Returns the task of telling one number or several.
+
+  The network's answer is (y - offset) / scale, so that it learns numbers near 1; with
+  the mean and standard deviation of the training labels it need not know their unit.
+  The loss is the mean squared error of that. Scores of a data set are 'mse', 'mae' in
+  the unit of the labels, and 'r2', the share of the variance that is explained (1 is
+  exact, 0 as good as the mean), a mean over the outputs. 'r2' decides.
+
+  Args:
+    outputs: numbers per example. The network answers [batch, outputs], and a batch has
+      'label', [batch, outputs]; both may be [batch] where there is one.
+    huber: errors beyond this many `scale` count linearly in the loss; None squares all.
+    offset: taken from the labels, a number or [outputs].
+    scale: what they are then divided by, a number or [outputs], above 0.
+
+  Raises:
+    ValueError: a scale or `huber` is not above 0.
+  """
+  offset, scale = (
+    np.broadcast_to(np.asarray(x, np.float32), outputs) for x in (offset, scale)
+  )
+  if not (scale > 0).all() or (huber is not None and not huber > 0):
+    raise ValueError(
+      f'regression: expected scale and huber above 0, got {scale.tolist()} and {huber}'
+    )
+
+  def errors(logits, batch):  # (target, error), float32 [batch, outputs], in scales
+    label = jnp.asarray(batch['label'])
+    chex.assert_rank(logits, {1, 2})
+    x, y = (v.reshape(len(v), -1).astype(jnp.float32) for v in (logits, label))
+    chex.assert_shape((x, y), (None, outputs))
+    target = (y - offset) / scale
+    return target, x - target
+
+  def loss(logits, batch):
+    _, error = errors(logits, batch)
+    if huber is None:
+      return mean((error**2).mean(-1), batch)
+    return mean(2 * optax.huber_loss(error, delta=huber).mean(-1), batch)
+
+  def metrics(logits, batch):
+    _, error = errors(logits, batch)
+    return {'mae': mean((jnp.abs(error) * scale).mean(-1), batch)}
+
+  def sums(logits, batch):
+    target, error = errors(logits, batch)
+    weight = jnp.asarray(batch.get('weight', np.ones(len(error))), jnp.float32)
+    total = lambda values: (values * weight[:, None]).sum(0)
+    return {
+      'examples': weight.sum(),
+      'loss': loss(logits, batch) * weight.sum(),
+      'absolute': total(jnp.abs(error)),
+      'squared': total(error**2),
+      'target': total(target),
+      'target_squared': total(target**2),
+    }
+
+  def scores(sums):
+    examples = np.maximum(np.asarray(sums['examples']), 1e-9)
+    of = lambda name: np.asarray(sums[name]) / examples[..., None]
+    variance = of('target_squared') - of('target') ** 2
+    return {
+      'loss': sums['loss'] / examples,
+      'mse': (of('squared') * scale**2).mean(-1),
+      'mae': (of('absolute') * scale).mean(-1),
+      'r2': (1 - of('squared') / np.maximum(variance, 1e-9)).mean(-1),
+    }
+
+  return Task(loss, metrics, lambda x: x, sums, scores, decides_by='r2', softmax=False)
 
 
 def combine(
@@ -228,7 +441,8 @@ def combine(
   have its label. Metrics are '<metric>_<name>', and 'accuracy' is the mean over the
   tasks with a label in the batch; a task without has metrics 0 there. The scores of a
   data set are the same over all of it, with 'loss_<name>' and 'labelled_<name>', the
-  number of labelled examples.
+  number of labelled examples. If a task decides by something else than its accuracy,
+  the mean of what decides is 'score', and decides.
 
   Args:
     tasks: the tasks by name.
@@ -276,19 +490,53 @@ def combine(
     values = {k: task.scores(sums['tasks'][k]) for k, task in tasks.items()}
     labelled = {f'labelled_{k}': np.asarray(n) for k, n in sums['labelled'].items()}
     total = sum(weight[k] * values[k]['loss'] for k in tasks)
-    return {'loss': total, **_named(values, sums['labelled'], np), **labelled}
+    named = _named(values, sums['labelled'], np, decide)
+    return {'loss': total, **named, **labelled}
 
   log_probs = lambda logits: {k: task.log_probs(logits[k]) for k, task in tasks.items()}
-  return Task(loss, metrics, log_probs, sums, scores, answer)
+  decide = {k: task.decides_by for k, task in tasks.items()}
+  decides_by = 'accuracy' if {*decide.values()} == {'accuracy'} else 'score'
+  softmax = all(task.softmax for task in tasks.values())
+  return Task(loss, metrics, log_probs, sums, scores, answer, decides_by, softmax)
 
 
-def task_of(data: Dataset) -> Task:
-  """Returns the task of telling the labels of a data set."""
+def task_of(
+  data: Dataset,
+  metric: str | None = None,
+  class_weights: str | None = None,
+  label_smoothing: float = 0.0,
+) -> Task:
+  """Returns the task of telling the labels of a data set.
+
+  Args:
+    data: the data set.
+    metric: the score that decides, see `classification`; None is the accuracy.
+    class_weights: 'balanced' weighs the classes by `data.metrics.balanced_weights` of
+      the training labels; None does not.
+    label_smoothing: see `classification`.
+
+  Raises:
+    DataError: a metric or weights are for data with a single class per example.
+  """
+  if (metric or class_weights) and (data.tasks or data.ignore is not None):
+    raise DataError(
+      f'data {data.name!r}: metric, class_weights: for data with one class per '
+      'example: leave them out'
+    )
   if data.tasks:
     return combine({name: classification(data.classes) for name in data.tasks})
   if data.ignore is not None:
     return segmentation(data.classes, data.ignore, data.names)
-  return classification(data.classes)
+  weights = None
+  if class_weights:
+    if 'label' not in data.train:
+      raise DataError(
+        f'data {data.name!r}: class_weights: the labels of streamed images are not '
+        'known at once: leave it out'
+      )
+    label = np.asarray(data.train['label'])
+    weights = metrics_of.balanced_weights(label, data.classes)
+  return classification(data.classes, label_smoothing, weights, metric or 'accuracy')
 
 
 def _check_names(tasks: Mapping[str, Task], given: Tree) -> None:
@@ -315,11 +563,26 @@ def _parts(names: tuple[str, ...], batch: Any) -> Iterator[tuple[str, Any]]:
     yield name, {**batch, 'label': label, 'weight': weight}
 
 
-def _named(values: Mapping[str, Mapping], labelled: Mapping, xp: Any) -> dict[str, Any]:
-  """Returns every task's values by name, and the mean accuracy of those with labels."""
+def _named(
+  values: Mapping[str, Mapping],
+  labelled: Mapping,
+  xp: Any,
+  decide: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+  """Returns every task's values by name, and means over those with labels.
+
+  They are the mean accuracy, where all have one, and 'score', the mean of what decides
+  in each task, where that is something else.
+  """
   named = {f'{k}_{name}': v for name, of in values.items() for k, v in of.items()}
-  there = [
-    (labelled[name] > 0).astype(values[name]['accuracy'].dtype) for name in values
-  ]
-  right = sum(t * values[name]['accuracy'] for t, name in zip(there, values))
-  return {**named, 'accuracy': right / xp.maximum(sum(there), 1)}
+
+  def average(of: Mapping[str, str]) -> Any:
+    found = {name: values[name][of[name]] for name in values}
+    there = [(labelled[name] > 0).astype(x.dtype) for name, x in found.items()]
+    return sum(t * x for t, x in zip(there, found.values())) / xp.maximum(sum(there), 1)
+
+  if all('accuracy' in of for of in values.values()):
+    named['accuracy'] = average(dict.fromkeys(values, 'accuracy'))
+  if decide and {*decide.values()} != {'accuracy'}:
+    named['score'] = average(decide)
+  return named

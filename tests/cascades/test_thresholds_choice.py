@@ -162,3 +162,60 @@ def test_json_is_made_for_reading():
   assert entry['held_out']['exits'] == [1, 0, 0]
   assert entry['exits'] == ['exit0', 'exit1', 'main']
   assert len(entry['rows']) == 8 * 400
+
+
+def unbalanced(n=400, rare=40):
+  """Of the rare class the first exit is sure and wrong, the network's own is right."""
+  labels = (np.arange(n) < rare).astype(int)
+  one_hot = np.eye(2, dtype=np.float32)
+  noise = np.random.default_rng(0).uniform(0, 0.1, (n, 1)).astype(np.float32)
+  logits = np.stack([one_hot[np.zeros(n, int)] + noise, one_hot[labels] + noise])
+  scores = np.where(labels == 1, 0.8, 0.6)[None] + noise.T
+  cost = np.array([1.0, 4.0])
+  return predictions.Predictions(('early', 'main'), logits, labels, scores, cost, 4.0)
+
+
+@pytest.mark.parametrize('metric', ['balanced_accuracy', 'f1', 'own'])
+def test_a_rare_class_is_not_given_up_for_the_accuracy(metric):
+  p = unbalanced()
+  if metric == 'own':
+    metric = lambda labels, answers: (answers[labels == 1] == 1).mean()
+  given_up = thresholds.for_drop(p, 10.0)
+  assert given_up.held_out.exits == (1, 0) and given_up.held_out.accuracy == 0.9
+  # All of the rare class have higher scores, so whoever leaves leaves after them.
+  kept = thresholds.for_drop(p, 10.0, metric=metric)
+  assert kept.held_out.exits == (0, 1)
+  allowed = thresholds.for_drop(p, 100.0, metric=metric)
+  assert allowed.held_out.exits == (1, 0)
+  assert thresholds.for_drop(p, 10.0, metric='accuracy').held_out == given_up.held_out
+
+
+def test_a_budget_is_spent_on_what_decides():
+  """Class 1 is rare; half may stay, and the score says nothing of who is right."""
+  p = unbalanced()
+  scores = np.where(p.labels == 1, 0.2, 0.6)[None] + p.scores % 0.1
+  p = p._replace(scores=scores)
+  for metric in ('accuracy', 'balanced_accuracy', 'f1'):
+    chosen = thresholds.for_budget(p, 2.5, metric=metric)
+    left = predictions.leave(scores, chosen.thresholds)
+    assert predictions.scored(predictions.validate(p), left, metric) == 1
+  with pytest.raises(ValueError, match="metric='auc': expected 'accuracy'"):
+    thresholds.for_budget(p, 2.5, metric='auc')
+
+
+def test_the_mean_of_balanced_losses_is_the_error_of_the_mean_recall():
+  p = predictions.validate(unbalanced())
+  lost = predictions.losses(p, 'balanced')
+  for k in range(2):
+    left = np.full(len(p.labels), k)
+    assert 1 - lost[k].mean() == pytest.approx(
+      predictions.scored(p, left, 'balanced_accuracy')
+    )
+  with pytest.raises(ValueError, match="loss='balanced': expected one of error"):
+    thresholds.for_risk(p, 0.3, risk='balanced')
+
+
+@pytest.mark.parametrize('labels', [np.zeros(400), np.zeros((400, 2), int)])
+def test_numbers_and_several_labels_have_no_cascade(labels):
+  with pytest.raises(ValueError, match='a cascade is for one class per sample'):
+    thresholds.for_drop(unbalanced()._replace(labels=labels), 1.0)

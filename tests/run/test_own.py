@@ -469,3 +469,37 @@ def test_a_run_that_is_killed_continues_to_the_same_bits(folder):
     dp.load(folder / name / 'pruned', own.load(net)(3)) for name in ('killed', 'whole')
   )
   jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
+
+
+def unbalanced(folder) -> str:
+  """Two of three classes are rare."""
+  rng = np.random.default_rng(1)
+  y = rng.choice(3, 300, p=[0.8, 0.1, 0.1])
+  x = rng.integers(0, 90, (300, 8, 8, 1)) + 60 * y[:, None, None, None]
+  np.savez(folder / 'rare.npz', x=x.astype(np.uint8), y=y)
+  return str(folder / 'rare.npz')
+
+
+def test_classes_weigh_the_same_and_a_metric_decides(folder, tmp_path):
+  fields = {'metric': 'f1', 'class_weights': 'balanced', 'workdir': str(tmp_path)}
+  job = prepare(config_of(folder, data=unbalanced(folder), **fields), show=False)
+  assert job.task.decides_by == 'f1'
+  label = job.images.train['label']
+  one = lambda k: float(
+    job.task.loss(np.zeros((1, 3), np.float32), {'label': np.array([k])})
+  )
+  expected = [np.log(3) * len(label) / (3 * (label == k).sum()) for k in range(3)]
+  np.testing.assert_allclose([one(k) for k in range(3)], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_cascade_for_a_metric_of_its_own(folder):
+  data_, net = unbalanced(folder), f'{folder}/own_taps.py:Taps'
+  words = f'run sidenet --model {net} --data {data_} {FEW} --metric balanced_accuracy'
+  path = folder / 'rare'
+  with jax.numpy_dtype_promotion('standard'):
+    assert cli.main([*words.split(), '--workdir', str(path)]) == 0
+  result = json.loads((path / 'result.json').read_text())
+  scores = result['scores']
+  assert {*scores['before']} == {'balanced_accuracy'} == {*scores['after']}
+  assert 'balanced accuracy, test' in (path / 'report.html').read_text()
