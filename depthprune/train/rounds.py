@@ -1,6 +1,6 @@
 """Training and cutting in turns: the loop over the rounds of any method."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from depthprune.data import batches
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.gating import with_branches
 from depthprune.program.trace import several
@@ -30,8 +31,9 @@ def shrink(
   *,
   task: Task,
   tx: optax.GradientTransformation,
-  held_out: Sequence[Tree],
-  calibration: Sequence[Tree] = (),
+  held_out: Any,
+  calibration: Any = (),
+  batch: int = 128,
   round_to: int = 1,
 ) -> Pruned:
   """Trains, decides and cuts as often as the method asks for, and trains what is left.
@@ -41,9 +43,9 @@ def shrink(
         net, net.init(key, images[:1]), images[:1],
         build=lambda coupling: dp.implosion(coupling, depth=3),
         train=lambda step, state, stage: dp.fit(
-          step, state, key, batch_at, data, steps=200, label=stage),
-        task=dp.classification(10), tx=optax.adam(1e-3), held_out=[held_out],
-        calibration=[data])
+          step, state, key, (images, labels), steps=200, label=stage),
+        task=dp.classification(10), tx=optax.adam(1e-3),
+        held_out=(held_out_images, held_out_labels), calibration=(images, labels))
 
   Args:
     model: the network, a linen module: one of `depthprune.models`, one with `dp.branch`
@@ -57,9 +59,10 @@ def shrink(
       train no further, return the state as it is.
     task: what is trained and measured.
     tx: optax optimizer of the weights. Every stage begins with a fresh state of it.
-    held_out: batches on which the method decides, as for `judge`.
-    calibration: training batches for fresh batch statistics, needed by a network that
-      has such statistics.
+    held_out: arrays or batches on which the method decides, as for `judge`.
+    calibration: training data in the same form, for fresh batch statistics, needed by a
+      network that has such statistics.
+    batch: examples in a batch of arrays.
     round_to: widths become multiples of this.
 
   Returns:
@@ -71,13 +74,14 @@ def shrink(
     CutRefused: the method refuses a cut, because it would cost too much.
     InexactCut: masked and small network differ.
   """
-  inputs = several(example)
-  example_batch, reports = held_out[0], []
+  inputs, reports = several(example), []
+  held_out = batches.whole(held_out, batch)
+  calibration = batches.full(calibration, batch)
   while True:
     coupling = couple(model, variables, *inputs)
     method = build(coupling)
     step = make_step(model, method, task, tx, coupling)
-    state = init_state(model, method, tx, variables, coupling, example_batch)
+    state = init_state(model, method, tx, variables, coupling, held_out[0])
     state = train(step, state, f'round{len(reports) + 1}')
     evaluate = judge(model, method, task, state, held_out, calibration, coupling)
     keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
