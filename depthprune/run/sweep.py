@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 
 from depthprune import distributed
-from depthprune.run import interrupts, rounds
+from depthprune.run import interrupts, own, rounds
 from depthprune.run.config import TRAIN, UNRELATED, Config, relevant
 from depthprune.storage import directory
 from depthprune.storage.checkpoint import CheckpointError
@@ -86,7 +86,7 @@ def plan(configs: Sequence[Config]) -> SweepPlan:
       f'--seed 0 1 2, got {swept or "one value of each"}'
     )
   first = configs[0]
-  same = [getattr(first, k) for k in ('model', 'data') if k not in swept]
+  same = [own.word(getattr(first, k)) for k in ('model', 'data') if k not in swept]
   words = ['sweep', first.method, *same, 'over', *swept]
   folder = Path(first.workdir or f'runs/{_name(words)}')
   name = lambda s: _name(f'{option}{shown(s[option])}' for option in swept)
