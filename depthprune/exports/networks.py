@@ -448,9 +448,8 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
     if network is None and 'network' in json.dumps(described):
       first = [*record.get('before', []), record][0]
       wanted = f'{path}: pass model=trunk(model, variables, *inputs): the inputs are'
-      network = make_trunk(
-        model, variables, *_concrete(first['inputs'], wanted)
-      ).network
+      held = modules.arrays_of(model) if modules.is_module(model) else variables
+      network = make_trunk(model, held, *_concrete(first['inputs'], wanted)).network
     filled = _filled(described, {'trunk': trunk, 'network': network})
     return models.build(filled['name'], **filled['fields'])
   if model is not None:

@@ -66,7 +66,7 @@ class Config(Generic[O]):
 
   model: str = 'resnet20'
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ...
-  (depthprune models lists them); or FILE.py:CLASS, a linen module of your own."""
+  (depthprune models lists them); or FILE.py:CLASS, a module of your own."""
 
   model_args: Annotated[tuple[str, ...], ARGUMENTS] = ()
   """Arguments of the network, such as width=32 or '{"widths": [16, 32]}'."""

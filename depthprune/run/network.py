@@ -1,8 +1,8 @@
 """The network of a run, and the variables that it starts with.
 
 A run may start from a file of pretrained weights or from the folder of a network that
-was pruned before (`as_thin`, `pruned`). Its network may be a linen module in a file of
-the user's own, which becomes a `models.trunk.Trunk`.
+was pruned before (`as_thin`, `pruned`). Its network may be a module in a file of the
+user's own, which becomes a `models.trunk.Trunk`.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from depthprune import distributed, methods, models
 from depthprune.data import images, tokens
@@ -24,7 +25,7 @@ from depthprune.models.arch import within
 from depthprune.models.bert import BERT
 from depthprune.models.heads import WithHeads, multitask
 from depthprune.models.trunk import Trunk, trunk
-from depthprune.program import cost
+from depthprune.program import cost, modules
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
 from depthprune.run import own
@@ -59,7 +60,8 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
     if not inputs:
       return model
     with _explained(config):
-      model = trunk(model, None, *inputs)
+      held = modules.arrays_of(model) if modules.is_module(model) else None
+      model = trunk(model, held, *inputs)
       _ = model.taps, model.classes
   own_exits = config.recipe.own_exits
   if tasks := images.tasks(config.data):
@@ -90,7 +92,7 @@ def _alone(config: Config, classes: int) -> Any:
   chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
   fields = {k: v for k, v in chosen.items() if v} | own.arguments(config.model_args)
   if own.is_object(config.model):
-    return own_network(config.model, classes, fields)
+    return own_network(config.model, classes, fields, config.seed)
   try:
     return models.build(config.model, **{'classes': classes, **fields})
   except TypeError as error:
@@ -222,36 +224,41 @@ def sizes(
 CLASSES = 'classes', 'num_classes', 'n_classes'  # what the number of classes is called
 
 
-def own_network(name: str, classes: int, chosen: Mapping[str, Any]) -> Any:
+def own_network(
+  name: str, classes: int, chosen: Mapping[str, Any], seed: int = 0
+) -> Any:
   """Makes the network that FILE.py:CLASS means.
 
   Args:
-    name: FILE.py:CLASS, or a function that returns a linen module.
+    name: FILE.py:CLASS, or a function that returns a linen or an NNX module.
     classes: number of classes, which it is given where it takes that number.
     chosen: its other arguments.
+    seed: seed of the `rngs` of an NNX module.
 
   Raises:
     ConfigError: there is no such class, it does not take these arguments, or it makes
-      something else than a linen module.
+      something else than a module.
   """
   made = own.load(name)
   if not callable(made):
     raise ConfigError(f'{name}: expected a class, got a {type(made).__name__}')
-  takes = inspect.signature(made).parameters
+  is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)
+  takes = inspect.signature(made.__init__ if is_nnx else made).parameters
   fill = {word: classes for word in CLASSES if word in takes and word not in chosen}
+  rngs = {'rngs': nnx.Rngs(seed)} if 'rngs' in takes else {}
   wrong = [word for word in chosen if word not in takes]
   if wrong and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-    known = [word for word in takes if word not in ('parent', 'name')]
+    known = [word for word in takes if word not in ('self', 'parent', 'name')]
     raise ConfigError(
       f'{name}: takes no {wrong[0]}; its arguments are {", ".join(known) or "none"}'
     )
   try:
-    module = made(**{**dict([*fill.items()][:1]), **chosen})
+    module = made(**{**dict([*fill.items()][:1]), **rngs, **chosen})
   except Exception as error:
     raise ConfigError(f'{name}: making it failed: {own.told(error)}') from error
-  if not isinstance(module, nn.Module):
+  if not isinstance(module, nn.Module | nnx.Module):
     raise ConfigError(
-      f'{name}: expected a linen module (flax.linen.Module), got a '
+      f'{name}: expected a module of flax.linen or flax.nnx, got a '
       f'{type(module).__module__}.{type(module).__name__}'
     )
   return module

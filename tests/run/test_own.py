@@ -22,6 +22,7 @@ from depthprune.train.options import ConfigError
 
 NET = '''
 import flax.linen as nn
+from flax import nnx
 import depthprune as dp
 from layers_beside import Block
 
@@ -55,6 +56,27 @@ class Plainly(nn.Module):
       y = nn.BatchNorm(use_running_average=deterministic)(nn.Conv(8, (3, 3))(x))
       x = nn.relu(x + nn.Dropout(0.1, deterministic=deterministic)(y))
     return nn.Dense(self.classes)(x.mean((1, 2)))
+
+class Unit(nnx.Module):
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+  def __call__(self, x):
+    return x + self.drop(nnx.relu(self.norm(self.conv(x))))
+
+class NNX(nnx.Module):
+  def __init__(self, num_classes, rngs):
+    self.stem = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+    self.units = nnx.List([Unit(rngs) for _ in range(2)])
+    self.head = nnx.Linear(8, num_classes, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.stem(x)
+    for unit in self.units:
+      x = unit(x)
+    return self.head(x.mean((1, 2)))
 
 class Wrong(nn.Module):
   kind: str
@@ -231,7 +253,7 @@ def test_arguments_of_a_network():
     ('own_net.py:broken', {}, r'RuntimeError: it is broken \(.*own_net.py, line'),
     ('own_net.py:Net', {'model_args': ('depth=3',)}, 'takes no depth.*num_classes'),
     ('own_net.py:Net', {'bfloat16': True}, 'takes no dtype'),
-    ('own_data.py:arrays', {}, 'expected a linen module.*dict'),
+    ('own_data.py:arrays', {}, 'expected a module of flax.*dict'),
   ],
 )
 def test_networks_that_cannot_be_made_are_refused(folder, name, fields, said):
@@ -416,7 +438,9 @@ def test_a_run_from_the_command_line(folder):
   [
     pytest.param('implosion', 'own_net.py:Net', '--depth 1', marks=pytest.mark.slow),
     ('implosion', 'own_net.py:Plainly', '--depth 1'),
-    ('netcut', 'own_net.py:Plainly', '--force'),
+    ('netcut', 'own_net.py:NNX', '--force'),
+    pytest.param('gates', 'own_net.py:NNX', '', marks=pytest.mark.slow),
+    pytest.param('netcut', 'own_net.py:Plainly', '--force', marks=pytest.mark.slow),
     pytest.param('netcut', 'own_taps.py:Taps', '--force', marks=pytest.mark.slow),
     pytest.param('sidenet', 'own_net.py:Net', '', marks=pytest.mark.slow),
     pytest.param('auxiliary', 'own_net.py:Plainly', '', marks=pytest.mark.slow),
