@@ -65,7 +65,7 @@ def build(name: str, **fields) -> nn.Module:
   file, _, cls = name.partition('.')
   file = RENAMED.get(file, file)
   if cls:
-    constructor = getattr(_family(file), cls, None) if file in _files() else None
+    constructor = _classes(file).get(cls) if file in _files() else None
   else:
     constructor = _constructors().get(name)
   if constructor is None:
@@ -111,6 +111,17 @@ def _files() -> list[str]:
 
 def _family(file: str) -> Any:
   return importlib.import_module(f'{__name__}.{file}')
+
+
+def _classes(file: str) -> dict[str, type]:
+  """The modules and heads of a file: a description must not name anything else."""
+  family = _family(file)
+  return {
+    name: value
+    for name, value in vars(family).items()
+    if isinstance(value, type) and value.__module__ == family.__name__
+    if issubclass(value, nn.Module) or dataclasses.is_dataclass(value)
+  }
 
 
 def _constructors() -> dict[str, Callable[..., Any]]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
@@ -180,9 +181,12 @@ class Network:
     leaves, tree = jax.tree.flatten(shapes)
     kinds = ((x.shape, x.dtype) if hasattr(x, 'shape') else x for x in leaves)
     signature = (tree, train, *kinds)
-    if signature not in self._programs:
-      self._programs[signature] = self._gated(shapes[0], shapes[1], train)
-    return self._programs[signature]
+    if signature in self._programs:
+      return self._programs[signature]
+    made = self._gated(shapes[0], shapes[1], train)
+    if not any(isinstance(x, Tracer) for x in made.program.constants.values()):
+      self._programs[signature] = made
+    return made
 
   def _run(self, arrays, inputs: tuple, train: bool, key: Any) -> tuple[dict, dict]:
     """Returns (outputs by name, updates by path)."""

@@ -307,3 +307,12 @@ def test_wrong_names_are_refused_with_the_nearest():
       build(name)
   with pytest.raises(ValueError, match='not a model of depthprune'):
     describe(nn.Dense(3))
+
+
+@pytest.mark.parametrize(
+  'name', ['pretrained.read', 'mlp.partial', 'heads.WithHeads.__init__', 'mlp.Any',
+           'heads.partial', 'arch.complete', 'mlp.FrozenDict']
+)  # fmt: skip
+def test_a_file_names_classes_of_models_and_nothing_else(name):
+  with pytest.raises(ValueError, match='no model'):
+    build(name)
