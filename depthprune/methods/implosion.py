@@ -69,10 +69,10 @@ def implosion(
 ) -> Method:
   """Erases the residual units of the smallest importance, a few in every round.
 
-  A unit x + w F(x) has a trained scalar w, its priority, written into the model by
-  `gates.branch`. Repeat as often as `Method.rounds` says: train with `make_step`,
-  `decide`, `prune`, and make the method again for the smaller network; at last train
-  what is left.
+  A unit x + w F(x) has a trained scalar w, its priority. `dp.trunk` finds the units of
+  any network, and `dp.branch` writes one into a module. `dp.shrink` runs the rounds, or
+  repeat as often as `Method.rounds` says: train with `make_step`, `decide`, `prune`, and
+  make the method again for the smaller network; at last train what is left.
 
   Args:
     coupling: what `couple` found in the network; `program.units.units(coupling)` lists
@@ -225,7 +225,10 @@ def _reachable(
   """The depth, if erasing `among` leads there; raises ValueError if it does not."""
   if not among:
     stay = [f'{unit.name}: {unit.why_not}' for unit in present if unit.why_not]
-    none = 'it has no branch gates (`depthprune.gates.branch`)'
+    none = (
+      'it has no branch gates. `dp.trunk` puts one on each residual unit x + F(x) that '
+      'it finds outside of scans; in your own modules write x + dp.branch(self, F(x))'
+    )
     none = 'units and exclude leave none of them' if present else none
     raise ValueError(
       f'implosion: no unit of this network can be erased; {"; ".join(stay) or none}'

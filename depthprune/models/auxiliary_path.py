@@ -111,7 +111,8 @@ def beside(taps: tuple[str, ...], search: bool = False, **fields: Any) -> Auxili
 class Adaptor(nn.Module):
   """phi or D of the equations, times its gate: [batch, ..., c] → [batch, *size, width].
 
-  Features that are smaller than `size`, or not a multiple of it, keep their size.
+  Features that are smaller than `size`, or not a multiple of it, keep their size. Those
+  with another number of axes, such as a sequence beside images, count by their mean.
   """
 
   width: int
@@ -120,6 +121,8 @@ class Adaptor(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, size: tuple[int, ...], train: bool) -> jax.Array:
+    if x.ndim != len(size) + 2:
+      x = pooled(x, 'avg').reshape(x.shape[0], *[1] * len(size), x.shape[-1])
     for axis, (n, wanted) in enumerate(zip(x.shape[1:-1], size), 1):
       step = -(-n // wanted)
       if step > 1 and -(-n // step) == wanted:  # like a convolution of that stride
@@ -172,8 +175,9 @@ class DenseNorm(nn.Module):
 class AuxiliaryPath(nn.Module):
   """The module of an `Auxiliary`: {tap: features [batch, ..., c]} → float32 logits.
 
-  Features may be vectors, images or sequences. A stage without an open connection
-  passes on the features before it. For several tasks it returns {task: logits}.
+  Features may be vectors, images or sequences, also in one trunk. A stage without an
+  open connection passes on the features before it. For several tasks it returns {task:
+  logits}.
   """
 
   spec: Auxiliary
@@ -203,7 +207,9 @@ class AuxiliaryPath(nn.Module):
     for s, taps in enumerate(self.spec.stages):
       name, read = f'stage{s}', {tap: features[tap] for tap in taps}
       # Not larger than the next stage, which would read only a part of it.
-      size_s = tuple(map(min, sizes[s], sizes[min(s + 1, len(sizes) - 1)]))
+      size_s, after = sizes[s], sizes[min(s + 1, len(sizes) - 1)]
+      if len(after) == len(size_s):
+        size_s = tuple(map(min, size_s, after))
       part = within(self.arch, name)
       stage = PathStage(self.spec.gated, part, self.dtype, name=name)
       h = stage(read, h, size_s, train)

@@ -23,6 +23,7 @@ from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import Pool
 from depthprune.program import jaxpr as jx
 from depthprune.program import modules
+from depthprune.program.carriers import carries
 from depthprune.program.deadcode import simplify
 from depthprune.program.taps import Inside, gated, inside
 from depthprune.program.trace import abstract, is_array, split_arrays
@@ -41,10 +42,17 @@ def trunk(
 ) -> Trunk:
   """Makes a linen module of any network, with taps and with gates at residual units.
 
+      from depthprune.models.heads import Head, WithHeads
       net = dp.trunk(model, variables, images)
       print(dp.taps(model, variables, images))  # names for heads
       wide = WithHeads(net, {'early': Head('block1', classes=10)})
       wide_variables = wide.init(key, images)  # the arrays of `model`, and new heads
+      outputs = wide.apply(wide_variables, images)  # 'main', 'early' and the taps read
+
+  In training, call it with train=True, `mutable` for running statistics and rngs={
+  'dropout': key} for all that is random, as `make_step` does; `net.original(variables)`
+  gives trained arrays back in the form of `model`. `net.units` names the residual units
+  x + F(x) that were found; each has a gate, variables['branches'][UNIT]['branch'].
 
   Args:
     model: a network of any kind, as for `couple`.
@@ -97,8 +105,7 @@ class Program(NamedTuple):
 
   Attributes:
     program: (gates, arrays, inputs, key) -> outputs, taps and updates.
-    gates: the program's input for each gate, by its path below 'branches/'.
-    added: those of `gates` that the network itself does not have, in order.
+    gates: the program's inputs that scale the branches of units, by path.
     arrays: the program's input for each array, by path.
     returns: what each output of the program is: ('output', name), ('tap', name) or
       ('update', path).
@@ -172,6 +179,22 @@ class Network:
     return self._traced(self.inputs, False, None).outputs['main']
 
   @functools.cached_property
+  def gates(self) -> dict[str, tuple[str, ...]]:
+    """The paths of the scalars whose product scales the branch of each unit.
+
+    The first is the gate that is trained, and closed. A cut multiplies its value into
+    the arrays of the branch, or into a second scalar where none of them can carry it.
+    """
+    program, *_, found = self._traced(self.inputs, False, None)
+    weights = set(program.inputs[: len(self.arrays)])
+    paths = {}
+    for unit, (e, side) in found.units.items():
+      carried = carries(program, e.inputs[side], weights)
+      scale = () if carried else (f'constants/{unit}/scale',)
+      paths[unit] = (f'branches/{unit}/branch', *scale)
+    return paths
+
+  @functools.cached_property
   def _programs(self) -> dict[Any, Program]:
     return {}
 
@@ -215,26 +238,29 @@ class Network:
     units, parts = traced.inside.units, {
       'output': traced.outputs, 'tap': traced.inside.values, 'update': traced.updates
     }  # fmt: skip
-    added = tuple(sorted(g for g in self.gates if f'branches/{g}' not in self.arrays))
-    if added and {*units} != {*self.inside.units}:
+    if {*units} != {*self.inside.units}:
+      here = ', '.join(str(list(x.shape)) for x in jax.tree.leaves(inputs))
       raise ValueError(
-        f'{self.name}: it has other residual units in training ({", ".join(units)}) '
-        f'than in evaluation ({", ".join(self.inside.units)})'
+        f'{self.kind}: at train={train} and inputs {here} it has other residual units '
+        f'({", ".join(units)}) than for the example ({", ".join(self.inside.units)})'
       )
     returns = tuple((what, name) for what, part in parts.items() for name in part)
     outputs = tuple(v for part in parts.values() for v in part.values())
     program = dataclasses.replace(traced.program, outputs=outputs)
 
     def run(gates, flat):
-      branches = {self.gates[g]: gate for g, gate in gates.items()}
-      here = {unit: units[unit] for unit in branches}
-      values = jx.interpret(program, flat, gated(here, branches))
+      factors = {
+        u: functools.reduce(jnp.multiply, [gates[p] for p in self.gates[u]])
+        for u in units
+      }
+      values = jx.interpret(program, flat, gated(units, factors))
       axes = traced.inside.channels
       last = lambda x: jnp.moveaxis(x, axes.get(x.ndim, -1), -1)
       return [last(x) if r[0] == 'tap' else x for x, r in zip(values, returns)]
 
     flat = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program.inputs]
-    gates = {g: jax.ShapeDtypeStruct((), jnp.float32) for g in added}
+    paths = sorted(path for unit in units for path in self.gates[unit])
+    gates = {path: jax.ShapeDtypeStruct((), jnp.float32) for path in paths}
     full = jx.trace(run, (gates, flat)).program
     inputs_of_gates = dict(zip(added, full.inputs))
     arrays = dict(zip(self.arrays, full.inputs[len(added) :]))
@@ -312,13 +338,13 @@ class Trunk(nn.Module):
     arch = complete(self.arch, self.widths, 'Trunk')
     key = self.make_rng('dropout') if train and self.has_rng('dropout') else None
     at = self.network.at(inputs, train, key)
-    erased = {v: 0 for gate, v in at.gates.items() if not arch[gate]}
+    gone = [u for u in self.units if not arch[f'{u}/branch']]
+    erased = {at.gates[self.network.gates[u][0]]: 0 for u in gone}
     if self.is_initializing():
       self._fill(at, erased, until)
     own = {'/'.join(p): x for p, x in flatten_dict(dict(self.variables)).items()}
-    gates = {name: own.get(f'branches/{name}') for name in at.gates}
-    open_ = {at.gates[name]: 1 for name, gate in gates.items() if gate is None}
-    known = open_ | erased
+    gates = {v: own.get(path) for path, v in at.gates.items()}
+    known = {v: 1 for v, gate in gates.items() if gate is None} | erased
     updates = [
       ('update', path)
       for what, path in at.returns
@@ -347,22 +373,40 @@ class Trunk(nn.Module):
 
         state = net.original(variables)  # an nnx.State, say
 
+    Arrays that its evaluation does not need are those that `trunk` was given.
+
     Args:
       variables: of the trunk, not cut; where heads were put on it, the parts 'trunk'.
+
+    Raises:
+      ValueError: variables are missing, for example because they were cut.
     """
-    return self.network.joined(flatten_dict(dict(variables), sep='/'))
+    own = flatten_dict(dict(variables), sep='/')
+    at = self.network.at(self.network.inputs, False, None)
+    _, needed = jx.live(_reduced(at, {}, '')[0])
+    for path, v in at.arrays.items():
+      if v in needed and path not in own:
+        raise ValueError(
+          f'{path}: missing; expected the variables of the whole network, since '
+          f'{self.network.kind} itself has no smaller form: run what was cut by its '
+          '`apply`'
+        )
+    return self.network.joined({**self.network.arrays, **own})
 
   def _fill(self, at: Program, erased: Mapping[jx.Value, int], until: str) -> None:
     """Creates the variables that the outputs need, with the arrays of the network."""
     _, needed = jx.live(_reduced(at, erased, until)[0])
-    draw, held = self.network.draw, self.network.arrays
-    full = held if draw is None else draw(self.make_rng('params'))
+    own = [path for path, v in at.arrays.items() if v in needed]
+    # Training updates the average of a module with others beside it, such as a counter.
+    updated = {_parent(path) for path in own if not path.startswith('params/')}
     arrays: dict[str, Any] = {
-      path: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-      for path, x in full.items()
-      if at.arrays[path] in needed
+      path: x if is_concrete(x) else jnp.zeros(x.shape, x.dtype)
+      for path, x in self.network.arrays.items()
+      if path in own or _parent(path) in updated
     }
-    arrays |= {f'branches/{g}': jnp.ones(()) for g in at.added if at.gates[g] in needed}
+    for path, v in at.gates.items():
+      if v in needed and v not in erased:
+        arrays[path] = jnp.ones(())
     self._put(arrays, arrays)
 
   def _put(self, arrays: Mapping[str, Any], changed: Collection[str]) -> None:
@@ -405,13 +449,13 @@ def _reduced(
   return jx.lean(dataclasses.replace(program, outputs=tuple(kept))), returns
 
 
-def _drawn(model: Any, inputs: tuple, kwargs: Mapping, key: jax.Array) -> dict:
-  """Draws the variables of a linen module."""
-  arrays, merge = split_arrays((inputs, kwargs))
-  inputs, kwargs = merge([jnp.zeros(x.shape, x.dtype) for x in arrays])
-  named = modules.accepted(kwargs, modules.parameters(model))
-  drawn = model.init({'params': key, 'dropout': key}, *inputs, **named)
-  return {name: x for name, x in drawn.items() if name != 'intermediates'}
+def _parent(path: str) -> str:
+  return path.rpartition('/')[0]
+
+
+def is_concrete(x: Any) -> bool:
+  """Whether x holds numbers, and not only their shape."""
+  return not isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _logits(raw: Any) -> Any:

@@ -257,10 +257,18 @@ class Coupling:
           )
 
   def decision(self, keep: Mapping) -> Decision:
-    """Returns what `keep` says of branches and exits, and which variables it kills."""
+    """Returns what `keep` says of branches and exits, and which variables it kills.
+
+    Statistics that only training reads, such as a counter, die with those beside them.
+    """
     decision = Decision(keep.get('branches', {}), keep.get('exits', {}))
     before = self.view.unneeded(Decision({}, {}))
-    return decision._replace(dead=self.view.unneeded(decision) - before)
+    after = self.view.unneeded(decision)
+    beside = lambda path: path.rpartition('/')[0]
+    emptied = {*map(beside, after - before)} - {*map(beside, {*self.axes} - after)}
+    unread = (p for p in before & after if not p.startswith('params/'))
+    lost = {p for p in unread if beside(p) in emptied}
+    return decision._replace(dead=after - before | lost)
 
 
 @dataclasses.dataclass(frozen=True)

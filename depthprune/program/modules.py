@@ -205,6 +205,8 @@ def parameters(model: Any) -> frozenset[str]:
   except (TypeError, ValueError):
     return frozenset((ANY,))
   names = {ANY if p.kind is p.VAR_KEYWORD else p.name for p in found}
+  if ANY in names and (layers := getattr(model, 'layers', None)):
+    names = parameters(layers[0])  # a Sequential, whose first layer is given them
   return frozenset(names | ({'rngs', 'mutable'} if linen else set()))
 
 
@@ -226,6 +228,14 @@ def accepted(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]
   if 'train' in kwargs and flag in names:
     taken.setdefault(flag, kwargs['train'] == FLAGS[flag])
   return taken
+
+
+def streams(key: jax.Array) -> dict[str, jax.Array]:
+  """Returns the random streams of a linen module in training.
+
+  linen draws from 'params' where there is no stream of the name that it is asked for.
+  """
+  return {'dropout': key, 'params': jax.random.fold_in(key, 1)}
 
 
 def set_mode(module: Any, train: bool) -> None:
@@ -254,7 +264,9 @@ def collected(model: Any, variables: Any) -> dict[str, Any]:
   paths = paths_of(variables)
   if isinstance(variables, Mapping) and 'params' in variables:
     return paths
-  kind = lambda x: 'params' if np.issubdtype(x.dtype, np.inexact) else 'constants'
+  kind = lambda x: (
+    'params' if jax.numpy.issubdtype(x.dtype, np.inexact) else 'constants'
+  )
   return {f'{kind(x)}/{path}': x for path, x in paths.items()}
 
 
@@ -279,7 +291,7 @@ def updating(model: Any, variables: Any) -> Callable:
     if key is not None and (is_transformers(model) or is_haiku(model)):
       kwargs['dropout_rng' if is_transformers(model) else 'rng'] = key
     elif key is not None:
-      kwargs['rngs'] = {'dropout': key}
+      kwargs['rngs'] = streams(key)
     tree = joined(model, variables, arrays)
     if not (kwargs.get('train') and updates):
       return fn(tree, *inputs, **kwargs), {}

@@ -102,6 +102,7 @@ class Inside(NamedTuple):
 def taps(model: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Taps:
   """Lists the values inside a network, where heads can be put, with their cost.
 
+      from depthprune.models.heads import Head, WithHeads
       print(dp.taps(model, variables, images))
       trunk = dp.trunk(model, variables, images)
       network = WithHeads(trunk, {'early': Head('block1', classes=10)})
@@ -110,16 +111,18 @@ def taps(model: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Taps:
     model: a network of any kind, as for `couple`.
     variables: its arrays or their shapes.
     *inputs: arrays or ShapeDtypeStructs, or trees of them.
-    **kwargs: further arguments of the call, such as train=False.
+    **kwargs: further arguments of the call. The network is in evaluation unless they
+      say train=True, which every kind of network understands.
 
   Returns:
-    The Taps. Values inside a scan are not among them.
+    The Taps. Values inside a scan are not among them, and residual units inside it have
+    no gates: unroll the loop, or scan in segments, each of which ends in a tap.
   """
   shapes, call = modules.collected(model, variables), modules.updating(model, variables)
   run = lambda arrays, *inputs, **kwargs: call(arrays, *inputs, **kwargs)[0]
   arrays = jax.eval_shape(lambda x: x, shapes)
   dims = {path: ax.fresh(x.shape) for path, x in arrays.items()}
-  view = look(run, arrays, tuple(inputs), kwargs, dims)
+  view = look(run, arrays, tuple(inputs), {'train': False, **kwargs}, dims)
   found = inside(view.program, view.leaves)
   listed = []
   names = {v: name for name, v in reversed(found.values.items())}
@@ -229,7 +232,7 @@ def _flow(program: jx.Program, leaves: Mapping[str, jx.Value]) -> _Flow:
     else:
       fed.update(dict.fromkeys(e.outputs, paths))
     if meets and (paths or any(v in features for v in e.inputs)):
-      features.update(v for v in e.outputs if np.issubdtype(v.dtype, np.inexact))
+      features.update(v for v in e.outputs if jnp.issubdtype(v.dtype, np.inexact))
   last_use.update(
     dict.fromkeys((v for v in program.outputs if v in features), math.inf)
   )
@@ -257,7 +260,8 @@ def _places(flow: _Flow) -> tuple[list[Place | None], bool]:
 def _stack(e: jx.Equation) -> Place:
   """The scopes in which an equation was traced, without names of methods."""
   written = '' if e.source is None else str(e.source.name_stack)
-  return tuple(part.partition('.')[0] for part in written.split('/') if part)
+  parts = (part.partition('.')[0] for part in written.split('/'))
+  return tuple(filter(None, parts))
 
 
 def _runs(places: Sequence[Place | None]) -> Iterator[tuple[Place, int, int]]:
@@ -290,19 +294,19 @@ def _narrow(flow: _Flow) -> list[tuple[int, int, jx.Value]]:
   Returns (index of the layer, index of the next layer, value). Of several between two
   layers it is the last with as many axes as the layer's output.
   """
-  found, since, rank = [], -1, 0
+  found, since, ranks = [], -1, set()
   value: jx.Value | None = None
   live: set[jx.Value] = set()
   for i, e in enumerate(flow.program.equations):
     if flow.layer(i):
       if value is not None:
         found.append((since, i, value))
-      since, value, rank = i, None, len(e.outputs[0].shape)
+      since, value, ranks = i, None, {len(v.shape) for v in e.outputs}
     live -= {v for v in e.inputs if flow.last_use.get(v) == i}
     live |= {v for v in e.outputs if flow.last_use.get(v, -1) > i}
-    if len(live) == 1 and since >= 0:
+    if len(live) == 1 and since >= 0 and not (e.name in LAYOUT and value in e.inputs):
       (only,) = live
-      if len(only.shape) == rank and flow.made[only] >= since:
+      if len(only.shape) in ranks and flow.made[only] >= since:
         value = only
   return found
 
@@ -346,8 +350,8 @@ def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
   found: list[tuple[Branch, Sequence[int]]] = []
   hidden: set[int] = set()
   for i, e in enumerate(program.equations):
-    bits = functools.reduce(int.__or__, (above.get(v, 0) for v in e.inputs), 1 << i)
-    above.update(dict.fromkeys(e.outputs, bits))
+    bits = functools.reduce(int.__or__, (above.get(v, 0) for v in e.inputs), 0)
+    above.update(dict.fromkeys(e.outputs, bits | 1 << i))
     own.update(dict.fromkeys(e.outputs, 1 << i))
     made_by.update(dict.fromkeys(e.outputs, e))
     if flow.layer(i):
@@ -363,14 +367,15 @@ def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
       if within := next(filter(None, between), None):
         found.append((Branch(e, side), within))
         break
-  names = [_common(flow, within) for _, within in found]
   units: dict[str, Branch] = {}
-  for (branch, within), name in zip(found, names):
-    inner = any(w is not within and {*w} < {*within} for _, w in found)
-    if not name and inner:
+  for branch, within in found:
+    name = _common(flow, within)
+    others = [w for _, w in found if w is not within]
+    if not name and any({*w} < {*within} for w in others):
       continue  # a shortcut around the whole network is no unit of it
-    if not name or names.count(name) > 1:
-      name = _common(flow, within[-1:])
+    beside = (_common(flow, w) for w in others if not {*w} < {*within})
+    if any(f'{other}/'.startswith(f'{name}/') for other in beside) or not name:
+      name = _common(flow, within[-1:])  # one of several units of a module
     number = next(n for n in range(len(found)) if _numbered(name, n) not in units)
     units[_numbered(name, number)] = branch
     hidden.update(range(within[0], flow.made[branch.sum.outputs[0]]))

@@ -1,10 +1,7 @@
 """Multiplies gates that stay open without being 1 into the arrays of the network.
 
 Branches: y·g with y = BN(conv(x)) equals BN with its scale and bias multiplied by g.
-The arrays that can carry the factor are found in the program, backwards from each
-product with the gate: through sums (both sides), products (one side), operations that
-only move values and, for a positive gate, ReLU and maxima, to variables that are read
-once.
+`program.carriers` finds the arrays that can carry the factor.
 
 Channels: a gate acts where its axis is contracted, so the weight that is contracted
 carries it.
@@ -24,7 +21,7 @@ from jax.core import Tracer
 from depthprune.program import axes as ax
 from depthprune.program import gating
 from depthprune.program import jaxpr as jx
-from depthprune.program.deadcode import LAYOUT, SUMS
+from depthprune.program.carriers import carriers_of
 from depthprune.program.trace import View, paths_of
 
 
@@ -51,7 +48,7 @@ def fold(
       continue
     path = f'branches/{branch}'
     positive = bool(np.all(value >= 0))
-    carriers = _carriers(program, view.leaves[path], set(names), positive)
+    carriers = carriers_of(program, view.leaves[path], set(names), positive)
     if carriers is None:
       raise ValueError(
         f'{path}: its value {np.round(value, 4)} cannot be folded: all that it scales '
@@ -143,93 +140,3 @@ def _carried_by(e, k: int, axis: int, gate, made_by, uses, paths):
     )
   path, loops = paths[v]
   return path, factor.reshape((1,) * loops + factor.shape)
-
-
-def _carriers(
-  program: jx.Program, gate: jx.Value, variables: set[jx.Value], positive: bool
-) -> set[jx.Value] | None:
-  """Returns the variables that can carry the factor `gate` in its place, or None.
-
-  `positive` says that the gate is not negative.
-  """
-  equations, _ = jx.live(program)
-  made_by = {v: e for e in equations for v in e.outputs}
-  uses = Counter(v for e in equations for v in e.inputs)
-  uses.update(program.outputs)
-  aliases, readers = {gate}, []
-  for e in equations:
-    if _is_moved(e, aliases):
-      aliases.add(e.outputs[0])
-    elif any(v in aliases for v in e.inputs):
-      readers.append(e)
-  if aliases & set(program.outputs):
-    return None
-  if not readers:  # the kept exits do not need the gate
-    return set()
-  if all(e.name == 'mul' for e in readers) and not gate.shape:
-    all_carriers: set[jx.Value] = set()
-    for e in readers:
-      scaled = [v for v in e.inputs if v not in aliases]
-      if len(scaled) != 1:
-        return None
-      carriers = _absorb(scaled[0], made_by, uses, variables, positive)
-      if (
-        carriers is None or all_carriers & carriers
-      ):  # a shared carrier would be scaled twice
-        return None
-      all_carriers |= carriers
-    return all_carriers
-  if len(readers) != 1 or readers[0].name != 'scan' or gate not in readers[0].inputs:
-    return None
-  (e,) = readers
-  at = dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
-  consts, _, xs = jx.scan_parts(e, list(at))
-  # With a gate per layer, an array that all layers share cannot carry it.
-  per_layer = gate in (at[v] for v in xs)
-  inside = {
-    v
-    for v in (xs if per_layer else [*consts, *xs])
-    if at[v] in variables and uses[at[v]] == 1
-  }
-  within = next(v for v in at if at[v] is gate)
-  inner = _carriers(e.bodies[0], within, inside, positive)
-  return None if inner is None else {at[v] for v in inner}
-
-
-def _is_moved(e: jx.Equation, aliases: set[jx.Value]) -> bool:
-  """Whether an equation returns one of the aliases: in another layout, or times 1."""
-  one = lambda v: isinstance(v, jx.Literal) and v.shape == () and v.val == 1
-  if e.name == 'mul' and any(map(one, e.inputs)):
-    return any(v in aliases for v in e.inputs)
-  return e.name in LAYOUT and e.inputs[0] in aliases
-
-
-def _absorb(
-  v: jx.Value, made_by, uses, variables, positive: bool
-) -> set[jx.Value] | None:
-  """Returns the variables to scale in order to scale v; None where there are none."""
-  if uses[v] > 1:
-    return None
-  if v not in made_by:
-    return {v} if v in variables else None
-  e = made_by[v]
-  if positive and _is_homogeneous(e):
-    v = next(u for u in e.inputs if not isinstance(u, jx.Literal))
-    return _absorb(v, made_by, uses, variables, positive)
-  inner = [_absorb(u, made_by, uses, variables, positive) for u in e.inputs]
-  if e.name in SUMS or e.name == 'concatenate':
-    return None if None in inner else set().union(*(i for i in inner if i))
-  if e.name in LAYOUT or e.name in ('neg', 'reduce_sum', 'div'):
-    return inner[0]
-  if e.name in ('mul', 'dot_general', 'conv_general_dilated'):
-    return next((i for i in reversed(inner) if i is not None), None)
-  return None
-
-
-def _is_homogeneous(e: jx.Equation) -> bool:
-  """Whether an equation of one array has g f(x) = f(g x) for all g >= 0."""
-  if e.name == 'custom_jvp_call' and len(e.inputs) == 1:  # as ReLU is
-    (body,) = e.bodies
-    return len(body.equations) == 1 and _is_homogeneous(body.equations[0])
-  zero = any(isinstance(v, jx.Literal) and v.val == 0 for v in e.inputs)
-  return e.name in ('reduce_max', 'reduce_window_max') or (e.name == 'max' and zero)

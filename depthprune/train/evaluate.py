@@ -10,7 +10,7 @@ import numpy as np
 
 from depthprune.data.dataset import inputs_of
 from depthprune.distributed import fetch
-from depthprune.program.modules import runnable
+from depthprune.program.modules import runnable, streams
 from depthprune.train.step import gated
 from depthprune.train.task import Task, Tree, as_dict
 
@@ -130,7 +130,7 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
 
 def _batch_statistics(apply, variables, *inputs):
   """Returns the statistics of one batch, with the momentum undone."""
-  old, rngs = variables[COLLECTION], {'dropout': jax.random.key(0)}
+  old, rngs = variables[COLLECTION], streams(jax.random.key(0))
   run = partial(apply, train=True, mutable=[COLLECTION], rngs=rngs)
   updated = lambda stats: run({**variables, COLLECTION: stats}, *inputs)[1][COLLECTION]
 

@@ -11,7 +11,7 @@ import optax
 
 from depthprune.data.dataset import inputs_of
 from depthprune.program.gating import plug, with_branches
-from depthprune.program.modules import runnable
+from depthprune.program.modules import runnable, streams
 from depthprune.program.trace import paths_of
 from depthprune.train.distill import with_teacher
 from depthprune.train.method import Method, no_stats, optimizer
@@ -222,7 +222,7 @@ def _forward(run, method: Method, variables, gates, batch, key):
   inputs = inputs_of(batch)
   if not method.trunk_train:
     return as_dict(run(variables, gates, *inputs, train=False)), {}
-  rngs = {'dropout': key}
+  rngs = streams(key)
   changing = [k for k in variables if k not in ('params', 'branches')]
   if not changing:
     return as_dict(run(variables, gates, *inputs, train=True, rngs=rngs)), {}

@@ -210,3 +210,17 @@ def test_a_tap_that_there_is_not():
   path = dataclasses.replace(beside(trunk.taps), stages=(('stage9/block0',),))
   with pytest.raises(ValueError, match=r"no tap 'stage9/block0'.*All: stage1/block0"):
     WithHeads(trunk, {'aux': path})
+
+
+def test_a_path_reads_images_sequences_and_vectors():
+  key = jax.random.key(0)
+  features = {
+    'image': jax.random.normal(key, (2, 4, 4, 3)),
+    'tokens': jax.random.normal(key, (2, 16, 5)),
+    'vector': jax.random.normal(key, (2, 6)),
+  }
+  for order in (['image', 'tokens', 'vector'], ['vector', 'tokens', 'image']):
+    path = beside(tuple(order), search=True, classes=3, width=8)
+    module = AuxiliaryPath(path, path.widths, jnp.float32)
+    logits, _ = module.init_with_output(key, features)
+    assert logits.shape == (2, 3)

@@ -149,6 +149,8 @@ EYE = jnp.eye(6)
     (lambda p, x: x + (x @ p['a/w'] + x @ p['b/w']), ['b']),  # one branch, two layers
     (lambda p, x: x @ p['a/w'] + x @ p['b/w'], []),  # no shortcut
     (lambda p, x: (x @ p['a/w']) + 0.04 * (x @ p['a/w']) ** 3, []),  # part of a GELU
+    (lambda p, x: jax.nn.gelu(x @ p['a/w'] + p['b/w'][0]) @ p['a/v'], []),
+    (lambda p, x: x + jax.nn.gelu(x @ p['a/w']) @ p['b/w'], ['b']),
     (lambda p, x: x * jax.nn.sigmoid(x @ p['a/w']), []),
     (lambda p, x: x @ p['a/w'] + p['b/w'][0], []),  # a bias
   ],
@@ -180,3 +182,45 @@ def test_channels_are_where_the_convolution_has_them():
   outputs = trunk.apply(trunk.init(jax.random.key(0), jnp.ones((2, 3, 8, 8))),
                         jnp.ones((2, 3, 8, 8)))  # fmt: skip
   assert outputs['a'].shape == (2, 8, 8, 4)
+
+
+def test_units_side_by_side_in_a_module_are_named_by_their_last_layers():
+  def f(p, x):
+    return x + x @ p['a/attention/w'] + jax.nn.gelu(x @ p['a/in/w']) @ p['a/out/w']
+
+  p = {f'a/{name}/w': EYE for name in ('attention', 'in', 'out')}
+  assert list(traced(f, p, X).units) == ['a/attention', 'a/out']
+
+
+def test_networks_in_half_precision_have_taps_and_units():
+  half = lambda x: x.astype(jnp.bfloat16)
+  f = lambda p, x: (half(x) + half(x) @ half(p['a/w'])) @ half(p['b/w'])
+  found = traced(f, {'a/w': EYE, 'b/w': EYE}, X)
+  assert [*found.units] == ['a'] and [*found.values] == ['a', 'a/out', 'b']
+
+
+def test_what_follows_a_recurrent_layer_is_narrow():
+  class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for i in range(2):
+        x = x + nn.RNN(nn.GRUCell(6, name=f'gru{i}'))(x)
+      return nn.Dense(2, name='head')(x[:, -1])
+
+  model, x = Recurrent(), jnp.ones((3, 4, 6))
+  taps = dp.taps(model, model.init(jax.random.key(0), x), x)
+  assert [tap.shape for tap in taps if tap.narrow] == [(3, 4, 6), (3, 6)]
+
+
+def test_names_have_no_empty_parts():
+  class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = x + nn.MultiHeadDotProductAttention(2, name='attention')(
+        x, mask=x[:, None, :, :1] > 0
+      )
+      return nn.Dense(2, name='head')(x[:, 0])
+
+  model, x = Attention(), jnp.ones((3, 4, 6))
+  taps = dp.taps(model, model.init(jax.random.key(0), x), x)
+  assert all(all(tap.name.split(':')[0].split('/')) for tap in taps)

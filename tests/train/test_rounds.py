@@ -81,3 +81,37 @@ def test_statistics_are_measured_anew_after_a_cut():
   ][:1]
   mean = small.variables['batch_stats']['norms'][units]['mean']
   assert np.abs(mean).max() > 0
+
+
+def test_a_unit_that_carries_no_factor_keeps_the_value_of_its_gate(tmp_path):
+  """No array can be scaled behind a tanh, nor by a negative factor behind a ReLU."""
+
+  def f(v, x):
+    x = x @ v['stem']
+    x = x + jnp.tanh(x @ v['a'])
+    x = x + jax.nn.relu(x @ v['b'])
+    return (x + jax.nn.gelu(x @ v['c']) @ v['d']) @ v['head']
+
+  keys, widths = jax.random.split(KEY, 6), {'stem': (6, 8), 'head': (8, 3)}
+  names = ('stem', 'a', 'b', 'c', 'd', 'head')
+  variables = {
+    name: jax.random.normal(key, widths.get(name, (8, 8))) / 3
+    for name, key in zip(names, keys)
+  }
+  trunk = dp.trunk(f, variables, X)
+  mine = trunk.init(KEY, X)
+  assert [*mine['constants']] == ['a', 'b']
+  values = {'a': 0.3, 'b': -0.4, 'd': 0.5}
+  mine['branches'] = {unit: {'branch': jnp.float32(g)} for unit, g in values.items()}
+  for gone in ((), ('a',), ('b', 'd')):
+    keep = {'branches': {f'{unit}/branch': unit not in gone for unit in values}}
+    pruned = dp.prune(trunk, mine, keep, X)
+    closed = {unit: {'branch': jnp.zeros(())} for unit in gone}
+    masked = {**mine, 'branches': mine['branches'] | closed}
+    want = trunk.apply(masked, X)['main']
+    for run in (pruned.apply, pruned.model.apply):
+      np.testing.assert_allclose(run(pruned.variables, X)['main'], want, atol=1e-5)
+    dp.save(tmp_path / 'small', pruned)
+    again = dp.load(tmp_path / 'small', trunk)
+    got = again.apply(again.variables, X)['main']
+    np.testing.assert_allclose(got, want, atol=1e-5)
