@@ -70,9 +70,10 @@ def implosion(
   """Erases the residual units of the smallest importance, a few in every round.
 
   A unit x + w F(x) has a trained scalar w, its priority. `dp.trunk` finds the units of
-  any network, and `dp.branch` writes one into a module. `dp.shrink` runs the rounds, or
-  repeat as often as `Method.rounds` says: train with `make_step`, `decide`, `prune`, and
-  make the method again for the smaller network; at last train what is left.
+  any network, and `dp.branch` writes one into a module. `dp.shrink` runs the rounds. To
+  do so yourself, repeat as often as `Method.rounds` says: train with `make_step`,
+  `decide`, `prune`, and make the method again for the smaller network; at last train
+  what is left.
 
   Args:
     coupling: what `couple` found in the network; `program.units.units(coupling)` lists

@@ -67,7 +67,8 @@ def check_tap(tap: str, names: Sequence[str]) -> None:
   if tap not in names:
     raise ValueError(
       f'no tap {tap!r} (a scan has a tap at its end only; unroll it, in models of '
-      f'this package by scan=False). {nearest(tap, names)} All: {", ".join(names) or "none"}.'
+      f'this package by scan=False). {nearest(tap, names)} All: '
+      f'{", ".join(names) or "none"}.'
     )
 
 

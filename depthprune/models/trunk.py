@@ -97,6 +97,8 @@ def trunk(
     draw=None if draw is None else lambda key: modules.collected(model, draw(key)),
     name=f'{type(model).__module__}.{type(model).__qualname__}',
   )
+  with modules.explained(variables, inputs):
+    network.inside  # noqa: B018  (traced here, where the mistake would be)
   return Trunk(network, pool=pool)
 
 
@@ -300,8 +302,9 @@ class Trunk(nn.Module):
 
   @property
   def classes(self) -> int:
-    """The number of logits."""
-    return self.network.logits.shape[-1]
+    """The number of logits; 1 where the network returns a number per example."""
+    _, *rest = self.network.logits.shape
+    return rest[-1] if rest else 1
 
   @property
   def taps(self) -> tuple[str, ...]:

@@ -68,9 +68,12 @@ def runnable(model: Any) -> Callable:
   if not isinstance(exits, tuple):
     if ANY in names:
       return apply
-    return lambda variables, *inputs, **kwargs: apply(
-      variables, *inputs, **accepted(kwargs, names)
-    )
+
+    def call(variables, *inputs, **kwargs):
+      taken = parameters(model, kwargs['method']) if 'method' in kwargs else names
+      return apply(variables, *inputs, **accepted(kwargs, taken))
+
+    return call
 
   def fn(variables, *inputs, **kwargs):
     out = apply(variables, *inputs, **accepted(kwargs, names))
@@ -133,7 +136,12 @@ def explained(variables: Any, inputs: tuple) -> Iterator[None]:
   """Says what to write where the first call of a network fails for a usual reason."""
   try:
     yield
-  except TypeError as error:
+  except (TypeError, AttributeError) as error:
+    if is_array(variables) and not inputs:
+      raise TypeError(
+        f'variables: got {_described(variables)} and no inputs; write (model, '
+        'variables, *inputs)'
+      ) from error
     if len(inputs) == 1 and type(inputs[0]) in (tuple, list):
       raise TypeError(
         f'inputs: the network was called with one {type(inputs[0]).__name__}, and '
@@ -191,22 +199,28 @@ def is_transformers(model: Any) -> bool:
   )
 
 
-def parameters(model: Any) -> frozenset[str]:
+def parameters(model: Any, method: Any = None) -> frozenset[str]:
   """Returns the names of the arguments of a network's call.
 
   ANY is among them where it takes arguments of any name, or cannot be inspected.
+
+  Args:
+    model: the network.
+    method: the method of a linen module that is called instead, or its name.
   """
   if getattr(model, '__name__', '') == 'apply' and hasattr(model, '__self__'):
     model = model.__self__  # module.apply, given as a function
   linen = hasattr(model, 'apply') and not is_haiku(model)
   called = model.apply if is_haiku(model) or not callable(model) else model
+  if linen and method is not None:
+    called = getattr(model, method) if isinstance(method, str) else method
   try:
     found = inspect.signature(called).parameters.values()
   except (TypeError, ValueError):
     return frozenset((ANY,))
   names = {ANY if p.kind is p.VAR_KEYWORD else p.name for p in found}
-  if ANY in names and (layers := getattr(model, 'layers', None)):
-    names = parameters(layers[0])  # a Sequential, whose first layer is given them
+  if ANY in names and type(model).__name__ == 'Sequential' and model.layers:
+    names = parameters(model.layers[0])  # the layer that is given them
   return frozenset(names | ({'rngs', 'mutable'} if linen else set()))
 
 
@@ -220,7 +234,7 @@ def accepted(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]
     kwargs: the arguments.
     names: the arguments that the network has, from `parameters`.
   """
-  if ANY in names or 'method' in kwargs:
+  if ANY in names:
     return dict(kwargs)
   optional = {'train', 'rngs', 'mutable'} - names
   taken = {name: x for name, x in kwargs.items() if name not in optional}

@@ -122,7 +122,8 @@ def taps(model: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Taps:
   run = lambda arrays, *inputs, **kwargs: call(arrays, *inputs, **kwargs)[0]
   arrays = jax.eval_shape(lambda x: x, shapes)
   dims = {path: ax.fresh(x.shape) for path, x in arrays.items()}
-  view = look(run, arrays, tuple(inputs), {'train': False, **kwargs}, dims)
+  with modules.explained(variables, inputs):
+    view = look(run, arrays, tuple(inputs), {'train': False, **kwargs}, dims)
   found = inside(view.program, view.leaves)
   listed = []
   names = {v: name for name, v in reversed(found.values.items())}
@@ -169,9 +170,9 @@ def inside(program: jx.Program, leaves: Mapping[str, jx.Value]) -> Inside:
   for name, v in named.items():
     if v not in by_value or len(name) < len(by_value[v]):
       by_value[v] = name
-  for first, last, v in narrow:
+  for first, _, v in narrow:
     if v not in by_value:
-      owners = map(flow.owner, range(last - 1, first - 1, -1))
+      owners = map(flow.owner, range(flow.made[v], first - 1, -1))
       owner = next(filter(None, owners))
       by_value[v] = _add(named, '/'.join((*owner, 'out')), v)
   order = lambda item: flow.made[item[1]]
@@ -260,8 +261,12 @@ def _places(flow: _Flow) -> tuple[list[Place | None], bool]:
 def _stack(e: jx.Equation) -> Place:
   """The scopes in which an equation was traced, without names of methods."""
   written = '' if e.source is None else str(e.source.name_stack)
-  parts = (part.partition('.')[0] for part in written.split('/'))
-  return tuple(filter(None, parts))
+  stack: list[str] = []
+  for part in written.split('/'):
+    name, method, _ = part.partition('.')
+    if name and not (method and stack[-1:] == [name]):  # a method that calls another
+      stack.append(name)
+  return tuple(stack)
 
 
 def _runs(places: Sequence[Place | None]) -> Iterator[tuple[Place, int, int]]:

@@ -1,6 +1,8 @@
 """Networks of any kind as trunks: heads, gates at units, training, cutting, storing."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from depthprune.models.auxiliary_path import beside
 from depthprune.models.heads import Head, WithHeads, every_tap
 from depthprune.program.trace import paths_of
 from depthprune.program.units import units
+from depthprune.train.method import plain as untouched
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (6, 5, 5, 2))
@@ -306,3 +309,92 @@ def test_the_networks_own_dictionary_of_outputs_is_kept():
   trunk = dp.trunk(f, variables, x)
   outputs = trunk.apply(trunk.init(KEY, x), x)
   assert outputs['side'].shape == (6, 4)
+
+
+def test_a_sequential_needs_no_flag():
+  x, layers = X[:, 0, 0], (nn.Dense(4), nn.relu, nn.Dense(3))
+  linen = nn.Sequential(layers)
+  rngs = nnx.Rngs(0)
+  net = nnx.Sequential(nnx.Linear(2, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs),
+                       nnx.Linear(4, 3, rngs=rngs))  # fmt: skip
+  for model, variables in ((linen, linen.init(KEY, x)), (net, nnx.state(net))):
+    trunk = dp.trunk(model, variables, x)
+    mine = trunk.init(KEY, x)
+    for train in (False, True):
+      outputs = trunk.apply(mine, x, train=train, rngs={'dropout': KEY})
+      assert outputs['main'].shape == (6, 3)
+
+
+def test_random_streams_may_have_any_name():
+  class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      y = nn.Dense(3, name='out')(x)
+      return y + jax.random.normal(self.make_rng('noise'), y.shape) if train else y
+
+  model, x = Noisy(), X[:, 0, 0]
+  variables = model.init(KEY, x)
+  trunk = dp.trunk(model, variables, x)
+  one, two = (
+    trunk.apply(trunk.init(KEY, x), x, train=True, rngs={'dropout': jax.random.key(i)})
+    for i in (1, 2)
+  )
+  assert not np.allclose(one['main'], two['main'])
+  state = dp.init_state(model, untouched(), TX, variables)
+  batch = {'image': x, 'label': DATA['label']}
+  dp.make_step(model, untouched(), TASK, TX)(state, batch, KEY)
+
+
+class Counted(NamedTuple):
+  """A transform in the form of haiku, with a mean that counts its updates."""
+
+  init: Callable
+  apply: Callable
+
+
+def counted():
+  def apply(params, state, rng, x, is_training=False):
+    del rng
+    y, state = x @ params['a']['w'], state['mean']
+    if is_training:
+      count = state['count'] + 1
+      mean = state['mean'] + (y.mean(0) - state['mean']) / count
+      state = {'count': count, 'mean': mean}
+    y = x + jax.nn.relu(y - state['mean'])
+    return y @ params['b']['w'], {'mean': state}
+
+  params = {'a': {'w': jnp.ones((2, 2))}, 'b': {'w': jnp.ones((2, 3))}}
+  state = {'mean': {'count': jnp.zeros(()), 'mean': jnp.zeros(2)}}
+  return Counted(lambda key: (params, state), apply), {'params': params, 'state': state}
+
+
+def test_statistics_that_only_training_reads_come_and_go_with_the_others():
+  (model, variables), x = counted(), X[:, 0, 0]
+  trunk = dp.trunk(model, variables, x)
+  mine = trunk.init(KEY, x)
+  _, new = trunk.apply(mine, x, train=True, mutable=['state'])
+  assert new['state']['mean']['count'] == 1
+  np.testing.assert_allclose(
+    new['state']['mean']['mean'], (x @ jnp.ones((2, 2))).mean(0), rtol=1e-5
+  )
+  assert jax.tree.structure(trunk.original(mine)) == jax.tree.structure(variables)
+  pruned = dp.prune(trunk, mine, {'branches': {'a/branch': False}}, x)
+  assert {*pruned.variables} == {'params'} and pruned.model is not None
+  with pytest.raises(ValueError, match='params/a/w: missing.*no smaller form'):
+    trunk.original(pruned.variables)
+
+
+def test_mistakes_are_named_where_they_are_made():
+  model, variables, _ = linen()
+  with pytest.raises(ValueError, match="'params'.*write {'params': params}"):
+    dp.trunk(model, variables['params'], X)
+  with pytest.raises(TypeError, match='one list'):
+    dp.trunk(model, variables, [X])
+  for call in (dp.trunk, dp.taps, dp.couple):
+    with pytest.raises(TypeError, match='got an array .* no inputs'):
+      call(model, X)
+
+
+def test_a_number_per_example_is_one_output():
+  trunk = dp.trunk(lambda w, x: (x @ w)[:, 0], jnp.ones((2, 1)), X[:, 0, 0])
+  assert trunk.classes == 1

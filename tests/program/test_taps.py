@@ -224,3 +224,40 @@ def test_names_have_no_empty_parts():
   model, x = Attention(), jnp.ones((3, 4, 6))
   taps = dp.taps(model, model.init(jax.random.key(0), x), x)
   assert all(all(tap.name.split(':')[0].split('/')) for tap in taps)
+
+
+def test_a_method_that_calls_another_is_no_place_of_its_own():
+  class Setup(nn.Module):
+    def setup(self):
+      self.layers = [nn.Dense(6) for _ in range(2)]
+      self.head = nn.Dense(2)
+
+    def encode(self, x):
+      for layer in self.layers:
+        x = x + nn.gelu(layer(x))
+      return x
+
+    def __call__(self, x, train):
+      return self.head(self.encode(x))
+
+  model = Setup()
+  variables = model.init(jax.random.key(0), X, False)
+  names = {tap.name for tap in dp.taps(model, variables, X)}  # train=False by itself
+  assert {'layers_0', 'layers_1', 'head'} <= names
+  assert not any('Setup/' in name for name in names)
+  encoder = dp.trunk(model, variables, X, method='encode')
+  outputs = encoder.apply(encoder.init(jax.random.key(0), X), X)
+  want = model.apply(variables, X, method='encode')
+  np.testing.assert_array_equal(outputs['main'], want)
+
+
+def test_a_sum_before_a_normalisation_is_named_by_the_layer_before_it():
+  def f(p, x):
+    x = x @ p['stem/w']
+    x = x + x @ p['a/w']
+    y = p['norm/scale'] * (x - x.mean(-1, keepdims=True))
+    return (x + y @ p['b/w']) @ p['head/w']
+
+  p = dict.fromkeys(('stem/w', 'a/w', 'b/w', 'head/w'), EYE)
+  found = traced(f, p | {'norm/scale': jnp.ones(6)}, X)
+  assert found.narrow == ('stem', 'a/out', 'b/out')
