@@ -173,12 +173,16 @@ class Network:
   @functools.cached_property
   def inside(self) -> Inside:
     """The values and units of the network in evaluation."""
-    return self._traced(self.inputs, False, None).inside
+    return self._example.inside
 
   @functools.cached_property
   def logits(self) -> jx.Value:
     """The network's main output for the example."""
-    return self._traced(self.inputs, False, None).outputs['main']
+    return self._example.outputs['main']
+
+  @functools.cached_property
+  def _example(self) -> _Traced:
+    return self._traced(self.inputs, False, None)
 
   @functools.cached_property
   def gates(self) -> dict[str, tuple[str, ...]]:
@@ -187,7 +191,7 @@ class Network:
     The first is the gate that is trained, and closed. A cut multiplies its value into
     the arrays of the branch, or into a second scalar where none of them can carry it.
     """
-    program, *_, found = self._traced(self.inputs, False, None)
+    program, *_, found = self._example
     weights = set(program.inputs[: len(self.arrays)])
     paths = {}
     for unit, (e, side) in found.units.items():

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ from depthprune.program import axes as ax
 from depthprune.program import cost, modules
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import LAYOUT
-from depthprune.program.trace import look
+from depthprune.program.trace import View, look
 
 LAYERS = ('dot_general', 'conv_general_dilated', 'gather', 'scan', 'while', 'cond')
 CASTS = frozenset(('add', 'add_any', *LAYOUT))  # what a sum is followed through
@@ -125,24 +125,33 @@ def taps(model: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Taps:
   with modules.explained(variables, inputs):
     view = look(run, arrays, tuple(inputs), {'train': False, **kwargs}, dims)
   found = inside(view.program, view.leaves)
-  listed = []
   names = {v: name for name, v in reversed(found.values.items())}
   names |= {found.values[name]: name for name in found.narrow}
-  for v, name in sorted(names.items(), key=lambda item: [*found.values].index(item[1])):
-    upto = jx.lean(dataclasses.replace(view.program, outputs=(v,)))
-    _, needed = jx.live(upto)
-    weights = (x for p, x in view.leaves.items() if p.startswith('params/'))
-    listed.append(
-      Tap(
-        name=name,
-        shape=v.shape,
-        dtype=v.dtype,
-        flops=int(cost.of_program(view, upto)),
-        params=sum(math.prod(x.shape) for x in weights if x in needed),
-        narrow=name in found.narrow,
-      )
-    )
-  return Taps(listed)
+  costs = _costs(view, names)
+  return Taps(
+    Tap(name, v.shape, v.dtype, *costs[v], narrow=name in found.narrow)
+    for name, v in found.values.items()
+    if names[v] == name
+  )
+
+
+def _costs(view: View, values: Collection[jx.Value]) -> dict[jx.Value, tuple[int, int]]:
+  """Returns the FLOPs that lead to each of some values, and the parameters."""
+  amounts: list[tuple[int, int]] = []
+  above: dict[jx.Value, int] = {}  # bit i: amounts[i] is part of the cost
+  for path, v in view.leaves.items():
+    if path.startswith('params/'):
+      above[v] = 1 << len(amounts)
+      amounts.append((0, math.prod(v.shape)))
+  for e in view.program.equations:
+    bits = functools.reduce(int.__or__, (above.get(v, 0) for v in e.inputs), 0)
+    alone = dataclasses.replace(view.program, equations=(e,))
+    if flops := cost.of_program(view, alone):
+      bits |= 1 << len(amounts)
+      amounts.append((flops, 0))
+    above.update(dict.fromkeys(e.outputs, bits))
+  led = {v: [a for i, a in enumerate(amounts) if above[v] >> i & 1] for v in values}
+  return {v: (sum(f for f, _ in a), sum(p for _, p in a)) for v, a in led.items()}
 
 
 def inside(program: jx.Program, leaves: Mapping[str, jx.Value]) -> Inside:
