@@ -66,8 +66,8 @@ def check_tap(tap: str, names: Sequence[str]) -> None:
   """Raises ValueError unless `tap` is one of the taps `names` of a network."""
   if tap not in names:
     raise ValueError(
-      f'no tap {tap!r} (a scan has a tap at its end only; unroll it, in models of '
-      f'this package by scan=False). {nearest(tap, names)} All: '
+      f'no tap {tap!r} (a scan has a tap at its end only: unroll it; in models of '
+      f'this package scan=False gives one per block). {nearest(tap, names)} All: '
       f'{", ".join(names) or "none"}.'
     )
 

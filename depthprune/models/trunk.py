@@ -419,7 +419,7 @@ class Trunk(nn.Module):
   def _put(self, arrays: Mapping[str, Any], changed: Collection[str]) -> None:
     """Stores the variables that hold the changed ones of these arrays."""
     nested = unflatten_dict({tuple(path.split('/')): x for path, x in arrays.items()})
-    for collection, name in {tuple(path.split('/')[:2]) for path in changed}:
+    for collection, name in sorted({tuple(path.split('/')[:2]) for path in changed}):
       self.put_variable(collection, name, nested[collection][name])
 
 
