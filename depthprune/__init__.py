@@ -18,7 +18,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.methods.netcut import netcut
   from depthprune.methods.sidenet import sidenet
   from depthprune.methods.trainable_gates import trainable_gates
-  from depthprune.models.trunk import trunk
+  from depthprune.models.foreign import trunk
   from depthprune.program import cost
   from depthprune.program.coupling import Coupling, couple
   from depthprune.program.gating import plug

@@ -19,7 +19,7 @@ import numpy as np
 
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
-from depthprune.models.trunk import trunk as make_trunk
+from depthprune.models.foreign import trunk as make_trunk
 from depthprune.program import modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import origins, slim

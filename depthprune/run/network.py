@@ -2,7 +2,7 @@
 
 A run may start from a file of pretrained weights or from the folder of a network that
 was pruned before (`as_thin`, `pruned`). Its network may be a module in a file of the
-user's own, which becomes a `models.trunk.Trunk`.
+user's own, which becomes a `models.foreign.Trunk`.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from depthprune.exports import networks
 from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
 from depthprune.models.bert import BERT
+from depthprune.models.foreign import Trunk, trunk
 from depthprune.models.heads import WithHeads, multitask
-from depthprune.models.trunk import Trunk, trunk
 from depthprune.program import cost, modules
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
@@ -315,7 +315,7 @@ def as_thin(model: Any, path: str | Path) -> Any:
   if isinstance(model, Trunk):
     raise CheckpointError(
       f'{path}: expected a .npz or .safetensors file with the arrays of '
-      f'{model.network.name} (params/Dense_0/kernel, ...), got a folder: only networks '
+      f'{model.network.foreign} (params/Dense_0/kernel, ...), got a folder: only networks '
       'of this library start from one'
     )
   record = checkpoint.read_record(Path(path), networks.RECORD)

@@ -95,7 +95,7 @@ def trunk(
     output=output or _logits,
     mode=mode,
     draw=None if draw is None else lambda key: modules.collected(model, draw(key)),
-    name=f'{type(model).__module__}.{type(model).__qualname__}',
+    foreign=f'{type(model).__module__}.{type(model).__qualname__}',
   )
   with modules.explained(variables, inputs):
     network.inside  # noqa: B018  (traced here, where the mistake would be)
@@ -107,7 +107,8 @@ class Program(NamedTuple):
 
   Attributes:
     program: (gates, arrays, inputs, key) -> outputs, taps and updates.
-    gates: the program's inputs that scale the branches of units, by path.
+    gates: the program's first inputs, by path: scalars that the network does not have
+      and that scale the branches of its units.
     arrays: the program's input for each array, by path.
     returns: what each output of the program is: ('output', name), ('tap', name) or
       ('update', path).
@@ -115,7 +116,6 @@ class Program(NamedTuple):
 
   program: jx.Program
   gates: dict[str, jx.Value]
-  added: tuple[str, ...]
   arrays: dict[str, jx.Value]
   returns: tuple[tuple[str, str], ...]
 
@@ -134,7 +134,7 @@ class Network:
     output: (what the network returns) -> logits, or outputs by name.
     mode: (train) -> the arguments of the call that say so.
     draw: (key) -> arrays by path, for `init`; None where `arrays` are to be used.
-    name: full name of its type.
+    foreign: full name of its type, for messages, and where it is described in a file.
   """
 
   call: Callable
@@ -146,29 +146,10 @@ class Network:
   output: Callable
   mode: Callable
   draw: Callable | None
-  name: str
+  foreign: str
 
   def __repr__(self) -> str:
-    return f'{self.name} with {len(self.arrays)} arrays'
-
-  @property
-  def foreign(self) -> str:
-    """Names the network where it cannot be described."""
-    return self.name
-
-  @functools.cached_property
-  def gates(self) -> dict[str, str]:
-    """The residual units by the paths of their gates below 'branches/'.
-
-    They are those of `gates.branch` where the network has such gates, and those that
-    are found in its program elsewhere.
-    """
-    mine = [path for path, x in self.arrays.items() if path.startswith('branches/')]
-    if mine:
-      scalars = (p for p in mine if self.arrays[p].shape == ())
-      names = (p.removeprefix('branches/') for p in scalars)
-      return {name: name.removesuffix('/branch') for name in names}
-    return {f'{unit}/branch': unit for unit in self.inside.units}
+    return f'{self.foreign} with {len(self.arrays)} arrays'
 
   @functools.cached_property
   def inside(self) -> Inside:
@@ -190,7 +171,12 @@ class Network:
 
     The first is the gate that is trained, and closed. A cut multiplies its value into
     the arrays of the branch, or into a second scalar where none of them can carry it.
+    A network that has gates of its own (`gates.branch`) gets no others.
     """
+    if mine := [path for path in self.arrays if path.startswith('branches/')]:
+      scalars = [path for path in mine if self.arrays[path].shape == ()]
+      names = [path.removeprefix('branches/') for path in scalars]
+      return {n.removesuffix('/branch'): (path,) for n, path in zip(names, scalars)}
     program, *_, found = self._example
     weights = set(program.inputs[: len(self.arrays)])
     paths = {}
@@ -244,11 +230,15 @@ class Network:
     units, parts = traced.inside.units, {
       'output': traced.outputs, 'tap': traced.inside.values, 'update': traced.updates
     }  # fmt: skip
-    if {*units} != {*self.inside.units}:
+    own = any(path in self.arrays for paths in self.gates.values() for path in paths)
+    if own:
+      units = {}
+    elif {*units} != {*self.inside.units}:
       here = ', '.join(str(list(x.shape)) for x in jax.tree.leaves(inputs))
       raise ValueError(
-        f'{self.kind}: at train={train} and inputs {here} it has other residual units '
-        f'({", ".join(units)}) than for the example ({", ".join(self.inside.units)})'
+        f'{self.foreign}: at train={train} and inputs {here} it has other residual '
+        f'units ({", ".join(units)}) than for the example '
+        f'({", ".join(self.inside.units)})'
       )
     returns = tuple((what, name) for what, part in parts.items() for name in part)
     outputs = tuple(v for part in parts.values() for v in part.values())
@@ -268,10 +258,8 @@ class Network:
     paths = sorted(path for unit in units for path in self.gates[unit])
     gates = {path: jax.ShapeDtypeStruct((), jnp.float32) for path in paths}
     full = jx.trace(run, (gates, flat)).program
-    inputs_of_gates = dict(zip(added, full.inputs))
-    arrays = dict(zip(self.arrays, full.inputs[len(added) :]))
-    own = {g: arrays[f'branches/{g}'] for g in self.gates if g not in added}
-    return Program(full, inputs_of_gates | own, added, arrays, returns)
+    ins = iter(full.inputs)
+    return Program(full, dict(zip(gates, ins)), dict(zip(self.arrays, ins)), returns)
 
 
 class _Traced(NamedTuple):
@@ -323,12 +311,18 @@ class Trunk(nn.Module):
   @property
   def units(self) -> tuple[str, ...]:
     """The names of the residual units, in order of execution."""
-    return tuple(self.network.gates.values())
+    return tuple(self.network.gates)
 
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    return dict.fromkeys(self.network.gates, 1)
+    paths = (path.removeprefix('branches/') for path, *_ in self.network.gates.values())
+    return dict.fromkeys(paths, 1)
+
+  @property
+  def _scalars(self) -> list[str]:
+    """The paths of all gates."""
+    return [path for paths in self.network.gates.values() for path in paths]
 
   @nn.compact
   def __call__(
@@ -340,18 +334,19 @@ class Trunk(nn.Module):
     """
     for name, value in flags.items():
       if name not in modules.FLAGS:
-        raise TypeError(f'{self.network.name}: unexpected argument {name!r}')
+        raise TypeError(f'{self.network.foreign}: unexpected argument {name!r}')
       train = value == modules.FLAGS[name]
     arch = complete(self.arch, self.widths, 'Trunk')
     key = self.make_rng('dropout') if train and self.has_rng('dropout') else None
     at = self.network.at(inputs, train, key)
-    gone = [u for u in self.units if not arch[f'{u}/branch']]
-    erased = {at.gates[self.network.gates[u][0]]: 0 for u in gone}
+    scalars = {**at.arrays, **at.gates}
+    gates = {path: scalars[path] for path in self._scalars}
+    gone = [name for name, left in arch.items() if not left]
+    erased = {gates[f'branches/{name}']: 0 for name in gone}
     if self.is_initializing():
       self._fill(at, erased, until)
     own = {'/'.join(p): x for p, x in flatten_dict(dict(self.variables)).items()}
-    gates = {v: own.get(path) for path, v in at.gates.items()}
-    known = {v: 1 for v, gate in gates.items() if gate is None} | erased
+    known = {v: 1 for path, v in gates.items() if path not in own} | erased
     updates = [
       ('update', path)
       for what, path in at.returns
@@ -363,12 +358,8 @@ class Trunk(nn.Module):
     arrays = [own.get(path) for path in at.arrays]
     for (path, v), x in zip(at.arrays.items(), arrays):
       if v in needed and x is None:
-        raise ValueError(f'{path}: missing in the variables of {self.network.name}')
-    flat = [
-      *(gates[name] for name in at.added),
-      *arrays,
-      *split_arrays((inputs, key))[0],
-    ]
+        raise ValueError(f'{path}: missing in the variables of {self.network.foreign}')
+    flat = [*map(own.get, at.gates), *arrays, *split_arrays((inputs, key))[0]]
     results = dict(zip(returns, jx.run(program, flat), strict=True))
     new = {path: x for (what, path), x in results.items() if what == 'update'}
     if not self.is_initializing():
@@ -395,7 +386,7 @@ class Trunk(nn.Module):
       if v in needed and path not in own:
         raise ValueError(
           f'{path}: missing; expected the variables of the whole network, since '
-          f'{self.network.kind} itself has no smaller form: run what was cut by its '
+          f'{self.network.foreign} itself has no smaller form: run what was cut by its '
           '`apply`'
         )
     return self.network.joined({**self.network.arrays, **own})
@@ -403,12 +394,13 @@ class Trunk(nn.Module):
   def _fill(self, at: Program, erased: Mapping[jx.Value, int], until: str) -> None:
     """Creates the variables that the outputs need, with the arrays of the network."""
     _, needed = jx.live(_reduced(at, erased, until)[0])
+    draw, held = self.network.draw, self.network.arrays
     own = [path for path, v in at.arrays.items() if v in needed]
     # Training updates the average of a module with others beside it, such as a counter.
     updated = {_parent(path) for path in own if not path.startswith('params/')}
     arrays: dict[str, Any] = {
-      path: x if is_concrete(x) else jnp.zeros(x.shape, x.dtype)
-      for path, x in self.network.arrays.items()
+      path: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+      for path, x in (held if draw is None else draw(self.make_rng('params'))).items()
       if path in own or _parent(path) in updated
     }
     for path, v in at.gates.items():
@@ -460,9 +452,13 @@ def _parent(path: str) -> str:
   return path.rpartition('/')[0]
 
 
-def is_concrete(x: Any) -> bool:
-  """Whether x holds numbers, and not only their shape."""
-  return not isinstance(x, jax.ShapeDtypeStruct)
+def _drawn(model: Any, inputs: tuple, kwargs: Mapping, key: jax.Array) -> dict:
+  """Draws the variables of a linen module."""
+  arrays, merge = split_arrays((inputs, kwargs))
+  inputs, kwargs = merge([jnp.zeros(x.shape, x.dtype) for x in arrays])
+  named = modules.accepted(kwargs, modules.parameters(model))
+  drawn = model.init({'params': key, 'dropout': key}, *inputs, **named)
+  return {name: x for name, x in drawn.items() if name != 'intermediates'}
 
 
 def _logits(raw: Any) -> Any:
@@ -480,7 +476,7 @@ def _logits(raw: Any) -> Any:
     return named['logits']
   names = f' of {", ".join(map(str, named))}' if named else ''
   raise ValueError(
-    f'the network returns a {type(raw).__name__}{names}: expected '
-    "logits, or a dict with 'logits' or 'main'; trunk(..., output=lambda out: out[0]) "
-    'says which of it are the logits'
+    f'the network returns a {type(raw).__name__}{names}: expected logits, or a dict '
+    "with 'logits' or 'main'; trunk(..., output=lambda out: out[0]) says which of it "
+    'are the logits'
   )
