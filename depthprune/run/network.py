@@ -315,8 +315,8 @@ def as_thin(model: Any, path: str | Path) -> Any:
   if isinstance(model, Trunk):
     raise CheckpointError(
       f'{path}: expected a .npz or .safetensors file with the arrays of '
-      f'{model.network.foreign} (params/Dense_0/kernel, ...), got a folder: only networks '
-      'of this library start from one'
+      f'{model.network.foreign} (params/Dense_0/kernel, ...), got a folder: only '
+      'networks of this library start from one'
     )
   record = checkpoint.read_record(Path(path), networks.RECORD)
   stored, arch, _ = _compact(record)
