@@ -34,6 +34,7 @@ from depthprune.program.deadcode import LAYOUT
 from depthprune.program.trace import View, look
 
 LAYERS = ('dot_general', 'conv_general_dilated', 'gather', 'scan', 'while', 'cond')
+SELECTING = ('slice', 'dynamic_slice', 'gather')  # one token of a sequence, say
 CASTS = frozenset(('add', 'add_any', *LAYOUT))  # what a sum is followed through
 
 Place = tuple[str, ...]  # path of a module
@@ -181,8 +182,8 @@ def inside(program: jx.Program, leaves: Mapping[str, jx.Value]) -> Inside:
       by_value[v] = name
   for first, _, v in narrow:
     if v not in by_value:
-      owners = map(flow.owner, range(flow.made[v], first - 1, -1))
-      owner = next(filter(None, owners))
+      since = range(flow.made[v], first - 1, -1)
+      owner = next(filter(None, (places[i] for i in since if flow.owner(i))), ())
       by_value[v] = _add(named, '/'.join((*owner, 'out')), v)
   order = lambda item: flow.made[item[1]]
   return Inside(
@@ -215,7 +216,8 @@ class _Flow(NamedTuple):
 
   def owner(self, i: int) -> Place:
     """The path of the module whose arrays equation i reads, () if none."""
-    paths = [path.split('/')[1:] for path in self.reads[i]]
+    parts = (path.split('/')[1:] for path in self.reads[i])
+    paths = [[name for name in path if name != '~'] for path in parts]  # of haiku
     return _shared([path[:-1] or path for path in paths])
 
   def layer(self, i: int) -> bool:
@@ -268,11 +270,17 @@ def _places(flow: _Flow) -> tuple[list[Place | None], bool]:
 
 
 def _stack(e: jx.Equation) -> Place:
-  """The scopes in which an equation was traced, without names of methods."""
+  """The modules in which an equation was traced.
+
+  Names of methods ('block.decode'), transformations ('vmap(block)') and the scopes of
+  einsum ('ij,jk->ik') are left out.
+  """
   written = '' if e.source is None else str(e.source.name_stack)
   stack: list[str] = []
   for part in written.split('/'):
-    name, method, _ = part.partition('.')
+    if '->' in part or ',' in part:
+      continue
+    name, method, _ = part.rpartition('(')[2].rstrip(')').partition('.')
     if name and not (method and stack[-1:] == [name]):  # a method that calls another
       stack.append(name)
   return tuple(stack)
@@ -306,19 +314,22 @@ def _narrow(flow: _Flow) -> list[tuple[int, int, jx.Value]]:
   """The values that all later features come from, one for each layer but the last.
 
   Returns (index of the layer, index of the next layer, value). Of several between two
-  layers it is the last with as many axes as the layer's output.
+  layers it is the last with as many axes as the layer's output, before a part of it is
+  selected.
   """
   found, since, ranks = [], -1, set()
   value: jx.Value | None = None
   live: set[jx.Value] = set()
   for i, e in enumerate(flow.program.equations):
+    selects = e.name in SELECTING and not flow.layer(i)
     if flow.layer(i):
       if value is not None:
         found.append((since, i, value))
       since, value, ranks = i, None, {len(v.shape) for v in e.outputs}
     live -= {v for v in e.inputs if flow.last_use.get(v) == i}
     live |= {v for v in e.outputs if flow.last_use.get(v, -1) > i}
-    if len(live) == 1 and since >= 0 and not (e.name in LAYOUT and value in e.inputs):
+    moved = e.name in LAYOUT and value in e.inputs
+    if len(live) == 1 and since >= 0 and not selects and not moved:
       (only,) = live
       if len(only.shape) in ranks and flow.made[only] >= since:
         value = only
@@ -358,37 +369,46 @@ def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
   program = flow.program
   count, layers = len(program.equations), []
   # Bit i says that equation i is among what a value is computed from; inputs follow.
-  above = {v: 1 << (count + j) for j, v in enumerate(program.inputs)}
-  own = dict(above)
+  # Above a value is all of it, near it what no product of two features lies between.
+  own = {v: 1 << (count + j) for j, v in enumerate(program.inputs)}
+  above, near = dict(own), dict(own)
   made_by: dict[jx.Value, jx.Equation] = {}
   found: list[tuple[Branch, Sequence[int]]] = []
   hidden: set[int] = set()
   for i, e in enumerate(program.equations):
-    bits = functools.reduce(int.__or__, (above.get(v, 0) for v in e.inputs), 0)
-    above.update(dict.fromkeys(e.outputs, bits | 1 << i))
+    up, close = (
+      functools.reduce(int.__or__, (seen.get(v, 0) for v in e.inputs), 0)
+      for seen in (above, near)
+    )
+    if flow.layer(i):
+      layers.append((i, up, close))
+    if e.name == 'dot_general' and not flow.reads[i]:
+      close = 0  # no layer reads what is added to the scores of an attention
+    above.update(dict.fromkeys(e.outputs, up | 1 << i))
+    near.update(dict.fromkeys(e.outputs, close | 1 << i))
     own.update(dict.fromkeys(e.outputs, 1 << i))
     made_by.update(dict.fromkeys(e.outputs, e))
-    if flow.layer(i):
-      layers.append((i, bits))
     if e.name not in ('add', 'add_any') or e.outputs[0] not in flow.features:
       continue
     for side, (branch, shortcut) in enumerate((e.inputs, e.inputs[::-1])):
       if branch.shape != shortcut.shape or branch not in flow.features:
         continue
-      bits = [own[v] for v in _summands(shortcut, made_by) if v in own]
-      inner = [(k, up) for k, up in layers if above[branch] >> k & 1]
-      between = ([k for k, up in inner if up & bit] for bit in bits)
-      if within := next(filter(None, between), None):
-        found.append((Branch(e, side), within))
+      if _replaces(branch, shortcut, made_by):
+        continue
+      inner = [layer for layer in layers if above[branch] >> layer[0] & 1]
+      bits = (own[v] for v in _summands(shortcut, made_by) if v in own)
+      read = (bit for bit in bits if any(close & bit for _, _, close in inner))
+      if bit := next(read, 0):
+        found.append((Branch(e, side), [k for k, up, _ in inner if up & bit]))
         break
+  names = [_common(flow, within) for _, within in found]
+  owners = [{*map(flow.owner, within)} for _, within in found]
   units: dict[str, Branch] = {}
-  for branch, within in found:
-    name = _common(flow, within)
-    others = [w for _, w in found if w is not within]
-    if not name and any({*w} < {*within} for w in others):
+  for (branch, within), name, own_modules in zip(found, names, owners):
+    if not name and any({*w} < {*within} for _, w in found):
       continue  # a shortcut around the whole network is no unit of it
-    beside = (_common(flow, w) for w in others if not {*w} < {*within})
-    if any(f'{other}/'.startswith(f'{name}/') for other in beside) or not name:
+    alike = (of for other, of in zip(names, owners) if other == name)
+    if not name or any(of != own_modules for of in alike):
       name = _common(flow, within[-1:])  # one of several units of a module
     number = next(n for n in range(len(found)) if _numbered(name, n) not in units)
     units[_numbered(name, number)] = branch
@@ -414,6 +434,14 @@ def _summands(v: jx.Value, made_by: Mapping) -> Iterator[jx.Value]:
     for u in e.inputs:
       if u.shape == v.shape:
         yield from _summands(u, made_by)
+
+
+def _replaces(branch: jx.Value, shortcut: jx.Value, made_by: Mapping) -> bool:
+  """Whether a branch is y - x beside the shortcut x: a straight-through estimator."""
+  e = made_by.get(branch)
+  while e is not None and e.name in LAYOUT:
+    e = made_by.get(e.inputs[0])
+  return e is not None and e.name == 'sub' and e.inputs[1] is shortcut
 
 
 def gated(units: Mapping[str, Branch], gates: Mapping[str, Any]) -> Callable:

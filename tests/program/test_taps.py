@@ -139,6 +139,11 @@ def test_values_beside_a_shortcut_are_not_narrow():
 EYE = jnp.eye(6)
 
 
+def quantised(x, codes):
+  """Straight through: the nearest codes, with the gradient of x."""
+  return x + jax.lax.stop_gradient(jax.nn.softmax(x @ codes) @ codes.T - x)
+
+
 @pytest.mark.parametrize(
   ('f', 'units'),
   [
@@ -151,7 +156,10 @@ EYE = jnp.eye(6)
     (lambda p, x: (x @ p['a/w']) + 0.04 * (x @ p['a/w']) ** 3, []),  # part of a GELU
     (lambda p, x: jax.nn.gelu(x @ p['a/w'] + p['b/w'][0]) @ p['a/v'], []),
     (lambda p, x: x + jax.nn.gelu(x @ p['a/w']) @ p['b/w'], ['b']),
+    (lambda p, x: jax.nn.gelu(x @ p['a/w'] + p['a/v'][0]) @ p['b/w'], []),
+    (lambda p, x: x + jax.nn.gelu(x @ p['a/w'] + p['a/v'][0]) @ p['a/v'], ['a']),
     (lambda p, x: x * jax.nn.sigmoid(x @ p['a/w']), []),
+    (lambda p, x: quantised(x @ p['a/w'], p['b/w']), []),
     (lambda p, x: x @ p['a/w'] + p['b/w'][0], []),  # a bias
   ],
 )
@@ -170,6 +178,112 @@ def test_a_shortcut_around_everything_is_no_unit():
   assert list(traced(f, p, X).units) == ['a', 'b']
 
 
+def test_a_bias_of_attention_that_layers_share_is_no_shortcut():
+  """As in T5: the bias of the first attention is added in the second one, too."""
+
+  def f(p, x):
+    bias = x[0, 0] * p['bias/w']
+    for name in 'ab':
+      scores = (x @ p[f'{name}/q']) @ x.T
+      x = x + jax.nn.softmax(scores + bias) @ (x @ p[f'{name}/v'])
+    return x @ p['out/w']
+
+  n = len(X)
+  p = dict.fromkeys(('a/q', 'a/v', 'b/q', 'b/v', 'out/w'), EYE)
+  found = traced(f, p | {'bias/w': jnp.ones((n, n))}, X)
+  assert list(found.units) == ['a', 'b']
+
+
+def test_units_of_a_module_that_is_called_twice_are_numbered():
+  def f(p, x):
+    for _ in range(2):
+      x = x + jax.nn.relu(x @ p['block/attn/w'])
+      x = x + jax.nn.relu(x @ p['block/in/w']) @ p['block/out/w']
+    return x @ p['head/w']
+
+  p = dict.fromkeys(('block/attn/w', 'block/in/w', 'block/out/w', 'head/w'), EYE)
+  units = ['block/attn', 'block', 'block/attn:1', 'block:1']
+  assert list(traced(f, p, X).units) == units
+
+
+def test_units_are_called_by_their_own_layers_alone():
+  """And not by the layer that makes the value at which they begin."""
+  f = lambda p, x: (lambda y: y + jnp.tanh(y @ p['net/a/w']))(x @ p['net/stem/w'])
+  assert list(traced(f, {'net/stem/w': EYE, 'net/a/w': EYE}, X).units) == ['net/a']
+
+
+def test_only_modules_are_in_names():
+  """Not einsum, which writes its own scope, nor transformations around a module."""
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      y = jnp.einsum('...i,ij->...j', nn.Dense(6, name='in')(x), EYE)
+      return x + nn.Dense(6, name='out')(nn.relu(y))
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      axes = {'variable_axes': {'params': None}, 'split_rngs': {'params': False}}
+      x = nn.vmap(Block, **axes)(name='block')(nn.Dense(6, name='stem')(x))
+      return nn.Dense(2, name='head')(jnp.einsum('bi,ij->bj', x, EYE))
+
+  model = Net()
+  variables = model.init(jax.random.key(0), X)
+  names = [tap.name for tap in dp.taps(model, variables, X)]
+  after_einsum = ['block/in/out', 'block/out/out']
+  assert [name for name in names if name not in after_einsum] == [
+    'stem', 'block/in', 'block/out', 'block', 'head'
+  ]  # fmt: skip
+
+
+def test_haiku_names_its_modules_without_the_marks_of_their_constructor():
+  def f(p, x):
+    for place in ('a', 'b'):
+      with jax.named_scope(f'net/{place}'):  # as haiku writes them
+        x = x @ p[f'net/~/{place}/w']
+        x = x - p[f'net/~/{place}/~/mean/average'][0]
+      with jax.named_scope('net'):
+        x = jnp.tanh(x)
+    return x
+
+  p = dict.fromkeys(('net/~/a/w', 'net/~/b/w'), EYE)
+  p |= dict.fromkeys(('net/~/a/~/mean/average', 'net/~/b/~/mean/average'), EYE)
+  assert [*traced(f, p, X).values] == ['net/a', 'net/a/out', 'net/b', 'net']
+
+
+def test_a_value_is_called_by_what_it_comes_from():
+  """A sum before a normalisation is not called by the normalisation."""
+
+  def f(p, x):
+    y = x @ p['embed/w'] + 1
+    z = y / jnp.sqrt((y**2).mean(-1, keepdims=True)) * p['norm/w'][0]
+    return y + z @ p['a/w']
+
+  found = traced(f, dict.fromkeys(('embed/w', 'norm/w', 'a/w'), EYE), X)
+  assert found.narrow == ('embed/out',)
+
+
+def test_arrays_with_dots_in_their_names_are_told_apart():
+  f = lambda p, x: jnp.tanh(x @ p['net.a']) @ p['net.b']
+  assert [*traced(f, dict.fromkeys(('net.a', 'net.b'), EYE), X).values] == [
+    'net.a', 'net.a/out', 'net.b'
+  ]  # fmt: skip
+
+
+def test_a_value_of_several_modules_has_a_name():
+  f = lambda p, x: jnp.tanh(x @ (p['a/w'] @ p['b/w'])) @ p['c/w']
+  assert traced(f, dict.fromkeys(('a/w', 'b/w', 'c/w'), EYE), X).narrow == ('out',)
+
+
+def test_a_tap_is_the_sequence_and_not_the_token_that_is_selected():
+  tokens = jnp.ones((2, 5, 6))
+  for select in (lambda y: y[:, :1], lambda y: y[:, jnp.arange(1)]):
+    f = lambda p, x: (select(x @ p['a/w'])[:, 0]) @ p['head/w']  # noqa: B023
+    found = traced(f, dict.fromkeys(('a/w', 'head/w'), EYE), tokens)
+    assert [found.values[name].shape for name in found.narrow] == [(2, 5, 6)]
+
+
 def test_channels_are_where_the_convolution_has_them():
   def conv(x, w):
     return jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME')  # channels first
@@ -184,12 +298,12 @@ def test_channels_are_where_the_convolution_has_them():
   assert outputs['a'].shape == (2, 8, 8, 4)
 
 
-def test_units_side_by_side_in_a_module_are_named_by_their_last_layers():
+def test_units_side_by_side_have_the_common_paths_of_their_layers():
   def f(p, x):
     return x + x @ p['a/attention/w'] + jax.nn.gelu(x @ p['a/in/w']) @ p['a/out/w']
 
   p = {f'a/{name}/w': EYE for name in ('attention', 'in', 'out')}
-  assert list(traced(f, p, X).units) == ['a/attention', 'a/out']
+  assert list(traced(f, p, X).units) == ['a/attention', 'a']
 
 
 def test_networks_in_half_precision_have_taps_and_units():
