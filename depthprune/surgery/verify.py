@@ -84,10 +84,8 @@ def verify(
       outputs.append(full)
       pairs = ((reference, got), (wanted, reference), (full, reference))
       rows.append([relative(a, b) for a, b in pairs])
-  contractions = ('dot_general', 'conv_general_dilated')
-  equations = [e for e in jx.walk(coupling.view.program) if e.name in contractions]
-  narrow = any(np.dtype(v.dtype).itemsize < 4 for e in equations for v in e.inputs)
   difference, changed, moved = (max(column) for column in zip(*rows))
+  narrow = any(np.dtype(dtype).itemsize < 4 for dtype in _contracted(coupling))
   broken, tolerance = _broken(outputs[0], variables), HALF if narrow else SINGLE
   verdict = Verdict(difference, changed, moved, tolerance, broken=broken)
   if verdict.difference <= verdict.tolerance:
@@ -99,7 +97,10 @@ def verify(
 
 
 def agrees(coupling: Coupling, fn: Callable, small: Callable, variables: Any) -> bool:
-  """Whether a function runs on the small variables and returns what `small` returns."""
+  """Whether a function runs on the small variables and returns what `small` returns.
+
+  They may differ by the rounding of the narrowest type that is contracted.
+  """
   arrays = _concrete(coupling, coupling.inputs)
   try:
     with jax.default_matmul_precision('highest'):
@@ -109,7 +110,16 @@ def agrees(coupling: Coupling, fn: Callable, small: Callable, variables: Any) ->
       )
   except Exception:  # a network may refuse other sizes in any way
     return False
-  return relative(expected, got) <= SINGLE
+  floats = (x for x in _contracted(coupling) if jnp.issubdtype(x, jnp.inexact))
+  rounding = max((float(jnp.finfo(x).eps) for x in floats), default=0)
+  return relative(expected, got) <= min(max(SINGLE, rounding), HALF)
+
+
+def _contracted(coupling: Coupling) -> set:
+  """The types that contractions read."""
+  equations = jx.walk(coupling.view.program)
+  layers = (e for e in equations if e.name in ('dot_general', 'conv_general_dilated'))
+  return {v.dtype for e in layers for v in e.inputs}
 
 
 def relative(a: Any, b: Any) -> float:

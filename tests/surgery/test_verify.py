@@ -11,7 +11,7 @@ from depthprune.program import resize
 from depthprune.program.coupling import couple
 from depthprune.surgery import plan
 from depthprune.surgery.prune import InexactCut, prune
-from depthprune.surgery.verify import HALF, SINGLE, randomised, relative
+from depthprune.surgery.verify import HALF, SINGLE, agrees, randomised, relative
 from tests import masking as m
 from tests import zoo
 
@@ -165,6 +165,26 @@ def test_half_precision_has_its_own_tolerance():
   assert verify['tolerance'] == HALF > SINGLE
   assert verify['difference'] <= HALF and verify['moved'] > 1e-2
   assert prune(MODEL, VARIABLES, HALVED, X).report['verify']['tolerance'] == SINGLE
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'off', 'same'),
+  [
+    (jnp.float32, 1e-6, True),
+    (jnp.float32, 1e-3, False),
+    (jnp.bfloat16, 2**-8, True),  # one rounding
+    (jnp.bfloat16, 0.03, False),  # a mean over 32 channels, two of which are gone
+    (jnp.float16, 2**-11, True),
+    (jnp.float16, 0.03, False),
+  ],
+)
+def test_a_small_module_may_differ_by_a_rounding_of_its_own_type(dtype, off, same):
+  f = lambda p, x: jnp.tanh(x @ p['in']) @ p['out']
+  p = zoo.Case(f, shapes={'in': (3, 6), 'out': (6, 2)}).variables()
+  p = jax.tree.map(lambda x: x.astype(dtype), p)
+  x = zoo.image(2).mean((1, 2)).astype(dtype)
+  own = lambda p, x: (f(p, x).astype(jnp.float32) * (1 + off)).astype(dtype)
+  assert agrees(couple(f, p, x), own, f, p) == same
 
 
 def test_the_difference_is_relative_and_the_worst():
