@@ -398,3 +398,33 @@ def test_mistakes_are_named_where_they_are_made():
 def test_a_number_per_example_is_one_output():
   trunk = dp.trunk(lambda w, x: (x @ w)[:, 0], jnp.ones((2, 1)), X[:, 0, 0])
   assert trunk.classes == 1
+
+
+def test_statistics_that_only_training_reads_are_kept():
+  """As haiku has them: a sum and a count beside the average that evaluation reads."""
+
+  class Centred(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      zero = lambda: jnp.zeros(())
+      total, count, mean = (
+        self.variable('batch_stats', name, zero) for name in ('total', 'count', 'mean')
+      )
+      if train:
+        total.value, count.value = total.value + x.mean(), count.value + 1
+        mean.value = total.value / count.value
+      return x - mean.value
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(3, name='head')(Centred(name='centred')(x, train))
+
+  model, x = Net(), jnp.ones((4, 2))
+  variables = model.init(KEY, x)
+  net = dp.trunk(model, variables, x)
+  full = net.init(KEY, x)
+  _, new = net.apply(full, x, train=True, mutable=['batch_stats'])
+  _, expected = model.apply(variables, x, train=True, mutable=['batch_stats'])
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, new, expected))
+  assert paths_of(new)['batch_stats/centred/count'] == 1
