@@ -279,17 +279,27 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
   Args:
     coupling: the network's coupling.
     gates: {'channels': {group: [n]}}; other parts are ignored.
-    params: the tree under 'params' of the coupled variables.
+    params: the coupled variables, or the tree under 'params' of them.
 
   Returns:
     A tree like params of products of gates, which broadcast to its leaves.
+
+  Raises:
+    ValueError: params has an array that the coupled variables do not have.
   """
   weights = {coupling.axis(g): w for g, w in gates.get('channels', {}).items()}
 
   def factor(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     product = jnp.ones((), jnp.float32)
-    for i, axis in enumerate(coupling.axes[f'params/{name}']):
+    axes = coupling.axes.get(f'params/{name}', coupling.axes.get(name))
+    if axes is None:
+      raise ValueError(
+        f'optimizer: {name} is none of the arrays that were coupled '
+        f"({', '.join([*coupling.axes][:3])}, ...); train {{'params': variables, or "
+        "variables['params'], 'theta': theta}"
+      )
+    for i, axis in enumerate(axes):
       gate = gating.expand(axis, weights)
       if gate is not None:
         product = product * gate.reshape(

@@ -4,7 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from depthprune.train.method import add_penalty, apart, spare_closed
+from depthprune.methods.trainable_gates import trainable_gates
+from depthprune.program.coupling import couple
+from depthprune.train.method import add_penalty, apart, optimizer, spare_closed
 
 # optax's bias correction raises a float to the power of an int32 step.
 optax_promotion = jax.numpy_dtype_promotion('standard')
@@ -132,3 +134,24 @@ def test_a_line_search_over_a_part_sees_the_loss_of_everything(search, spared):
     found.append(each.update(grad, each.init(at), at, **extra)[0])
   np.testing.assert_allclose(found[1]['params'], found[0], rtol=1e-5)
   np.testing.assert_allclose(found[1]['theta'], -0.2 * (theta + 1), rtol=1e-6)
+
+
+@optax_promotion
+@pytest.mark.parametrize('named', [False, True])
+def test_parameters_have_any_names(named):
+  """Decay spares a closed slice of a plain function's arrays, as of a module's."""
+  f = lambda v, x: jax.nn.relu(x @ v['a']['w']) @ v['b']['w']
+  model = (lambda v, x: f(v['params'], x)) if named else f
+  params = {'a': {'w': jnp.ones((2, 3))}, 'b': {'w': jnp.ones((3, 1))}}
+  coupling = couple(model, {'params': params} if named else params, jnp.ones((1, 2)))
+  method = trainable_gates(coupling, target=0.5)
+  theta = method.init(coupling.gates(), {})
+  theta = jax.tree.map(lambda g: g.at[0].set(-1.0), theta)
+  tx = optimizer(method, optax.adamw(1.0, weight_decay=0.5))
+  trained = {'params': params, 'theta': theta}
+  none = jax.tree.map(jnp.zeros_like, trained)
+  updates, _ = tx.update(none, tx.init(trained), trained)
+  np.testing.assert_allclose(updates['params']['a']['w'], [[0, -0.5, -0.5]] * 2)
+  with pytest.raises(ValueError, match='c/w is none of the arrays'):
+    wrong = {**trained, 'params': {'c': params['a']}}
+    tx.update(wrong, tx.init(wrong), wrong)
