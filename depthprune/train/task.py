@@ -1,8 +1,8 @@
 """Tasks: the loss, metrics and scores of a network's logits.
 
-There is one class per image or text (`classification`), one per pixel (`segmentation`),
-any number of labels (`multilabel`), numbers (`regression`), or several tasks at once
-(`combine`); `task_of` chooses by the data set.
+There is one class per image, text or token (`classification`), one per pixel
+(`segmentation`), any number of labels (`multilabel`), numbers (`regression`), or
+several tasks at once (`combine`); `task_of` chooses by the data set.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +185,7 @@ def classification(
   class_weights: Any = None,
   metric: Metric = 'accuracy',
 ) -> Task:
-  """Returns the task of telling the class of an image or a text.
+  """Returns the task of telling the class of an image, a text or each of its tokens.
 
   The loss is cross-entropy in nats and 'accuracy' the share of correct answers. After
   mixup, the loss is that of both labels, each by its share, and the accuracy is that of
@@ -195,8 +195,9 @@ def classification(
       step = make_step(model, method, task, optax.adam(1e-3))
 
   Args:
-    classes: number of classes. Logits are [batch, classes], and a batch has 'label',
-      int [batch], besides the inputs.
+    classes: number of classes. Logits are [batch, ..., classes], and a batch has
+      'label', int [batch, ...], besides the inputs: an answer for each example, or for
+      each of its tokens, where negative labels are left out.
     label_smoothing: share of every label that is spread evenly over all classes.
     class_weights: factors of the classes in the loss, [classes], such as
       `data.metrics.balanced_weights(labels, classes)`; None for ones.
@@ -217,8 +218,7 @@ def classification(
       )
 
   def loss(logits, batch):
-    chex.assert_shape(logits, (None, classes))
-    chex.assert_rank(batch['label'], 1)
+    logits, batch = _examples(logits, batch, classes)
     one_hot = lambda label: jax.nn.one_hot(label, classes, dtype=logits.dtype)
     targets = one_hot(batch['label'])
     if 'partner' in batch:
@@ -230,10 +230,12 @@ def classification(
     return mean(optax.softmax_cross_entropy(logits, targets), batch)
 
   def metrics(logits, batch):
+    logits, batch = _examples(logits, batch, classes)
     right = jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch['label']
     return {'accuracy': mean(right.astype(logits.dtype), batch)}
 
   def sums(logits, batch):
+    logits, batch = _examples(logits, batch, classes)
     size = jnp.asarray(batch['label'].shape[0], jnp.float32)
     examples = batch['weight'].sum() if 'weight' in batch else size
     means = {'loss': loss(logits, batch), **metrics(logits, batch)}
@@ -243,11 +245,8 @@ def classification(
       one_hot = lambda label: jax.nn.one_hot(label, classes, dtype=jnp.float32)
       label = one_hot(batch['label']) * weight.astype(jnp.float32)[:, None]
       counts = {'confusion': label.T @ one_hot(jnp.argmax(logits, axis=-1))}
-    return {
-      'examples': examples,
-      **counts,
-      **{k: v * examples for k, v in means.items()},
-    }
+    totals = {k: v * examples for k, v in means.items()}
+    return {'examples': examples, **counts, **totals}
 
   def scores(sums):
     examples = np.maximum(sums['examples'], 1e-9)
@@ -257,6 +256,18 @@ def classification(
     return {**means, decides_by: metrics_of.score(metric, sums['confusion'])}
 
   return Task(loss, metrics, jax.nn.log_softmax, sums, scores, decides_by=decides_by)
+
+
+def _examples(logits, batch, classes: int):
+  """Makes an example of every token: logits [n, classes] and their batch."""
+  label = batch['label']
+  chex.assert_shape(logits, (*label.shape, classes))
+  if label.ndim == 1:
+    return logits, batch
+  weight = jnp.asarray(batch.get('weight', 1.0), jnp.float32)
+  weight = jnp.where(label < 0, 0, jnp.broadcast_to(weight, label.shape[::-1]).T)
+  flat = {'label': jnp.maximum(label, 0).reshape(-1), 'weight': weight.reshape(-1)}
+  return logits.reshape(-1, classes), flat
 
 
 def multilabel(classes: int, metric: str = 'f1', weights: Any = None) -> Task:

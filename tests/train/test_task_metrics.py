@@ -37,6 +37,21 @@ LOGITS = (
 )
 
 
+def test_every_token_counts_that_has_a_label():
+  """As a classification of the labelled tokens alone, whatever the rank."""
+  label = np.concatenate([LABEL[:20], [-1, -1, -100, -1]]).reshape(4, 2, 3)
+  logits = np.concatenate([LOGITS[:20], LOGITS[20:24]]).reshape(4, 2, 3, 3)
+  task, keep = classification(3, metric='f1'), label >= 0
+  tokens = {'label': jnp.asarray(label)}
+  flat = {'label': jnp.asarray(label[keep])}
+  for part in (task.loss, lambda *x: task.metrics(*x)['accuracy']):
+    want = part(jnp.asarray(logits[keep]), flat)
+    np.testing.assert_allclose(part(jnp.asarray(logits), tokens), want, rtol=1e-6)
+  assert scores_of(task, logits, label, size=3) == pytest.approx(
+    scores_of(task, logits[keep], label[keep]), rel=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   ('metric', 'expected'),
   [

@@ -118,7 +118,7 @@ def test_wrong_shapes_and_names_are_refused():
     tasks.segmentation(4).loss(LOGITS, {'label': LABEL})
   with pytest.raises(AssertionError, match='shape'):
     TASK.loss(LOGITS, {'label': LABEL[:, :, :2]})
-  with pytest.raises(AssertionError, match='rank'):
+  with pytest.raises(AssertionError, match='shape'):
     tasks.classification(3).loss(LOGITS[:, 0, 0], {'label': LABEL})
   with pytest.raises(ValueError, match='a name for each of 3 classes, got 1'):
     tasks.segmentation(3, names=('road',))
