@@ -132,7 +132,9 @@ def load(
   """
   path = Path(path)
   leaves, record = checkpoint.read(path, RECORD)
-  model = _model(record, path, model, variables)
+  full_model, model = model, _model(record, path, model, variables)
+  if model is not full_model:  # a trunk, whose variables can be read from the record
+    variables = None
   # Version 0.1 did not write the cuts before the last one, nor arrays by keyword.
   before = record.get('before', [])
   wanted = f'{path}: pass variables=: those of the full network are'
@@ -412,12 +414,13 @@ def _uncut(key: str, value: int, coupling: Coupling) -> int:
   return value if kernel is None else kernel.shape[-1]
 
 
-def _foreign(described: Any) -> str:
-  """The name of the network in a description that is not ours; '' if there is none."""
+def _foreign(described: Any) -> Mapping[str, Any]:
+  """The part of a description that names a network that is not ours, or {}."""
   if not isinstance(described, Mapping):
-    return ''
-  inside = (_foreign(value) for value in described.values())
-  return described.get('foreign') or next(filter(None, inside), '')
+    return {}
+  if 'foreign' in described:
+    return described
+  return next(filter(None, map(_foreign, described.values())), {})
 
 
 def _filled(described: Mapping, networks: Mapping[str, Any]) -> dict[str, Any]:
@@ -437,7 +440,7 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
   foreign = _foreign(described)
   if foreign and model is None:
     raise CheckpointError(
-      f'{path}: {foreign} is not a model of depthprune: expected load(path, '
+      f'{path}: {foreign["foreign"]} is not a model of depthprune: expected load(path, '
       'model=...) with the full model or function that was pruned'
     )
   if 'foreign' in described:
@@ -447,9 +450,18 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
     network = getattr(trunk, 'network', None)
     if network is None and 'network' in json.dumps(described):
       first = [*record.get('before', []), record][0]
-      wanted = f'{path}: pass model=trunk(model, variables, *inputs): the inputs are'
-      held = modules.arrays_of(model) if modules.is_module(model) else variables
-      network = make_trunk(model, held, *_concrete(first['inputs'], wanted)).network
+      wanted = f'{path}: pass model=trunk(model, variables, *inputs): the'
+      inputs = _concrete(first['inputs'], f'{wanted} inputs are')
+      named = foreign.get('keywords', [])  # of the last inputs
+      inputs, last = (
+        inputs[: len(inputs) - len(named)],
+        inputs[len(inputs) - len(named) :],
+      )
+      if variables is None and not hasattr(model, 'init'):
+        variables = modules.arrays_of(model)
+        if not jax.tree.leaves(variables):
+          raise CheckpointError(f'{wanted} model holds no variables')
+      network = make_trunk(model, variables, *inputs, **dict(zip(named, last))).network
     filled = _filled(described, {'trunk': trunk, 'network': network})
     return models.build(filled['name'], **filled['fields'])
   if model is not None:

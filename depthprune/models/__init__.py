@@ -86,7 +86,8 @@ def describe(model: Any) -> dict[str, Any]:
     {'name': 'resnet.ResNet', 'fields': {...}}.
 
   A network within it that is not from this package, the trunk of heads, is only named:
-  {'foreign': 'net.Net'}. Put the network itself there before the model is built.
+  {'foreign': 'net.Net'}, with the 'keywords' of its last inputs if they have some. Put
+  the network itself there before the model is built.
 
   Raises:
     ValueError: the model is not from this package.
@@ -140,8 +141,10 @@ def _plain(key: str, value: Any) -> Any:
     kind = type(value)
     ours = kind.__module__.startswith(f'{__name__}.')
     named = getattr(value, 'foreign', f'{kind.__module__}.{kind.__qualname__}')
-    described = ours and not hasattr(value, 'foreign')
-    return describe(value) if described else {'foreign': named}
+    if ours and not hasattr(value, 'foreign'):
+      return describe(value)
+    keywords = getattr(value, 'names', ())
+    return {'foreign': named, **({'keywords': [*keywords]} if keywords else {})}
   if isinstance(value, Mapping):
     return {name: _plain(name, item) for name, item in value.items()}
   if isinstance(value, tuple):

@@ -145,7 +145,7 @@ def explained(variables: Any, inputs: tuple) -> Iterator[None]:
     if len(inputs) == 1 and type(inputs[0]) in (tuple, list):
       raise TypeError(
         f'inputs: the network was called with one {type(inputs[0]).__name__}, and '
-        f'failed ({error}); write the inputs one by one: couple(model, variables, '
+        f'failed ({error}); write the inputs one by one: (model, variables, '
         '*inputs)'
       ) from error
     raise
@@ -178,6 +178,8 @@ def arrays_of(module: Any) -> Any:
   """Returns the arrays that a module carries, as `couple` takes them."""
   if is_nnx(module):
     return sys.modules['flax.nnx'].state(module)
+  if is_transformers(module):
+    return module.params
   return jax.tree.map(lambda x: x if is_array(x) else None, module)
 
 

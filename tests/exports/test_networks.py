@@ -13,6 +13,7 @@ from depthprune import models
 from depthprune.data.images import Normalisation
 from depthprune.exports.networks import load, save
 from depthprune.models.heads import Head, WithHeads
+from depthprune.models.trunk import trunk as trunk_of
 from depthprune.models.vit import ViT
 from depthprune.program.coupling import couple
 from depthprune.storage.checkpoint import CheckpointError
@@ -356,3 +357,34 @@ def test_a_module_that_holds_its_arrays_comes_back_small(tmp_path):
   back = load(tmp_path / 'small', model=Layers(nnx.Rngs(1)))
   assert isinstance(back.model, Layers) and back.model.a.kernel[...].shape == (6, 8)
   np.testing.assert_array_equal(back.model(x), small.model(x))
+
+
+def test_a_trunk_comes_back_around_the_network_alone(tmp_path):
+  """In any kind, with the mask that heads read; but a function holds no arrays."""
+
+  class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, attention_mask):
+      x = nn.Embed(11, 6, name='embed')(tokens)
+      x = x + nn.Dense(6, name='mix')(x * attention_mask[..., None].astype(x.dtype))
+      return nn.Dense(2, name='head')(x[:, 0])
+
+  tokens = jnp.arange(12).reshape(3, 4) % 11
+  mask, model = jnp.ones((3, 4), jnp.int32).at[0, 2:].set(0), Masked()
+  variables = model.init(jax.random.key(0), tokens, mask)
+  plain = lambda v, tokens, attention_mask: model.apply(v, tokens, attention_mask)
+  for network, arrays in ((model, variables), (plain, variables)):
+    trunk = trunk_of(network, arrays, tokens, attention_mask=mask)
+    wide = WithHeads(trunk, {'early': Head('mix', 2)})
+    mine = wide.init(jax.random.key(1), tokens, mask)
+    small = prune(wide, mine, {'exits': {'main': False}}, (tokens, mask))
+    want = small.apply(small.variables, tokens, mask)['early']
+    save(tmp_path / 'small', small)
+    for given in ({'model': wide}, {'model': network, 'variables': arrays}):
+      back = load(tmp_path / 'small', **given)
+      np.testing.assert_array_equal(
+        back.apply(back.variables, tokens, mask)['early'], want
+      )
+  assert load(tmp_path / 'small', model).arch == small.arch
+  with pytest.raises(CheckpointError, match='pass model=trunk.*holds no variables'):
+    load(tmp_path / 'small', plain)
