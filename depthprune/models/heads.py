@@ -181,10 +181,12 @@ class WithHeads(nn.Module):
     heads = {k: h for k, h in self._kept.items() if k not in paths}
     taps = {name: outputs[head.tap] for name, head in heads.items()}
     answers = _answers(heads, arch, dtype, taps, train, mask)
+    # A class of every pixel is as large as the network's own answer, or the image.
+    images = jax.tree.leaves((outputs.get('main'), inputs))
+    size = next((jnp.shape(x)[1:-1] for x in images if jnp.ndim(x) > 2), ())
     for name, path in paths.items():
       part = within(arch, f'head_{name}')
       run = AuxiliaryPath(path, part, dtype, name=f'head_{name}')
-      size = getattr(inputs[0], 'shape', ())[1:-1]
       answers[name] = run(outputs, train, mask, size)
     return outputs | answers
 

@@ -106,6 +106,26 @@ def test_features_of_any_size_are_brought_to_that_of_the_stage():
   assert v['params']['stage0']['a']['dense']['kernel'].shape == (3, 4)
 
 
+@pytest.mark.parametrize('own', [(), (12, 8)], ids=['class', 'pixels'])
+def test_an_answer_of_every_pixel_is_as_large_as_the_networks_own(own):
+  """Or as the image, wherever among the inputs that is."""
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, inputs):
+      x = nn.Conv(4, (3, 3), (2, 2), name='stem')(inputs['pixels'])
+      x = x + nn.Dense(4, name='shift')(inputs['angle'])[:, None, None]
+      x = nn.relu(nn.Conv(3, (3, 3), name='last')(x))
+      return jax.image.resize(x, (2, *own, 3), 'linear') if own else x.mean((1, 2))
+
+  inputs = {'angle': jnp.ones((2, 1)), 'pixels': jnp.ones((2, 6, 4, 3))}
+  net, key = Net(), jax.random.key(0)
+  trunk = dp.trunk(net, net.init(key, inputs), inputs)
+  model = WithHeads(trunk, {'aux': beside(['stem', 'last'], classes=3, pool=None)})
+  outputs = model.apply(model.init(key, inputs), inputs)
+  assert outputs['aux'].shape == (2, *(own or (6, 4)), 3)
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_it_is_normalised_as_a_dense_layer_and_batch_normalisation(dtype):
   """Values, statistics and derivatives, though nothing wide is ever normalised."""
