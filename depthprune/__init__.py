@@ -43,7 +43,12 @@ with _epy.lazy_api_imports(globals()):
   )
   from depthprune.train.rounds import shrink
   from depthprune.train.step import init_state, make_step
-  from depthprune.train.task import classification, multilabel, regression
+  from depthprune.train.task import (
+    classification,
+    multilabel,
+    regression,
+    segmentation,
+  )
 
 __all__ = [
   'CheckpointError',
@@ -81,6 +86,7 @@ __all__ = [
   'regression',
   'save',
   'save_cascade',
+  'segmentation',
   'shrink',
   'sidenet',
   'slim',

@@ -17,10 +17,9 @@ import jax
 import numpy as np
 
 from depthprune.program import axes as ax
-from depthprune.program import cost, rules
+from depthprune.program import cost, modules, rules
 from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import dependent
-from depthprune.program.modules import runnable
 from depthprune.program.trace import (
   View,
   batched,
@@ -156,13 +155,15 @@ def split(
       influence each other (as in train mode); or an array that crosses a cut has no
       axis that counts examples. The message names the exit or the array.
   """
-  fn = functools.partial(runnable(model), **kwargs) if kwargs else runnable(model)
+  fn = functools.partial(modules.runnable(model), **kwargs)
   variables = jax.eval_shape(lambda v: v, variables)
   # A number among the inputs is a scalar: it may be another one in the next call.
   shapes = functools.partial(jax.eval_shape, lambda inputs: inputs)
   example = shapes(inputs)
   batched(example, 1)  # refuses what has no examples at all
-  counts = counts_examples(example, jax.eval_shape(fn, variables, *example))
+  with modules.explained(variables, inputs):
+    outputs = jax.eval_shape(fn, variables, *example)
+  counts = counts_examples(example, outputs)
   _check_named(kwargs, example, counts)
   known: dict[tuple, Stages] = {}
 

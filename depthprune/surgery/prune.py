@@ -62,7 +62,7 @@ class Pruned(NamedTuple):
       part = f'{100 * after / before:.1f} %' if before else 'none'
       lines.append(f'  {title}: {before:,} -> {after:,} ({part})')
     exits = [name for name, kept in self.report['exits'].items() if kept]
-    lines.append(f'  exits: {", ".join(exits) or "none"}')
+    lines += [f'  exits: {", ".join(exits)}'] if exits else []
     lines += [f'  note: {note}' for note in self.report['notes']]
     return '\n'.join(lines)
 

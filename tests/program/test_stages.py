@@ -283,3 +283,11 @@ def test_an_array_by_keyword_that_counts_examples_is_refused_naming_it():
   ):
     split(fn, w, x, mask=jnp.ones((2, 1)))
   assert split(fn, w, x, scale=jnp.float32(2)).exits == ('early', 'main')
+
+
+def test_inputs_are_written_one_by_one():
+  model, tokens = Masked(), jnp.zeros((2, 4), jnp.int32)
+  inputs = (tokens, tokens > -1)
+  variables = model.init(jax.random.key(0), *inputs)
+  with pytest.raises(TypeError, match='one tuple.*one by one'):
+    split(model, variables, inputs)
