@@ -3,6 +3,9 @@
 import gc
 import importlib.metadata
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Two test processes share two cores. One thread each is faster than four fighting,
@@ -47,3 +50,36 @@ def tfds_data(tfds_data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   """As `tfds_data_dir`, and TFDS_DATA_DIR set to it for the test."""
   monkeypatch.setenv('TFDS_DATA_DIR', str(tfds_data_dir))
   return tfds_data_dir
+
+
+# Libraries whose networks are cut in tests and recipes, and what each brings along.
+PACKAGES = {
+  'equinox': ('equinox', 'jaxtyping', 'wadler-lindig'),
+  'transformers': (
+    *('transformers==4.57.6', 'tokenizers==0.22.2', 'huggingface-hub<1.0'),
+    *('safetensors', 'regex'),
+  ),
+}
+
+
+@pytest.fixture(scope='session')
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+  """packages(name) -> a folder with that library, for `sys.path`; or a skip.
+
+  They are no dependencies of ours and never installed beside them: a folder of their
+  own, filled once a session.
+  """
+  folders: dict[str, Path] = {}
+
+  def folder(name: str) -> Path:
+    if name not in folders:
+      target = tmp_path_factory.mktemp(name)
+      command = (*(sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps'),
+                 *('--target', str(target), *PACKAGES[name]))  # fmt: skip
+      made = subprocess.run(command, capture_output=True, text=True)
+      if made.returncode:
+        pytest.skip(f'pip brings no {name}: {made.stderr.strip().splitlines()[-1:]}')
+      folders[name] = target
+    return folders[name]
+
+  return folder

@@ -1,6 +1,6 @@
 """A convolutional network of your own in NNX, with BatchNorm and Dropout."""
 
-# %% Data and network
+# %% Data
 import jax
 import numpy as np
 import optax
@@ -14,6 +14,7 @@ x, y = x.reshape(-1, 8, 8, 1).astype(np.float32) / 16, y.astype(np.int32)
 train, held_out = (x[:1400], y[:1400]), (x[1400:], y[1400:])
 
 
+# %% Network
 class Block(nnx.Module):
   def __init__(self, rngs):
     self.first = nnx.Conv(16, 16, (3, 3), use_bias=False, rngs=rngs)
@@ -51,8 +52,6 @@ optimizer = nnx.Optimizer(small.model, tx, wrt=nnx.Param)  # it trains on as any
 # %% Trainable gates: the module as a trunk trains with `make_step`
 net = dp.trunk(model, nnx.state(model), x[:1])
 variables = net.init(key, x[:1])
-coupling = dp.couple(net, variables, x[:1])
-method = dp.trainable_gates(coupling, target=0.5)
 fit = lambda step, state, stage: dp.fit(
   step, state, key, train, steps=80, batch=100, show=False, label=stage
 )
