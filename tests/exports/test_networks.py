@@ -12,8 +12,8 @@ from flax import nnx
 from depthprune import models
 from depthprune.data.images import Normalisation
 from depthprune.exports.networks import load, save
+from depthprune.models.foreign import trunk as trunk_of
 from depthprune.models.heads import Head, WithHeads
-from depthprune.models.trunk import trunk as trunk_of
 from depthprune.models.vit import ViT
 from depthprune.program.coupling import couple
 from depthprune.storage.checkpoint import CheckpointError
