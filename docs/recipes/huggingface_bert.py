@@ -35,8 +35,8 @@ fit = lambda step, state, stage: dp.fit(
 )
 variables, plain = net.init(key, *example), dp.Method()  # nothing is pruned by it
 state = dp.init_state(net, plain, tx, variables)
-state = fit(dp.make_step(net, plain, task, tx), state, 'train')
-model.params = net.original(state.variables)
+trained = fit(dp.make_step(net, plain, task, tx), state, 'train').variables
+model.params = net.original(trained)
 
 # %% One-shot: half of the FLOPs, in heads and in the layers between
 coupling = dp.couple(model, model.params, tokens[:1], attention_mask=mask[:1])
@@ -51,7 +51,7 @@ from depthprune.models.heads import Head, WithHeads
 
 sides = WithHeads(net, {'early': Head('bert/encoder/layer/1', 2, hidden=16)})
 wide = sides.init(key, *example)
-wide['params']['trunk'] = state.variables['params']
+wide['params']['trunk'] = trained['params']
 method = dp.sidenet(dp.couple(sides, wide, *example), 'frozen')
 state = dp.init_state(sides, method, tx, wide)
 state = fit(dp.make_step(sides, method, task, tx), state, 'sidenet')
@@ -64,8 +64,8 @@ print(np.bincount(answer.exit), early.cost(answer))
 
 # %% Network Implosion: three rounds, a residual unit in each
 shallow = dp.shrink(
-  net, net.init(key, *example), example, lambda coupling: dp.implosion(coupling, 5),
-  fit, task=task, tx=tx, held_out=held_out,
+  net, trained, example, lambda coupling: dp.implosion(coupling, depth=5), fit,
+  task=task, tx=tx, held_out=held_out,
 )  # fmt: skip
 print(shallow, shallow.arch)
 
