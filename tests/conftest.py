@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,32 +55,35 @@ def tfds_data(tfds_data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # Libraries whose networks are cut in tests and recipes, and what each brings along.
 PACKAGES = {
-  'equinox': ('equinox', 'jaxtyping', 'wadler-lindig'),
+  'equinox': ('equinox==0.13.8', 'jaxtyping', 'wadler-lindig'),
+  'haiku': ('dm-haiku==0.0.17', 'jmp', 'tabulate'),
   'transformers': (
-    *('transformers==4.57.6', 'tokenizers==0.22.2', 'huggingface-hub<1.0'),
+    *('transformers==4.57.6', 'tokenizers==0.22.2', 'huggingface-hub==0.36.2'),
     *('safetensors', 'regex'),
   ),
 }
 
 
 @pytest.fixture(scope='session')
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def packages(request: pytest.FixtureRequest) -> Callable[[str], Path]:
   """packages(name) -> a folder with that library, for `sys.path`; or a skip.
 
-  They are no dependencies of ours and never installed beside them: a folder of their
-  own, filled once a session.
+  They are no dependencies of ours and never installed beside them: each has a folder in
+  pytest's cache, filled once.
   """
-  folders: dict[str, Path] = {}
+  cache = request.config.cache.mkdir('packages')
 
   def folder(name: str) -> Path:
-    if name not in folders:
-      target = tmp_path_factory.mktemp(name)
+    found = cache / '-'.join(p for p in PACKAGES[name] if '==' in p)
+    if not found.exists():
+      new = tempfile.mkdtemp(dir=cache)
       command = (*(sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps'),
-                 *('--target', str(target), *PACKAGES[name]))  # fmt: skip
+                 *('--target', new, *PACKAGES[name]))  # fmt: skip
       made = subprocess.run(command, capture_output=True, text=True)
       if made.returncode:
         pytest.skip(f'pip brings no {name}: {made.stderr.strip().splitlines()[-1:]}')
-      folders[name] = target
-    return folders[name]
+      if not found.exists():  # unless another worker was faster
+        Path(new).rename(found)
+    return found
 
   return folder
