@@ -110,7 +110,7 @@ def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys
 @pytest.mark.parametrize(
   ('words', 'said'),
   [
-    ([], 'Expected one of {run, sweep, report, export, bench}'),
+    ([], 'Expected one of {run, sweep, report, export, bench, models}'),
     (['prune'], 'Available subcommands: run, sweep, report, export, bench'),
     (['run', 'gate'], 'Available subcommands: auxiliary, gates, implosion'),
     (['run', 'gates', '--target', '1.5'], 'in (0, 1], got 1.5'),

@@ -68,9 +68,6 @@ class Config(Generic[O]):
   """Network, by name: resnet20 ... resnet110, vgg16, vgg19, mlp, bert_minilm, ...
   (depthprune models lists them); or FILE.py:CLASS, a module of your own."""
 
-  model_args: Annotated[tuple[str, ...], ARGUMENTS] = ()
-  """Arguments of the network, such as width=32 or '{"widths": [16, 32]}'."""
-
   data: str = 'digits'
   """digits (comes with scikit-learn), or a TFDS set of images (with a class each, or
   masks) or texts found in $TFDS_DATA_DIR, such as cifar10, camvid or glue/sst2; or
@@ -173,6 +170,9 @@ class Config(Generic[O]):
   resume: bool = True
   """Continue where an earlier run in the same directory stopped."""
 
+  model_args: Annotated[tuple[str, ...], ARGUMENTS] = ()
+  """Arguments of the network, such as width=32 or '{"widths": [16, 32]}'."""
+
   def __post_init__(self):
     for name in ('model', 'data'):
       object.__setattr__(self, name, own.absolute(getattr(self, name)))
@@ -256,7 +256,8 @@ class Config(Generic[O]):
     values = {'method': self.method, **dataclasses.asdict(self)}
     if not self.model_args:  # as in runs before there were any
       del values['model_args']
-    return {**values, **{k: v for k, v in hashes.items() if v is not None}}
+    values |= {k: v for k, v in hashes.items() if v is not None}
+    return json.loads(json.dumps(values))  # where tuples are lists
 
 
 def default(method: str, options: Any = None, **fields) -> Config:

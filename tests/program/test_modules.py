@@ -227,7 +227,7 @@ def test_what_to_write_where_a_first_call_fails():
   with pytest.raises(ValueError, match=r"write \{'params': params\}"):
     dp.couple(model, variables['params'], X)
   added = lambda v, x, y: model.apply(v, x + y)
-  with pytest.raises(TypeError, match=r'couple\(model, variables, \*inputs\)'):
+  with pytest.raises(TypeError, match=r'one by one: \(model, variables, \*inputs\)'):
     dp.couple(added, variables, (X, X))
   with pytest.raises(ValueError, match=r"mutable=\['batch_stats'\]"):
     dp.couple(model, variables, X, train=True)

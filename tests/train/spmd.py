@@ -158,12 +158,13 @@ def strangers(folder: Path, mesh: str | None) -> None:
   mine = config(folder, mesh)
   other = Config(GateOptions(0.6 + me / 10), batch=16 + me, workdir=mine.workdir)
   told('config', lambda: prepare(other, show=False))
-  load = data.load
-  data.load = lambda *args, **kwargs: darker(load(*args, **kwargs), me)
+  divided, source = data.divided, data.source
+  data.divided = lambda *args, **kwargs: darker(divided(*args, **kwargs), me)
   told('data', lambda: prepare(mine, show=False))
-  data.load = lambda *args, **kwargs: load('digit' + 's' * (1 - me))
+  data.divided = divided
+  data.source = lambda *args: source('digit' + 's' * (1 - me))
   told('failed', lambda: prepare(mine, show=False))
-  data.load = load
+  data.source = source
   apart = folder / f'host{me}'
   checkpoint.write(folder / 'whole', 'state.json', {'w': jnp.zeros(2)}, {})
   (apart / 'checkpoints' / 'ten' / '00000003').mkdir(parents=True) if me else None
