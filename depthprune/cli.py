@@ -265,14 +265,18 @@ def _report(path: Path) -> None:
 
   from depthprune.report import page, run_files, screen, sweep
 
-  if (path / sweep.SWEEP).is_file():
+  if (path / sweep.SWEEP).exists():
     found = sweep.read(path)
-    rich.print(sweep.screen(found))
-    print(f'\n  {sweep.draw(found, path)}')
+    with run_files.fitting(path):
+      shown, drawn = sweep.screen(found), sweep.draw(found, path)
+    rich.print(shown)
+    print(f'\n  {drawn}')
     return
   run = run_files.read(path)
   written = page.write(path)
-  rich.print(screen.screen(run.result))
+  with run_files.fitting(path):
+    shown = screen.screen(run.result)
+  rich.print(shown)
   for note in run.notes:
     print(note)
   print(f'\n  {written}')

@@ -18,7 +18,7 @@ ALLOWED = {
   'storage': ('distributed',),
   'timing': ('program',),
   'surgery': ('program', 'timing'),
-  'models': ('gates', 'program'),
+  'models': ('gates', 'program', 'storage'),
   'data': ('program', 'storage', 'distributed'),
   'train': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),
   'cascades': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),

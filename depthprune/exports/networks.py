@@ -14,24 +14,24 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
+from depthprune.exports import records
+from depthprune.exports.records import CASCADE_RECORD, RECORD, refused
 from depthprune.models.foreign import trunk as make_trunk
 from depthprune.program import modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import origins, slim
 from depthprune.program.trace import several, split_arrays
 from depthprune.storage import checkpoint, directory
-from depthprune.storage.checkpoint import CheckpointError, is_key, kind
+from depthprune.storage.checkpoint import CheckpointError, kind
 from depthprune.surgery.plan import cut, index_plan
-from depthprune.surgery.prune import Pruned, in_kind
+from depthprune.surgery.prune import Pruned, has_shapes, in_kind
 
-RECORD, CASCADE_RECORD, TOKENIZER = 'arch.json', 'cascade.json', 'tokenizer.json'
-KEYS = 'threefry2x32', 'rbg', 'unsafe_rbg'  # the kinds of random keys that jax has
-_OTHER = '?'  # a node or leaf of a tree that JSON cannot express
+TOKENIZER = 'tokenizer.json'
+CALLS = 16  # of modules, at most, for each array of a network
 
 
 class Saved(NamedTuple):
@@ -64,7 +64,8 @@ def save(
       outputs = small.apply(small.variables, images)
 
   The folder appears at once, and replaces a network that was there. The state of the
-  optimizer is not saved.
+  optimizer is not saved. Arrays with NaN or infinities are listed in the record, and
+  `load` accepts such numbers only there.
 
   Args:
     path: the folder.
@@ -81,7 +82,8 @@ def save(
   """
   path, coupling = Path(path), pruned.coupling
   expected = _small(coupling, pruned.keep)
-  checkpoint.matched(expected, checkpoint.paths(pruned.variables), f'{path}: not saved')
+  leaves = checkpoint.paths(pruned.variables)
+  checkpoint.matched(expected, leaves, f'{path}: not saved')
   report = dict(pruned.report)
   if normalisation is not None:
     report['normalisation'] = normalisation._asdict()
@@ -92,6 +94,8 @@ def save(
     'before': [_cut(path, o.coupling, o.keep) for o in origins(coupling.fn)],
     'report': report,
   }
+  if broken := checkpoint.infinite(leaves):
+    record['not_finite'] = broken
   checkpoint.write(path, RECORD, pruned.variables, record, tensors)
 
 
@@ -127,18 +131,19 @@ def load(
 
   Raises:
     CheckpointError: the folder is absent, foreign, damaged or of a newer format; the
-      model is another one; or a leaf is missing, not expected, or of another shape or
-      dtype.
+      model is another one; an entry of `arch.json` is not as expected; or a leaf is
+      missing, not expected, of another shape or dtype, or not finite unless it was so
+      when it was saved.
   """
   path = Path(path)
-  leaves, record = checkpoint.read(path, RECORD)
+  leaves, record = records.read(path)
   full_model, model = model, _model(record, path, model, variables)
   if model is not full_model:  # a trunk, whose variables can be read from the record
     variables = None
   # Version 0.1 did not write the cuts before the last one, nor arrays by keyword.
   before = record.get('before', [])
   wanted = f'{path}: pass variables=: those of the full network are'
-  leaves_of = lambda cut: _concrete(cut['variables'], wanted)
+  leaves_of = lambda cut: records.structs(cut['variables'], wanted)
   first, *others = [*before[len(origins(model)) :], record]
   if variables is None and modules.is_module(model):
     variables = modules.arrays_of(model)
@@ -151,12 +156,23 @@ def load(
   arrays = checkpoint.matched(_small(coupling, keep), leaves, str(path))
   apply = slim(model, coupling, keep)
   if record['arch']:
-    model = model.clone(arch=type(model.arch)(record['arch']))
+    model = _with_arch(path, model, coupling, arrays, record['arch'])
   else:
     model = in_kind(model, coupling, apply, arrays)
   return Pruned(
     apply, arrays, None, record['arch'], record['report'], model, keep, coupling
   )
+
+
+def _with_arch(
+  path: Path, model: Any, coupling: Coupling, arrays: Any, arch: Mapping[str, int]
+) -> Any:
+  """Returns our model with the `arch` of a record, if the arrays are of these sizes."""
+  with refused(f'{path / RECORD}: arch'):
+    small = model.clone(arch=type(model.arch)(arch))
+    if not has_shapes(small, coupling, arrays):
+      raise ValueError('expected the sizes of the arrays, got others')
+  return small
 
 
 def save_cascade(
@@ -272,30 +288,20 @@ def find(path: str | Path, model: Any = None) -> Saved:
 
 
 def _read_cascade(path: Path, model: Any) -> tuple[Cascade, Pruned]:
-  try:
-    record = json.loads((path / CASCADE_RECORD).read_text())
-  except (OSError, ValueError) as error:
-    raise CheckpointError(
-      f'{path}: expected a cascade (with {CASCADE_RECORD} and network/): {error}'
-    ) from error
+  record = records.read_cascade(path)
   network = load(path / 'network', model)
-  try:
-    weights = record['weights']
-    settings: dict[str, Any] = {
-      'thresholds': {e: float(t) for e, t in record['thresholds'].items()},
-      'exits': tuple(record['exits']),
-      'temperatures': record['temperatures'],
-      'confidence': record['confidence'],
-      'weights': None if weights is None else np.asarray(weights, np.float32),
-      'steps': record['steps'],
-    }
-  except KeyError as error:
-    raise CheckpointError(
-      f'{path}: {CASCADE_RECORD} has no entry {error}: damaged, or of another version'
-    ) from error
+  settings: dict[str, Any] = {
+    'thresholds': {e: float(t) for e, t in record['thresholds'].items()},
+    'exits': tuple(record['exits']),
+    'temperatures': record['temperatures'],
+    'confidence': record['confidence'],
+    'weights': record['weights'] and np.asarray(record['weights'], np.float32),
+    'steps': record['steps'],
+  }
   inputs, kwargs = network.coupling.inputs, network.coupling.kwargs
-  early = cascade(network.apply, network.variables, *inputs, **settings, **kwargs)
-  return early, network
+  with refused(path / CASCADE_RECORD):
+    made = cascade(network.apply, network.variables, *inputs, **settings, **kwargs)
+  return made, network
 
 
 def _cut(path: Path, coupling: Coupling, keep: Mapping) -> dict[str, Any]:
@@ -313,15 +319,15 @@ def _cut(path: Path, coupling: Coupling, keep: Mapping) -> dict[str, Any]:
     keep.get(part, {}) for part in ('channels', 'branches', 'exits')
   )
   return {
-    'inputs': _abstract(coupling.inputs),
+    'inputs': records.described(coupling.inputs),
     'kwargs': kwargs,
-    'arrays_by_keyword': _abstract(named),
+    'arrays_by_keyword': records.described(named),
     'keep': {
       'channels': {g: np.flatnonzero(k).tolist() for g, k in channels.items()},
       'branches': {b: np.asarray(k).tolist() for b, k in branches.items()},
       'exits': {e: bool(k) for e, k in exits.items()},
     },
-    'variables': _abstract(coupling.variables),
+    'variables': records.described(coupling.variables),
   }
 
 
@@ -332,9 +338,9 @@ def _coupled(
   if example is not None:
     inputs = several(example)
   else:
-    inputs = _concrete(cut['inputs'], f'{path}: pass example=: the inputs are')
+    inputs = records.structs(cut['inputs'], f'{path}: pass example=: the inputs are')
   named = {
-    name: _concrete(x, f'{path}: pass {name}=: it is')
+    name: records.structs(x, f'{path}: pass {name}=: it is')
     for name, x in cut.get('arrays_by_keyword', {}).items()
     if name not in given
   }
@@ -347,7 +353,7 @@ def _coupled(
     first = (str(error) or type(error).__name__).splitlines()[0]
     raise CheckpointError(
       f'{path}: the model that was given is not the one that was pruned: '
-      f'{_apart(model, variables, inputs, kwargs) or first}'
+      f'{_apart(model, variables, inputs, kwargs) or first:.300}'
     ) from error
   return coupling, keep
 
@@ -358,16 +364,22 @@ def _apart(model: Any, variables: Any, inputs: tuple, kwargs: dict) -> str:
     return ''
   key = jax.eval_shape(lambda: jax.random.key(0))
   arrays, merge = split_arrays((inputs, kwargs))
+  saved = checkpoint.paths(variables)
+  calls = iter(range(CALLS * (1 + len(saved))))
+
+  def counted(call, args, kwargs, context):
+    next(calls)  # a network of many more layers would be traced for minutes
+    return call(*args, **kwargs)
 
   def init(key, arrays):
     args, named = merge(arrays)
     return model.init(key, *args, **named)
 
   try:
-    created = checkpoint.paths(jax.eval_shape(init, key, arrays))
+    with nn.intercept_methods(counted):
+      created = checkpoint.paths(jax.eval_shape(init, key, arrays))
   except Exception:  # its first error is told instead
     return ''
-  saved = checkpoint.paths(variables)
   for path in [*saved, *created]:
     there, here = (
       kind(leaves[path]) if path in leaves else 'no such leaf'
@@ -451,7 +463,7 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
     if network is None and 'network' in json.dumps(described):
       first = [*record.get('before', []), record][0]
       wanted = f'{path}: pass model=trunk(model, variables, *inputs): the'
-      inputs = _concrete(first['inputs'], f'{wanted} inputs are')
+      inputs = records.structs(first['inputs'], f'{wanted} inputs are')
       named = foreign.get('keywords', [])  # of the last inputs
       inputs, last = (
         inputs[: len(inputs) - len(named)],
@@ -463,7 +475,7 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
           raise CheckpointError(f'{wanted} model holds no variables')
       network = make_trunk(model, variables, *inputs, **dict(zip(named, last))).network
     filled = _filled(described, {'trunk': trunk, 'network': network})
-    return models.build(filled['name'], **filled['fields'])
+    return _built(path, filled)
   if model is not None:
     # `arch` is left out, because it may repeat what the fields say.
     there, here = (
@@ -476,45 +488,22 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
         f'{f}: expected {there.get(f)}, got {here.get(f)}' for f in apart
       )
       raise CheckpointError(f'{path}: another model: {what}: leave it out of the call')
-  return models.build(described['name'], **described['fields'])
+  return _built(path, described)
+
+
+def _built(path: Path, described: Mapping[str, Any]) -> Any:
+  with refused(f'{path / RECORD}: model'):
+    return models.build(described['name'], **described['fields'])
 
 
 def _keep(keep: Mapping, coupling: Coupling) -> dict[str, Any]:
+  for group, kept in keep['channels'].items():
+    size = coupling.axis(group).size
+    if len({*kept}) < len(kept) or max(kept, default=0) >= size:
+      raise ValueError(f'{group}: expected different indices below {size}, got others')
   masks = {
     group: np.isin(np.arange(coupling.axis(group).size), kept)
     for group, kept in keep['channels'].items()
   }
   branches = {b: np.asarray(k, bool) for b, k in keep['branches'].items()}
   return {'channels': masks, 'branches': branches, 'exits': keep['exits']}
-
-
-def _abstract(tree: Any) -> Any:
-  """Describes the shapes and dtypes of a tree in JSON, where tuples are not lists."""
-  if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
-    return {key: _abstract(value) for key, value in tree.items()}
-  if type(tree) in (list, tuple):
-    return [type(tree).__name__, *map(_abstract, tree)]
-  if tree is None or isinstance(tree, bool | int | float):
-    return tree
-  if is_key(tree):
-    return kind(tree)
-  plain = isinstance(getattr(tree, 'dtype', None), np.dtype)
-  return kind(tree) if plain else _OTHER
-
-
-def _concrete(abstract: Any, where: str) -> Any:
-  """Returns the tree of ShapeDtypeStructs that `_abstract` described."""
-  if isinstance(abstract, dict):
-    return {key: _concrete(value, where) for key, value in abstract.items()}
-  if isinstance(abstract, list):
-    parts = [_concrete(value, where) for value in abstract[1:]]
-    return tuple(parts) if abstract[0] == 'tuple' else parts
-  if abstract is None or isinstance(abstract, bool | int | float):
-    return abstract
-  if abstract == _OTHER:
-    raise CheckpointError(f'{where} of a kind that JSON cannot express')
-  dtype, shape = abstract.removesuffix(']').split('[')
-  sizes = tuple(int(size) for size in shape.split(',') if size)
-  keys = (jax.eval_shape(lambda i=i: jax.random.key(0, impl=i)).dtype for i in KEYS)
-  kinds = {str(key): key for key in keys}
-  return jax.ShapeDtypeStruct(sizes, kinds.get(dtype) or jnp.dtype(dtype))

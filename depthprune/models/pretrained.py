@@ -4,13 +4,12 @@ Files are .npz or .safetensors. Every tensor of the file must be used and every 
 the model filled, in its shape; otherwise the error lists what does not fit.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
@@ -21,11 +20,14 @@ import safetensors.numpy
 from depthprune.models.bert import BERT
 from depthprune.models.resnet import IMAGENET, ResNet
 from depthprune.models.stages import STACK
+from depthprune.storage import files
+from depthprune.storage.files import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]  # shapes of a model's leaves, by path
 Tensors = Mapping[str, np.ndarray]  # the content of a file
 # Mean, standard deviation and scale of the images of torchvision's ImageNet networks.
 TORCHVISION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0
+HEADS = range(1, 4097)  # of an attention
 SHOWN = 8  # names of each kind in an error
 
 
@@ -94,8 +96,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       f'{path}: expected .npz or .safetensors; what torch saved becomes the latter by '
       'safetensors.torch.save_file(state_dict, path)'
     )
-  if not path.is_file():
-    raise ValueError(f'{path}: no such file')
+  files.regular(path, CheckpointError)
   try:
     if path.suffix == '.safetensors':
       return safetensors.numpy.load_file(path)
@@ -124,18 +125,35 @@ def normalisation(path: str | Path) -> tuple[tuple, tuple, float] | None:
       file cannot be read.
   """
   beside = Path(path).with_suffix('.json')
-  entry = json.loads(beside.read_text()) if beside.is_file() else {}
-  if (entry := entry.get('normalisation')) is None:
+  if (entry := _beside(beside).get('normalisation')) is None:
     stem = read(path).get('conv1.weight')
     imagenet = stem is not None and stem.shape[2:] == (7, 7)
     return TORCHVISION if imagenet else None
-  try:
-    scale = float(entry['scale'].removeprefix('x/'))
-    return tuple(map(float, entry['mean'])), tuple(map(float, entry['std'])), scale
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"{beside}: expected normalisation with mean, std and scale 'x/255', got {entry}"
-    ) from error
+  where = f'{beside}: normalisation'
+  stated = files.checked(entry, StatedNormalisation, where, CheckpointError)
+  mean, std = tuple(map(float, stated['mean'])), tuple(map(float, stated['std']))
+  if len(mean) != len(std):
+    raise CheckpointError(f'{where}: expected as many mean as std, got {entry!r:.200}')
+  return mean, std, float(stated['scale'].removeprefix('x/'))
+
+
+def _is_scale(scale: str) -> bool:
+  return re.fullmatch(r'(x/)?\d{1,9}(\.\d{1,9})?', scale) is not None and (
+    float(scale.removeprefix('x/')) > 0
+  )
+
+
+class StatedNormalisation(TypedDict):
+  """How images were normalised, as it is stated beside a file of weights."""
+
+  mean: list[float]
+  std: list[Annotated[float, files.Rule('a number above 0', lambda value: value > 0)]]
+  scale: Annotated[str, files.Rule("a scale such as 'x/255'", _is_scale)]
+
+
+def _beside(path: Path) -> dict[str, Any]:
+  """Reads a JSON file beside weights, which may be written by anyone; {} if none."""
+  return files.read_json(path, dict[str, Any], CheckpointError) if path.exists() else {}
 
 
 class Slot(NamedTuple):
@@ -347,17 +365,21 @@ def _bert_stated(path: Path) -> dict[str, Any]:
     ValueError: it states something that our BERT does not compute.
   """
   beside = path.with_name('config.json')
-  config = json.loads(beside.read_text()) if beside.is_file() else {}
+  config = _beside(beside)
   computed = {
     'hidden_act': 'gelu', 'layer_norm_eps': 1e-12, 'position_embedding_type': 'absolute'
   }  # fmt: skip
   for key, value in computed.items():
     if config.get(key, value) != value:
       raise ValueError(
-        f'{beside}: {key} is {config[key]!r}; models.bert computes {value!r} only'
+        f'{beside}: {key} is {config[key]!r:.80}; models.bert computes {value!r} only'
       )
   heads = config.get('num_attention_heads')
-  return {} if heads is None else {'heads': heads}
+  if heads is None:
+    return {}
+  few: Any = Annotated[int, files.Rule('a number from 1 to 4096', HEADS.__contains__)]
+  where = f'{beside}: num_attention_heads'
+  return {'heads': files.checked(heads, few, where, CheckpointError)}
 
 
 # ---- errors --------------------------------------------------------------------------
@@ -386,6 +408,11 @@ def _faults(tensors: Mapping[str, np.ndarray], slots: Mapping[str, Slot]) -> lis
       f'{name} {tensor.dtype}'
       for name, tensor, *_ in both
       if not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ],
+    'tensors with NaN or infinities': [
+      name
+      for name, tensor, *_ in both
+      if jnp.issubdtype(tensor.dtype, jnp.floating) and not jnp.isfinite(tensor).all()
     ],
   }
   return [

@@ -1,7 +1,6 @@
 """The report of a run: one HTML page without scripts, fonts or external addresses."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +10,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from depthprune.report import charts, exit_charts, sentences, style, tables
-from depthprune.report.run_files import FinishedRun, read
+from depthprune.report.run_files import FinishedRun, fitting, read
 from depthprune.report.tables import Table
+from depthprune.storage import directory
 from depthprune.train.result import CascadeResult, Result
 
 
@@ -48,9 +48,9 @@ def write(path: str | Path) -> Path:
   """
   run = read(path)
   written = run.path / 'report.html'
-  unfinished = written.with_suffix('.html.part')
-  unfinished.write_text(page(run), encoding='utf-8')
-  os.replace(unfinished, written)
+  with fitting(run.path):
+    text = page(run)
+  directory.write_text(written, text)
   return written
 
 

@@ -1,15 +1,29 @@
 """Reading the files of a finished run: its result, its history and its gates."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from depthprune import methods
+from depthprune.run.config import check_options
+from depthprune.storage import files
 from depthprune.train.result import Result, from_json
 
 
 class RunError(ValueError):
   """No report can be made of a directory; the message says why and what to do."""
+
+
+# What was measured may be NaN or infinite, and is drawn with a gap.
+Number = Annotated[Any, files.Rule('a number', lambda x: type(x) in (int, float, bool))]
+
+
+class Place(TypedDict):
+  """What every line says of where it belongs."""
+
+  stage: str | None
+  step: Annotated[int, files.at_least(0)]
 
 
 class FinishedRun(NamedTuple):
@@ -46,7 +60,7 @@ def read(path: str | Path) -> FinishedRun:
       f'{"a file" if path.exists() else "nothing"}; '
       'give the one that `depthprune run` wrote'
     )
-  result = _result(path / 'result.json')
+  result = read_result(path / 'result.json')
   history, damaged = _lines(path / 'history.jsonl')
   gates, damaged_gates = _lines(path / 'gates.jsonl')
   return FinishedRun(
@@ -54,19 +68,37 @@ def read(path: str | Path) -> FinishedRun:
   )
 
 
-def _result(path: Path) -> Result:
-  if not path.is_file():
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+  """Says of the files in a directory that they do not fit together.
+
+  Each may be as expected, and yet a line of one may name what the other does not have.
+
+  Raises:
+    RunError: what is made of them within fails.
+  """
+  try:
+    yield
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    said = str(error).splitlines() or ['']
+    raise RunError(
+      f'{path}: its files do not fit together ({type(error).__name__}: '
+      f'{said[0]:.200}); they were changed, or written by another program or version'
+    ) from error
+
+
+def read_result(path: Path) -> Result:
+  """Reads a result.json; raises RunError if there is none, or it is of another kind."""
+  if not path.exists():
     raise RunError(
       f'{path}: not there, so the run has not finished (or never began); '
       'start the same `depthprune run` again and it continues where it stopped'
     )
-  try:
-    values = json.loads(path.read_text())
-  except ValueError as error:
-    raise RunError(f'{path}: expected JSON, got {error}; run it again') from error
+  values = files.read_json(path, dict[str, Any], RunError)
   try:
     result = from_json(values)
     methods.check(result.method)
+    check_options(result.method, result.options)
     return result
   except ValueError as error:
     raise RunError(
@@ -77,11 +109,17 @@ def _result(path: Path) -> Result:
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
   """Returns the records of a .jsonl file, if it exists, and notes about bad lines."""
   records, damaged = [], 0
-  for line in path.read_text().splitlines() if path.is_file() else []:
+  for line in path.read_bytes().splitlines() if path.is_file() else []:
     try:
-      records.append(json.loads(line))
-    except ValueError:
+      record = files.parsed(line, dict[str, Any], path.name, RunError)
+      place = {'stage': record.get('stage'), 'step': record.get('step')}
+      files.checked(place, Place, path.name, RunError)
+      rest = [v for v in record.values() if not isinstance(v, str | None)]
+      files.checked(rest, list[Number | dict[str, Number]], path.name, RunError)
+    except RunError:
       damaged += 1
+    else:
+      records.append(record)
   notes = [f'{path.name}: {damaged} unreadable line(s) skipped'] if damaged else []
   return records, notes
 

@@ -1,10 +1,9 @@
 """The report of a sweep: a table of its settings, and a chart of the best of them."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -19,6 +18,8 @@ from depthprune.report.run_files import RunError
 from depthprune.report.screen import PLAIN, indented, titled_table
 from depthprune.report.sentences import NONE
 from depthprune.report.style import FIRST, INK, LINE, MUTED, new_figure, save
+from depthprune.run import config
+from depthprune.storage import files
 from depthprune.train.options import shown
 from depthprune.train.recipe import COSTS
 from depthprune.train.result import Accuracies, SweepResult, structured
@@ -28,6 +29,25 @@ READING = (
   '★ on the front: no other setting costs less and is as good on held-out data. Of '
   'several seeds the mean ± standard deviation'
 )
+
+
+class SweptRun(TypedDict):
+  """One run of a sweep: its settings, and its result or why it was refused."""
+
+  folder: str
+  settings: dict[str, Any]
+  result: dict[str, Any] | None
+  refused: str | None
+
+
+class SweepFile(TypedDict):
+  """The entries of `sweep.json`."""
+
+  config: dict[str, Any]
+  swept: dict[str, list[Any]]
+  versions: NotRequired[dict[str, str]]
+  command: NotRequired[str]
+  runs: list[SweptRun]
 
 
 class SweptSetting(NamedTuple):
@@ -63,18 +83,30 @@ def read(path: str | Path) -> dict[str, Any]:
   """Reads the sweep.json of a directory; raises RunError if there is none."""
   file = Path(path) / SWEEP
   try:
-    return json.loads(file.read_text())
-  except (OSError, ValueError) as error:
+    sweep = files.read_json(file, SweepFile, RunError)
+  except RunError as error:
     raise RunError(
-      f'{file}: expected what `depthprune sweep` wrote, got {error}; start the same '
-      'sweep again, it goes on from there'
+      f'{error}; expected what `depthprune sweep` wrote: start the same sweep again, '
+      'it goes on from there'
     ) from error
+  try:
+    config.from_json(sweep['config'])
+    for run in sweep['runs']:
+      if {*run['settings']} != {*sweep['swept']}:
+        raise ValueError(f'settings of {run["folder"]:.40}: expected those of `swept`')
+      if run['result']:
+        structured(run['result'], SweepResult)
+  except ValueError as error:
+    raise RunError(
+      f'{file}: {error}; it was written by another program or version'
+    ) from error
+  return dict(sweep)
 
 
 def settings(sweep: Mapping[str, Any]) -> list[SweptSetting]:
   """Returns all settings of a sweep, in order."""
-  config = sweep['config']
-  target = methods.recipe(config['method']).target(config['options'])
+  first = sweep['config']
+  target = methods.recipe(first['method']).target(first['options'])
   of = 'params' if target and target.cost == 'params' else 'flops'
   groups: dict[tuple, list[Mapping[str, Any]]] = {}
   for run in sweep['runs']:
@@ -112,8 +144,8 @@ def rows(sweep: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
 def screen(sweep: Mapping[str, Any]) -> Group:
   """Returns the table of a sweep and its notes for `rich.print`."""
   head, lines = rows(sweep)
-  config = sweep['config']
-  title = f'{config["method"]}, {config["model"]} on {config["data"]}'
+  first = sweep['config']
+  title = f'{first["method"]}, {first["model"]} on {first["data"]}'
   table = titled_table(title, **PLAIN)
   for name in head:
     table.add_column(name, justify='right', no_wrap=True)

@@ -6,7 +6,6 @@ decides where examples leave.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +23,15 @@ from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
 from depthprune.program.trace import batched
 from depthprune.run import data
-from depthprune.run.config import Config, from_json
+from depthprune.run.config import Config, ConfigFile, from_json
 from depthprune.run.network import network as build_network
 from depthprune.run.network import of_run
-from depthprune.storage import directory
+from depthprune.storage import directory, files
 from depthprune.surgery.prune import Pruned
 from depthprune.timing import latency, roofline
 from depthprune.timing.clock import made_up
 from depthprune.timing.latency import Network, Timing
+from depthprune.train.options import ConfigError
 from depthprune.train.task import as_dict
 
 BATCHES = (1, 8, 32, 128)
@@ -122,7 +122,8 @@ def original(run: Path, after: Pruned) -> Original:
 
 
 def _config(run: Path) -> Config:
-  return from_json(json.loads((run / 'config.json').read_text())['config'])
+  stored = files.read_json(run / 'config.json', ConfigFile, ConfigError)
+  return from_json(stored['config'])
 
 
 def _network(

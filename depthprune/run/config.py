@@ -4,12 +4,22 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import (
+  Annotated,
+  Any,
+  Generic,
+  Literal,
+  NotRequired,
+  TypedDict,
+  TypeVar,
+  get_type_hints,
+)
 
 import tyro
 
 from depthprune import methods
 from depthprune.run import own
+from depthprune.storage import files
 from depthprune.train.options import (
   STRONGEST,
   ConfigError,
@@ -276,14 +286,52 @@ def default(method: str, options: Any = None, **fields) -> Config:
   return Config(options or recipe.options(), **{**recipe.defaults, **fields})
 
 
+COMPLETE = files.Rule(
+  'an object with method, model and options',
+  lambda c: (
+    [type(c.get(k)) for k in ('method', 'model', 'options')] == [str, str, dict]
+  ),
+)
+
+
+class ConfigFile(TypedDict):
+  """The entries of `config.json`."""
+
+  config: Annotated[dict[str, Any], COMPLETE]
+  classes: NotRequired[Any]
+  versions: NotRequired[dict[str, str]]
+  device: NotRequired[str]
+  command: NotRequired[str]
+
+
 def from_json(values: Mapping[str, Any]) -> Config:
-  """Returns the Config of some `to_json()` values; later fields get their defaults."""
+  """Returns the Config of some `to_json()` values; later fields get their defaults.
+
+  Raises:
+    ConfigError: a field is unknown, of another type, or cannot be used.
+  """
   values = {k: v for k, v in values.items() if not k.endswith('_file_sha256')}
+  method = values.pop('method', '')
+  files.checked(method, str, 'config: method', ConfigError)
   try:
-    recipe = methods.recipe(values.pop('method', ''))
+    recipe = methods.recipe(method)
   except ValueError as error:
     raise ConfigError(f'config: {error}') from error
-  return _made(Config, {**values, 'options': _made(recipe.options, values['options'])})
+  options = values.pop('options', None)
+  files.checked(options, dict[str, Any], 'config: options', ConfigError)
+  return _made(Config, values, options=_made(recipe.options, options or {}))
+
+
+def check_options(method: str, values: Mapping[str, Any]) -> None:
+  """Checks the types of a method's options, those of other versions left out.
+
+  Raises:
+    ConfigError: one is of another type.
+  """
+  hints = get_type_hints(methods.recipe(method).options)
+  for name, value in values.items():
+    if name in hints:
+      files.checked(value, hints[name], f'options: {name}', ConfigError)
 
 
 def relevant(values: Mapping[str, Any], stage: str = '') -> dict[str, Any]:
@@ -296,7 +344,7 @@ def relevant(values: Mapping[str, Any], stage: str = '') -> dict[str, Any]:
   return {**rest, 'options': options}
 
 
-def _made(kind: type, values: Mapping[str, Any]) -> Any:
+def _made(kind: type, values: Mapping[str, Any], **made: Any) -> Any:
   known = {f.name for f in dataclasses.fields(kind)}
   unknown = sorted(set(values) - known)
   if unknown:
@@ -304,5 +352,8 @@ def _made(kind: type, values: Mapping[str, Any]) -> Any:
       f'config: unknown field {", ".join(unknown)}; it was written by another version, '
       f'this one knows {json.dumps(sorted(known))}'
     )
+  hints = get_type_hints(kind)
+  for name, value in values.items():
+    files.checked(value, hints[name], f'config: {name}', ConfigError)
   tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-  return kind(**tuples)
+  return kind(**tuples, **made)

@@ -14,7 +14,7 @@ from depthprune.data.augment import Normalisation
 from depthprune.data.dataset import DataError, Dataset
 from depthprune.data.text import TextSource
 from depthprune.data.tfds import ImageSource
-from depthprune.exports import networks
+from depthprune.exports import records
 from depthprune.models import pretrained
 from depthprune.run import own
 from depthprune.run.config import Config
@@ -125,7 +125,7 @@ def normalisation(path: str) -> Normalisation | None:
   if not Path(path).is_dir():
     stored = pretrained.normalisation(path)
     return None if stored is None else Normalisation(*stored)
-  record = checkpoint.read_record(Path(path), networks.RECORD)
+  record = records.read_record(Path(path))
   stored = record['report'].get('normalisation')
   if stored is None:
     return None

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from depthprune import distributed
 from depthprune.data.dataset import Dataset, count, epoch_steps
 from depthprune.run import interrupts
-from depthprune.run.config import Config, relevant
+from depthprune.run.config import Config, ConfigFile, relevant
 from depthprune.run.data import checksums, read
 from depthprune.run.interrupts import Preempted
 from depthprune.storage import checkpoint, directory
+from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import SHARED, Keeper, same_config
 from depthprune.timing import latency, throughput
 from depthprune.train import mesh as meshes
@@ -146,7 +147,7 @@ def prepare(config: Config, show: bool = True) -> Job:
   if config.resume:
     # A damaged config.json is written again, as every checkpoint has the config too.
     # Before anything is trained, another config may replace it.
-    stored = directory.read(folder / 'config.json') if begun else None
+    stored = directory.read(folder / 'config.json', ConfigFile) if begun else None
     if stored is not None:
       same_config(relevant(stored['config']), job.relevant(), str(folder))
   elif distributed.writes() and (folder / 'config.json').is_file():
@@ -182,7 +183,12 @@ def remembering(path: Path) -> Callable[..., np.ndarray]:
 
   def remember(measure, to_json, from_json):
     stored = directory.read(path)
-    known = None if stored is None else from_json(stored)
+    try:
+      known = None if stored is None else from_json(stored)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+      raise CheckpointError(
+        f'{path}: expected a measurement as it was written, got another: delete it'
+      ) from error
     measured = distributed.agreed(measure() if known is None else known)
     if known is None:
       directory.write(path, to_json(measured))

@@ -19,7 +19,7 @@ from flax import nnx
 from depthprune import distributed, methods, models
 from depthprune.data import images, tokens
 from depthprune.data.dataset import DataError
-from depthprune.exports import networks
+from depthprune.exports import records
 from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
 from depthprune.models.bert import BERT
@@ -29,7 +29,7 @@ from depthprune.program import cost, modules
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
 from depthprune.run import own
-from depthprune.run.config import Config, from_json
+from depthprune.run.config import Config, ConfigFile, from_json
 from depthprune.run.job import Job
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
@@ -276,15 +276,16 @@ def of_run(folder: str | Path) -> Any:
     ConfigError: the file is gone, or has changed since.
   """
   for path in (Path(folder), Path(folder).parent):
-    stored = directory.read(path / 'config.json')
+    stored = directory.read(path / 'config.json', ConfigFile)
     if stored is None or not own.is_object(stored['config']['model']):
       continue
     config = from_json(stored['config'])
-    if own.digest(config.model) not in (None, stored['config']['model_file_sha256']):
+    digest = stored['config'].get('model_file_sha256')
+    if own.digest(config.model) not in (None, digest):
       raise ConfigError(
         f'{config.model}: has changed since {path} was made: restore the file'
       )
-    return _alone(config, stored['classes'])
+    return _alone(config, stored.get('classes'))
   return None
 
 
@@ -318,7 +319,7 @@ def as_thin(model: Any, path: str | Path) -> Any:
       f'{model.network.foreign} (params/Dense_0/kernel, ...), got a folder: only '
       'networks of this library start from one'
     )
-  record = checkpoint.read_record(Path(path), networks.RECORD)
+  record = records.read_record(Path(path))
   stored, arch, _ = _compact(record)
   if _heads(stored) and not hasattr(model, 'trunk'):  # cut by NetCut, with its exit
     original = models.build(stored['name'], **stored['fields'])
@@ -347,7 +348,7 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
   Raises:
     CheckpointError: the number of classes differs, or arrays do not fit.
   """
-  leaves, record = checkpoint.read(Path(path), networks.RECORD)
+  leaves, record = records.read(Path(path))
   stored, _, inside = _compact(record)
   leaves = {name.replace(inside, '/', 1): leaf for name, leaf in leaves.items()}
   ours = _described(models.describe(model)).get('classes')
@@ -365,7 +366,7 @@ def pruned(path: str | Path, model: Any, *inputs: Any) -> Tree:
 
 def heads_of(path: str | Path) -> tuple[str, ...]:
   """Returns the names of the heads on the trunk of the network in a folder."""
-  stored, _, _ = _compact(checkpoint.read_record(Path(path), networks.RECORD))
+  stored, _, _ = _compact(records.read_record(Path(path)))
   return _heads(stored)
 
 

@@ -12,7 +12,6 @@ GPUs, each run has a process of its own.
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -29,7 +28,7 @@ import jax
 from depthprune import distributed
 from depthprune.run import interrupts, own, rounds
 from depthprune.run.config import TRAIN, UNRELATED, Config, relevant
-from depthprune.storage import directory
+from depthprune.storage import directory, files
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.directory import WriteError
 from depthprune.storage.keeper import same_config
@@ -159,7 +158,7 @@ def finished(config: Config) -> dict[str, Any] | None:
   """Returns the result of a run, None if it is not finished."""
   path = config.path / 'result.json'
   result = directory.read(path)
-  if result is None:
+  if result is None or not isinstance(result.get('config'), dict):
     return None
   related = lambda values: {k: v for k, v in values.items() if k not in UNRELATED}
   try:
@@ -187,7 +186,7 @@ def inherit(config: Config, runs: Iterable[Config]) -> None:
         continue
       for name in LOGS:
         lines = _complete_lines(other.path / name)
-        kept = [x for x in lines if part in WHOLE or json.loads(x)['stage'] == TRAIN]
+        kept = [x for x in lines if part in WHOLE or _stage(x) == TRAIN]
         config.path.mkdir(parents=True, exist_ok=True)
         (config.path / name).write_text(''.join(kept))
       scratch = config.path / '.inherited'
@@ -205,7 +204,7 @@ def ready(config: Config, running: Iterable[Config]) -> bool:
     if all((config.path / part).exists() for part in parts):
       return False
     lines = _complete_lines(other.path / 'history.jsonl')
-    return parts == WHOLE or not lines or json.loads(lines[-1])['stage'] == TRAIN
+    return parts == WHOLE or not lines or _stage(lines[-1]) == TRAIN
 
   return not any(map(waits, running))
 
@@ -261,6 +260,11 @@ def _complete_lines(path: Path) -> list[str]:
   """Returns the lines of a file but the last, if a kill has cut that short."""
   lines = path.read_text().splitlines(True) if path.is_file() else []
   return [line for line in lines if line.endswith('\n')]
+
+
+def _stage(line: str) -> Any:
+  """Returns the stage of a line of history.jsonl or gates.jsonl."""
+  return files.parsed(line.encode(), dict[str, Any], 'a log', ConfigError).get('stage')
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -15,23 +15,52 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
 import safetensors.numpy
 
 from depthprune import distributed
-from depthprune.storage import directory
+from depthprune.storage import directory, files
+from depthprune.storage.files import CheckpointError as CheckpointError
+from depthprune.storage.files import Rule, at_least
 
 FORMAT = 1
 ORBAX, TENSORS = 'arrays', 'weights.safetensors'
 
 
-class CheckpointError(ValueError):
-  """A checkpoint is absent or damaged, or of another network, run or version."""
+def is_dtype(name: str) -> bool:
+  """Whether a name is that of a type of numbers, as `kind` writes it."""
+  try:
+    dtype = jnp.dtype(name)
+  except (TypeError, ValueError, SyntaxError):  # numpy parses 'i4, (2' and the like
+    return False
+  number = jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
+  return number and dtype.name == name
+
+
+AXES = Rule('at most 32 sizes', lambda shape: len(shape) <= 32)
+
+
+class Leaf(TypedDict):
+  """The kind of an array, and for random keys also theirs."""
+
+  dtype: Annotated[str, Rule('the name of a type of numbers', is_dtype)]
+  shape: Annotated[list[Annotated[int, at_least(0)]], AXES]
+  key: NotRequired[str]
+
+
+class Record(TypedDict):
+  """What every record has; those of one kind of checkpoint have more entries."""
+
+  format: Annotated[int, at_least(1)]
+  library: str
+  leaves: dict[str, Leaf]
+  files: dict[str, int]
 
 
 def kind(leaf: Any) -> str:
@@ -142,13 +171,17 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
 
 def checksums(where: Path) -> dict[str, int]:
   """Returns {name: CRC-32} of a file, or of all files in a folder."""
-  files = [where] if where.is_file() else sorted(where.rglob('*'))
+  found = [where] if where.is_file() else sorted(where.rglob('*'))
   top = where.parent if where.is_file() else where
-  return {
-    p.relative_to(top).as_posix(): zlib.crc32(p.read_bytes())
-    for p in files
-    if p.is_file()
-  }
+  return {p.relative_to(top).as_posix(): _crc32(p) for p in found if p.is_file()}
+
+
+def _crc32(path: Path) -> int:
+  total = 0
+  with path.open('rb') as file:
+    while part := file.read(2**20):
+      total = zlib.crc32(part, total)
+  return total
 
 
 def _begin_arrays(
@@ -201,7 +234,7 @@ def _removed_on_error(fresh: Path) -> Iterator[None]:
 
 
 def _emptied(folder: Path) -> None:
-  shutil.rmtree(folder, ignore_errors=True)
+  directory.remove(folder)
   with directory.writing(folder):
     folder.mkdir(parents=True)
 
@@ -237,64 +270,100 @@ def _json(content: Mapping[str, Any]) -> str:
 # ---- reading -------------------------------------------------------------------------
 
 
-def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(
+  folder: Path, name: str, kind: Any = dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads the leaves by path, as numpy and typed key arrays, and the record.
 
+  Args:
+    folder: the folder.
+    name: name of the record's file.
+    kind: type of the record, a TypedDict like Record with further entries.
+
   Raises:
-    CheckpointError: there is no checkpoint, it has a newer format, or a file is not
-      what was written.
+    CheckpointError: there is no checkpoint, it has a newer format, an entry of the
+      record is not as expected, or a file is not what was written.
   """
-  record = read_record(folder, name)
-  about = record['leaves']
-  where = folder / (TENSORS if TENSORS in record['files'] else ORBAX)
+  record = read_record(folder, name, kind)
+  about, written = record['leaves'], record['files']
+  where = folder / (TENSORS if TENSORS in written else ORBAX)
   sums = checksums(where)
-  for file, crc32 in record['files'].items():
+  for file, crc32 in written.items():
     if sums.get(file) != crc32:
       what = 'is not what was written' if file in sums else 'is missing'
       raise _damaged(folder, f'{"" if file == where.name else "arrays/"}{file} {what}')
-  filled = {path for path, leaf in about.items() if all(leaf['shape'])}
   try:
-    arrays = _read_arrays(where, filled)
+    arrays = _read_arrays(where, about)
+  except CheckpointError:
+    raise
   except Exception as error:  # orbax and tensorstore raise errors of many kinds
     first = ' '.join(str(error).splitlines()[:1])
-    raise _damaged(folder, f'{where.name} cannot be read ({first})') from error
+    raise _damaged(folder, f'{where.name} cannot be read ({first:.200})') from error
   leaves = {}
   for path, leaf in about.items():
-    if path in filled and path not in arrays:
-      raise _damaged(folder, f'{path}: expected {leaf}, got no such leaf')
-    array = arrays.get(path, np.empty(leaf['shape'], np.dtype(leaf['dtype'])))
-    key = leaf.pop('key', None)
-    if _described(array, array) != leaf:
-      raise _damaged(folder, f'{path}: expected {leaf}, got {kind(array)}')
-    leaves[path] = (
-      jax.random.wrap_key_data(jnp.asarray(array), impl=key) if key else array
-    )
+    if all(leaf['shape']):
+      array = arrays[path]
+    else:
+      array = np.empty(leaf['shape'], jnp.dtype(leaf['dtype']))
+    _same(where, path, leaf, str(array.dtype), array.shape)
+    leaves[path] = _keys(where, path, leaf, array) if 'key' in leaf else array
   return leaves, record
 
 
-def read_record(folder: Path, name: str) -> dict[str, Any]:
+def read_record(folder: Path, name: str, kind: Any = dict[str, Any]) -> dict[str, Any]:
   """Reads the record alone; raises as `read` does."""
-  try:
-    text = (folder / name).read_text()
-  except (FileNotFoundError, NotADirectoryError) as error:
+  path = folder / name
+  if not path.exists():
     raise CheckpointError(
       f'{folder}: expected a checkpoint, got no file {name} in it: check the path'
-    ) from error
-  except (OSError, UnicodeDecodeError) as error:
-    raise _damaged(folder, f'{name} cannot be read ({error})') from error
-  try:
-    record = json.loads(text)
-    crc32 = record.pop('crc32')
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise _damaged(folder, f'{name} is not a record ({error})') from error
-  if zlib.crc32(_json(record).encode()) != crc32:
-    raise _damaged(folder, f'{name} is not what was written')
-  if record['format'] > FORMAT:
-    raise CheckpointError(
-      f'{folder}: expected format {FORMAT}, got {record["format"]} by '
-      f'{record["library"]}: read it with that version of the library'
     )
-  return record
+  content = dict(files.read_json(path, dict[str, Any], CheckpointError))
+  crc32 = content.pop('crc32', None)
+  try:
+    same = crc32 is not None and zlib.crc32(_json(content).encode()) == crc32
+  except UnicodeEncodeError:  # half of a character
+    same = False
+  if crc32 is None:
+    raise _damaged(folder, f'{name} is not a record: it has no crc32')
+  if not same:
+    raise _damaged(folder, f'{name} is not what was written')
+  if type(stored := content.get('format')) is int and stored > FORMAT:
+    raise CheckpointError(
+      f'{folder}: expected format {FORMAT}, got {stored} by {content.get("library")}: '
+      'read it with that version of the library'
+    )
+  common = {k: v for k, v in content.items() if k in Record.__annotations__}
+  files.checked(common, Record, str(path), CheckpointError)
+  return files.checked(content, kind, str(path), CheckpointError)
+
+
+def finite(leaves: Mapping[str, Any], where: str, but: Collection[str] = ()) -> None:
+  """Checks that arrays have neither NaN nor infinities.
+
+  Args:
+    leaves: the arrays by path.
+    where: the folder, for errors.
+    but: paths of arrays that may have them.
+
+  Raises:
+    CheckpointError: one of them does; the message names it.
+  """
+  for path in infinite(leaves):
+    if path not in but:
+      raise CheckpointError(
+        f'{where}: {path}: expected finite numbers, got NaN or infinities, which were '
+        'not there when it was saved'
+      )
+
+
+def infinite(leaves: Mapping[str, Any]) -> list[str]:
+  """Returns the paths of arrays that have NaN or infinities."""
+  numbers = {p: x for p, x in leaves.items() if not is_key(x) and hasattr(x, 'dtype')}
+  return [
+    path
+    for path, x in numbers.items()
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.isfinite(x).all()
+  ]
 
 
 def matched(like: Any, leaves: Mapping[str, Any], where: str) -> Any:
@@ -329,16 +398,58 @@ def _placed(leaf: Any, like: Any) -> Any:
   return jax.device_put(leaf, where, may_alias=False)
 
 
-def _read_arrays(where: Path, names: Collection[str]) -> dict[str, np.ndarray]:
-  if not names:
+def _same(
+  where: Path, path: str, leaf: Leaf, dtype: str | None, shape: Collection[int]
+) -> None:
+  """Checks the kind of an array, whose dtype may be unknown, against the record."""
+  if [*shape] != leaf['shape'] or dtype not in (None, leaf['dtype']):
+    sizes = lambda shape: f'[{",".join(map(str, shape))}]'
+    raise CheckpointError(
+      f'{where}: {path}: expected {leaf["dtype"]}{sizes(leaf["shape"])}, got '
+      f'{dtype or "an array"}{sizes(shape)}'
+    )
+
+
+def _keys(where: Path, path: str, leaf: Leaf, array: np.ndarray) -> jax.Array:
+  impl = leaf.get('key', '')
+  try:
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+  except (TypeError, ValueError) as error:
+    raise CheckpointError(
+      f'{where}: {path}: expected random keys of the kind {impl:.40}, got {kind(array)}'
+    ) from error
+
+
+def _read_arrays(where: Path, about: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+  """Reads arrays, if the file has those that are expected in their shapes."""
+  filled = [path for path, leaf in about.items() if all(leaf['shape'])]
+  if not filled:
     return {}
   if where.name == TENSORS:
+    with safetensors.safe_open(where, 'numpy') as file:
+      shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    _all_there(where, about, shapes)
     return safetensors.numpy.load_file(where)
-  wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    found = orbax.metadata(where.absolute()).item_metadata
+    shapes = {name: array.shape for name, array in dict(found.tree).items()}
+    _all_there(where, about, shapes)
+    wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in filled}
     return orbax.restore(
       where.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
     )
+
+
+def _all_there(
+  where: Path, about: Mapping[str, Leaf], shapes: Mapping[str, Collection[int]]
+) -> None:
+  for path in [*about, *shapes]:
+    if path not in about:
+      raise _damaged(where, f'{path}: expected no such leaf, got one')
+    if path in shapes:
+      _same(where, path, about[path], None, shapes[path])
+    elif all(about[path]['shape']):
+      raise _damaged(where, f'{path}: expected {about[path]}, got no such leaf')
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:

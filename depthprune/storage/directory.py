@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from depthprune import distributed
+from depthprune.storage import files
 
 LOCK = '.lock'
 PACKAGES = (
@@ -32,8 +33,8 @@ PACKAGES = (
 )
 # Wrong paths and missing rights; any other error may be gone at the next attempt.
 MISTAKES = {
-  getattr(errno, name)
-  for name in 'EACCES EPERM EROFS EEXIST ENOTDIR EISDIR ENOENT ENAMETOOLONG'.split()
+  getattr(errno, f'E{name}')
+  for name in 'ACCES PERM ROFS EXIST NOTDIR ISDIR NOENT NAMETOOLONG LOOP'.split()
 }
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 ERROR_NUMBER = re.compile(r"os_error_code='(\d+)'")
@@ -87,9 +88,17 @@ def failed(path: Path, error: BaseException) -> WriteError | PathError:
 def discard(folder: Path) -> None:
   """Removes a folder so that it is never seen half empty, by renaming it first."""
   away = folder.with_name(f'.discarded-{folder.name}')
-  shutil.rmtree(away, ignore_errors=True)
+  remove(away)
   folder.rename(away)
   shutil.rmtree(away)
+
+
+def remove(path: Path) -> None:
+  """Removes a folder, a file or a link at a path, not what a link leads to."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def empty(folder: Path) -> None:
@@ -130,7 +139,7 @@ def held(folder: Path) -> Iterator[None]:
 def _locked(folder: Path) -> TextIO:
   with writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK).open('a+')
+    lock = open(folder / LOCK, 'a+', opener=_opened_itself)  # noqa: SIM115
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
@@ -156,32 +165,53 @@ def _locked(folder: Path) -> TextIO:
   return lock
 
 
+def _opened_itself(path: str, flags: int) -> int:
+  """Opens a file, which must not be a link to one elsewhere."""
+  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write(path: Path, values: Mapping[str, Any]) -> None:
   """Writes a JSON object; if the run is killed, the old file or the new one is there.
 
   Raises:
     WriteError: the disk is full.
   """
-  if not distributed.writes():
-    return
+  if distributed.writes():
+    write_text(path, json.dumps(values, indent=1) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a file beside, and renames it: the old file or the new one is there.
+
+  A link is replaced, not followed.
+
+  Raises:
+    WriteError: the disk is full.
+  """
   scratch = path.with_suffix('.partial')
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(json.dumps(values, indent=1) + '\n')
+    remove(scratch)
+    with scratch.open('x', encoding='utf-8') as file:
+      file.write(text)
     os.replace(scratch, path)
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Path, kind: Any = dict[str, Any]) -> Any:
   """Reads what `write` wrote; returns None if there is no file.
 
   A damaged file, as a crash of the machine leaves it, also gives None, with a warning.
+
+  Args:
+    path: the file.
+    kind: type of the values, as in `storage.files`. A file with others is damaged.
   """
-  if not path.is_file():
+  if not path.exists():
     return None
   try:
-    return json.loads(path.read_bytes())
+    return files.read_json(path, kind, ValueError)
   except ValueError as error:
-    warnings.warn(f'{path}: damaged, and not looked at: {error}', stacklevel=2)
+    warnings.warn(f'damaged, and not looked at: {error}', stacklevel=2)
     return None
 
 

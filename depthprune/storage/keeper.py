@@ -9,16 +9,26 @@ from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 
 from depthprune import distributed
 from depthprune.storage import checkpoint, directory
-from depthprune.storage.checkpoint import CheckpointError
+from depthprune.storage.files import CheckpointError, Rule, at_least
 
 RECORD = 'state.json'
+NUMBER = int, float, type(None)
 SHARED = 'Choose a directory (--workdir) that all hosts share'
+
+
+class StateRecord(checkpoint.Record):
+  """The entries of `state.json`; the score of a run that diverged may be NaN."""
+
+  step: Annotated[int, at_least(0)]
+  config: dict[str, Any]
+  meta: dict[str, Any]
+  score: Annotated[Any, Rule('a number or null', lambda x: type(x) in NUMBER)]
 
 
 class Restored(NamedTuple):
@@ -134,7 +144,7 @@ class Keeper:
     broken: list[tuple[int, CheckpointError]] = []
     for step in order:
       try:
-        leaves, record = checkpoint.read(self._at(step), RECORD)
+        leaves, record = checkpoint.read(self._at(step), RECORD, StateRecord)
       except CheckpointError as error:
         broken.append((step, error))
         continue
@@ -171,7 +181,8 @@ class Keeper:
     found = {}
     for step in steps:
       with suppress(CheckpointError):
-        found[step] = checkpoint.read_record(self._at(step), RECORD).get('score')
+        record = checkpoint.read_record(self._at(step), RECORD, StateRecord)
+        found[step] = record['score']
     return {step: score for step, score in found.items() if score is not None}
 
   def _retain(self, step: int) -> None:

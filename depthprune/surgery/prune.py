@@ -195,6 +195,14 @@ def in_kind(model: Any, coupling: Coupling, apply: Callable, variables: Any) -> 
   return model if same else None
 
 
+def has_shapes(model: Any, coupling: Coupling, variables: Any) -> bool:
+  """Whether a linen module creates arrays of these shapes, branch gates left out."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  wanted = paths_of(jax.eval_shape(model.init, key, *coupling.inputs))
+  wanted = {p: x.shape for p, x in wanted.items() if not p.startswith('branches/')}
+  return wanted == {p: x.shape for p, x in paths_of(variables).items()}
+
+
 def _refusal(what: str, blame: Iterable[str]) -> InexactCut:
   reasons = '\n  '.join([f'{what}:', *blame])
   return InexactCut(f'{reasons}\nkeep these groups whole, or pass allow_inexact=True')
@@ -261,10 +269,7 @@ def _native(
     return None, {}
   make: Any = type(model.arch)
   native = model.clone(arch=make(arch))
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  wanted = paths_of(jax.eval_shape(native.init, key, *coupling.inputs))
-  wanted = {p: x.shape for p, x in wanted.items() if not p.startswith('branches/')}
-  if wanted != {p: x.shape for p, x in paths_of(small).items()}:
+  if not has_shapes(native, coupling, small):
     notes.append('this shape cannot be written as `arch`: run it through `apply`')
     return None, {}
   return native, arch

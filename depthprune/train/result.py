@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import cattrs
 from cattrs.errors import BaseValidationError
 
+from depthprune.storage import files
+
 SCHEMA = 2
 T = TypeVar('T')
 
@@ -397,15 +399,18 @@ def structured(values: Any, kind: type[T]) -> T:
   try:
     return _CONVERTER.structure(values, kind)
   except BaseValidationError as error:
-    wrong = '; '.join(cattrs.transform_error(error))
-    raise ValueError(f'not the result of a run: {wrong}') from error
+    wrong = cattrs.transform_error(error)
+    more = f'; and {len(wrong) - 8} more' * (len(wrong) > 8)
+    raise ValueError(
+      f'not the result of a run: {"; ".join(wrong[:8])}{more}'
+    ) from error
 
 
 def _exactly(*kinds: type) -> Callable[[Any, Any], Any]:
   """Returns a hook of cattrs that accepts only values of these types."""
 
   def hook(value: Any, _: Any) -> Any:
-    if type(value) not in kinds:
+    if type(value) not in kinds or (type(value) is int and value not in files.INTEGERS):
       raise TypeError(f'expected {kinds[0].__name__}, got {value!r:.60}')
     return kinds[0](value)
 

@@ -113,7 +113,7 @@ def test_what_is_no_cascade(tmp_path):
     load_cascade(tmp_path)
   found, _ = saved(tmp_path / 'it')
   (tmp_path / 'it' / CASCADE_RECORD).write_text('{"exits"')
-  with pytest.raises(CheckpointError, match='expected a cascade'):
+  with pytest.raises(CheckpointError, match='cascade.json: expected JSON'):
     load_cascade(tmp_path / 'it')
   other = prune(MODEL, VARIABLES, {'exits': {'a': False}}, X[:1])
   with pytest.raises(ValueError, match='the cascade has the exits a, b, main'):

@@ -118,4 +118,5 @@ def test_what_is_no_sweep_is_said(tmp_path):
   with pytest.raises(RunError, match=r'expected what `depthprune sweep` wrote'):
     front.read(tmp_path)
   (tmp_path / 'sweep.json').write_text(json.dumps({'runs': []}))
-  assert front.read(tmp_path) == {'runs': []}
+  with pytest.raises(RunError, match=r'config: expected an object, got no such entry'):
+    front.read(tmp_path)
