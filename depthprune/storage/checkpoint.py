@@ -287,6 +287,9 @@ def read(
   record = read_record(folder, name, kind)
   about, written = record['leaves'], record['files']
   where = folder / (TENSORS if TENSORS in written else ORBAX)
+  for path in where.rglob('*'):
+    if not path.is_dir():
+      files.regular(path, CheckpointError)  # orbax waits for a pipe
   sums = checksums(where)
   for file, crc32 in written.items():
     if sums.get(file) != crc32:

@@ -1,5 +1,6 @@
 """Stored trees: whole, or an error that says what to do."""
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -115,4 +116,18 @@ def test_a_leaf_that_is_not_among_the_arrays_is_named(tmp_path, tensors):
   record['leaves']['w'] = {'dtype': 'bfloat16', 'shape': [8, 2**50]}
   sign(tmp_path / 'one' / 'arch.json', record)
   with pytest.raises(CheckpointError, match=r'damaged: w: expected .*no such leaf'):
+    checkpoint.read(tmp_path / 'one', 'arch.json')
+
+
+@pytest.mark.parametrize('tensors', [False, True])
+def test_a_pipe_among_the_arrays_is_not_waited_for(tmp_path, tensors):
+  checkpoint.write(tmp_path / 'one', 'arch.json', TREE, {}, tensors)
+  record = checkpoint.read_record(tmp_path / 'one', 'arch.json')
+  files = [p for p in files_of(tmp_path / 'one') if p.name != 'arch.json']
+  for path in files:
+    path.unlink()
+    os.mkfifo(path)
+    record['files'].pop(path.name, None)
+  sign(tmp_path / 'one' / 'arch.json', record)
+  with pytest.raises(CheckpointError):
     checkpoint.read(tmp_path / 'one', 'arch.json')
