@@ -80,6 +80,11 @@ def save(
       dtype than the cut left, or the folder holds something else.
     WriteError: the disk is full.
   """
+  if not isinstance(pruned, Pruned):
+    raise TypeError(
+      f'save: pruned: expected what prune returned, got a {type(pruned).__name__}: '
+      'save(path, prune(model, variables, keep, example))'
+    )
   path, coupling = Path(path), pruned.coupling
   expected = _small(coupling, pruned.keep)
   leaves = checkpoint.paths(pruned.variables)
@@ -201,6 +206,11 @@ def save_cascade(
     ValueError: the cascade has other exits or arrays than the network.
     CheckpointError: as for `save`.
   """
+  if not isinstance(saved, Cascade):
+    raise TypeError(
+      f'save_cascade: saved: expected what cascade returned, got a '
+      f'{type(saved).__name__}: save_cascade(path, cascade(...), network)'
+    )
   path = Path(path)
   exits = [name for name, kept in network.report['exits'].items() if kept]
   if exits and set(exits) != {*saved.exits}:

@@ -308,7 +308,18 @@ def couple(
     ValueError: two variables have the same path, or the call updates variables.
     TypeError: the variables are not those of the module.
   """
+  if not callable(getattr(model, 'apply', model)):
+    raise TypeError(
+      f'couple: model: expected a module or a function, got {model!r:.80}: of a name, '
+      'depthprune.models.build(name) makes the module'
+    )
   fn = modules.runnable(model)
+  linen = hasattr(model, 'apply') and hasattr(model, 'clone')
+  if linen and not isinstance(variables, Mapping):
+    raise TypeError(
+      'couple: variables: expected a dict with "params", as model.init returns it, got '
+      f'a {type(variables).__name__}'
+    )
   if modules.is_module(model):
     modules.rebuilt(model, variables)  # refuses what is not its arrays, before tracing
   variables = jax.eval_shape(lambda v: v, variables)

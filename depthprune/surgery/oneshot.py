@@ -102,6 +102,11 @@ def oneshot(
       finite; a pattern that matches nothing, with the nearest names; a floor above the
       ceiling; or a network of which no group can be gated.
   """
+  if not isinstance(coupling, Coupling):
+    raise TypeError(
+      'oneshot: coupling: expected what couple(model, variables, example) made, got '
+      f'a {type(coupling).__name__}'
+    )
   _check(score, scope, grads, key)
   gates = coupling.gates()['channels']
   if not gates:
@@ -155,7 +160,13 @@ def absolute(target: float | str, total: float) -> float:
     ValueError: the target is none of these, or above the total.
   """
   text = str(target).strip()
-  number = float(text[:-1]) / 100 if text.endswith('%') else float(text)
+  try:
+    number = float(text[:-1]) / 100 if text.endswith('%') else float(text)
+  except ValueError as error:
+    raise ValueError(
+      f'target: expected a fraction in (0, 1], a percentage such as "50%", or a number '
+      f'up to {total:.4g}, got {target!r:.80}'
+    ) from error
   if 0 < number <= 1:
     return number * total
   if text.endswith('%') or not 1 < number <= total:

@@ -51,6 +51,10 @@ def settle(
     KeyError: an unknown group, branch or exit.
     ValueError: an entry has the wrong shape or is not bool, or no exit is left.
   """
+  if isinstance(round_to, bool) or not isinstance(round_to, int | np.integer):
+    raise TypeError(
+      f'round_to: expected a whole number such as 8, got {round_to!r:.80}'
+    )
   channels, branches, exits = complete(coupling, keep)
   leaves = paths_of(variables)
   notes: list[str] = []
@@ -74,6 +78,12 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     KeyError: an unknown group, branch or exit.
     ValueError: an entry has the wrong shape or is not bool, or no exit is left.
   """
+  parts = [keep, *keep.values()] if isinstance(keep, Mapping) else [keep]
+  if wrong := [part for part in parts if not isinstance(part, Mapping)]:
+    raise TypeError(
+      f'keep: expected {{"channels": {{group: bool array}}}}, got {wrong[0]!r:.80}: '
+      "oneshot(coupling, variables, target) or a method's decide makes one"
+    )
   unknown = set(keep) - {'channels', 'branches', 'exits'}
   if unknown:
     raise KeyError(

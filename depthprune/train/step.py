@@ -1,6 +1,6 @@
 """The training step of any method: one compiled program, state in and state out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,17 @@ class State:
     return {'params': self.params, **self.model_state}
 
 
+def _check(method: Any, tx: Any) -> None:
+  """Checks that a method and an optimizer are what they are taken for."""
+  if not isinstance(method, Method):
+    raise TypeError(
+      f'method: expected a Method, as netcut(...) or trainable_gates(...) return it, '
+      f'got {method!r:.80}'
+    )
+  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
+    raise TypeError(f'tx: expected an optimizer such as optax.sgd(0.1), got {tx!r:.80}')
+
+
 def init_state(
   model: Any,
   method: Method,
@@ -73,6 +84,12 @@ def init_state(
   Raises:
     ValueError: the method observes training, and no batch was passed.
   """
+  _check(method, tx)
+  if not isinstance(variables, Mapping) or 'params' not in variables:
+    raise TypeError(
+      'init_state: variables: expected a dict with "params", as model.init returns it, '
+      f'got a {type(variables).__name__}'
+    )
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}
   gates, outputs = {}, {}
@@ -138,6 +155,7 @@ def make_step(
   Raises:
     ValueError: in the first step, the method gates channels and there is no coupling.
   """
+  _check(method, tx)
   run, tx = gated(model, coupling), optimizer(method, tx)
   forward = partial(_forward, run, method)
   forward = economical(forward) if remat else forward
