@@ -315,10 +315,10 @@ def couple(
     )
   fn = modules.runnable(model)
   linen = hasattr(model, 'apply') and hasattr(model, 'clone')
-  if linen and not isinstance(variables, Mapping):
+  if linen and inputs and not isinstance(variables, Mapping):
     raise TypeError(
       'couple: variables: expected a dict with "params", as model.init returns it, got '
-      f'a {type(variables).__name__}'
+      f'{type(variables).__name__}'
     )
   if modules.is_module(model):
     modules.rebuilt(model, variables)  # refuses what is not its arrays, before tracing
