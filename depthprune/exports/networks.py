@@ -98,9 +98,8 @@ def save(
     **_cut(path, coupling, pruned.keep),
     'before': [_cut(path, o.coupling, o.keep) for o in origins(coupling.fn)],
     'report': report,
+    'not_finite': checkpoint.infinite(leaves),
   }
-  if broken := checkpoint.infinite(leaves):
-    record['not_finite'] = broken
   checkpoint.write(path, RECORD, pruned.variables, record, tensors)
 
 

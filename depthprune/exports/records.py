@@ -135,7 +135,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   """
   leaves, record = checkpoint.read(path, RECORD, NetworkRecord)
   _check(path, record)
-  checkpoint.finite(leaves, str(path), record.get('not_finite', ()))
+  if 'not_finite' in record:
+    checkpoint.finite(leaves, str(path), record['not_finite'])
   return leaves, record
 
 

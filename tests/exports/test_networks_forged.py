@@ -218,7 +218,8 @@ def test_numbers_that_are_not_finite_come_back_where_they_were_saved(tmp_path):
   back = load(tmp_path / 'it', masked)
   np.testing.assert_array_equal(back.variables['mask'], v['mask'])
   record = checkpoint.read_record(tmp_path / 'it', 'arch.json')
-  assert record.pop('not_finite') == ['mask']
+  assert record['not_finite'] == ['mask']
+  record['not_finite'] = []
   sign(tmp_path / 'it' / 'arch.json', record)
   with pytest.raises(CheckpointError, match='mask: expected finite numbers'):
     load(tmp_path / 'it', masked)
