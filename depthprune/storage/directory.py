@@ -211,7 +211,7 @@ def read(path: Path, kind: Any = dict[str, Any]) -> Any:
   try:
     return files.read_json(path, kind, ValueError)
   except ValueError as error:
-    warnings.warn(f'damaged, and not looked at: {error}', stacklevel=2)
+    warnings.warn(f'{path}: damaged, and not looked at: {error}', stacklevel=2)
     return None
 
 

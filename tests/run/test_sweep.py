@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import json
 import multiprocessing
+import operator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -256,16 +258,14 @@ def test_nobody_trains_beside_a_run_what_can_be_inherited_from_it(tmp_path):
 
 def test_runs_are_spread_over_processes_and_one_that_dies_is_told(tmp_path):
   here, dies = sweep.plan(over(tmp_path, 0.3, 0.5)).runs
-  for config in (here, dies):
-    directory.write(config.path / 'result.json', made_up(config))
-  (dies.path / 'result.json').write_text('{}')
-  # What a process can be sent is a function of the library: this one reads a file.
-  both = sweep.run_in_processes([here, dies], sweep.finished, 2, 1, sweep.ready)  # pyright: ignore
+  object.__setattr__(dies, 'subset', 1j)  # which JSON cannot express
+  work: Any = operator.methodcaller('to_json')
+  both = sweep.run_in_processes([here, dies], work, 2, 1, lambda *_: True)
   told = {config.path.name: found for config, found in both}
-  assert told['target0.3'] == made_up(here)
+  assert told['target0.3'] == here.to_json()
   output = dies.path / sweep.OUTPUT
   assert told['target0.5'] == f'ended with exit code 1, see {output}'
-  assert "KeyError: 'config'" in output.read_text()
+  assert 'TypeError: Object of type complex' in output.read_text()
 
 
 def test_a_spread_run_may_have_processes_of_its_own_and_tells_of_a_full_disk(tmp_path):
