@@ -345,6 +345,7 @@ class Facts:
       length of a scan.
     unknown: names of the primitives for which there is no rule.
     counted: integers that number the slices of an axis, with this axis.
+    activations: values that depend on data, not on variables and constants alone.
     magnitudes: values that say how large an activation is, with their degree
       (magnitudes.py).
     varying: values that depend on variables or inputs.
@@ -357,6 +358,7 @@ class Facts:
   hidden: dict[jx.Equation, Axis] = dataclasses.field(default_factory=dict)
   unknown: set[str] = dataclasses.field(default_factory=set)
   counted: dict[jx.Value, Axis] = dataclasses.field(default_factory=dict)
+  activations: Collection[jx.Value] = frozenset()
   magnitudes: dict[jx.Value, int] = dataclasses.field(default_factory=dict)
   varying: Collection[jx.Value] = frozenset()
   repeated: dict[jx.Value, set[int]] = dataclasses.field(default_factory=dict)

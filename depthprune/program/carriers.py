@@ -21,10 +21,7 @@ def carries(program: jx.Program, v: jx.Value, variables: set[jx.Value]) -> bool:
     v: a value in it that is read once.
     variables: the inputs of the program that may be scaled.
   """
-  equations, _ = jx.live(program)
-  made_by = {u: e for e in equations for u in e.outputs}
-  uses = Counter(u for e in equations for u in e.inputs)
-  uses.update(program.outputs)
+  _, made_by, uses = _used(program)
   return _absorb(v, made_by, uses, variables, False) is not None
 
 
@@ -35,10 +32,7 @@ def carriers_of(
 
   `positive` says that the gate is not negative.
   """
-  equations, _ = jx.live(program)
-  made_by = {v: e for e in equations for v in e.outputs}
-  uses = Counter(v for e in equations for v in e.inputs)
-  uses.update(program.outputs)
+  equations, made_by, uses = _used(program)
   aliases, readers = {gate}, []
   for e in equations:
     if _is_moved(e, aliases):
@@ -77,6 +71,14 @@ def carriers_of(
   within = next(v for v in at if at[v] is gate)
   inner = carriers_of(e.bodies[0], within, inside, positive)
   return None if inner is None else {at[v] for v in inner}
+
+
+def _used(program: jx.Program) -> tuple[list[jx.Equation], dict, Counter]:
+  """The live equations, which of them makes a value, and how often it is read."""
+  equations, _ = jx.live(program)
+  uses = Counter(v for e in equations for v in e.inputs)
+  uses.update(program.outputs)
+  return equations, {v: e for e in equations for v in e.outputs}, uses
 
 
 def _is_moved(e: jx.Equation, aliases: set[jx.Value]) -> bool:

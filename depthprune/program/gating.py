@@ -24,9 +24,8 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.coupling import Coupling
-from depthprune.program.deadcode import dependent
 from depthprune.program.modules import runnable
-from depthprune.program.trace import View, paths_of, remembered, split_arrays
+from depthprune.program.trace import paths_of, remembered, split_arrays
 
 
 def plug(model: Any, coupling: Coupling) -> Callable:
@@ -61,13 +60,12 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     weights: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
       place(group, view.groups[group], jnp.asarray(gate), weights)
-    data = activations(view)
 
     def run(program: jx.Program, args: Sequence) -> list:
       return jx.interpret(program, args, execute)
 
     def execute(e: jx.Equation, ins: list) -> list:
-      for k, axis in gated_side(view, e, data):
+      for k, axis in gated_side(view.facts, e):
         scale = expand(view.facts.dims[e.inputs[k]][axis], weights)
         if scale is not None:
           scale = scale ** view.facts.magnitudes.get(e.inputs[k], 1)
@@ -162,25 +160,12 @@ def expand(axis: ax.Axis, gates: Mapping) -> jax.Array | None:
   return out
 
 
-def gated_side(
-  view: View, e: jx.Equation, data: set[jx.Value]
-) -> list[tuple[int, int]]:
-  """Returns which side of a contraction to scale: a weight, else the smaller array.
-
-  Args:
-    view: of the network.
-    e: one of its equations.
-    data: the values that depend on data, as `activations` returns them.
-  """
-  sides = [side for side in rules.contracted(view.facts, e) if side]
+def gated_side(facts: ax.Facts, e: jx.Equation) -> list[tuple[int, int]]:
+  """Returns which side of a contraction to scale: a weight, else the smaller array."""
+  sides = [side for side in rules.contracted(facts, e) if side]
 
   def order(side):
     v = e.inputs[side[0][0]]
-    return v in data, math.prod(v.shape)
+    return v in facts.activations, math.prod(v.shape)
 
   return min(sides, key=order, default=[])
-
-
-def activations(view: View) -> set[jx.Value]:
-  """Returns the values that depend on data, not on variables and constants alone."""
-  return dependent(view.program, view.program.inputs[len(view.leaves) :])

@@ -364,10 +364,9 @@ def _transformed(apply: Callable) -> Callable:
   """The `apply` of a haiku transform, whose arguments say which kind it is."""
   names = list(inspect.signature(apply).parameters)
 
-  def fn(variables, *inputs, rng=None, mutable=(), train=None, **kwargs):
+  def fn(variables, *inputs, rng=None, mutable=(), **kwargs):
     key = (rng,) if 'rng' in names[:3] else ()
-    if train is not None and (flag := next((f for f in FLAGS if f in names), '')):
-      kwargs.setdefault(flag, train == FLAGS[flag])
+    kwargs = accepted(kwargs, frozenset(names))
     if names[1:2] != ['state']:
       return apply(variables, *key, *inputs, **kwargs)
     params, state = variables['params'], variables['state']

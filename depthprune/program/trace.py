@@ -128,9 +128,12 @@ def look(
   if decision is not None:
     program, dropped = _decided(program, tree, leaves, decision)
   arguments = program.inputs[len(leaves) :]
-  magnitudes = degrees(program, dependent(program, arguments))
-  varying = dependent(program, program.inputs)
-  facts = ax.Facts(magnitudes=magnitudes, varying=varying)
+  activations = dependent(program, arguments)
+  facts = ax.Facts(
+    activations=activations,
+    magnitudes=degrees(program, activations),
+    varying=dependent(program, program.inputs),
+  )
   data = [ax.fresh(v.shape, 'input') for v in arguments]
   rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
   normalised = {v for axis in facts.normalised for v in ax.leaves(axis)}

@@ -131,14 +131,13 @@ def _sums(
   Returns:
     [sums, numbers], each float32 [size].
   """
-  data = gating.activations(view)
 
   def run(program: jx.Program, args: Sequence) -> list:
     """The outputs of a program, followed by its sums and numbers."""
     seen = [jnp.zeros(size), jnp.zeros(size)]
 
     def execute(e: jx.Equation, ins: list) -> list:
-      for k, axis in _activations_read(view, e, data):
+      for k, axis in _activations_read(view, e):
         _add(seen, view.facts.dims[e.inputs[k]][axis], ins[k], axis, _summed(view, e))
       if e.name == 'while':
         outputs = _while(e, ins, run, size)
@@ -165,7 +164,7 @@ def _sums(
   return run(view.program, args)[-2:]
 
 
-def _activations_read(view: View, e: jx.Equation, data: set) -> list[tuple[int, int]]:
+def _activations_read(view: View, e: jx.Equation) -> list[tuple[int, int]]:
   """(input, axis) of the activations that a contraction sums over.
 
   Of two weights, which only meet where weights are computed, both count. Norms, which
@@ -176,8 +175,8 @@ def _activations_read(view: View, e: jx.Equation, data: set) -> list[tuple[int, 
   if e.name in rules.NORMS:
     return []
   sides = [side for side in rules.contracted(view.facts, e) if side]
-  activations = [side for side in sides if e.inputs[side[0][0]] in data]
-  return [pair for side in activations or sides for pair in side]
+  data = [side for side in sides if e.inputs[side[0][0]] in view.facts.activations]
+  return [pair for side in data or sides for pair in side]
 
 
 def _summed(view: View, e: jx.Equation) -> set[ax.Var]:

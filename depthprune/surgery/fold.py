@@ -103,9 +103,8 @@ def _channel_factors(
   equations, _ = jx.live(program)
   made_by = {v: e for e in equations for v in e.outputs}
   uses = Counter(v for e in equations for v in e.inputs)
-  data = gating.activations(view)
   for e in equations:
-    for k, axis in gating.gated_side(view, e, data):
+    for k, axis in gating.gated_side(view.facts, e):
       gate = gating.expand(view.facts.dims[e.inputs[k]][axis], gates)
       if gate is not None:
         yield _carried_by(e, k, axis, gate, made_by, uses, paths)
