@@ -27,10 +27,10 @@ from depthprune.run.job import Job, prepare, record_config, remembering, stage
 from depthprune.run.network import check_answer, initial_variables, network
 from depthprune.storage import directory
 from depthprune.surgery.oneshot import rank
-from depthprune.surgery.prune import Pruned, prune
+from depthprune.surgery.prune import Pruned
 from depthprune.train.distill import Teacher, distill
-from depthprune.train.evaluate import COLLECTION, recalibrate
-from depthprune.train.judge import judge, kept_gates
+from depthprune.train.evaluate import recalibrate
+from depthprune.train.judge import judge
 from depthprune.train.method import Method, plain
 from depthprune.train.result import (
   Accuracies,
@@ -41,8 +41,8 @@ from depthprune.train.result import (
   from_json,
   to_json,
 )
-from depthprune.train.rounds import carried, opened, trained
-from depthprune.train.step import State, branches_of, gated
+from depthprune.train.rounds import are_outdated, cut_round, trained
+from depthprune.train.step import State, gated
 from depthprune.train.task import Tree, as_dict
 
 RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
@@ -245,14 +245,12 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   )
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep = distributed.agreed(decision)
-  pruned, small = _cut(job, model, method, state, keep, coupling)
-  model = pruned.model if pruned.arch else pruned.apply
-  fresh, kept = small, pruned.keep
-  closed = any(
-    not np.all(k) for part in ('channels', 'branches') for k in kept[part].values()
+  round_to = job.config.recipe.round_to(job.config.options)
+  pruned, model, small = cut_round(
+    model, method, state, keep, coupling, job.inputs, round_to
   )
-  # Cutting dead code alone leaves the batch statistics as they were.
-  if closed and jax.tree.leaves(small.get(COLLECTION, {})):
+  fresh = small
+  if are_outdated(pruned):
     batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)
     fresh = local(recalibrate(model, job.on_mesh(small), batches))
   scores, held_out = job.scores(model), job.images.held_out
@@ -269,39 +267,6 @@ def _augmented_batches(job: Job, name: str, most: int) -> Iterator[Tree]:
   batch_at = job.batch_at(name).stepwise()
   for i in range(min(most, epoch_steps(job.train, job.config.batch))):
     yield batch_at(job.train, i)
-
-
-def _cut(job: Job, model, method: Method, state: State, keep, coupling):
-  """Returns (the result of surgery, the small variables).
-
-  Before the last round, these have the branch gates that the method trains on.
-  """
-  last = method.rounds <= 1
-  gates = method.forward(state.theta, None, state.step)
-  channels = {'channels': gates.get('channels', {})}
-  pruned = prune(
-    model,
-    trained(method, state) if last else opened(state.variables),
-    keep,
-    job.inputs,
-    round_to=job.config.recipe.round_to(job.config.options),
-    gates=kept_gates(channels, keep),
-    coupling=coupling,
-  )
-  kept = keep.get('channels', {})
-  moved = sum(
-    int((np.asarray(gate > 0) != kept[group]).sum())
-    for group, gate in channels['channels'].items()
-    if group in kept
-  )
-  if moved:
-    pruned.report['notes'].append(
-      f'{moved} channels were decided against their gate, to meet the target'
-    )
-  if last:
-    return pruned, pruned.variables
-  branches = branches_of(trained(method, state))
-  return pruned, carried(pruned, branches, *job.inputs)
 
 
 def _round_result(one: _Round, after: float) -> RoundResult:

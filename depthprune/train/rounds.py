@@ -85,26 +85,13 @@ def shrink(
     state = train(step, state, f'round{len(reports) + 1}')
     evaluate = judge(model, method, task, state, held_out, calibration, coupling)
     keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
-    gates = method.forward(state.theta, None, state.step)
-    last = method.rounds <= 1
-    pruned = prune(
-      model,
-      trained(method, state) if last else opened(state.variables),
-      keep,
-      example,
-      round_to=round_to,
-      gates=kept_gates({'channels': gates.get('channels', {})}, keep),
-      coupling=coupling,
+    pruned, model, variables = cut_round(
+      model, method, state, keep, coupling, inputs, round_to
     )
     reports.append(pruned.report)
-    variables, model = pruned.variables, pruned.apply
-    if pruned.arch:
-      model = pruned.model
-      if not last:
-        variables = carried(pruned, branches_of(trained(method, state)), *inputs)
-    if jax.tree.leaves(variables.get(COLLECTION, {})) and _closed(pruned.keep):
+    if are_outdated(pruned):
       variables = recalibrate(model, variables, calibration)
-    if last:
+    if method.rounds <= 1:
       break
   step = make_step(model, plain(), task, tx)
   state = train(step, init_state(model, plain(), tx, variables), 'finetune')
@@ -114,10 +101,69 @@ def shrink(
   return pruned._replace(variables=state.variables, report=report)
 
 
-def _closed(keep: Mapping) -> bool:
-  """Whether a cut changes what is computed, so that batch statistics are wrong."""
-  parts = (keep['channels'], keep['branches'])
-  return not all(np.all(kept) for part in parts for kept in part.values())
+def cut_round(
+  model: Any,
+  method: Method,
+  state: State,
+  keep: Tree,
+  coupling: Coupling,
+  inputs: tuple,
+  round_to: int = 1,
+) -> tuple[Pruned, Any, Tree]:
+  """Cuts a network at the end of a round.
+
+  Args:
+    model: the network.
+    method: how it was trained.
+    state: the state after training.
+    keep: what the method decided.
+    coupling: of the network.
+    inputs: an example of what it reads.
+    round_to: widths become multiples of this.
+
+  Returns:
+    The result of surgery, what runs the small network (a module of ours, else
+    `Pruned.apply`), and its variables. Before the last round, these have the branch
+    gates that the method trains on.
+  """
+  last = method.rounds <= 1
+  channels = method.forward(state.theta, None, state.step).get('channels', {})
+  pruned = prune(
+    model,
+    trained(method, state) if last else opened(state.variables),
+    keep,
+    inputs,
+    round_to=round_to,
+    gates=kept_gates({'channels': channels}, keep),
+    coupling=coupling,
+  )
+  kept = keep.get('channels', {})
+  moved = sum(
+    int((np.asarray(gate > 0) != kept[group]).sum())
+    for group, gate in channels.items()
+    if group in kept
+  )
+  if moved:
+    pruned.report['notes'].append(
+      f'{moved} channels were decided against their gate, to meet the target'
+    )
+  small = pruned.model if pruned.arch else pruned.apply
+  if last:
+    return pruned, small, pruned.variables
+  return pruned, small, carried(pruned, branches_of(trained(method, state)), *inputs)
+
+
+def are_outdated(pruned: Pruned) -> bool:
+  """Whether the batch statistics of a network are wrong after its cut.
+
+  Cutting dead code alone leaves them as they were.
+  """
+  closed = any(
+    not np.all(kept)
+    for part in ('channels', 'branches')
+    for kept in pruned.keep[part].values()
+  )
+  return closed and bool(jax.tree.leaves(pruned.variables.get(COLLECTION, {})))
 
 
 # ---- branch gates --------------------------------------------------------------------
