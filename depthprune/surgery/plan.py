@@ -131,7 +131,8 @@ def cut_optimizer(
   for keys, template in templates.items():
     leaf, owner = old.get(names[keys], template), owners[keys]
     masks = plans[keys[slice(*owner)]] if owner else ()
-    if owner and np.shape(leaf) == tuple(m.size for m in masks):
+    whole, left = (tuple(f(m) for m in masks) for f in (np.size, np.sum))
+    if owner and (np.shape(leaf), np.shape(template)) == (whole, left):
       leaf = take(leaf, masks)
     elif (
       np.shape(leaf) != np.shape(template)
