@@ -90,14 +90,17 @@ def as_gates(keep: Mapping) -> dict:
 
 
 def difference(a: Any, b: Any) -> float:
-  """max|a - b| / max|a| over the worst leaf; the trees must have one structure."""
-  worst = 0.0
+  """max|a - b| / max|a| over the worst leaf; the trees must have one structure.
+
+  It is NaN where anything is, which is not below any bound.
+  """
+  found = [0.0]
   jax.tree.map(lambda x, y: None, a, b)  # raises where the structures differ
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     assert x.shape == y.shape, (x.shape, y.shape)
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    worst = max(worst, float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)))
-  return worst
+    found.append(np.abs(x - y).max() / np.maximum(np.abs(x).max(), 1e-30))
+  return float(np.max(found))
 
 
 def agree(f: Any, variables: Any, x: Any, keep: Mapping | None = None) -> Coupling:

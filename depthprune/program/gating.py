@@ -24,6 +24,7 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.coupling import Coupling
+from depthprune.program.magnitudes import root
 from depthprune.program.modules import runnable
 from depthprune.program.trace import paths_of, remembered, split_arrays
 
@@ -71,6 +72,8 @@ def plug(model: Any, coupling: Coupling) -> Callable:
           scale = scale ** view.facts.magnitudes.get(e.inputs[k], 1)
           shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
           ins[k] = ins[k] * scale.astype(ins[k].dtype).reshape(shape)
+      if e.name == 'sqrt' and e.inputs[0] in view.facts.magnitudes:
+        return [root(*ins)]
       return jx.bind(e, ins, e.params, run)
 
     arrays, _ = split_arrays((inputs, kwargs))

@@ -10,8 +10,10 @@ is not 0 where an activation is closed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program import jaxpr as jx
@@ -38,8 +40,19 @@ def degrees(
     {value: d}.
   """
   found: dict[jx.Value, int] = {}
-  conjugates: dict[jx.Value, jx.Value] = {}
-  for e in jx.walk(program):
+  _find(program, activations, found, {})
+  return found
+
+
+def _find(program: jx.Program, activations: Collection, found: dict, conjugates: dict):
+  for e in program.equations:
+    for body, given in jx.bodies_with_inputs(e):
+      called = e.name in jx.OWN_DERIVATIVE
+      if called:
+        _pass_on(found, given, body.inputs)
+      _find(body, activations, found, conjugates)
+      if called:
+        _pass_on(found, body.outputs, e.outputs)
     if not e.inputs or e.inputs[0] not in activations:
       continue
     if e.name == 'conj':
@@ -47,7 +60,11 @@ def degrees(
     d = _degree(e, found, conjugates)
     if d and jx.differentiable(e.inputs[0]):
       found[e.outputs[0]] = d
-  return found
+
+
+def _pass_on(found: dict, values: Sequence[jx.Value], same: Sequence[jx.Value]):
+  pairs = zip(values, same, strict=True)
+  found |= {other: found[v] for v, other in pairs if v in found}
 
 
 def _degree(e: jx.Equation, found: dict, conjugates: dict) -> int | None:
@@ -71,3 +88,20 @@ def _degree(e: jx.Equation, found: dict, conjugates: dict) -> int | None:
   keeps = e.name in KEEPING or (e.name == 'broadcast_in_dim' and same_size)
   scaled = e.name in ('mul', 'div') and isinstance(y, jx.Literal) and np.all(y.val > 0)
   return d if keeps or scaled else None
+
+
+@jax.custom_jvp
+def root(x: jax.Array) -> jax.Array:
+  """The square root of a sum of squares, whose derivative is 0 where the sum is.
+
+  In JAX the norm of a zero vector has a NaN for its gradient. A vector that is nowhere
+  zero in the full network may be in the small one, where fewer channels are left.
+  """
+  return jax.lax.sqrt(x)
+
+
+@root.defjvp
+def _(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  y, zero = root(x), x == 0
+  return y, jnp.where(zero, 0, dx / (2 * jnp.where(zero, 1, y)))

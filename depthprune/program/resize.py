@@ -19,6 +19,7 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
 from depthprune.program.coupling import Coupling
+from depthprune.program.magnitudes import root
 from depthprune.program.modules import runnable
 from depthprune.program.trace import (
   GONE,
@@ -155,6 +156,8 @@ def rebound(
       _, carry, _ = jx.scan_parts(e, ins)
       empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)
       return [*carry, *(jnp.zeros([m.sum() for m in ms], v.dtype) for v, ms in empty)]
+    if e.name == 'sqrt' and e.inputs[0] in facts.magnitudes:
+      return [root(*ins)]
     return jx.bind(e, ins, params, run, derive)
 
   def derive(e: jx.Equation) -> Callable:

@@ -15,7 +15,7 @@ from tests import masking as m
 from tests.zoo import image
 from tests.zoo.random_networks import random_network
 
-FAST, ALL = 40, 300
+FAST, ALL = 60, 1000
 
 
 def error(seed: int, gated: bool = False) -> float:
@@ -32,7 +32,11 @@ def error(seed: int, gated: bool = False) -> float:
 
 
 def slope_error(seed: int) -> float:
-  """The same of the gradients with respect to the arrays that are left."""
+  """The same of the gradients with respect to the arrays that are left.
+
+  It is infinite where a gradient of the masked or of the small network is not finite
+  although those of the full network are.
+  """
   f, arrays = random_network(seed)
   x = image(2, 4)
   coupling = couple(f, arrays, x)
@@ -44,6 +48,9 @@ def slope_error(seed: int) -> float:
   part = m.quick(jax.grad(lambda p: loss(small(p, x))))(
     m.smaller(coupling, arrays, keep)
   )
+  if not all(np.isfinite(g).all() for g in (*full.values(), *part.values())):
+    whole = m.quick(jax.grad(lambda p: loss(f(p, x))))(arrays)
+    return np.inf if all(np.isfinite(g).all() for g in whole.values()) else 0.0
   largest = max(float(jnp.abs(g).max()) for g in full.values())
   return max(
     float(np.abs(full[n] - g).max() / max(np.abs(full[n]).max(), 1e-3 * largest, 1e-30))
@@ -53,13 +60,13 @@ def slope_error(seed: int) -> float:
 
 @pytest.mark.parametrize('first', range(0, FAST, 10))
 def test_small_is_masked(first):
-  assert (
-    max(error(seed, gated=seed % 2 == 1) for seed in range(first, first + 10)) <= 1e-4
-  )
+  for seed in range(first, first + 10):
+    assert error(seed, gated=seed % 2 == 1) <= 1e-4, seed
 
 
 def test_gradients_agree():
-  assert max(slope_error(seed) for seed in range(8)) <= 1e-3
+  for seed in range(8):
+    assert slope_error(seed) <= 1e-3, seed
 
 
 @pytest.mark.slow

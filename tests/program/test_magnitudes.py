@@ -189,3 +189,28 @@ def test_soft_gates_of_a_norm_cannot_be_folded():
   half = {'channels': {'a:1': jnp.full(8, 0.5)}}
   with pytest.raises(ValueError, match='Round the gates to 0 or 1'):
     dp.prune(f, variables, {}, X, gates=half)
+
+
+def test_a_norm_of_closed_channels_has_a_gradient():
+  """Only one channel is left, and it is 0 throughout: JAX alone would return NaN."""
+  bias = jnp.where(jnp.arange(8) < 1, -9.0, 1.0)
+
+  def f(p, x):
+    return NORMS['l2, floor'](jax.nn.relu(jnp.tanh(x @ p['a']) + bias)) @ p['b']
+
+  p = weights(a=(6, 8), b=(8, 3))
+  finite = lambda tree: all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+  loss = lambda f: lambda p, *gates: ((f(p, *gates, X) - 1) ** 2).sum()
+  assert finite(jax.grad(loss(f))(p))
+  coupling = dp.couple(f, p, X)
+  one = {'channels': {'a:1': np.arange(8) < 1}}
+  small = dp.prune(f, p, one, X, coupling=coupling)
+  gated = jax.grad(loss(dp.plug(f, coupling)), argnums=(0, 1))(p, m.as_gates(one))
+  assert finite(gated) and finite(jax.grad(loss(small.apply))(small.variables))
+
+
+def test_a_network_with_a_norm_is_cut_twice():
+  f, p = sandwiched(NORMS['global response'])
+  first = dp.prune(f, p, {'channels': {'a:1': np.arange(8) < 6}}, X)
+  coupling = m.agree(first.apply, first.variables, X)
+  assert [g.size for g in coupling.groups.values()] == [6]
