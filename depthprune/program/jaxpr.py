@@ -230,6 +230,60 @@ def lean(program: Program) -> Program:
   return dataclasses.replace(program, equations=tuple(live(program)[0]))
 
 
+def same(a: Program, b: Program) -> bool:
+  """Whether two programs are known to compute the same: equation by equation.
+
+  Derivative rules are not compared.
+  """
+  matching: dict[Value, Value] = {}
+
+  def alike(x: Value, y: Value) -> bool:
+    if isinstance(x, Literal) and isinstance(y, Literal):
+      return x.dtype == y.dtype and np.array_equal(x.val, y.val)
+    return matching.get(x) is y
+
+  def pair(xs: Sequence[Value], ys: Sequence[Value]) -> bool:
+    matching.update(zip(xs, ys, strict=False))
+    kinds = lambda values: [(v.shape, v.dtype) for v in values]
+    return kinds(xs) == kinds(ys)
+
+  def agree(a: Program, b: Program) -> bool:
+    constants = zip(a.constants.values(), b.constants.values(), strict=False)
+    return (
+      pair(a.inputs, b.inputs)
+      and pair([*a.constants], [*b.constants])
+      and all(_is_equal(c, d) for c, d in constants)
+      and len(a.equations) == len(b.equations)
+      and all(map(equal, a.equations, b.equations))
+      and len(a.outputs) == len(b.outputs)
+      and all(map(alike, a.outputs, b.outputs))
+    )
+
+  def equal(e: Equation, f: Equation) -> bool:
+    return (
+      e.primitive is f.primitive
+      and len(e.inputs) == len(f.inputs)
+      and all(map(alike, e.inputs, f.inputs))
+      and _settings(e) == _settings(f)
+      and len(e.bodies) == len(f.bodies)
+      and all(map(agree, e.bodies, f.bodies))
+      and pair(e.outputs, f.outputs)
+    )
+
+  return agree(a, b)
+
+
+def _is_equal(x: Any, y: Any) -> bool:
+  numbers = not any(jnp.issubdtype(v.dtype, jax.dtypes.extended) for v in (x, y))
+  return x is y or (numbers and np.array_equal(np.asarray(x), np.asarray(y)))
+
+
+def _settings(e: Equation) -> dict:
+  """The parameters of an equation that are neither programs nor functions."""
+  bodies = ('branches', *BODIES.get(e.name, ()))
+  return {k: v for k, v in e.params.items() if k not in bodies and not callable(v)}
+
+
 # ---- functions with a derivative rule of their own -----------------------------------
 
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
@@ -69,7 +68,7 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
     return x
   if isinstance(x, Tracer):
     return x[np.ix_(*masks)]
-  small = jnp.asarray(np.asarray(x)[np.ix_(*masks)])
+  small = jax.device_put(np.asarray(x)[np.ix_(*masks)])
   place = getattr(x, 'sharding', None)
   if not isinstance(place, NamedSharding):
     return small

@@ -134,9 +134,10 @@ def _close_empty(coupling, channels, branches, exits, leaves, notes):
   """Closes the branch around each empty group, or keeps the group's largest slice."""
   for name, kept in channels.items():
     group = coupling.groups[name]
+    if kept.any() or group.kind == 'layer':
+      continue
     decision = coupling.decision({'branches': branches, 'exits': exits})
-    closed = group.kind == 'layer' or all(p in decision.dead for p, _ in group.members)
-    if kept.any() or closed:
+    if all(path in decision.dead for path, _ in group.members):
       continue
     for branch, gate in branches.items():
       dead = coupling.view.unneeded(Decision({branch: False}, {}))
