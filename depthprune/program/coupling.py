@@ -22,6 +22,8 @@ from depthprune.program.trace import (
   counts_examples,
   look,
   paths_of,
+  signature,
+  solve,
   split_arrays,
 )
 
@@ -234,10 +236,20 @@ class Coupling:
     Returns:
       The view, whose variables start with the axes that were solved here.
     """
+    call, before = abstract((inputs, kwargs)), (self.inputs, self.kwargs)
+    # A module that holds its arrays may be in another mode by now.
+    known = fn is self.fn and not modules.is_module(self.model)
+    known = known and signature(call) == signature(before)
+    if known and keep is None:
+      return self.view
     memo: dict[ax.Var, ax.Var] = {}
     axes = {p: [ax.copy(d, memo) for d in ds] for p, ds in self.axes.items()}
     decision = None if keep is None else self.decision(keep)
-    view = look(fn, self.variables, inputs, kwargs, axes, decision)
+    if known:
+      traced = jx.Traced(self.view.program, self.view.tree)
+      view = solve(traced, self.view.leaves, axes, decision)
+    else:
+      view = look(fn, self.variables, inputs, kwargs, axes, decision)
     return view._replace(groups={g: memo[self.axis(g)] for g in self.groups})
 
   def check_view(self, view: View, groups: Iterable[str]) -> None:
@@ -256,13 +268,18 @@ class Coupling:
             'function was coupled; couple() it in this mode and at these shapes'
           )
 
+  @functools.cached_property
+  def _unneeded(self) -> frozenset[str]:
+    """Paths of the variables that nothing reads in the full network."""
+    return self.view.unneeded(Decision({}, {}))
+
   def decision(self, keep: Mapping) -> Decision:
     """Returns what `keep` says of branches and exits, and which variables it kills.
 
     Statistics that only training reads, such as a counter, die with those beside them.
     """
     decision = Decision(keep.get('branches', {}), keep.get('exits', {}))
-    before = self.view.unneeded(Decision({}, {}))
+    before = self._unneeded
     after = self.view.unneeded(decision)
     beside = lambda path: path.rpartition('/')[0]
     emptied = {*map(beside, after - before)} - {*map(beside, {*self.axes} - after)}

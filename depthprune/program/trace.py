@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,8 +122,25 @@ def look(
     return fn(variables, *args, **named)
 
   variables = jax.tree.map(_anywhere, jax.eval_shape(lambda v: v, variables))
-  program, tree = jx.trace(call, (variables, arrays))
-  leaves = dict(zip(paths_of(variables), program.inputs, strict=False))
+  return solve(jx.trace(call, (variables, arrays)), paths_of(variables), dims, decision)
+
+
+def solve(
+  traced: jx.Traced,
+  paths: Iterable[str],
+  dims: Mapping[str, ax.Dims],
+  decision: Decision | None = None,
+) -> View:
+  """Solves the axes of a program.
+
+  Args:
+    traced: the program, whose first inputs are the variables.
+    paths: of the variables.
+    dims: the axes of every variable, by path.
+    decision: as `look` takes it.
+  """
+  program, tree = traced
+  leaves = dict(zip(paths, program.inputs, strict=False))
   dropped = frozenset()
   if decision is not None:
     program, dropped = _decided(program, tree, leaves, decision)
@@ -235,15 +252,9 @@ def remembered(build: Callable) -> Callable:
   """
   views: dict[Any, View] = {}
 
-  def signature(x: Any) -> tuple:
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return x.shape, x.dtype, x.weak_type, x.sharding
-    return type(x), x
-
   def view(inputs: tuple, kwargs: dict) -> View:
     arguments = abstract((inputs, kwargs))
-    leaves, tree = jax.tree.flatten(arguments)
-    key = (tree, *map(signature, leaves))
+    key = signature(arguments)
     if key in views:
       return views[key]
     built = build(*arguments)
@@ -253,6 +264,22 @@ def remembered(build: Callable) -> Callable:
     return built
 
   return view
+
+
+def signature(arguments: Any) -> Hashable:
+  """Returns what two calls have in common that are traced to the same program.
+
+  Args:
+    arguments: of the call, as `abstract` returns them.
+  """
+
+  def kind(x: Any) -> tuple:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x.shape, x.dtype, x.weak_type, x.sharding
+    return type(x), x
+
+  leaves, tree = jax.tree.flatten(arguments)
+  return (tree, *map(kind, leaves))
 
 
 def without(tree: Any) -> Any:

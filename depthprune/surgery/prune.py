@@ -132,9 +132,11 @@ def prune(
   if inexact and not allow_inexact:
     raise _refusal('masked and small network are not the same function', inexact)
 
+  plan = index_plan(coupling, settled)
+
   def shrink(arrays, keep):
     folded = _folded(coupling, arrays, keep, channels)
-    return cut(folded, index_plan(coupling, keep))
+    return cut(folded, plan if keep is settled else index_plan(coupling, keep))
 
   asked = dict(zip(('channels', 'branches', 'exits'), complete(coupling, keep)))
   verdict = verify(coupling, variables, inputs, shrink, asked, settled, channels)
@@ -149,7 +151,6 @@ def prune(
       f'(tolerance {verdict.tolerance:.0e})',
       verdict.responsible,
     )
-  plan = index_plan(coupling, settled)
   small = shrink(variables, settled)
   notes = [*notes, *inexact]
   if verdict.broken and not verdict.responsible:
