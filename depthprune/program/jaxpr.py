@@ -279,9 +279,11 @@ def _is_equal(x: Any, y: Any) -> bool:
 
 
 def _settings(e: Equation) -> dict:
-  """The parameters of an equation that are neither programs nor functions."""
+  """The parameters of an equation without its bodies and derivative rules."""
+  if e.name in OWN_DERIVATIVE:
+    return {}
   bodies = ('branches', *BODIES.get(e.name, ()))
-  return {k: v for k, v in e.params.items() if k not in bodies and not callable(v)}
+  return {k: v for k, v in e.params.items() if k not in bodies}
 
 
 # ---- functions with a derivative rule of their own -----------------------------------

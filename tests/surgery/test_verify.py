@@ -259,3 +259,29 @@ def test_a_change_of_the_imaginary_part_alone_is_seen(shaped):
   report = prune(f, p, {'channels': {'a:1': np.arange(6) < 3}}, x).report
   assert report['verify']['moved'] > 1e-3 and report['notes'] == []
   assert report['verify']['difference'] <= 1e-5
+
+
+def test_a_probe_that_overflows_is_drawn_nearer_to_the_network():
+  """50 layers of positive weights: 30 % of noise in each makes it infinite."""
+
+  def f(v, x):
+    for w in v['layers']:
+      x = x @ w
+    return x @ v['out']
+
+  layers = list(jnp.full((50, 16, 16), 5.4 / 16))
+  v, x = {'layers': layers, 'out': jnp.ones((16, 3))}, jnp.ones((2, 16))
+  assert np.isfinite(f(v, x)).all() and not np.isfinite(f(randomised(v), x)).all()
+  pruned = prune(f, v, {'channels': {'layers/20:1': np.arange(16) < 15}}, x)
+  assert pruned.report['verify']['difference'] < 1e-5
+  assert pruned.report['verify']['moved'] > 0.01
+
+
+def test_the_first_probe_is_the_noisy_one_where_nothing_overflows():
+  """A slice that is zero in the network is seen by the noise, so its loss is too."""
+  f = lambda v, x: jnp.tanh(x @ v['a']) @ v['b']
+  v = {'a': jnp.ones((4, 6)).at[:, 3].set(0), 'b': jnp.ones((6, 2))}
+  report = prune(
+    f, v, {'channels': {'a:1': np.arange(6) != 3}}, jnp.ones((2, 4))
+  ).report
+  assert report['verify']['moved'] > 1e-3
