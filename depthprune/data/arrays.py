@@ -11,7 +11,6 @@ Examples are images [n, height, width, channels] or [n, height, width], rows of 
 as `labels.number` takes them.
 """
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from depthprune.data.dataset import DataError
 from depthprune.data.labels import Parts
 from depthprune.data.text import TextSource
 from depthprune.data.tfds import ImageSource, sized
+from depthprune.storage import files
 
 EXAMPLES = (
   *('x', 'image', 'images', 'data', 'features', 'input', 'inputs'),
@@ -48,12 +48,11 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
   if not Path(path).is_file():
     raise DataError(f'data {path}: there is no such file')
   try:
-    with Path(path).open('rb') as opened, np.load(opened) as file:
-      return {key: file[key] for key in file.files}
-  except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    return files.read_npz(Path(path), DataError)
+  except DataError as error:
     raise DataError(
-      f'data {path}: cannot be read as an .npz file of plain arrays ({error}); arrays '
-      'of objects, such as images of unlike sizes, go into a folder'
+      f'data {error}; arrays of objects, such as images of unlike sizes, go into a '
+      'folder'
     ) from error
 
 

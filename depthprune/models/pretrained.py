@@ -96,15 +96,14 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       f'{path}: expected .npz or .safetensors; what torch saved becomes the latter by '
       'safetensors.torch.save_file(state_dict, path)'
     )
+  if path.suffix == '.npz':
+    return files.read_npz(path, CheckpointError)
   files.regular(path, CheckpointError)
   try:
-    if path.suffix == '.safetensors':
-      return safetensors.numpy.load_file(path)
-    with path.open('rb') as stream, np.load(stream) as file:
-      return dict(file)
-  except Exception as error:  # either library has several errors for a damaged file
-    raise ValueError(
-      f'{path}: cannot be read as {path.suffix} ({error}); get the file again'
+    return safetensors.numpy.load_file(path)
+  except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    raise CheckpointError(
+      f'{path}: cannot be read as .safetensors ({error!s:.200}); get the file again'
     ) from error
 
 

@@ -17,7 +17,10 @@ entries. `Annotated[kind, rule]` adds a `Rule`, and Any is anything that JSON ho
 import json
 import math
 import reprlib
+import struct
 import types
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import (
@@ -34,6 +37,8 @@ from typing import (
   get_type_hints,
   is_typeddict,
 )
+
+import numpy as np
 
 T = TypeVar('T')
 LARGEST = 2**28  # bytes of a JSON file
@@ -107,6 +112,50 @@ def read_json(path: Path, kind: type[T], error: type[ValueError]) -> T:
     return parsed(path.read_bytes(), kind, str(path), error)
   except OSError as reason:
     raise error(f'{path}: cannot be read: {reason.strerror or reason}') from reason
+
+
+def read_npz(path: Path, error: type[ValueError]) -> dict[str, np.ndarray]:
+  """Reads all arrays of an .npz file, by name.
+
+  Nothing is allocated before the shape that an array claims to have was compared with
+  the bytes that are there.
+
+  Args:
+    path: the file.
+    error: class of the error.
+
+  Raises:
+    ValueError: it is no regular file or damaged, or an array holds objects; as an
+      `error`.
+  """
+  regular(path, error)
+  try:
+    with zipfile.ZipFile(path) as file:
+      names = file.namelist()
+      return {name.removesuffix('.npy'): _array(file, name) for name in names}
+  except (
+    OSError, EOFError, ValueError, NotImplementedError, RuntimeError, MemoryError,
+    zipfile.BadZipFile, zlib.error, struct.error,
+  ) as reason:  # fmt: skip
+    raise error(
+      f'{path}: cannot be read as an .npz file of plain arrays ({reason!s:.200})'
+    ) from reason
+
+
+def _array(file: zipfile.ZipFile, name: str) -> np.ndarray:
+  """Reads one array of an .npz file; raises errors of many kinds."""
+  with file.open(name) as stream:
+    version = np.lib.format.read_magic(stream)
+    head = 'read_array_header_1_0' if version == (1, 0) else 'read_array_header_2_0'
+    shape, _, dtype = getattr(np.lib.format, head)(stream)
+    claimed = math.prod(shape) * dtype.itemsize
+    found = file.getinfo(name).file_size - stream.tell()
+  if dtype.hasobject:
+    raise ValueError(f'{name}: an array of objects')
+  if min(shape, default=0) < 0 or claimed != found:
+    raise ValueError(f'{name}: {shape} of {dtype} is not {found} bytes')
+  with file.open(name) as stream:
+    return np.lib.format.read_array(stream)
 
 
 def parsed(text: bytes, kind: type[T], where: str, error: type[ValueError]) -> T:

@@ -400,13 +400,13 @@ def test_files_that_cannot_be_read(saved, tmp_path):
   with zipfile.ZipFile(path) as file:
     inside = file.getinfo('linear.weight.npy').header_offset
   damaged(path, inside + 200)
-  with pytest.raises(ValueError, match='weights.npz: cannot be read as .npz .*CRC'):
+  with pytest.raises(ValueError, match='weights.npz: cannot be read as an .npz .*CRC'):
     pretrained.load(path, SMALL)
   path.write_bytes(path.read_bytes()[:5000])
-  with pytest.raises(ValueError, match='weights.npz: cannot be read as .npz'):
+  with pytest.raises(ValueError, match='weights.npz: cannot be read as an .npz'):
     pretrained.load(path, SMALL)
   np.savez(path, **TENSORS, extra=np.asarray([None]))
-  with pytest.raises(ValueError, match='cannot be read as .npz .*allow_pickle'):
+  with pytest.raises(ValueError, match='cannot be read as an .npz .*objects'):
     pretrained.load(path, SMALL)
   other = tmp_path / 'weights.safetensors'
   safetensors.numpy.save_file(TENSORS, other)
