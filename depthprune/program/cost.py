@@ -162,22 +162,16 @@ def _reading(coupling: Coupling, gates: Mapping | None):
 
   decision = Decision(gates.get('branches', {}), gates.get('exits', {}))
   if hard:
-    needed = _needed(coupling.view, decision)
+    needed = coupling.needed(decision)
     return coupling.view, count, lambda v: int(v in needed)
   return coupling.view, count, _soft_life(coupling, decision)
 
 
-def _needed(view: View, decision: Decision) -> set[jx.Value]:
-  program = view.decided(decision)
-  within = (v for e in jx.walk(program) for v in (*e.inputs, *e.outputs))
-  return {*program.outputs, *within}
-
-
 def _soft_life(coupling: Coupling, decision: Decision) -> Callable[[jx.Value], Any]:
   """Weighs a value by the gates of all branches that make it dead when they close."""
-  always = _needed(coupling.view, Decision({}, decision.exits))
+  always = coupling.needed(Decision({}, decision.exits))
   killed = {
-    branch: always - _needed(coupling.view, Decision({branch: False}, decision.exits))
+    branch: always - coupling.needed(Decision({branch: False}, decision.exits))
     for branch in decision.branches
   }
 

@@ -148,6 +148,25 @@ class Coupling:
     """(path, axis) of the variables that some equation sums over."""
     return _contracted_members(self.view)
 
+  def needed(self, decision: Decision) -> frozenset[jx.Value]:
+    """Returns the values that are computed after a decision on branches and exits."""
+    closed = (b for b, kept in decision.branches.items() if not np.any(kept))
+    dropped = (e for e, kept in decision.exits.items() if not kept)
+    return self._left(frozenset(closed), frozenset(dropped))
+
+  @functools.cached_property
+  def _left(self) -> Callable[[frozenset, frozenset], frozenset[jx.Value]]:
+    """What `needed` computes; a search for a width asks it again and again."""
+
+    @functools.lru_cache(maxsize=64)
+    def left(closed, dropped):
+      decision = Decision(dict.fromkeys(closed, False), dict.fromkeys(dropped, False))
+      program = self.view.decided(decision)
+      within = (v for e in jx.walk(program) for v in (*e.inputs, *e.outputs))
+      return frozenset((*program.outputs, *within))
+
+    return left
+
   def axis(self, group: str) -> ax.Var:
     """Returns the axis variable of a group.
 
