@@ -34,6 +34,11 @@ def branch(module: nn.Module, y: jax.Array, name: str = 'branch') -> jax.Array:
   Returns:
     y times the gate, in the dtype of y.
   """
+  if not hasattr(module, 'is_initializing') or module.scope is None:
+    raise TypeError(
+      f'branch: module: expected the linen module that is being called, got a '
+      f'{type(module).__name__}; write x + branch(self, F(x)) in its __call__'
+    )
   if not (module.is_initializing() or module.has_variable('branches', name)):
     return y
   gate = module.variable('branches', name, jnp.ones, (), jnp.float32)
@@ -62,7 +67,6 @@ def surrogate_gradient(w: jax.Array, surrogate: Surrogate = 'constant') -> jax.A
   )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def straight_through(w: jax.Array, surrogate: Surrogate = 'constant') -> jax.Array:
   """A trainable gate: a step, 1 where w > 0 and else 0, with a useful gradient.
 
@@ -85,11 +89,22 @@ def straight_through(w: jax.Array, surrogate: Surrogate = 'constant') -> jax.Arr
   step b and a sawtooth s of height 1/M and slope 1, in the limit M → ∞. The formula at
   finite M overflows in float16 and leaks through closed gates.
   """
+  if not hasattr(w, 'astype'):
+    raise TypeError(
+      f'straight_through: w: expected an array of floats, got a {type(w).__name__}; '
+      'write jax.numpy.asarray(w)'
+    )
   surrogate_gradient(w, surrogate)  # refuses a wrong name in the forward pass already
+  return _step(w, surrogate)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _step(w: jax.Array, surrogate: Surrogate) -> jax.Array:
+  del surrogate
   return (w > 0).astype(w.dtype)
 
 
-@straight_through.defjvp
-def _straight_through_jvp(surrogate, primals, tangents):
+@_step.defjvp
+def _step_jvp(surrogate, primals, tangents):
   (w,), (dw,) = primals, tangents
-  return straight_through(w, surrogate), surrogate_gradient(w, surrogate) * dw
+  return _step(w, surrogate), surrogate_gradient(w, surrogate) * dw

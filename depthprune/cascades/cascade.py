@@ -20,6 +20,7 @@ from depthprune.cascades.confidence import KINDS, Kind, scores
 from depthprune.cascades.executor import Answer, Settings
 from depthprune.cascades.predictions import Predictions
 from depthprune.cascades.thresholds import Choice
+from depthprune.program import arguments, modules
 from depthprune.program.stages import Stages, split
 
 
@@ -82,7 +83,8 @@ class Cascade:
       ValueError: there is no such exit, or the inputs have other ranks than the example
         of the network.
     """
-    return self.program(*self._arguments(inputs, last))
+    with modules.explained(self.variables, inputs):
+      return self.program(*self._arguments(inputs, last))
 
   def lower(self, *inputs: Any, last: str | None = None) -> Any:
     """Traces the program for such inputs, as a `jax.stages.Lowered`."""
@@ -90,7 +92,9 @@ class Cascade:
 
   def _arguments(self, inputs: tuple, last: str | None) -> tuple:
     if last is not None and last not in self.exits:
-      raise ValueError(f'cascade: no exit {last!r}; there are: {", ".join(self.exits)}')
+      raise ValueError(
+        f'cascade: no exit {last!r}; there are: {arguments.listed(self.exits)}'
+      )
     end = self.exits.index(last) + 1 if last else len(self.exits)
     self._check(inputs)
     weights = None if self.weights is None else jnp.asarray(self.weights)
@@ -156,12 +160,19 @@ class Cascade:
     Raises:
       ValueError: the batch is below 1, or the inputs are not those of one batch.
     """
-    if batch < 1:
-      raise ValueError(f'predictions: expected a batch of 1 or more, got {batch}')
+    arguments.whole('batch', batch)
+    write = 'write predictions(labels, *inputs), or None for no labels'
+    if labels is not None and inputs:
+      labels = np.asarray(labels)
+      if labels.ndim != 1 or labels.dtype.kind not in 'iu':
+        raise arguments.refused('labels', 'integers [n]', labels, write, ValueError)
     self._check(inputs)
     arrays, tree = jax.tree.flatten(inputs)
     counts = self.stages.counts
     n = len(arrays[counts.index(True)])
+    if labels is not None and len(labels) != n:
+      has = f'expected one for each of {n} examples, got {len(labels)}'
+      raise arguments.wrong('labels', has, write)
     batch = max(1, min(batch, n))
 
     @jax.jit
@@ -268,9 +279,18 @@ def cascade(
       classes], of one shape and type; a threshold or temperature is for an exit that
       cannot be left early; a temperature is not above 0; or steps is below 1.
   """
+  modules.checked_call(model, variables, inputs)
+  arguments.alive('variables', variables, 'pass arrays that are still there')
+  arguments.whole('steps', steps)
   stages = split(model, variables, *inputs, exits=exits, **kwargs)
   early = stages.exits[:-1]
   thresholds, temperatures = thresholds or {}, temperatures or {}
+  for what, values in (('thresholds', thresholds), ('temperatures', temperatures)):
+    write = f'write {{{early[0]!r}: 0.9}}'
+    arguments.kind_of(what, values, Mapping, '{exit: number}', write)
+    for name, value in values.items():
+      if isinstance(value, str) or np.ndim(value):
+        raise arguments.refused(f'{what}[{name!r}]', 'a number', value, write)
   for what, values in (('threshold', thresholds), ('temperature', temperatures)):
     if unknown := [name for name in values if name not in early]:
       raise ValueError(
@@ -288,8 +308,6 @@ def cascade(
     )
   if confidence not in KINDS:
     raise ValueError(f'confidence: {confidence!r}: expected {", ".join(KINDS)}')
-  if steps < 1:
-    raise ValueError(f'cascade: expected steps >= 1, got {steps}')
   run = functools.partial(executor.run, stages, confidence, steps)
   return Cascade(
     stages,

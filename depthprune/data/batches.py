@@ -17,6 +17,8 @@ import numpy as np
 
 from depthprune.data.dataset import DataError, count
 from depthprune.data.features import FeatureSampler
+from depthprune.program.arguments import described
+from depthprune.program.arguments import whole as whole_number
 
 # What other libraries call the entries of a batch.
 NAMES = {
@@ -45,10 +47,12 @@ def named(batch: Any) -> dict[str, Any]:
   if not isinstance(batch, Mapping):
     if not isinstance(batch, tuple | list) or len(batch) != 2:
       raise DataError(
-        "data: expected batches {'image': x, 'label': y} or (x, y), got a "
-        f'{type(batch).__name__}'
+        "data: expected batches {'image': x, 'label': y} or (x, y), got "
+        f'{described(batch)}; one batch goes into a list: [batch]'
       )
     x, y = batch
+    if isinstance(y, Mapping | str):
+      raise DataError(f'data: expected labels y in (x, y), got {described(y)}')
     batch = {'input': tuple(x) if isinstance(x, tuple | list) else x, 'label': y}
   made: dict[str, Any] = {}
   for key, value in batch.items():
@@ -135,6 +139,7 @@ def whole(source: Any, size: int) -> list[dict[str, Any]]:
   Raises:
     DataError: the source is of another kind, or arrays differ in length.
   """
+  size = whole_number('batch', size)
   batches = _in_order(source, size)
   most = max(map(_size, batches), default=0)
   return [each if _size(each) == most else _filled(each, most) for each in batches]
@@ -183,6 +188,6 @@ def _iterable(source: Any) -> Iterable:
   if not hasattr(source, '__iter__') or hasattr(source, 'shape'):
     raise DataError(
       "data: expected arrays ({'image': x, 'label': y} or (x, y)), an iterable of such "
-      f'batches, or a function, got a {type(source).__name__}'
+      f'batches, or a function, got {described(source)}'
     )
   return source

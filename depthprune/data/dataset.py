@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program import arguments
+
 Split = dict[str, Any]
 """The examples of a split: arrays with one entry per example along the first axis.
 
@@ -56,15 +58,16 @@ def inputs_of(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     comes last; if it is a tuple, these are several inputs.
 
   Raises:
+    TypeError: the batch is no dict.
     ValueError: the batch has none of these entries.
   """
+  pair = "write {'image': x, 'label': y}; several batches are a list of such dicts"
+  arguments.kind_of('batch', batch, Mapping, 'a dict such as {"image": x}', pair)
   given = [batch[name] for name in INPUTS if name in batch]
   inputs = tuple(x for g in given for x in (g if isinstance(g, tuple) else (g,)))
   if not inputs:
-    raise ValueError(
-      f'batch: expected an entry for the network to read ({", ".join(INPUTS)}), got '
-      f'{", ".join(batch) or "none"}'
-    )
+    expected = f'expected an entry for the network to read ({", ".join(INPUTS)})'
+    raise arguments.wrong('batch', f'{expected}, got {arguments.listed(batch)}', pair)
   return inputs
 
 

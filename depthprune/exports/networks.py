@@ -21,7 +21,7 @@ from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.exports import records
 from depthprune.exports.records import CASCADE_RECORD, RECORD, refused
 from depthprune.models.foreign import trunk as make_trunk
-from depthprune.program import modules
+from depthprune.program import arguments, modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import origins, slim
 from depthprune.program.trace import several, split_arrays
@@ -80,12 +80,13 @@ def save(
       dtype than the cut left, or the folder holds something else.
     WriteError: the disk is full.
   """
-  if not isinstance(pruned, Pruned):
-    raise TypeError(
-      f'save: pruned: expected what prune returned, got a {type(pruned).__name__}: '
-      'save(path, prune(model, variables, keep, example))'
-    )
-  path, coupling = Path(path), pruned.coupling
+  write = 'write save(path, prune(model, variables, keep, example))'
+  arguments.kind_of('pruned', pruned, Pruned, 'what prune returned', write)
+  arguments.alive('pruned', pruned.variables, 'save variables that are still there')
+  if normalisation is not None and not hasattr(normalisation, '_asdict'):
+    expected = 'a Normalisation(mean, std) of data.augment'
+    raise arguments.refused('normalisation', expected, normalisation)
+  path, coupling = Path(arguments.path('path', path)), pruned.coupling
   expected = _small(coupling, pruned.keep)
   leaves = checkpoint.paths(pruned.variables)
   checkpoint.matched(expected, leaves, f'{path}: not saved')
@@ -139,7 +140,7 @@ def load(
       missing, not expected, of another shape or dtype, or not finite unless it was so
       when it was saved.
   """
-  path = Path(path)
+  path = Path(arguments.path('path', path))
   leaves, record = records.read(path)
   full_model, model = model, _model(record, path, model, variables)
   if model is not full_model:  # a trunk, whose variables can be read from the record
@@ -205,12 +206,10 @@ def save_cascade(
     ValueError: the cascade has other exits or arrays than the network.
     CheckpointError: as for `save`.
   """
-  if not isinstance(saved, Cascade):
-    raise TypeError(
-      f'save_cascade: saved: expected what cascade returned, got a '
-      f'{type(saved).__name__}: save_cascade(path, cascade(...), network)'
-    )
-  path = Path(path)
+  write = 'write save_cascade(path, cascade(...), prune(...))'
+  arguments.kind_of('saved', saved, Cascade, 'what cascade returned', write)
+  arguments.kind_of('network', network, Pruned, 'what prune returned', write)
+  path = Path(arguments.path('path', path))
   exits = [name for name, kept in network.report['exits'].items() if kept]
   if exits and set(exits) != {*saved.exits}:
     raise ValueError(
@@ -265,7 +264,7 @@ def load_cascade(path: str | Path, model: Any = None) -> Cascade:
   Raises:
     CheckpointError: the folder has no cascade, or is damaged.
   """
-  return _read_cascade(Path(path), model)[0]
+  return _read_cascade(Path(arguments.path('path', path)), model)[0]
 
 
 def find(path: str | Path, model: Any = None) -> Saved:

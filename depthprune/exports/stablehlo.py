@@ -33,6 +33,7 @@ from depthprune.cascades.executor import Settings
 from depthprune.exports import networks
 from depthprune.exports import onnx as converter
 from depthprune.exports.onnx import ExportError
+from depthprune.program import arguments
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.modules import runnable
@@ -43,6 +44,7 @@ from depthprune.surgery.prune import Pruned
 
 CASCADE = 'cascade'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+KNOWN = (*PLATFORMS, 'rocm')
 RECORD, SETTINGS = 'export.json', 'cascade.safetensors'
 
 
@@ -94,15 +96,25 @@ def export(
       cannot express it.
     CheckpointError, ValueError: as for `save` and `save_cascade`.
   """
-  path = Path(path)
+  path = Path(arguments.path('path', path))
+  write = 'write export(path, prune(model, variables, keep, example))'
+  arguments.kind_of('network', network, Pruned, 'what prune returned', write)
+  if cascade is not None:
+    arguments.kind_of('cascade', cascade, Cascade, 'what cascade returned')
+  platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+  if unknown := [p for p in platforms if p not in KNOWN]:
+    raise ExportError(
+      f'platforms: expected some of {", ".join(KNOWN)}, got {unknown[0]!r}'
+    )
   ours = (path / RECORD).is_file() or (path.is_dir() and not any(path.iterdir()))
   if path.exists() and not ours:
     raise ExportError(
       f'{path}: expected an earlier export (with {RECORD}) or nothing, got other '
       'files: choose another folder'
     )
-  if batch is not None and batch < 1:
-    raise ExportError(f'batch: expected a whole number >= 1, got {batch}')
+  is_whole = isinstance(batch, int | np.integer) and not isinstance(batch, bool)
+  if batch is not None and not (is_whole and batch >= 1):
+    raise ExportError(f'batch: expected a whole number >= 1, got {batch!r:.80}')
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent, prefix='.unfinished-') as scratch:
     fresh = Path(scratch) / path.name

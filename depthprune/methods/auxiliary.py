@@ -45,7 +45,7 @@ with epy.lazy_imports():
   import optax
 
   from depthprune import gates as gating
-  from depthprune.program import cost
+  from depthprune.program import arguments, cost
   from depthprune.program.coupling import Coupling
   from depthprune.train.result import Result
   from depthprune.train.task import Tree
@@ -123,6 +123,8 @@ def auxiliary(
 
 def _aside(coupling: Coupling, aside: Sequence[str] | None) -> tuple[str, ...]:
   """The exits that only help, in the order of depth."""
+  arguments.coupling(coupling)
+  aside = [aside] if isinstance(aside, str) else aside
   given = aside or [name for name in coupling.exits if name != 'main']
   helped = [name for name in coupling.exits if name not in given]
   if {*given} - {*coupling.exits} or not helped or not given:
@@ -204,8 +206,8 @@ def _gate_tx(
 
 def _check(weight: float, decay: str, price: float, gate_lr: float, steps: int) -> None:
   for name, value in (('weight', weight), ('price', price), ('gate_lr', gate_lr)):
-    if not (np.isfinite(value) and value >= 0):
-      raise ValueError(f'auxiliary: {name} is finite and not negative, got {value}')
+    arguments.number(name, value, least=0)
+  arguments.whole('steps', steps, least=0)
   if decay not in get_args(Decay):
     expected = ', '.join(get_args(Decay))
     raise ValueError(f'auxiliary: decay={decay!r}: expected one of {expected}')

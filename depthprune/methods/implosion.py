@@ -48,8 +48,8 @@ with epy.lazy_imports():
   import jax.numpy as jnp
   import numpy as np
 
+  from depthprune.program import arguments, widths
   from depthprune.program import units as unit_search
-  from depthprune.program import widths
   from depthprune.program.coupling import Coupling
   from depthprune.program.units import ResidualUnit
   from depthprune.train.result import Result
@@ -103,8 +103,10 @@ def implosion(
   if importance not in get_args(Importance):
     expected = ', '.join(get_args(Importance))
     raise ValueError(f'importance={importance!r}: expected one of {expected}')
-  if per_round < 1:
-    raise ValueError(f'per_round: expected at least 1, got {per_round}')
+  arguments.whole('per_round', per_round)
+  arguments.whole('seed', seed, least=0)
+  if depth is not None:
+    arguments.whole('depth', depth, least=0)
   present = unit_search.units(coupling)
   erasable = _erasable(present, [u.name for u in present if not u.why_not])
   kept = _matching(present, exclude)
@@ -198,7 +200,7 @@ def _erasable(
     if name not in by_name:
       near = difflib.get_close_matches(name, by_name, n=1, cutoff=0)
       raise ValueError(
-        f'no unit {name!r}; nearest: {near[0]}; all: {", ".join(by_name)}'
+        f'no unit {name!r}; nearest: {near[0]}; all: {arguments.listed(by_name)}'
       )
     if by_name[name].why_not:
       raise ValueError(f'{name} cannot be erased: {by_name[name].why_not}')
@@ -231,17 +233,21 @@ def _reachable(
       'it finds outside of scans; in your own modules write x + dp.branch(self, F(x))'
     )
     none = 'units and exclude leave none of them' if present else none
-    raise ValueError(
-      f'implosion: no unit of this network can be erased; {"; ".join(stay) or none}'
+    raise arguments.brief(
+      ValueError(
+        f'implosion: no unit of this network can be erased; {"; ".join(stay) or none}'
+      )
     )
   depth = _three_quarters(present, among) if depth is None else depth
   least = len(present) - len(among)
   if not least <= depth <= len(present):
     stay = [f'{u.name}: {u.why_not}' for u in present if u.why_not]
-    raise ValueError(
-      f'depth={depth}: the network has {len(present)} units, {len(among)} of which may '
-      f'be erased: expected {least} to {len(present)}'
-      + ''.join(f'\n  {why}' for why in stay)
+    raise arguments.brief(
+      ValueError(
+        f'depth={depth}: the network has {len(present)} units, {len(among)} of which '
+        f'may be erased: expected {least} to {len(present)}'
+        + ''.join(f'\n  {why}' for why in stay)
+      )
     )
   return depth
 

@@ -42,8 +42,8 @@ with epy.lazy_imports():
   import numpy as np
   import optax
 
+  from depthprune.program import arguments, trace
   from depthprune.program import cost as costs
-  from depthprune.program import trace
   from depthprune.program.coupling import Coupling
   from depthprune.timing import clock
   from depthprune.train import task as tasks
@@ -103,7 +103,9 @@ def netcut(
 
   Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172.
   """
-  exits = coupling.exits
+  exits = arguments.coupling(coupling).exits
+  arguments.number('tolerance', tolerance)
+  arguments.number('importance_lr', importance_lr, least=0)
   _check(exits, beta, aggregate, gamma)
   c = cost_of_exits(coupling, cost) if isinstance(cost, str) else np.asarray(cost)
   if c.shape != (len(exits),):
@@ -185,6 +187,8 @@ def _check(exits: tuple[str, ...], beta, aggregate: str, gamma) -> None:
 
 
 def _check_not_negative(name: str, value) -> None:
+  if not np.issubdtype(np.asarray(value).dtype, np.number):
+    raise arguments.refused(name, 'numbers of 0 or more', value)
   if not (np.isfinite(value).all() and (np.asarray(value) >= 0).all()):
     raise ValueError(f'netcut: {name} must be finite and not negative, got {value}')
 

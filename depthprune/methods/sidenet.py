@@ -44,7 +44,7 @@ with epy.lazy_imports():
   import jax.numpy as jnp
   import optax
 
-  from depthprune.program import trace
+  from depthprune.program import arguments, trace
   from depthprune.program.coupling import Coupling
   from depthprune.train.task import Tree
 
@@ -102,6 +102,7 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
 
 def early(coupling: Coupling) -> tuple[str, ...]:
   """The exits before the network's own. Raises ValueError where there are none."""
+  arguments.coupling(coupling)
   names = tuple(name for name in coupling.exits if name != 'main')
   if not names or 'main' not in coupling.exits:
     raise ValueError(

@@ -61,7 +61,7 @@ with epy.lazy_imports():
 
   from depthprune import gates as gating
   from depthprune.gates import Surrogate
-  from depthprune.program import cost, widths
+  from depthprune.program import arguments, cost, widths
   from depthprune.program.coupling import Coupling
   from depthprune.program.widths import Count, Counts, Range
   from depthprune.timing import latency, layers
@@ -71,6 +71,7 @@ with epy.lazy_imports():
   from depthprune.train.task import Tree
 
 START = 0.1  # mean gate weight of a group at the start
+RANKED = 'surgery.oneshot.rank(coupling, variables, "l1") makes them'
 LEAST = 0.1  # of the mean price of a channel, where prices are measured
 
 
@@ -104,7 +105,8 @@ def trainable_gates(
 
   Args:
     coupling: what `couple` found in the network.
-    target: the part of the cost that is to remain, in (0, 1]. Or {pattern: channels},
+    target: the part of the cost that is to remain, in (0, 1], or a percentage such as
+      '50%'. Or {pattern: channels},
       as in `oneshot`: how many channels the matching arrays are to produce; the gates
       then learn which.
     of: the cost: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now
@@ -138,10 +140,15 @@ def trainable_gates(
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
+  _check(strength, gate_lr, surrogate, steps, scores)
+  for group in scores or {}:
+    arguments.coupling(coupling).axis(group)
   ratios = target if isinstance(target, Mapping) else None
   limits = widths.ranges(coupling, round_to, exclude, at_least, at_most, ratios)
   name, C = layers.counted(coupling, of, round_to)
   rho = _remaining(coupling, C, limits) if isinstance(target, Mapping) else target
+  if isinstance(rho, str) and rho.strip().endswith('%'):
+    rho = fraction(rho, 'trainable_gates: target')
   targets.reachable(coupling, rho, C, round_to, limits)
   start = {group: coupling.gates()['channels'][group] for group in limits}
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
@@ -211,6 +218,15 @@ def gate(
   return b + jax.lax.stop_gradient(built - b)
 
 
+def _check(strength, gate_lr, surrogate, steps, scores) -> None:
+  arguments.number('strength', strength, least=0)
+  arguments.number('gate_lr', gate_lr, least=0)
+  arguments.whole('steps', steps, least=0)
+  gating.surrogate_gradient(jnp.zeros(()), surrogate)  # refuses another name
+  if scores is not None:
+    arguments.kind_of('scores', scores, Mapping, '{group: [slices]}', RANKED)
+
+
 def _remaining(
   coupling: Coupling, C: CostFunction, limits: Mapping[str, Range]
 ) -> float:
@@ -237,6 +253,9 @@ def _spread(start: Mapping, scores: Mapping) -> dict[str, jax.Array]:
   spread = {}
   for i, (group, b) in enumerate(start.items()):
     score = scores.get(group, np.random.RandomState(i).permutation(b.size))
+    if np.shape(score) != (b.size,):
+      has = f'{group}: has shape {np.shape(score)}, its slices are {b.size}'
+      raise arguments.wrong('scores', has, RANKED)
     rank = np.argsort(np.argsort(score, kind='stable'), kind='stable')
     w = 2 * START * (rank + (i + 0.5) / len(start)) / b.size
     spread[group] = jnp.asarray(w, jnp.float32)

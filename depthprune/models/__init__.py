@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from depthprune.models.arch import nearest
+from depthprune.program import arguments
 
 __all__ = ['build', 'describe', 'families', 'names', 'small']
 
@@ -61,6 +62,9 @@ def build(name: str, **fields) -> nn.Module:
   Raises:
     ValueError: there is no such model; the message lists the nearest names.
   """
+  arguments.kind_of('name', name, str, "a name such as 'resnet20'")
+  if 'classes' in fields:
+    arguments.whole('classes', fields['classes'])
   values = {key: _restored(key, value) for key, value in fields.items()}
   file, _, cls = name.partition('.')
   file = RENAMED.get(file, file)

@@ -23,6 +23,7 @@ from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import Pool
 from depthprune.program import jaxpr as jx
 from depthprune.program import modules
+from depthprune.program.arguments import listed
 from depthprune.program.carriers import carries
 from depthprune.program.deadcode import simplify
 from depthprune.program.taps import Inside, gated, inside
@@ -78,6 +79,9 @@ def trunk(
     ValueError: `output` is needed to find the logits.
     TypeError: the variables are not those of the model.
   """
+  modules.checked(model)
+  if variables is not None:
+    modules.checked_call(model, variables, inputs)
   named = {name: x for name, x in kwargs.items() if split_arrays(x)[0]}
   static = {name: x for name, x in kwargs.items() if name not in named}
   mode = mode or (lambda train: {'train': train})
@@ -237,8 +241,8 @@ class Network:
       here = ', '.join(str(list(x.shape)) for x in jax.tree.leaves(inputs))
       raise ValueError(
         f'{self.foreign}: at train={train} and inputs {here} it has other residual '
-        f'units ({", ".join(units)}) than for the example '
-        f'({", ".join(self.inside.units)})'
+        f'units ({listed(units)}) than for the example '
+        f'({listed(self.inside.units)})'
       )
     returns = tuple((what, name) for what, part in parts.items() for name in part)
     outputs = tuple(v for part in parts.values() for v in part.values())
@@ -474,7 +478,7 @@ def _logits(raw: Any) -> Any:
     return {name: x for name, x in raw.items() if is_array(x)}
   if 'logits' in named:
     return named['logits']
-  names = f' of {", ".join(map(str, named))}' if named else ''
+  names = f' of {listed(named)}' if named else ''
   raise ValueError(
     f'the network returns a {type(raw).__name__}{names}: expected logits, or a dict '
     "with 'logits' or 'main'; trunk(..., output=lambda out: out[0]) says which of it "

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program import arguments
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.trace import Decision, View
@@ -144,8 +145,15 @@ def _reading(coupling: Coupling, gates: Mapping | None):
   The weight of a value is 0 where it is dead, 1 where it is alive, and the gate of its
   branch where that is soft.
   """
-  gates = gates or {}
+  arguments.coupling(coupling)
+  gates = arguments.parts('gates', {} if gates is None else gates, known=('exits',))
+  gates = {part: {**entries} for part, entries in gates.items()}
+  for part in gates.keys() - {'exits'}:
+    for name, g in gates[part].items():
+      gates[part][name] = np.asarray(g) if isinstance(g, list | tuple) else g
   channels = gates.get('channels', {})
+  for group, gate in channels.items():
+    coupling.has_size(group, gate)
   hard = all(
     isinstance(g, (np.ndarray, np.bool_, bool)) and np.asarray(g).dtype == bool
     for g in [*channels.values(), *gates.get('branches', {}).values()]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from depthprune.program import arguments, cost, modules, rules
 from depthprune.program import axes as ax
-from depthprune.program import cost, modules, rules
 from depthprune.program import jaxpr as jx
 from depthprune.program.trace import (
   Decision,
@@ -129,6 +129,41 @@ class Coupling:
       'branches': {b: np.ones(self.branch_shape(b), np.float32) for b in self.branches},
     }
 
+  def has_size(self, group: str, gate: Any) -> None:
+    """Checks that there is a group, and that a gate has an entry for each slice.
+
+    Raises:
+      KeyError: no such group.
+      ValueError: the gate has another shape.
+    """
+    self.axis(group)
+    path, axis = self.groups[group].members[0]
+    if np.shape(gate) != (self.groups[group].size,):
+      slices = f'its axis has {self.groups[group].size} slices ({path}, axis {axis})'
+      raise arguments.wrong(group, f'gate has shape {np.shape(gate)}, {slices}')
+
+  def fits(self, variables: Any) -> Any:
+    """Returns the arrays of the coupled network, of the shapes that they had.
+
+    Raises:
+      ValueError: an array is missing, has another shape, or was deleted; the message
+        names the first one.
+    """
+    arguments.alive('variables', variables, 'pass arrays that no step was given')
+    given = paths_of(variables)
+    for path, dims in self.axes.items():
+      expected = [d.size for d in dims]
+      got = [*np.shape(given[path])] if path in given else None
+      if got != expected:
+        others = len(self.axes) - len(self.axes.keys() & given.keys())
+        raise arguments.wrong(
+          'variables',
+          f'{path}: expected shape {expected}, as coupled, got {got or "no such array"}'
+          + (f' ({others} of {len(self.axes)} are missing)' if others else ''),
+          'pass the variables of the coupled network, or couple it with these',
+        )
+    return variables
+
   def branch_shape(self, branch: str) -> tuple[int, ...]:
     """Returns the shape of a branch gate: (), or [layers] in a scanned stack."""
     return tuple(d.size for d in self.axes[f'branches/{branch}'])
@@ -180,7 +215,7 @@ class Coupling:
     path = group.rsplit(':', 1)[0]
     for pinned in self.pinned:
       if path in pinned.path and group.endswith(f':{pinned.axis}'):
-        why = '; '.join(pinned.reasons)
+        why = arguments.listed(pinned.reasons, 3)
         raise KeyError(
           f'{group}: this axis is pinned ({why}), so it has no gate and no group'
         )
@@ -188,7 +223,8 @@ class Coupling:
       if path in where and group.endswith(f':{axis}'):
         raise KeyError(f'{group}: this axis ends in an output, so it is whole; {FIXED}')
     near = difflib.get_close_matches(group, self.groups, n=3, cutoff=0.3)
-    raise KeyError(f'{group}: no such group; nearest: {", ".join(near) or "none"}')
+    what = f'no such group; nearest: {arguments.listed(near)}'
+    raise arguments.wrong(group, what, 'print(coupling.explain()) shows all', KeyError)
 
   def _outputs(self) -> list[tuple[str, int, int]]:
     """(path, axis, size) of every axis of a variable that only an output pins."""
@@ -344,18 +380,9 @@ def couple(
     ValueError: two variables have the same path, or the call updates variables.
     TypeError: the variables are not those of the module.
   """
-  if not callable(getattr(model, 'apply', model)):
-    raise TypeError(
-      f'couple: model: expected a module or a function, got {model!r:.80}: of a name, '
-      'depthprune.models.build(name) makes the module'
-    )
-  fn = modules.runnable(model)
-  linen = hasattr(model, 'apply') and hasattr(model, 'clone')
-  if linen and inputs and not isinstance(variables, Mapping):
-    raise TypeError(
-      'couple: variables: expected a dict with "params", as model.init returns it, got '
-      f'{type(variables).__name__}'
-    )
+  fn = modules.runnable(modules.checked_call(model, variables, inputs))
+  if fixed is not None:
+    arguments.function('fixed', fixed, 'a function of the outputs')
   if modules.is_module(model):
     modules.rebuilt(model, variables)  # refuses what is not its arrays, before tracing
   variables = jax.eval_shape(lambda v: v, variables)

@@ -20,13 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from depthprune.program import arguments, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program import rules
 from depthprune.program.coupling import Coupling
 from depthprune.program.magnitudes import root
 from depthprune.program.modules import runnable
 from depthprune.program.trace import paths_of, remembered, split_arrays
+
+GATES = "{'channels': {group: [slices]}, 'branches': {path: ()}}"
 
 
 def plug(model: Any, coupling: Coupling) -> Callable:
@@ -49,10 +51,14 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     cannot be gated, a gate of the wrong shape, or a mode with other groups.
   """
   fn = runnable(model)
+  arguments.coupling(coupling)
   views = remembered(lambda inputs, kwargs: coupling.retrace(fn, inputs, kwargs))
 
   def gated(variables, gates, *inputs, **kwargs):
+    write = 'write plug(model, coupling)(variables, coupling.gates(), *inputs)'
+    arguments.parts('gates', gates, GATES, write, known=('exits',))
     channels = gates.get('channels', {})
+    channels = {group: jnp.asarray(gate) for group, gate in channels.items()}
     check(coupling, channels)
     if gates.get('branches'):
       variables = with_branches(variables, gates['branches'])
@@ -60,7 +66,7 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     coupling.check_view(view, channels)
     weights: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
-      place(group, view.groups[group], jnp.asarray(gate), weights)
+      place(group, view.groups[group], gate, weights)
 
     def run(program: jx.Program, args: Sequence) -> list:
       return jx.interpret(program, args, execute)
@@ -94,12 +100,7 @@ def check(coupling: Coupling, channels: Mapping):
     group = coupling.groups[name]
     if group.ungated:
       raise ValueError(f'{name}: this group cannot be gated: {group.ungated}')
-    if tuple(gate.shape) != (group.size,):
-      path, axis = group.members[0]
-      raise ValueError(
-        f'{name}: gate has shape {tuple(gate.shape)}, its axis has {group.size} '
-        f'slices ({path}, axis {axis})'
-      )
+    coupling.has_size(name, gate)
 
 
 def with_branches(variables: Any, branches: Mapping[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from depthprune.program import arguments
 from depthprune.program.trace import is_array, paths_of
 
 FLAGS = {
@@ -46,7 +47,11 @@ def runnable(model: Any) -> Callable:
     model: a function, an object with `apply`, or a module of one of the kinds that the
       module docstring lists. Where the object has a tuple `exits`, the function returns
       these outputs only, so that taps no exit needs are dead code.
+
+  Raises:
+    TypeError: the model is none of these.
   """
+  checked(model)
   names = parameters(model)
   if is_module(model):
 
@@ -88,6 +93,48 @@ def runnable(model: Any) -> Callable:
   return fn
 
 
+def checked(model: Any) -> Any:
+  """Returns an argument that has to be a network.
+
+  Raises:
+    TypeError: it is a name, a class, or anything else.
+  """
+  if isinstance(model, type) or not callable(getattr(model, 'apply', model)):
+    of = 'models.build(name) makes the module of a name'
+    if isinstance(model, type):
+      of = f'write {model.__name__}(...), with the brackets'
+    elif hasattr(model, 'cut_from') or hasattr(model, 'fn'):
+      of = 'write its attribute `model`'
+    raise arguments.refused('model', 'a module or a function', model, of)
+  return model
+
+
+def checked_call(model: Any, variables: Any, inputs: tuple) -> Any:
+  """Returns a network whose variables may be its own, by their type.
+
+  Args:
+    model: the network.
+    variables: its variables.
+    inputs: of its call.
+
+  Raises:
+    TypeError: the model is none, or the variables are not of the form that it takes.
+  """
+  checked(model)
+  named = isinstance(variables, Mapping)
+  if is_linen(model) and (inputs or not is_array(variables)) and not named:
+    raise arguments.refused(
+      'variables',
+      "a dict with 'params', as model.init returns it",
+      variables,
+      'write (model, variables, *inputs)',
+    )
+  text = [x for x in jax.tree.leaves(variables) if isinstance(x, str | bytes)]
+  if text:
+    raise arguments.refused('variables', 'arrays in it', text[0])
+  return model
+
+
 def rebuilt(model: Any, variables: Any) -> Any:
   """Returns the module `model` with other arrays.
 
@@ -106,22 +153,22 @@ def rebuilt(model: Any, variables: Any) -> Any:
     if isinstance(variables, type(model)):
       if len(jax.tree.leaves(variables)) == len(jax.tree.leaves(state)):
         return nnx.merge(*nnx.split(variables))  # a call may change its mode
-      raise TypeError(
-        f'variables: {kind} shares arrays between its parts, which is lost in the '
-        'module as a pytree; expected nnx.state(module)'
-      )
+      lost = 'shares arrays between its parts, which is lost in the module as a pytree'
+      write = 'write nnx.state(module)'
+      raise arguments.wrong('variables', f'{kind} {lost}', write, TypeError)
     if jax.tree.structure(variables) == jax.tree.structure(state):
       return nnx.merge(graph, variables)
-    raise TypeError(
-      f'variables: expected all of nnx.state(module) for the NNX module {kind}, got '
-      f'{_described(variables)}; write (module, nnx.state(module), *inputs)'
-    )
+    expected = f'all of nnx.state(module) for the NNX module {kind}'
+    write = 'write (module, nnx.state(module), *inputs)'
+    raise arguments.refused('variables', expected, variables, write)
   if _structure(variables) != _structure(model) or not _only_arrays(variables):
-    raise TypeError(
-      f'variables: expected the arrays of the module {kind}, got '
-      f'{_described(variables)}; write (module, arrays, *inputs) with arrays = '
-      'equinox.filter(module, equinox.is_array), or another copy of the module that '
-      'holds None where it has no array'
+    raise arguments.refused(
+      'variables',
+      f'the arrays of the module {kind}',
+      variables,
+      'write (module, arrays, *inputs) with arrays = equinox.filter(module, '
+      'equinox.is_array), or another copy of the module that holds None where it has '
+      'no array',
     )
   return jax.tree.map(
     lambda mine, given: mine if given is None else given,
@@ -133,36 +180,72 @@ def rebuilt(model: Any, variables: Any) -> Any:
 
 @contextlib.contextmanager
 def explained(variables: Any, inputs: tuple) -> Iterator[None]:
-  """Says what to write where the first call of a network fails for a usual reason."""
+  """Says what to write where the first call of a network fails for a usual reason.
+
+  An error of the network itself stays as it is, unless its message is long.
+  """
   try:
     yield
-  except (TypeError, AttributeError) as error:
-    if is_array(variables) and not inputs:
-      raise TypeError(
-        f'variables: got {_described(variables)} and no inputs; write (model, '
-        'variables, *inputs)'
-      ) from error
-    if len(inputs) == 1 and type(inputs[0]) in (tuple, list):
-      raise TypeError(
-        f'inputs: the network was called with one {type(inputs[0]).__name__}, and '
-        f'failed ({error}); write the inputs one by one: (model, variables, '
-        '*inputs)'
-      ) from error
-    raise
   except Exception as error:
-    kind = type(error).__name__  # Flax's own errors, which are not imported here
-    if kind == 'ModifyScopeVariableError':
-      raise ValueError(
-        'the call updates variables: turn that off, as with train=False, or write '
-        "couple(..., mutable=['batch_stats'], fixed=lambda out: out[0])"
-      ) from error
-    missing = kind in ('ScopeParamNotFoundError', 'ScopeCollectionNotFound')
-    if missing and isinstance(variables, Mapping) and 'params' not in variables:
-      raise ValueError(
-        "variables: expected what model.init returns, {'params': ..., ...}, got "
-        f"{_described(variables)}; write {{'params': params}} for parameters alone"
-      ) from error
+    if said := _explanation(error, variables, inputs):
+      raise said from error
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    short = arguments.brief(kind(str(error)))
+    if str(short) != str(error):
+      raise short from error
     raise
+
+
+def _explanation(error: Exception, variables: Any, inputs: tuple) -> Exception | None:
+  """What the first call of a network has done wrong, if that is known."""
+  wrong, kind = arguments.wrong, type(error).__name__  # Flax is not imported here
+  said = arguments.clipped(str(error).split(' (https://')[0].rstrip('.'), 300)
+  if kind == 'ModifyScopeVariableError':
+    return wrong(
+      '',
+      'the call updates variables',
+      'turn that off, as with train=False, or write couple(..., '
+      "mutable=['batch_stats'], fixed=lambda out: out[0])",
+    )
+  if kind == 'ApplyScopeInvalidVariablesTypeError':
+    expected = "a dict with 'params', as model.init returns it"
+    return arguments.refused('variables', expected, variables)
+  if kind.startswith('Scope') and isinstance(variables, Mapping):
+    expected = "expected what model.init returns, {'params': ..., ...}"
+    if 'params' not in variables:
+      return wrong(
+        'variables',
+        f'{expected}, got {arguments.described(variables)}',
+        "write {'params': params} for parameters alone",
+      )
+    return wrong(
+      'variables',
+      f'they do not fit this network at these inputs: {said}',
+      'pass what model.init(key, *inputs) of this very model returns',
+    )
+  if not isinstance(error, TypeError | AttributeError):
+    return None
+  if is_array(variables) and not inputs:
+    return wrong(
+      'variables',
+      f'got {arguments.described(variables)} and no inputs',
+      'write (model, variables, *inputs)',
+      TypeError,
+    )
+  if not jax.tree.leaves(inputs):
+    told = 'the network was called without any'
+  elif len(inputs) == 1 and type(inputs[0]) in (tuple, list):
+    told = f'the network was called with one {type(inputs[0]).__name__}'
+  elif strange := [x for x in jax.tree.leaves(inputs) if not is_array(x)]:
+    told = f'expected arrays, got {arguments.described(strange[0])}'
+  else:
+    return None
+  return wrong(
+    'inputs',
+    f'{told}, and failed ({said})',
+    'write the inputs one by one: (model, variables, *inputs)',
+    TypeError,
+  )
 
 
 def is_module(model: Any) -> bool:
@@ -181,6 +264,11 @@ def arrays_of(module: Any) -> Any:
   if is_transformers(module):
     return module.params
   return jax.tree.map(lambda x: x if is_array(x) else None, module)
+
+
+def is_linen(model: Any) -> bool:
+  """Whether a network is a linen module."""
+  return hasattr(model, 'apply') and hasattr(model, 'clone')
 
 
 def is_nnx(model: Any) -> bool:
@@ -382,13 +470,3 @@ def _structure(tree: Any) -> Any:
 
 def _only_arrays(tree: Any) -> bool:
   return all(map(is_array, jax.tree.leaves(tree)))
-
-
-def _described(variables: Any) -> str:
-  if is_array(variables):
-    return f'an array {list(variables.shape)}'
-  if isinstance(variables, Mapping):
-    return (
-      f'a {type(variables).__name__} of {", ".join(map(str, variables)) or "nothing"}'
-    )
-  return f'a {type(variables).__name__}'

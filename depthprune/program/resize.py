@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program import arguments, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program import rules
 from depthprune.program.coupling import Coupling
 from depthprune.program.magnitudes import root
 from depthprune.program.modules import runnable
@@ -73,11 +73,13 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
     KeyError: `keep` has a group that the coupling does not have.
   """
   fn = runnable(model)
+  arguments.coupling(coupling)
+  arguments.parts('keep', keep, known=('exits',))
   views = remembered(lambda inputs, kwargs: coupling.retrace(fn, inputs, kwargs, keep))
   channels = keep.get('channels', {})
   cut = [group for group, slices in channels.items() if not np.all(slices)]
-  for group in channels:
-    coupling.axis(group)
+  for group, slices in channels.items():
+    coupling.has_size(group, slices)
 
   def small(variables, *inputs, **kwargs):
     arrays, merge = split_arrays((inputs, kwargs))

@@ -19,6 +19,7 @@ import numpy as np
 from depthprune.program import axes as ax
 from depthprune.program import cost, modules, rules
 from depthprune.program import jaxpr as jx
+from depthprune.program.arguments import listed
 from depthprune.program.deadcode import dependent
 from depthprune.program.trace import (
   View,
@@ -155,6 +156,8 @@ def split(
       influence each other (as in train mode); or an array that crosses a cut has no
       axis that counts examples. The message names the exit or the array.
   """
+  modules.checked_call(model, variables, inputs)
+  exits = (exits,) if isinstance(exits, str) else exits
   fn = functools.partial(modules.runnable(model), **kwargs)
   variables = jax.eval_shape(lambda v: v, variables)
   # A number among the inputs is a scalar: it may be another one in the next call.
@@ -315,7 +318,7 @@ def _counting(view: View, data: Sequence[jx.Value]) -> set[ax.Axis]:
       why.add(f'summed over by {e.where}')
   if why:
     raise ValueError(
-      f'split: examples look at each other ({"; ".join(sorted(why))}), so they cannot '
+      f'split: examples look at each other ({listed(sorted(why), 3)}), so they cannot '
       'leave one by one; a network is split in evaluation mode: train=False'
     )
   return count
@@ -336,7 +339,7 @@ def _crossing(
   if not varies:
     return Crossing(v.shape, v.dtype, None)
   maker = next((e for e in view.program.equations if v in e.outputs), None)
-  unknown = ', '.join(sorted(view.facts.unknown))
+  unknown = listed(sorted(view.facts.unknown)) if view.facts.unknown else ''
   hint = f' (primitives without a rule: {unknown})' if unknown else ''
   raise ValueError(
     f'split: {v.dtype}{list(v.shape)} of {maker.where if maker else "an input"} '
@@ -350,14 +353,14 @@ def _ordered(view: View, exits: Sequence[str]) -> tuple[str, ...]:
   if len(names) < 2:
     raise ValueError(
       'split: expected a function that returns a dict of two exits or more, got '
-      f'{", ".join(names) or "none"}; models.heads.WithHeads puts heads on taps'
+      f'{listed(names)}; models.heads.WithHeads puts heads on taps'
     )
   if missing := [name for name in exits if name not in names]:
-    raise ValueError(f'split: no exit {missing[0]!r}; there are: {", ".join(names)}')
+    raise ValueError(f'split: no exit {missing[0]!r}; there are: {listed(names)}')
   if len(exits) == 1 or 'main' in exits[:-1] or len({*exits}) < len(exits):
     raise ValueError(
       "split: expected two different exits or more, 'main' the last of them, got "
-      f'{", ".join(exits)}'
+      f'{listed(exits)}'
     )
   depth = lambda name: (name == 'main', len(view.upto(name).equations))
   return tuple(exits) or tuple(sorted(names, key=depth))

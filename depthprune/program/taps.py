@@ -119,6 +119,7 @@ def taps(model: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Taps:
     The Taps. Values inside a scan are not among them, and residual units inside it have
     no gates: unroll the loop, or scan in segments, each of which ends in a tap.
   """
+  modules.checked_call(model, variables, inputs)
   shapes, call = modules.collected(model, variables), modules.updating(model, variables)
   run = lambda arrays, *inputs, **kwargs: call(arrays, *inputs, **kwargs)[0]
   arrays = jax.eval_shape(lambda x: x, shapes)

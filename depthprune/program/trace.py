@@ -13,6 +13,7 @@ from jax.core import Tracer
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program import rules
+from depthprune.program.arguments import listed, wrong
 from depthprune.program.deadcode import dependent, simplify
 from depthprune.program.magnitudes import degrees
 
@@ -226,10 +227,9 @@ def batched(inputs: Any, batch: Any, counts: Sequence[bool] | None = None) -> An
   arrays, merge = split_arrays(abstract(inputs))
   counts = counts_examples(inputs) if counts is None else counts
   if not any(counts):
-    raise ValueError(
-      'expected an array with examples along axis 0 among the inputs, got '
-      f'{", ".join(map(str, jax.tree.leaves(inputs))) or "none"}'
-    )
+    expected = 'expected an array with examples along axis 0 among the inputs'
+    got = listed(jax.tree.leaves(inputs))
+    raise wrong('inputs', f'{expected}, got {got}')
   sized = lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
   return merge([sized(x) if c else x for x, c in zip(arrays, counts, strict=True)])
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from depthprune.program import arguments
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.deadcode import LAYOUT, fold
@@ -64,6 +65,7 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
 
   Source of what can be erased: Ida and Fujiwara, arXiv 1906.03826.
   """
+  arguments.coupling(coupling)
   program, leaves = coupling.view.program, coupling.view.leaves
   unread = Meeting((len(program.equations),), False, 'nothing reads its gate')
   followed = [

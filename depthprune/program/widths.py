@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from depthprune.program import arguments
 from depthprune.program.coupling import Coupling, Group
 
 Count = int | float | str
@@ -64,8 +65,13 @@ def ranges(
       none; two equally specific patterns with different counts; or a floor above the
       ceiling.
   """
+  arguments.coupling(coupling)
+  arguments.whole('round_to', round_to)
   groups = {g.name: g for g in coupling.groups.values() if not g.ungated}
-  excluded = _excluded(coupling, [exclude] if isinstance(exclude, str) else exclude)
+  exclude = [exclude] if isinstance(exclude, str) else exclude
+  if not isinstance(exclude, Iterable) or not all(isinstance(p, str) for p in exclude):
+    raise arguments.refused('exclude', "a pattern such as 'head', or several", exclude)
+  excluded = _excluded(coupling, [*exclude])
   floors = _by_group(coupling, groups, at_least, 'at_least')
   ceilings = _by_group(coupling, groups, at_most, 'at_most')
   wanted = _by_group(coupling, groups, ratios, 'target')

@@ -18,6 +18,8 @@ import numpy as np
 from depthprune.program import axes as ax
 from depthprune.program import gating, rules
 from depthprune.program import jaxpr as jx
+from depthprune.program.arguments import coupling as checked
+from depthprune.program.arguments import kind_of, refused, wrong
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import View, remembered, several, split_arrays
 
@@ -63,7 +65,9 @@ def activations(
   """
   if measure not in VALUES:
     expected = ', '.join(get_args(Measure))
-    raise ValueError(f'measure={measure!r}: expected one of {expected}')
+    raise refused('measure', f'one of {expected}', measure, kind=ValueError)
+  checked(coupling).fits(variables)
+  kind_of('batches', batches, Iterable, 'a list of batches of inputs')
   groups = [g for g in coupling.groups.values() if not g.ungated]
   starts = np.cumsum([0, *(g.size for g in groups)])
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
@@ -91,7 +95,8 @@ def activations(
     both = measured(variables, inputs, named)
     totals, counts = (a + np.asarray(b, float) for a, b in zip((totals, counts), both))
   if groups and not counts.any():
-    raise ValueError('batches: expected at least one batch of inputs, got none')
+    has = 'expected at least one batch of inputs, got none'
+    raise wrong('batches', has, 'pass a list, or an iterator not yet used up')
   means = totals / np.maximum(counts, 1)
   return {g.name: means[start : start + g.size] for g, start in zip(groups, starts)}
 
@@ -110,9 +115,10 @@ def _check_batch(coupling: Coupling, inputs: tuple, named: Mapping) -> None:
     if coupling.named:
       names = ', '.join(f'{name!r}: ...' for name in coupling.named)
       pair = f'; a batch is a pair (inputs, {{{names}}})'
-    raise ValueError(
-      f'batches: expected batches like the inputs of couple ({shown(expected)}), got '
-      f'{shown(got) or type(inputs[0]).__name__}; one batch goes into a list: [x]{pair}'
+    like = f'expected batches like the inputs of couple ({shown(expected)})'
+    is_ = shown(got) or described(inputs[0] if inputs else None)
+    raise wrong(
+      'batches', f'{like}, got {is_}', f'one batch goes into a list: [x]{pair}'
     )
 
 

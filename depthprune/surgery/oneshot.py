@@ -8,14 +8,15 @@ Taylor is the first-order change of a loss when a gate closes (Molchanov et al.,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from depthprune.program import arguments, cost
 from depthprune.program import axes as ax
-from depthprune.program import cost
 from depthprune.program.coupling import WHY, Coupling, Group
 from depthprune.program.trace import paths_of
 from depthprune.program.widths import Count, Counts, Range, ranges
@@ -102,11 +103,7 @@ def oneshot(
       finite; a pattern that matches nothing, with the nearest names; a floor above the
       ceiling; or a network of which no group can be gated.
   """
-  if not isinstance(coupling, Coupling):
-    raise TypeError(
-      'oneshot: coupling: expected what couple(model, variables, example) made, got '
-      f'a {type(coupling).__name__}'
-    )
+  arguments.coupling(coupling).fits(variables)
   _check(score, scope, grads, key)
   gates = coupling.gates()['channels']
   if not gates:
@@ -129,7 +126,7 @@ def oneshot(
     least = 'at least one slice per group'
     least = 'what exclude and at_least keep' if exclude or at_least else least
     raise ValueError(
-      f'target {target} is {goal:.4g} {name}; with {least} the '
+      f'oneshot: target {target} is {goal:.4g} {name}; with {least} the '
       f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): raise the target'
     )
   if goal > ceiling:
@@ -162,18 +159,15 @@ def absolute(target: float | str, total: float) -> float:
   text = str(target).strip()
   try:
     number = float(text[:-1]) / 100 if text.endswith('%') else float(text)
-  except ValueError as error:
-    raise ValueError(
-      f'target: expected a fraction in (0, 1], a percentage such as "50%", or a number '
-      f'up to {total:.4g}, got {target!r:.80}'
-    ) from error
+  except ValueError:
+    number = math.nan
   if 0 < number <= 1:
     return number * total
   if text.endswith('%') or not 1 < number <= total:
-    raise ValueError(
-      f'target {target}: expected a fraction in (0, 1], a percentage, or an absolute '
-      f'number up to {total:.4g}'
+    expected = (
+      f'a fraction in (0, 1], a percentage such as "50%", or a number up to {total:.4g}'
     )
+    raise arguments.refused('target', expected, target, kind=ValueError)
   return number
 
 
@@ -219,8 +213,8 @@ def rank(
   else:
     own = score(coupling, variables) if callable(score) else score
     if not isinstance(own, Mapping):
-      raise ValueError(
-        f'score: expected {{group: [slices]}} from the function, got {type(own)}'
+      raise arguments.refused(
+        'score', '{group: [slices]} from the function', own, kind=ValueError
       )
     for name in own:
       coupling.axis(name)
@@ -260,7 +254,7 @@ def norms(
 
 
 def _check_scores(group: Group, score: Score, scores: np.ndarray | None):
-  members = ', '.join(path for path, _ in group.members)
+  members = arguments.listed(path for path, _ in group.members)
   kind, entries, where = f'{score} ', 'grads', members
   expected = 'grads is the gradient of a loss by coupling.gates()'
   if score == 'taylor':
@@ -287,19 +281,26 @@ def _check_scores(group: Group, score: Score, scores: np.ndarray | None):
 def _check(score, scope, grads, key):
   own = callable(score) or isinstance(score, Mapping)
   if not own and not (isinstance(score, str) and score in SCORES):
-    raise ValueError(
-      f'score={score!r}: expected one of {", ".join(SCORES)}, {{group: [slices]}}, or '
-      'a function of (coupling, variables) that returns it'
+    raise arguments.refused(
+      'score',
+      f'one of {", ".join(SCORES)}, {{group: [slices]}}, or a function of (coupling, '
+      'variables) that returns it',
+      score,
+      kind=ValueError,
     )
   if scope not in SCOPES:
-    raise ValueError(f'scope={scope!r}: expected one of {", ".join(SCOPES)}')
-  if score == 'taylor' and grads is None:
-    raise ValueError(
-      "score='taylor' needs grads: the gradient of a loss by coupling.gates(), e.g. "
-      'jax.grad(lambda g: loss(plug(model, coupling)(variables, g, x)))'
+    expected = f'one of {", ".join(SCOPES)}'
+    raise arguments.refused('scope', expected, scope, kind=ValueError)
+  if score == 'taylor' and not isinstance(grads, Mapping):
+    raise arguments.refused(
+      'grads',
+      "for score='taylor' the gradient of a loss by coupling.gates()",
+      grads,
+      'write jax.grad(lambda g: loss(plug(model, coupling)(variables, g, x)))',
+      ValueError,
     )
-  if score == 'random' and key is None:
-    raise ValueError("score='random' needs key, e.g. jax.random.key(0)")
+  if score == 'random':
+    arguments.key(key)
 
 
 def _uniform(

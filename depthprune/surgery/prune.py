@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from depthprune.program import arguments, cost, modules
 from depthprune.program import axes as ax
-from depthprune.program import cost, modules
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
 from depthprune.program.trace import paths_of, several
@@ -22,8 +22,14 @@ from depthprune.surgery.verify import Verdict, agrees, verify
 class InexactCut(ValueError):
   """The cut was refused, because the masked and the small network differ.
 
-  The message names the groups and tensors that are responsible.
+  The message names the groups and tensors that are responsible, the first of them if
+  there are many.
+
+  Attributes:
+    details: the whole message.
   """
+
+  details: str
 
 
 class Pruned(NamedTuple):
@@ -125,7 +131,14 @@ def prune(
       gates cannot be multiplied into the weights; or opt_state does not belong to tx.
   """
   inputs = several(example)
-  coupling = coupling or couple(model, variables, *inputs, **kwargs)
+  arguments.parts('keep', keep, known=('exits',))
+  if coupling is None:
+    coupling = couple(model, variables, *inputs, **kwargs)
+  arguments.coupling(coupling).fits(variables)
+  if gates is not None:
+    arguments.parts('gates', gates)
+  if opt_state is not None:
+    arguments.optimizer(tx)
   settled, notes = settle(coupling, keep, variables, round_to)
   channels = (gates or {}).get('channels', {})
   inexact = _inexact(coupling, settled)
@@ -142,9 +155,11 @@ def prune(
   verdict = verify(coupling, variables, inputs, shrink, asked, settled, channels)
   if verdict.responsible and not allow_inexact:
     if verdict.broken:
-      raise InexactCut(
-        f'{verdict.broken}. No cut of it can be checked: pass finite weights and '
-        'inputs, or allow_inexact=True'
+      raise arguments.brief(
+        InexactCut(
+          f'{verdict.broken}.\nNo cut of it can be checked: pass finite weights and '
+          'inputs, or allow_inexact=True'
+        )
       )
     raise _refusal(
       f'masked and small network differ by {verdict.difference:.1e} '
@@ -156,8 +171,6 @@ def prune(
   if verdict.broken and not verdict.responsible:
     notes.append(verdict.broken)
   if opt_state is not None:
-    if tx is None:
-      raise ValueError('opt_state was given without the tx that it belongs to')
     full, left, prefix = variables, small, ''
     if isinstance(small, Mapping) and 'params' in small:
       full, left, prefix = variables['params'], small['params'], 'params/'
@@ -206,7 +219,8 @@ def has_shapes(model: Any, coupling: Coupling, variables: Any) -> bool:
 
 def _refusal(what: str, blame: Iterable[str]) -> InexactCut:
   reasons = '\n  '.join([f'{what}:', *blame])
-  return InexactCut(f'{reasons}\nkeep these groups whole, or pass allow_inexact=True')
+  write = 'keep these groups whole, or pass allow_inexact=True'
+  return arguments.brief(InexactCut(f'{reasons}\n{write}'))
 
 
 def _inexact(coupling: Coupling, keep: Mapping) -> list[str]:

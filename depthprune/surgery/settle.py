@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from depthprune.program import arguments, cost
 from depthprune.program import axes as ax
-from depthprune.program import cost
+from depthprune.program.arguments import listed
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import Decision, paths_of
 from depthprune.surgery.oneshot import norms
@@ -51,10 +52,7 @@ def settle(
     KeyError: an unknown group, branch or exit.
     ValueError: an entry has the wrong shape or is not bool, or no exit is left.
   """
-  if isinstance(round_to, bool) or not isinstance(round_to, int | np.integer):
-    raise TypeError(
-      f'round_to: expected a whole number such as 8, got {round_to!r:.80}'
-    )
+  arguments.whole('round_to', round_to)
   channels, branches, exits = complete(coupling, keep)
   leaves = paths_of(variables)
   notes: list[str] = []
@@ -78,17 +76,7 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     KeyError: an unknown group, branch or exit.
     ValueError: an entry has the wrong shape or is not bool, or no exit is left.
   """
-  parts = [keep, *keep.values()] if isinstance(keep, Mapping) else [keep]
-  if wrong := [part for part in parts if not isinstance(part, Mapping)]:
-    raise TypeError(
-      f'keep: expected {{"channels": {{group: bool array}}}}, got {wrong[0]!r:.80}: '
-      "oneshot(coupling, variables, target) or a method's decide makes one"
-    )
-  unknown = set(keep) - {'channels', 'branches', 'exits'}
-  if unknown:
-    raise KeyError(
-      f'keep has the entry {sorted(unknown)[0]!r}: expected channels, branches, exits'
-    )
+  arguments.parts('keep', keep, known=('exits',))
   channels = {g.name: np.ones(g.size, bool) for g in coupling.groups.values()}
   for name, kept in keep.get('channels', {}).items():
     coupling.axis(name)
@@ -99,15 +87,15 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
   branches = {b: np.ones(shape, bool) for b, shape in shapes.items()}
   for name, kept in keep.get('branches', {}).items():
     if name not in branches:
-      raise KeyError(f'keep: no branch {name!r}; there are: {", ".join(branches)}')
+      raise KeyError(f'keep: no branch {name!r}; there are: {listed(branches)}')
     branches[name] = _entry(name, kept, shapes[name])
   exits = dict.fromkeys(coupling.exits, True)
   for name, kept in keep.get('exits', {}).items():
     if name not in exits:
-      raise KeyError(f'keep: no exit {name!r}; there are: {", ".join(exits)}')
+      raise KeyError(f'keep: no exit {name!r}; there are: {listed(exits)}')
     exits[name] = bool(kept)
   if exits and not any(exits.values()):
-    raise ValueError(f'keep: all exits are dropped ({", ".join(exits)}); keep one')
+    raise ValueError(f'keep: all exits are dropped ({listed(exits)}); keep one')
   for name, group in coupling.groups.items():
     if group.kind == 'layer':
       axis = coupling.axis(name)
@@ -124,9 +112,11 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
 def _entry(name: str, kept: Any, shape: tuple, where: str = '') -> np.ndarray:
   kept = np.asarray(kept)
   if kept.dtype != bool:
-    raise ValueError(f'{name}: keep has dtype {kept.dtype}, expected bool')
+    has = f'{name}: keep has dtype {kept.dtype}, expected bool'
+    raise arguments.wrong('', has, 'write gate > 0, or astype(bool)')
   if kept.shape != shape:
-    raise ValueError(f'{name}: keep has shape {kept.shape}, its axis {shape}{where}')
+    has = f'{name}: keep has shape {kept.shape}, its axis {shape}{where}'
+    raise arguments.wrong('', has)
   return kept.copy()
 
 

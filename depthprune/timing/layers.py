@@ -33,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.program import arguments, cost
 from depthprune.program import axes as ax
-from depthprune.program import cost
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.resize import decided, rebound
@@ -176,6 +176,7 @@ def milliseconds(
     ValueError: a batch below 1, a network of which nothing can be cut, or a layer with
       more than five axes that can be cut.
   """
+  arguments.number('seconds', seconds, above=0)
   timed = session(coupling, batch, round_to)
   return timed.cost(timed.measure(seconds))
 
@@ -191,8 +192,9 @@ def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Sessio
   Raises:
     ValueError: one of the reasons of `milliseconds`.
   """
-  if batch < 1:
-    raise ValueError(f'milliseconds: expected a batch of 1 or more, got {batch}')
+  arguments.coupling(coupling)
+  arguments.whole('batch', batch)
+  arguments.whole('round_to', round_to)
   inputs, kwargs = batched((coupling.inputs, coupling.kwargs), batch, coupling.counts)
   view = coupling.retrace(coupling.fn, inputs, kwargs, {})
   size = {g: gate.size for g, gate in coupling.gates()['channels'].items()}
@@ -258,7 +260,8 @@ def counted(
   if of == TIME:
     return of, milliseconds(coupling, round_to=round_to)
   if of not in COSTS:
-    raise ValueError(f'of={of!r}: expected one of {", ".join([*COSTS, TIME])}')
+    expected = f'one of {", ".join([*COSTS, TIME])}'
+    raise arguments.refused('of', expected, of, kind=ValueError)
   return of, COSTS[of]
 
 

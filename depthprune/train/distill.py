@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from depthprune.data.dataset import inputs_of
-from depthprune.train.method import Method
+from depthprune.program import arguments
+from depthprune.train.method import Method, checked
 from depthprune.train.task import Task, Tree, as_dict, main, mean
 
 
@@ -57,11 +58,9 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
 
   Source: Hinton, Vinyals, Dean, arXiv 1503.02531.
   """
-  if temperature <= 0 or not 0 <= weight <= 1:
-    raise ValueError(
-      f'distill: expected temperature > 0 and weight in [0, 1], '
-      f'got temperature={temperature}, weight={weight}'
-    )
+  checked(method)
+  arguments.number('temperature', temperature, above=0)
+  arguments.number('weight', weight, least=0, most=1)
 
   def objective(task: Task, outputs, batch, theta, step):
     if 'teacher' not in batch:

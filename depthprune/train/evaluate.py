@@ -1,17 +1,19 @@
 """Scores of a network over a data set, and fresh batch statistics after a cut."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 
 from depthprune.data.dataset import inputs_of
 from depthprune.distributed import fetch
+from depthprune.program import arguments
 from depthprune.program.modules import runnable, streams
-from depthprune.train.step import gated
+from depthprune.train.step import GIVEN, gated
 from depthprune.train.task import Task, Tree, as_dict
 
 
@@ -85,6 +87,7 @@ def add_up(sums: Sequence[Tree]) -> Tree:
 
 
 COLLECTION = 'batch_stats'
+BATCHES = "a list of batches {'image': x}"
 
 
 def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
@@ -111,11 +114,17 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
   Raises:
     ValueError: there are no batch statistics, or no batch.
   """
+  arguments.kind_of('batches', batches, Iterable, BATCHES)
+  if isinstance(batches, Mapping | str | tuple) or hasattr(batches, 'shape'):
+    raise arguments.refused('batches', BATCHES, batches, 'write [batch]')
+  arguments.kind_of('variables', variables, Mapping, f"a dict with '{COLLECTION}'")
   if not jax.tree.leaves(variables.get(COLLECTION, {})):
-    raise ValueError(
-      f'recalibrate: the variables have no {COLLECTION!r} collection, got '
-      f'{sorted(variables)}; a network without batch normalisation needs none'
+    raise arguments.wrong(
+      'variables',
+      f'expected an entry {COLLECTION!r}, got {arguments.listed(variables)}',
+      'a network without batch normalisation needs no recalibrate',
     )
+  arguments.alive('variables', variables, GIVEN)
   measure = jax.jit(partial(_batch_statistics, runnable(model)))
   total, count = None, 0
   for batch in batches:
@@ -130,7 +139,8 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Tree]) -> Tree:
 
 def _batch_statistics(apply, variables, *inputs):
   """Returns the statistics of one batch, with the momentum undone."""
-  old, rngs = variables[COLLECTION], streams(jax.random.key(0))
+  old = unfreeze({**variables[COLLECTION]})  # as the network returns them
+  rngs = streams(jax.random.key(0))
   run = partial(apply, train=True, mutable=[COLLECTION], rngs=rngs)
   updated = lambda stats: run({**variables, COLLECTION: stats}, *inputs)[1][COLLECTION]
 

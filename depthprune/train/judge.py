@@ -21,10 +21,13 @@ import numpy as np
 from depthprune import distributed
 from depthprune.data import batches
 from depthprune.data.dataset import inputs_of
+from depthprune.program import arguments
+from depthprune.program.arguments import listed
+from depthprune.train import labels
 from depthprune.train.evaluate import COLLECTION, add_up, recalibrate, totals
-from depthprune.train.method import Method
-from depthprune.train.step import State, branches_of, gated
-from depthprune.train.task import Task, Tree, as_dict
+from depthprune.train.method import Method, checked
+from depthprune.train.step import USED, State, branches_of, gated
+from depthprune.train.task import Task, Tree, as_dict, is_task
 
 # Decisions times images in one call of vmap, at most. A CPU is slower with more:
 # ResNet-56 at 32x32, one core, 211 images/s with 256 in a call, 215 with 512, 195 with
@@ -81,9 +84,12 @@ def judge(
   if vectorise not in get_args(Vectorise):
     expected = ', '.join(get_args(Vectorise))
     raise ValueError(f'judge: vectorise={vectorise!r}: expected one of {expected}')
-  held_out = batches.whole(held_out, batch)
-  if not held_out:
-    raise ValueError('judge: expected at least one held-out batch, got none')
+  checked(method)
+  is_task(task)
+  write = 'write the State that the last step returned'
+  arguments.kind_of('state', state, State, 'the State after training', write)
+  arguments.alive('state', state, USED)
+  held_out = held_out_of(held_out, batch, task)
   network = masked_programs(model, method, task, state, coupling)
   return Judge(
     network=network,
@@ -93,6 +99,30 @@ def judge(
     vectorised={'by': vectorise},
     decides_by=task.decides_by,
   )
+
+
+def held_out_of(source: Any, size: int, task: Task) -> list[Tree]:
+  """Returns held-out examples in batches of one size, and not none of them.
+
+  Args:
+    source: arrays or an iterable of batches.
+    size: examples in a batch of arrays.
+    task: what is measured, which knows its labels.
+
+  Raises:
+    ValueError: there are no batches, or they lack inputs or labels.
+  """
+  held_out = batches.whole(source, size)
+  if not held_out:
+    has = 'expected at least one held-out batch, got none'
+    raise arguments.wrong(
+      'held_out', has, 'pass a list, or an iterator not yet used up'
+    )
+  for batch in held_out:
+    inputs_of(batch)
+    labels.of(batch)
+    task.check(batch)
+  return held_out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,6 +167,7 @@ class Judge:
       KeyError: there is no such branch, group or exit.
       ValueError: no exit is kept, or a branch is closed without calibration batches.
     """
+    arguments.parts('keep', keep, known=('exits',))
     keeps = jax.tree.map(lambda kept: np.asarray(kept)[None], keep)
     decisions, exits = self._read(keeps, 1)
     scores = self._scores('one', exits, _rows(decisions, 0))
@@ -156,6 +187,7 @@ class Judge:
       KeyError: there is no such branch, group or exit.
       ValueError: as for a call, or n is not the same in all leaves.
     """
+    arguments.parts('keeps', keeps, known=('exits',))
     n = _count(keeps)
     decisions, exits = self._read(keeps, n)
     how = self._how(exits, decisions)
@@ -166,11 +198,6 @@ class Judge:
 
   def _read(self, keeps: Tree, n: int) -> tuple[Decisions, tuple[str, ...]]:
     """Returns (decisions, names of the exits that answer in any of them)."""
-    unknown = sorted(set(keeps) - {'channels', 'branches', 'exits'})
-    if unknown:
-      raise KeyError(
-        f'keep has the entry {unknown[0]!r}: expected channels, branches, exits'
-      )
     closes = np.zeros(n, bool)
     for kept in keeps.get('branches', {}).values():
       closes |= ~np.asarray(kept, bool).reshape(n, -1).all(1)
@@ -178,6 +205,7 @@ class Judge:
     exits = tuple(sorted(set(answers)))
     at = [exits.index(name) for name in answers] or [0] * n
     gates = {part: kept for part, kept in keeps.items() if part != 'exits'}
+    self.network.fits(gates, n)
     gates = jax.tree.map(lambda kept: np.asarray(kept, np.float32), gates)
     return Decisions(gates, closes, np.asarray(at, np.int32)), exits
 
@@ -232,14 +260,14 @@ def _answers(exits: tuple[str, ...], keeps: Mapping, n: int) -> list[str]:
   """Returns the exit that answers in each decision; [] where no exits are named."""
   unknown = [name for name in keeps if name not in exits]
   if unknown:
-    raise KeyError(f'keep: no exit {unknown[0]!r}; there are: {", ".join(exits)}')
+    raise KeyError(f'keep: no exit {unknown[0]!r}; there are: {listed(exits)}')
   kept = {name: np.asarray(keeps.get(name, [True] * n), bool) for name in exits}
   order = sorted(exits, key=lambda name: (name == 'main', name))
   answers = [
     max((e for e in order if kept[e][i]), default='', key=order.index) for i in range(n)
   ]
   if '' in answers:
-    raise ValueError(f'keep drops every exit ({", ".join(exits)}): keep at least one')
+    raise ValueError(f'keep drops every exit ({listed(exits)}): keep at least one')
   return answers if keeps else []
 
 
@@ -296,6 +324,7 @@ class Masked(NamedTuple):
     measure: (how, exits, decisions, batch) -> the task's sums over the batch.
     statistics: (how, decisions, batch) -> batch statistics of that batch alone.
     outputs: (*inputs) -> outputs by name, as trained.
+    fits: (gates, n) -> None; raises where they are no n decisions on its gates.
     stats: the batch statistics that the network has, {} if none.
     scores: (sums of all batches) -> {'loss', 'accuracy', ...}, the task's.
   """
@@ -303,6 +332,7 @@ class Masked(NamedTuple):
   measure: Callable[..., Tree]
   statistics: Callable[..., Tree]
   outputs: Callable[..., dict[str, jax.Array]]
+  fits: Callable[[Tree, int], None]
   stats: Tree
   scores: Callable[[Tree], dict[str, np.ndarray]]
 
@@ -341,11 +371,20 @@ def masked_programs(
 
     return _over(how, one, decisions)
 
+  def fits(decided, n):
+    for part, kept in decided.items():
+      for name, value in kept.items():
+        own = np.shape(gates[part][name]) if name in gates[part] else None
+        if own is not None and np.shape(value) != (n, *own):
+          has = f'{name}: has shape {np.shape(value)[1:]}, its gate {own}'
+          raise arguments.wrong('keep', has)
+
   measure = jax.jit(measure, static_argnames=('how', 'exits'))
   statistics = jax.jit(statistics, static_argnames='how')
   return Masked(
     measure=partial(measure, variables, gates, state.theta),
     statistics=partial(statistics, variables, gates),
+    fits=fits,
     outputs=lambda *inputs: as_dict(run(variables, gates, *inputs, train=False)),
     stats=variables.get(COLLECTION, {}),
     scores=task.scores,

@@ -11,7 +11,10 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from depthprune.data import batches
-from depthprune.train.step import State
+from depthprune.data.dataset import inputs_of
+from depthprune.program import arguments
+from depthprune.train import labels
+from depthprune.train.step import USED, State, Step
 from depthprune.train.task import Tree
 
 Row = dict[str, float]
@@ -120,10 +123,23 @@ def fit(
       ended before the last step.
     ValueError: `fused` is True although batches are made on the host.
   """
+  write = 'write fit(step, state, key, data, steps=1000)'
+  arguments.function('step', step, 'what make_step returned', write)
+  arguments.kind_of('state', state, State, 'the State of init_state', write)
+  arguments.alive('state', state, USED)
+  arguments.key(key)
+  arguments.whole('steps', steps, least=0)
+  arguments.whole('every', every)
   start = int(state.step)
   if start >= steps:
     return state
   if not callable(batch_at):
+    arguments.whole('batch', batch)
+    if isinstance(step, Step) and batches.are_arrays(batch_at):
+      arrays = batches.named(batch_at)
+      inputs_of(arrays)
+      labels.of(arrays)
+      step.check(arrays)
     ordering = jax.random.fold_in(key, 0)
     batch_at, data = batches.sampled(batch_at, ordering, batch)
   if fused is None:
@@ -225,6 +241,8 @@ def _on_host(batch_at: Any) -> bool:
 
 
 def _size(batch: Tree) -> int:
+  if not jax.tree.leaves(batch):
+    raise arguments.refused('batch_at', 'to return a batch of arrays', batch)
   return jax.tree.leaves(batch)[0].shape[0]
 
 

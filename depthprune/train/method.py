@@ -18,7 +18,7 @@ with epy.lazy_imports():  # the command line's --help imports methods, but no ja
   import jax.numpy as jnp
   import optax
 
-  from depthprune.program import gating
+  from depthprune.program import arguments, gating
   from depthprune.program.coupling import Coupling
   from depthprune.train.task import Task, Tree
 
@@ -116,6 +116,12 @@ class Method(NamedTuple):
   report: Callable[[Tree], Tree] = lambda theta: {}
 
 
+def checked(method: Any) -> Method:
+  """Returns an argument that has to be a Method; raises TypeError if it is none."""
+  expected = 'a Method, as netcut(...) or trainable_gates(...) return it'
+  return arguments.kind_of('method', method, Method, expected)
+
+
 def plain() -> Method:
   """Returns the method that trains the weights as usual and cuts nothing."""
   return Method()
@@ -137,7 +143,7 @@ def optimizer(
   Returns:
     An optimizer of the tree {'params': weights, 'theta': what the method trains}.
   """
-  tx = method.transform(tx)
+  tx = checked(method).transform(arguments.optimizer(tx))
   if method.penalty is not None:
     tx = add_penalty(tx, method.penalty, where=lambda trained: trained['theta'])
   return optax.with_extra_args_support(tx)
@@ -210,6 +216,11 @@ def add_penalty(
     ValueError: from `update`, if it is called without params.
   """
 
+  arguments.optimizer(tx)
+  of = 'a function of the parameters'
+  arguments.function('penalty', penalty, of + ' and the step')
+  arguments.function('where', where, of)
+
   def init(params):
     return PenaltyState(jnp.zeros((), jnp.int32), tx.init(params))
 
@@ -255,6 +266,9 @@ def spare_closed(
   Raises:
     ValueError: from `update`, if it is called without params.
   """
+
+  arguments.optimizer(tx)
+  arguments.function('openness', openness, 'a function of the parameters')
 
   def update(updates, state, params=None, **extra):
     params = _required(params, 'spare_closed')

@@ -9,17 +9,23 @@ import numpy as np
 import optax
 
 from depthprune.data import batches
+from depthprune.program import arguments
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.gating import with_branches
 from depthprune.program.trace import several
 from depthprune.surgery.prune import Pruned, prune
 from depthprune.train.evaluate import COLLECTION, recalibrate
-from depthprune.train.judge import judge, kept_gates
+from depthprune.train.judge import held_out_of, judge, kept_gates
 from depthprune.train.method import Method, plain
-from depthprune.train.step import State, branches_of, init_state, make_step
-from depthprune.train.task import Task, Tree
+from depthprune.train.step import USED, State, branches_of, init_state, make_step
+from depthprune.train.task import Task, Tree, is_task
 
 COSTS = 'flops', 'params', 'peak_bytes'  # what a report compares before and after
+
+FIT = (
+  'write train=lambda step, state, stage: dp.fit(step, state, key, data, steps=100, '
+  'label=stage)'
+)
 
 
 def shrink(
@@ -75,14 +81,19 @@ def shrink(
     InexactCut: masked and small network differ.
   """
   inputs, reports = several(example), []
-  held_out = batches.whole(held_out, batch)
+  write = 'write build=lambda coupling: dp.trainable_gates(coupling, 0.5)'
+  arguments.function('build', build, 'a function of the coupling', write)
+  arguments.function('train', train, 'a function of (step, state, stage)', FIT)
+  is_task(task)
+  arguments.optimizer(tx)
+  held_out = held_out_of(held_out, batch, task)
   calibration = batches.full(calibration, batch)
   while True:
     coupling = couple(model, variables, *inputs)
     method = build(coupling)
     step = make_step(model, method, task, tx, coupling)
     state = init_state(model, method, tx, variables, coupling, held_out[0])
-    state = train(step, state, f'round{len(reports) + 1}')
+    state = _trained(train, step, state, f'round{len(reports) + 1}')
     evaluate = judge(model, method, task, state, held_out, calibration, coupling)
     keep = method.decide(jax.device_get(state.theta), state.stats, evaluate)
     pruned, model, variables = cut_round(
@@ -94,11 +105,18 @@ def shrink(
     if method.rounds <= 1:
       break
   step = make_step(model, plain(), task, tx)
-  state = train(step, init_state(model, plain(), tx, variables), 'finetune')
+  state = _trained(train, step, init_state(model, plain(), tx, variables), 'finetune')
   report = {**pruned.report, 'rounds': reports}
   for name in COSTS:
     report[name] = {**pruned.report[name], 'before': reports[0][name]['before']}
   return pruned._replace(variables=state.variables, report=report)
+
+
+def _trained(train: Callable, step: Callable, state: State, stage: str) -> State:
+  state = train(step, state, stage)
+  expected = f'to return the state after the stage {stage!r}'
+  arguments.kind_of('train', state, State, expected, FIT)
+  return arguments.alive('train', state, USED)
 
 
 def cut_round(

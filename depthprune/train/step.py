@@ -1,5 +1,6 @@
 """The training step of any method: one compiled program, state in and state out."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -8,14 +9,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import unfreeze
 
 from depthprune.data.dataset import inputs_of
+from depthprune.program import arguments
 from depthprune.program.gating import plug, with_branches
-from depthprune.program.modules import runnable, streams
+from depthprune.program.modules import explained, runnable, streams
 from depthprune.program.trace import paths_of
+from depthprune.train import labels
 from depthprune.train.distill import with_teacher
-from depthprune.train.method import Method, no_stats, optimizer
-from depthprune.train.task import Task, Tree, as_dict
+from depthprune.train.method import Method, checked, no_stats, optimizer
+from depthprune.train.task import Task, Tree, as_dict, is_task
+
+USED = (
+  'a training step consumes the state that it is given; go on with the one that it '
+  'returns: state, metrics = step(state, batch, key)'
+)
+GIVEN = 'it was given to a training step or deleted; pass arrays that are still there'
 
 
 @flax.struct.dataclass
@@ -43,17 +53,6 @@ class State:
   def variables(self) -> dict[str, Tree]:
     """The variables that `model.apply` takes."""
     return {'params': self.params, **self.model_state}
-
-
-def _check(method: Any, tx: Any) -> None:
-  """Checks that a method and an optimizer are what they are taken for."""
-  if not isinstance(method, Method):
-    raise TypeError(
-      f'method: expected a Method, as netcut(...) or trainable_gates(...) return it, '
-      f'got {method!r:.80}'
-    )
-  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
-    raise TypeError(f'tx: expected an optimizer such as optax.sgd(0.1), got {tx!r:.80}')
 
 
 def init_state(
@@ -84,17 +83,19 @@ def init_state(
   Raises:
     ValueError: the method observes training, and no batch was passed.
   """
-  _check(method, tx)
+  checked(method)
+  arguments.optimizer(tx)
   if not isinstance(variables, Mapping) or 'params' not in variables:
-    raise TypeError(
-      'init_state: variables: expected a dict with "params", as model.init returns it, '
-      f'got a {type(variables).__name__}'
-    )
+    expected = "a dict with 'params', as model.init returns it"
+    raise arguments.refused('variables', expected, variables)
+  arguments.alive('variables', variables, GIVEN)
+  variables = unfreeze({**variables})  # a step returns plain dicts
   params = variables['params']
   model_state = {k: v for k, v in variables.items() if k != 'params'}
   gates, outputs = {}, {}
   run = partial(runnable(model), train=False)
   if coupling is not None:
+    arguments.coupling(coupling).fits(variables)
     gates = coupling.gates()
     outputs = as_dict(jax.eval_shape(run, coupling.variables, *coupling.inputs))
   elif batch is not None:
@@ -155,7 +156,14 @@ def make_step(
   Raises:
     ValueError: in the first step, the method gates channels and there is no coupling.
   """
-  _check(method, tx)
+  checked(method)
+  arguments.optimizer(tx)
+  is_task(task)
+  if teacher is not None:
+    write = 'write teacher=model.apply, and pass its variables to the step'
+    is_function = callable(teacher) and not hasattr(teacher, 'apply')
+    if not is_function:
+      raise arguments.refused('teacher', 'the apply of a network', teacher, write)
   run, tx = gated(model, coupling), optimizer(method, tx)
   forward = partial(_forward, run, method)
   forward = economical(forward) if remat else forward
@@ -163,6 +171,10 @@ def make_step(
   @partial(jax.jit, donate_argnums=0)
   def step(state: State, batch, key, teacher_variables=None):
     if teacher is not None:
+      if teacher_variables is None:
+        what = 'the step has a teacher, but no variables of it'
+        write = 'write step(state, batch, key, teacher_variables)'
+        raise arguments.wrong('teacher_variables', what, write)
       batch = with_teacher(teacher, teacher_variables, batch, task.answer)
     gate_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
 
@@ -202,7 +214,50 @@ def make_step(
     )
     return lay(new), {'loss': loss, **metrics}
 
-  return step
+  return Step(step, task.check)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+  """The training step that `make_step` returns: state and batch in, state out.
+
+  Attributes:
+    program: the compiled function, as `jax.jit` returns it.
+    check: (batch) -> None; raises ValueError for labels that are no classes.
+  """
+
+  program: Callable[..., Any]
+  check: Callable[[Any], None]
+
+  def __call__(self, state: State, batch: Any, key: Any, teacher_variables: Any = None):
+    """Trains on one batch; arguments and result as `make_step` says.
+
+    Raises:
+      TypeError: an argument is of another kind.
+      ValueError: the state was donated to an earlier step; the batch has nothing to
+        read, no labels, or labels that are no classes.
+    """
+    self.check(self._checked(state, batch, key))
+    return self.program(state, batch, key, teacher_variables)
+
+  def lower(self, state: State, batch: Any, key: Any, teacher_variables: Any = None):
+    """Lowers the step for such arguments, to a `jax.stages.Lowered`."""
+    self._checked(state, batch, key)
+    return self.program.lower(state, batch, key, teacher_variables)
+
+  def trace(self, state: State, batch: Any, key: Any, teacher_variables: Any = None):
+    """Traces the step for such arguments, as a `jax.stages.Traced`."""
+    self._checked(state, batch, key)
+    return self.program.trace(state, batch, key, teacher_variables)
+
+  def _checked(self, state: Any, batch: Any, key: Any) -> Mapping[str, Any]:
+    write = 'write step(state, batch, key) with state = init_state(...)'
+    arguments.kind_of('state', state, State, 'the State of init_state', write)
+    arguments.alive('state', state.step, USED)
+    arguments.key(key)
+    inputs_of(batch)
+    labels.of(batch)
+    return batch
 
 
 def economical(forward: Callable) -> Callable:
@@ -218,14 +273,21 @@ def branches_of(variables: Tree) -> dict[str, jax.Array]:
 def gated(model: Any, coupling: Any = None) -> Callable[..., Any]:
   """Returns f(variables, gates, *inputs, **kwargs), the model with gates in place."""
   apply = runnable(model)
+  if coupling is not None:
+    arguments.coupling(coupling)
   plugged = None if coupling is None else plug(model, coupling)
 
   def run(variables, gates, *inputs, **kwargs):
+    with explained(variables, inputs):
+      return called(variables, gates, inputs, kwargs)
+
+  def called(variables, gates, inputs, kwargs):
     if gates.get('channels'):
       if plugged is None:
-        raise ValueError(
-          'make_step: the method gates channels, but there is no coupling; '
-          'pass coupling=couple(model, variables, example)'
+        raise arguments.wrong(
+          'coupling',
+          'the method gates channels, but there is no coupling',
+          'pass coupling=couple(model, variables, example)',
         )
       return plugged(variables, gates, *inputs, **kwargs)
     if gates.get('branches'):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from depthprune.program import cost
+from depthprune.program import arguments, cost
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.widths import Range, possible
 from depthprune.timing.layers import CostFunction, counted
@@ -78,10 +78,14 @@ def reachable(
       widest less, or no channels can be gated.
   """
   name, C = counted(coupling, of, round_to)
-  if not 0 < target <= 1:
-    raise ValueError(
-      f'target: expected a fraction in (0, 1], got {target}; it is the part of the '
-      f'{name} that is to remain'
+  is_text = isinstance(target, str | bytes | bool | None) or np.ndim(target)
+  if is_text or not 0 < target <= 1:
+    raise arguments.refused(
+      'target',
+      "a fraction in (0, 1] such as 0.5 or '50%'",
+      target,
+      f'it is the part of the {name} that is to remain',
+      TypeError if is_text else ValueError,
     )
   gates = coupling.gates()['channels']
   if not gates:

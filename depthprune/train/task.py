@@ -8,7 +8,6 @@ several tasks at once (`combine`); `task_of` chooses by the data set.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,8 @@ import optax
 from depthprune.data import metrics as metrics_of
 from depthprune.data.dataset import DataError, Dataset
 from depthprune.data.metrics import Metric
+from depthprune.program import arguments
+from depthprune.train import labels as labels_of
 
 Tree = Any
 """A nested dict (or any other pytree) of arrays."""
@@ -62,6 +63,7 @@ class Task(NamedTuple):
     decides_by: name of the score that decides whether a cut is good, higher is better.
     softmax: whether `log_probs` are those of classes that exclude one another. If not,
       exits are mixed by their logits, and cannot be distilled.
+    check: (batch) -> None; raises ValueError for labels in numpy that are no classes.
   """
 
   loss: Callable[[Tree, Any], jax.Array]
@@ -72,6 +74,13 @@ class Task(NamedTuple):
   answer: Callable[[Tree], Tree] = main
   decides_by: str = 'accuracy'
   softmax: bool = True
+  check: Callable[[Any], None] = lambda batch: None
+
+
+def is_task(value: Any) -> Task:
+  """Returns an argument that has to be a Task; raises TypeError if it is none."""
+  write = 'write classification(10), with the brackets and the number of classes'
+  return arguments.kind_of('task', value, Task, 'a Task', write)
 
 
 def mean(values: jax.Array, batch: Any) -> jax.Array:
@@ -105,13 +114,14 @@ def segmentation(
   Raises:
     ValueError: the number of names is not the number of classes.
   """
+  labels_of.check_count(classes)
   if len(names) not in (0, classes):
     raise ValueError(
       f'segmentation: expected a name for each of {classes} classes, got {len(names)}'
     )
 
   def entropy(logits, batch):  # [batch, height, width], and which pixels count
-    label, weight = _pixels(logits, batch, classes, ignore)
+    label, weight = labels_of.per_pixel(logits, batch, classes, ignore)
     logits = logits.astype(jnp.float32)
     each = optax.softmax_cross_entropy(logits, jax.nn.one_hot(label, classes))
     wrong = (label >= classes) & (weight > 0)
@@ -122,7 +132,7 @@ def segmentation(
     return values.sum() / jnp.maximum(weight.sum(), 1e-9)
 
   def metrics(logits, batch):
-    label, weight = _pixels(logits, batch, classes, ignore)
+    label, weight = labels_of.per_pixel(logits, batch, classes, ignore)
     right = jnp.argmax(logits, axis=-1).astype(jnp.int32) == label
     right = jnp.where(right, weight, 0.0)
     return {'accuracy': right.sum() / jnp.maximum(weight.sum(), 1e-9)}
@@ -149,21 +159,9 @@ def segmentation(
   return Task(loss, metrics, jax.nn.log_softmax, sums, scores)
 
 
-def _pixels(logits, batch, classes: int, ignore: int | None):
-  """Returns (label int32, weight float32), both [batch, height, width]."""
-  label = jnp.asarray(batch['label']).astype(jnp.int32)
-  chex.assert_shape(logits, (*label.shape, classes))
-  chex.assert_rank(label, 3)
-  counts = label >= 0 if ignore is None else (label >= 0) & (label != ignore)
-  weight = counts.astype(jnp.float32)
-  if 'weight' in batch:
-    weight *= batch['weight'][:, None, None].astype(jnp.float32)
-  return jnp.where(counts, label, 0), weight
-
-
 def confusion(logits, batch, classes: int, ignore: int | None = None) -> jax.Array:
   """Counts the labelled pixels by their label and answer, float32 [label, answer]."""
-  label, weight = _pixels(logits, batch, classes, ignore)
+  label, weight = labels_of.per_pixel(logits, batch, classes, ignore)
   label = jax.nn.one_hot(label, classes) * weight[..., None]
   answer = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
   return jnp.einsum('bhwl,bhwa->la', label, answer)
@@ -208,17 +206,21 @@ def classification(
     ValueError: the weights are negative or of another number, or there is no such
       metric.
   """
+  labels_of.check_count(classes)
+  arguments.number('label_smoothing', label_smoothing, least=0, most=1)
   decides_by = metrics_of.name_of(metric)
   if class_weights is not None:
-    class_weights = np.asarray(class_weights, np.float32)
-    if class_weights.shape != (classes,) or not (class_weights >= 0).all():
-      raise ValueError(
-        f'class_weights: expected {classes} numbers that are not negative, got '
-        f'{class_weights.tolist()}'
-      )
+    given = np.asarray(class_weights)
+    text = given.dtype.kind not in 'iuf'
+    if text or given.shape != (classes,) or not (given >= 0).all():
+      expected = f'{classes} numbers that are not negative'
+      write = 'write data.metrics.balanced_weights(labels, classes)'
+      kind = TypeError if text else ValueError
+      raise arguments.refused('class_weights', expected, class_weights, write, kind)
+    class_weights = np.asarray(given, np.float32)
 
   def loss(logits, batch):
-    logits, batch = _examples(logits, batch, classes)
+    logits, batch = labels_of.per_token(logits, batch, classes)
     one_hot = lambda label: jax.nn.one_hot(label, classes, dtype=logits.dtype)
     targets = one_hot(batch['label'])
     if 'partner' in batch:
@@ -230,12 +232,12 @@ def classification(
     return mean(optax.softmax_cross_entropy(logits, targets), batch)
 
   def metrics(logits, batch):
-    logits, batch = _examples(logits, batch, classes)
+    logits, batch = labels_of.per_token(logits, batch, classes)
     right = jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch['label']
     return {'accuracy': mean(right.astype(logits.dtype), batch)}
 
   def sums(logits, batch):
-    logits, batch = _examples(logits, batch, classes)
+    logits, batch = labels_of.per_token(logits, batch, classes)
     size = jnp.asarray(batch['label'].shape[0], jnp.float32)
     examples = batch['weight'].sum() if 'weight' in batch else size
     means = {'loss': loss(logits, batch), **metrics(logits, batch)}
@@ -255,19 +257,9 @@ def classification(
       return means
     return {**means, decides_by: metrics_of.score(metric, sums['confusion'])}
 
-  return Task(loss, metrics, jax.nn.log_softmax, sums, scores, decides_by=decides_by)
-
-
-def _examples(logits, batch, classes: int):
-  """Makes an example of every token: logits [n, classes] and their batch."""
-  label = batch['label']
-  chex.assert_shape(logits, (*label.shape, classes))
-  if label.ndim == 1:
-    return logits, batch
-  weight = jnp.asarray(batch.get('weight', 1.0), jnp.float32)
-  weight = jnp.where(label < 0, 0, jnp.broadcast_to(weight, label.shape[::-1]).T)
-  flat = {'label': jnp.maximum(label, 0).reshape(-1), 'weight': weight.reshape(-1)}
-  return logits.reshape(-1, classes), flat
+  check = lambda batch: labels_of.in_range(batch, classes)
+  made = Task(loss, metrics, jax.nn.log_softmax, sums, scores, decides_by=decides_by)
+  return made._replace(check=check)
 
 
 def multilabel(classes: int, metric: str = 'f1', weights: Any = None) -> Task:
@@ -296,13 +288,15 @@ def multilabel(classes: int, metric: str = 'f1', weights: Any = None) -> Task:
     ValueError: there is no such metric.
   """
   known = 'accuracy', 'exact', 'f1', 'micro_f1', 'map'
+  arguments.whole('classes', classes)
   if metric not in known:
     raise ValueError(f'metric={metric!r}: expected one of {", ".join(known)}')
   positive = np.ones(classes) if weights is None else np.asarray(weights)
+  if positive.shape != (classes,) or positive.dtype.kind not in 'iuf':
+    raise arguments.refused('weights', f'{classes} numbers', weights, kind=ValueError)
 
   def target(logits, batch):
-    chex.assert_shape((logits, batch['label']), (None, classes))
-    return jnp.asarray(batch['label']).astype(logits.dtype)
+    return labels_of.numbers(logits, batch, classes)[1].astype(logits.dtype)
 
   def loss(logits, batch):
     y = target(logits, batch)
@@ -386,6 +380,9 @@ def regression(
   Raises:
     ValueError: a scale or `huber` is not above 0.
   """
+  arguments.whole('outputs', outputs)
+  if huber is not None:
+    arguments.number('huber', huber)
   offset, scale = (
     np.broadcast_to(np.asarray(x, np.float32), outputs) for x in (offset, scale)
   )
@@ -395,10 +392,7 @@ def regression(
     )
 
   def errors(logits, batch):  # (target, error), float32 [batch, outputs], in scales
-    label = jnp.asarray(batch['label'])
-    chex.assert_rank(logits, {1, 2})
-    x, y = (v.reshape(len(v), -1).astype(jnp.float32) for v in (logits, label))
-    chex.assert_shape((x, y), (None, outputs))
+    x, y = (v.astype(jnp.float32) for v in labels_of.numbers(logits, batch, outputs))
     target = (y - offset) / scale
     return target, x - target
 
@@ -563,9 +557,11 @@ def _check_names(tasks: Mapping[str, Task], given: Tree) -> None:
 
 def _parts(names: tuple[str, ...], batch: Any) -> Iterator[tuple[str, Any]]:
   """Yields (name, the batch with that task's labels and weight 0 where they miss)."""
-  labels = batch['label']
+  labels = labels_of.of(batch)
   if not isinstance(labels, Mapping):
-    chex.assert_shape(labels, (None, len(names)))
+    if labels.shape[1:] != (len(names),):
+      expected = f'shape [batch, {len(names)}], one for each of {", ".join(names)}'
+      raise arguments.refused("batch['label']", expected, labels, kind=ValueError)
     labels = {name: labels[:, i] for i, name in enumerate(names)}
   for name in names:
     label = labels[name]

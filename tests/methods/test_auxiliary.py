@@ -142,8 +142,8 @@ def test_heads_at_the_stages_are_deep_supervision():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'weight': -1.0}, 'weight is finite and not negative, got -1'),
-    ({'price': float('nan')}, 'price is finite'),
+    ({'weight': -1.0}, 'weight: expected a finite number of 0 or more'),
+    ({'price': float('nan')}, 'price: expected a finite'),
     ({'decay': 'step'}, "decay='step': expected one of constant, linear, cosine"),
     ({'decay': 'cosine'}, 'a cosine decay takes steps, got 0'),
   ],

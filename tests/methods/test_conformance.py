@@ -52,7 +52,7 @@ def test_a_method_trains_in_one_program_and_decides_what_can_be_cut(name):
   for _ in range(3):
     state, metrics = step(state, BATCH, KEY)
     assert all(np.isfinite(m) for m in jax.tree.leaves(metrics))
-  assert step._cache_size() == 1
+  assert step.program._cache_size() == 1
   learnt = state.theta, state.params
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, learnt)
   # What a method trains besides the weights, where it trains anything.

@@ -393,7 +393,7 @@ def test_layers_of_a_stack_are_named_for_one_round_alone():
     ({'units': ['stage2/block0']}, 'stage2/block0 cannot be erased: its shortcut'),
     ({'units': ['stage1/blok1']}, "no unit 'stage1/blok1'; nearest: stage1/block1"),
     ({'importance': 'size'}, 'expected one of priority, drop, greedy, random'),
-    ({'per_round': 0}, 'per_round: expected at least 1, got 0'),
+    ({'per_round': 0}, 'per_round: expected a whole number of 1 or more'),
     ({'units': []}, 'no unit .* can be erased'),
     (
       {'exclude': 'stage1/blok1'},

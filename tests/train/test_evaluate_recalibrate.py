@@ -57,7 +57,7 @@ def test_the_old_statistics_leave_no_trace():
 
 
 def test_a_network_without_batch_statistics_is_refused():
-  with pytest.raises(ValueError, match="no 'batch_stats' collection"):
+  with pytest.raises(ValueError, match="expected an entry 'batch_stats'"):
     recalibrate(Net(), {'params': {}}, batches(1))
 
 

@@ -287,7 +287,7 @@ def test_teacher_arrays_are_arguments_of_the_step():
     _, fresh, _ = setting(method)
     values.append(float(step(fresh, batch, KEY, teacher)[1]['distillation']))
   assert values[0] != values[1]
-  assert step._cache_size() == 1
+  assert step.program._cache_size() == 1
 
 
 def test_channel_gates_without_a_coupling_are_refused():
