@@ -294,11 +294,14 @@ def _check(score, scope, grads, key):
   if score == 'taylor' and not isinstance(grads, Mapping):
     raise arguments.refused(
       'grads',
-      "for score='taylor' the gradient of a loss by coupling.gates()",
+      "the gradient of a loss by coupling.gates(), which score='taylor' needs",
       grads,
       'write jax.grad(lambda g: loss(plug(model, coupling)(variables, g, x)))',
       ValueError,
     )
+  if score == 'random' and key is None:
+    what = "score='random' needs key, a random key"
+    raise arguments.wrong('key', what, 'write jax.random.key(0)')
   if score == 'random':
     arguments.key(key)
 

@@ -138,6 +138,9 @@ def prune(
   if gates is not None:
     arguments.parts('gates', gates)
   if opt_state is not None:
+    if tx is None:
+      has = 'opt_state was given without the tx that it belongs to'
+      raise arguments.wrong('tx', has)
     arguments.optimizer(tx)
   settled, notes = settle(coupling, keep, variables, round_to)
   channels = (gates or {}).get('channels', {})

@@ -106,10 +106,10 @@ def test_batch_statistics_see_no_padding():
 @pytest.mark.parametrize(
   ('source', 'said'),
   [
-    (X, 'got a ndarray'),
-    (None, 'got a NoneType'),
+    (X, 'got an array'),
+    (None, 'got None'),
     ((X, Y[:3]), r"one length, got {'input': \[10\], 'label': \[3\]}"),
-    ([X, Y], 'expected batches .* got a ndarray'),
+    ([X, Y], 'expected batches .* got an array'),
     ([(X, Y, Y)], 'got a tuple'),
   ],
 )

@@ -215,7 +215,7 @@ def test_milliseconds_are_measured():
 @pytest.mark.parametrize(
   ('fn', 'batch', 'message'),
   [
-    (network, 0, 'expected a batch of 1 or more, got 0'),
+    (network, 0, 'batch: expected a whole number of 1 or more'),
     (lambda v, x: x @ v['params']['first'], 8, 'no layer of this network can be cut'),
   ],
 )
