@@ -143,7 +143,7 @@ def optimizer(
   Returns:
     An optimizer of the tree {'params': weights, 'theta': what the method trains}.
   """
-  tx = checked(method).transform(arguments.optimizer(tx))
+  tx = checked(method).transform(_with_extra(arguments.optimizer(tx)))
   if method.penalty is not None:
     tx = add_penalty(tx, method.penalty, where=lambda trained: trained['theta'])
   return optax.with_extra_args_support(tx)
@@ -325,7 +325,19 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
 
 
 def _update(tx, grads, state, params, extra):
-  return optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+  return _with_extra(tx).update(grads, state, params, **extra)
+
+
+def _with_extra(tx: Any) -> optax.GradientTransformationExtraArgs:
+  """tx, whose update takes further arguments, as that of `optax.MultiSteps` does.
+
+  Its type does not say so, and optax would leave them out.
+  """
+  of: Any = getattr(tx.update, '__self__', None)
+  if isinstance(of, optax.MultiSteps):
+    update: Any = of.update
+    return optax.GradientTransformationExtraArgs(of.init, update)
+  return optax.with_extra_args_support(tx)
 
 
 def _required(params: Any, who: str) -> Any:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,3 +157,17 @@ def test_parameters_have_any_names(named):
   with pytest.raises(ValueError, match='c/w is none of the arrays'):
     wrong = {**trained, 'params': {'c': params['a']}}
     tx.update(wrong, tx.init(wrong), wrong)
+
+
+@pytest.mark.parametrize('transformation', [False, True])
+def test_steps_that_are_gathered_see_the_loss(transformation):
+  inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+  gathered = optax.MultiSteps(inner, 2)
+  made: Any = gathered.gradient_transformation() if transformation else gathered
+  tx = add_penalty(made, lambda p, step: jnp.sum(p**2))
+  params, more = jnp.ones(3), {'value': jnp.float32(1.0)}
+  state, updates = tx.init(params), params
+  with jax.numpy_dtype_promotion('standard'):  # which MultiSteps needs
+    for _ in range(2):
+      updates, state = tx.update(jnp.ones(3), state, params, **more)
+  np.testing.assert_allclose(updates, np.full(3, -0.1 * 3), rtol=1e-5)
