@@ -3,8 +3,6 @@
 Public names are imported when they are first used: `import depthprune` loads no jax.
 """
 
-from importlib import metadata as _metadata
-
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
@@ -49,6 +47,7 @@ with _epy.lazy_api_imports(globals()):
     regression,
     segmentation,
   )
+  from depthprune.version import __version__ as __version__
 
 __all__ = [
   'CheckpointError',
@@ -97,8 +96,3 @@ __all__ = [
   'trainable_gates',
   'trunk',
 ]
-
-try:
-  __version__ = _metadata.version('depthprune')
-except _metadata.PackageNotFoundError:  # used from a source folder
-  __version__ = '0.0.0'

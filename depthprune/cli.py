@@ -7,11 +7,18 @@ answers at once.
 
 from __future__ import annotations
 
+import runpy
+
+if __name__ == '__main__':  # `python -m depthprune` handles signals before the imports
+  runpy.run_module('depthprune', run_name='__main__', alter_sys=True)
+
 import dataclasses
+import glob
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -22,7 +29,7 @@ from depthprune.run import interrupts
 from depthprune.run.config import Config, default
 
 WRONG_INPUT = 2
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, TERMINATED = 130, 143  # as `interrupts.code`
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command continues
 
 EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/exported)')
@@ -155,18 +162,14 @@ Command = (
 def main(words: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
-  0; 2 for input nobody can use; and where the same command continues: 130 after Ctrl-C,
-  143 after SIGTERM, 75 for a disk without room or another process that is gone.
+  0; 2 for input nobody can use; 130 after Ctrl-C, 143 after SIGTERM; and where the same
+  command continues, 75 for a disk without room or another process that is gone.
   """
   try:
-    with interrupts.raised():
-      _obey(sys.argv[1:] if words is None else words)
-  except KeyboardInterrupt:
-    _tell('stopped; the same command continues from here')
-    return INTERRUPTED
-  except interrupts.Preempted as stopped:
-    _tell(stopped)
-    return TERMINATED
+    _obey(sys.argv[1:] if words is None else words)
+  except (KeyboardInterrupt, interrupts.Preempted) as stopped:
+    _tell(str(stopped) or 'stopped')
+    return interrupts.code(stopped)
   except BrokenPipeError:
     # The reader of our output (`| head`) has seen enough; nor shall the exit complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -200,7 +203,27 @@ def _obey(words: Sequence[str]) -> None:
   elif isinstance(command, Sweep):
     _sweep([command, *more])
   elif isinstance(command, Run):
-    _run(command.config)
+    with _continued(command.config, command.config.path):
+      _run(command.config)
+
+
+@contextmanager
+def _continued(config: Config, folder: Path) -> Iterator[None]:
+  """Where a run or a sweep is stopped, says whether the same command continues it."""
+  again = 'the same command' + ' without --no-resume' * (not config.resume)
+
+  def saved() -> str:
+    states = 'checkpoints/*/[0-9]*', '*/checkpoints/*/[0-9]*'
+    there = any(glob.glob(state, root_dir=folder) for state in states)
+    return f'; {again} continues' if there else ' before anything was saved'
+
+  try:
+    with interrupts.ending(saved):
+      yield
+  except (KeyboardInterrupt, interrupts.Preempted) as stopped:
+    if not str(stopped):
+      raise
+    raise type(stopped)(f'{stopped}; {again} continues from there') from stopped
 
 
 def combinations(words: Sequence[str]) -> list[list[str]]:
@@ -248,6 +271,9 @@ def _run(config: Config) -> None:
     rounds.run(config)
   except distributed.HostLost:  # it is said when this process has ended, by its witness
     distributed.leave(TRY_AGAIN)
+  except (KeyboardInterrupt, interrupts.Preempted):  # in all processes
+    distributed.part()
+    raise
   if distributed.writes():
     _report(config.path)
 
@@ -256,8 +282,9 @@ def _sweep(commands: Sequence[Sweep]) -> None:
   from depthprune.run import sweep
 
   planned = sweep.plan([command.config for command in commands])
-  sweep.run(planned, commands[0].at_once)
-  _report(planned.folder)
+  with _continued(commands[0].config, planned.folder):
+    sweep.run(planned, commands[0].at_once)
+    _report(planned.folder)
 
 
 def _report(path: Path) -> None:
@@ -329,7 +356,3 @@ def _models(command: Models) -> None:
     else:
       params, flops = found
       print(f'  {name:20s}  {count(params):>10s}  {count(flops):>10s}', flush=True)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -194,13 +194,30 @@ def test_an_error_from_below_keeps_its_traceback(monkeypatch):
     cli.main(['run', 'gates'])
 
 
-def test_interrupting_says_how_to_go_on(monkeypatch, capsys):
+@pytest.mark.parametrize(
+  ('words', 'continues'),
+  [
+    ('run gates', 'the same command continues'),
+    ('run gates --no-resume', 'the same command without --no-resume continues'),
+  ],
+)
+def test_interrupting_says_how_to_go_on(words, continues, monkeypatch, capsys):
   def interrupted(config):
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt('gates: saved at step 3')
 
   monkeypatch.setattr(cli, '_run', interrupted)
-  assert cli.main(['run', 'gates']) == 130
-  assert 'the same command continues' in capsys.readouterr().err
+  assert cli.main(words.split()) == cli.INTERRUPTED
+  said = capsys.readouterr().err
+  assert said == f'gates: saved at step 3; {continues} from there\n'
+
+
+def test_what_has_nothing_to_continue_says_that_it_stopped(monkeypatch, capsys):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cli, '_models', interrupted)
+  assert cli.main(['models']) == cli.INTERRUPTED
+  assert capsys.readouterr().err == 'stopped\n'
 
 
 HEAVY = {'jax', 'flax', 'optax', 'orbax', 'numpy', 'matplotlib', 'sklearn', 'cattrs'}

@@ -29,6 +29,8 @@ ALLOWED = {
     *('models', 'data', 'train', 'cascades', 'methods', 'exports'),
   ),
   'report': ('run', 'train', 'methods', 'storage', 'cascades'),
+  'version': (),
+  '__main__': ('run', 'cli'),
   'cli': ('run', 'report', 'methods', 'exports', 'storage', 'distributed'),
 }
 # Libraries that a folder does without: a traced program knows nothing of Flax.

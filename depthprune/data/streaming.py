@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -220,7 +221,8 @@ def read_ahead(
   count = threads(workers)
   options = grain.ReadOptions(count, prefetch_buffer_size=count)
   read = _batches(share, crops)[first:].to_iter_dataset(options)
-  read = read.mp_prefetch(grain.MultiprocessingOptions(workers)).map(put)
+  read = read.mp_prefetch(grain.MultiprocessingOptions(workers), _ignore_interrupts)
+  read = read.map(put)
   prefetch = grain.experimental.ThreadPrefetchIterDataset
   return iter(prefetch(read, prefetch_buffer_size=AHEAD))
 
@@ -233,6 +235,12 @@ def depth(workers: int) -> int:
 def threads(workers: int) -> int:
   """Returns the threads of each process that reads; a thread makes one batch."""
   return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // (workers or 1)))
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+  """Leaves Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+  del worker, workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _batches(share: Share, crops: Crops) -> Any:

@@ -17,6 +17,7 @@ that do not count examples keep their shapes.
 """
 
 import functools
+import glob
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,10 @@ def export(
   if batch is not None and not (is_whole and batch >= 1):
     raise ExportError(f'batch: expected a whole number >= 1, got {batch!r:.80}')
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.unfinished-') as scratch:
+  begun = f'.unfinished-{path.name}-'
+  for left in path.parent.glob(f'{glob.escape(begun)}*'):  # by a killed export
+    directory.remove(left)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=begun) as scratch:
     fresh = Path(scratch) / path.name
     if cascade is None:
       networks.save(fresh / 'network', network, tensors=True)

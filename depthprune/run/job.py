@@ -1,7 +1,6 @@
 """What all stages of a run share, and `stage`, which trains and resumes one of them."""
 
 import shutil
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from depthprune.data.dataset import Dataset, count, epoch_steps
 from depthprune.run import interrupts
 from depthprune.run.config import Config, ConfigFile, relevant
 from depthprune.run.data import checksums, read
-from depthprune.run.interrupts import Preempted
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import SHARED, Keeper, same_config
@@ -227,7 +225,8 @@ def stage(
 
   Raises:
     NonFiniteLoss: training diverged.
-    Preempted: SIGTERM ended the stage, and its state is saved.
+    KeyboardInterrupt, Preempted: Ctrl-C or SIGTERM ended the stage, and its state is
+      saved.
     CheckpointError: the checkpoints are damaged, or belong to another run.
   """
   steps = job.steps(epochs)
@@ -269,6 +268,8 @@ def stage(
         callbacks=[*callbacks, save_state(keeper, name, steps, every_s, stopping)],
         label=name,
         show=job.show,
+        # Several processes stop at the same line of their histories.
+        stopping=lambda: bool(stopping) and jax.process_count() == 1,
       )
       keeper.wait()
   finally:
@@ -293,7 +294,7 @@ def write_history(folder: Path, stage: str) -> Callback:
 
 
 def save_state(
-  keeper: Keeper, stage: str, steps: int, every_s: float, stopping: threading.Event
+  keeper: Keeper, stage: str, steps: int, every_s: float, stopping: interrupts.Request
 ) -> Callback:
   """Returns a callback that saves the state, now and then and at the last step.
 
@@ -302,7 +303,7 @@ def save_state(
     stage: name of the stage, for the message.
     steps: number of the last step.
     every_s: seconds between two checkpoints.
-    stopping: set by SIGTERM; the callback then saves and raises Preempted.
+    stopping: set by a signal; the callback then saves and raises its exception.
   """
   last = time.monotonic()
 
@@ -310,16 +311,16 @@ def save_state(
     nonlocal last
     step = int(row['step'])
     due = step == steps or time.monotonic() - last >= every_s
-    due, ends = distributed.anywhere(due and distributed.writes(), stopping.is_set())
-    if due or ends:
+    asked = [stopping.signal == number for number in interrupts.NAMES]
+    due, *asked = distributed.anywhere(due and distributed.writes(), *asked)
+    if due or any(asked):
       keeper.save(step, state, score=row['loss'])
       last = time.monotonic()
-    if ends:
-      keeper.wait()
-      raise Preempted(
-        f'{stage}: stopped by SIGTERM and saved at step {step} of {steps}; the same '
-        'command continues from there'
-      )
+    for number, ends in zip(interrupts.NAMES, asked):
+      if ends:
+        keeper.wait()
+        where = f' and saved at step {step} of {steps}'
+        raise interrupts.stopped(number, where, before=f'{stage}: ')
 
   return save
 

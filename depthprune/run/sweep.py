@@ -14,10 +14,11 @@ import dataclasses
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -322,8 +323,8 @@ def run_in_processes(
   """
   jax.config.update('jax_platforms', 'cpu')  # the other processes use the GPUs
   waiting, busy = list(runs), []
-  with _ending(busy):
-    while waiting or busy:
+  with interrupts.deferred() as stopping, _ending(busy):
+    while (waiting or busy) and not stopping:
       free = sorted(set(range(at_once)) - {b.slot for b in busy})
       for slot in free:
         running = [b.config for b in busy]
@@ -345,7 +346,14 @@ def _begin(
   process = context.Process(
     target=_in_process, args=(config, work, slot % devices, share, send)
   )
-  process.start()
+  # A terminal sends Ctrl-C to all processes, but this one ends the others. They inherit
+  # which signals are blocked, and the tracker unblocks some when it starts.
+  resource_tracker.ensure_running()
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    process.start()
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
   send.close()
   print(f'{config.path.name} begins: {config.path / OUTPUT}', flush=True)
   return Busy(config, slot, process, answer)
@@ -354,19 +362,24 @@ def _begin(
 def _in_process(
   config: Config, work: Callable, device: int, share: bool, send: Connection
 ) -> None:
-  """Runs in the new process: does the work on one device and sends the answer."""
+  """Runs in the new process: does the work on one device and sends the answer.
+
+  The process ends by SIGTERM from the first one, also when that has received Ctrl-C.
+  """
   for name in ('jax_cuda_visible_devices', 'jax_rocm_visible_devices'):
     jax.config.update(name, str(device))
   if share:
     os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   config.path.mkdir(parents=True, exist_ok=True)
-  with Path(config.path / OUTPUT).open('a') as file, interrupts.raised():
+  with Path(config.path / OUTPUT).open('a') as file, interrupts.ending():
     for stream in (sys.stdout, sys.stderr):
       os.dup2(file.fileno(), stream.fileno())
     try:
       send.send(work(config))
     except WriteError as error:
       send.send(error)
+    except interrupts.Preempted as stopped:
+      interrupts.leave(interrupts.code(stopped), f'{stopped}\n')
 
 
 def _answer(ended: Busy) -> str | None:
@@ -383,12 +396,11 @@ def _answer(ended: Busy) -> str | None:
 
 @contextlib.contextmanager
 def _ending(busy: list[Busy]) -> Iterator[None]:
-  """Ends all busy processes when the context is left, also by SIGTERM."""
-  with interrupts.raised():
-    try:
-      yield
-    finally:
-      for one in busy:
-        one.process.terminate()
-      for one in busy:
-        one.process.join()
+  """Ends all busy processes when the context is left, when they have saved."""
+  try:
+    yield
+  finally:
+    for one in busy:
+      one.process.terminate()
+    for one in busy:
+      one.process.join()
