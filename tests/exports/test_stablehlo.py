@@ -417,8 +417,10 @@ def test_other_files_are_left_alone(tmp_path):
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path):
+  """And what a killed export has left beside it is removed."""
   network, found = early()
   export(tmp_path / 'it', network, found)
+  (tmp_path / '.unfinished-it-x1').mkdir()
   export(tmp_path / 'it', network)
   left = {path.name for path in (tmp_path / 'it').iterdir()}
   exits = {f'{name}.stablehlo' for name in ('a', 'b', 'main')}

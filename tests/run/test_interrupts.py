@@ -29,6 +29,14 @@ ROOT = Path(__file__).parents[2]
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
+@pytest.fixture(scope='module', autouse=True)
+def interrupts_are_not_ignored():
+  """As they are where a shell runs the tests in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True)
 def handlers_are_as_before():
   before = [signal.getsignal(number) for number in SIGNALS]
@@ -197,6 +205,7 @@ TIMES = {'wall_seconds', 'compile_s', 'latency_ms', 'config', 'command'}
 
 def program(words: list[str], output: Path, cold: bool) -> None:
   """The program as a shell starts it, or in a process that has imported the library."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   with output.open('w') as file:
     for stream in (1, 2):
       os.dup2(file.fileno(), stream)

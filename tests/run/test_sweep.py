@@ -5,6 +5,11 @@ import errno
 import json
 import multiprocessing
 import operator
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +282,33 @@ def test_a_spread_run_may_have_processes_of_its_own_and_tells_of_a_full_disk(tmp
   tell.send(directory.WriteError('no room'))
   with pytest.raises(directory.WriteError, match='no room'):
     sweep._answer(begun._replace(answer=told))
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_a_terminal_reaches_a_sweep_once_and_all_its_runs_save(tmp_path):
+  """A terminal sends it to every process, and the sweep tells its runs."""
+  words = (
+    '-m depthprune sweep gates --model mlp --target 0.3 0.5 --subset 160 --batch 16 '
+    '--train-epochs 0 --gate-epochs 5000 --finetune-epochs 1 --at-once 2 --workdir '
+  )
+  started = subprocess.Popen(
+    [sys.executable, *words.split(), str(tmp_path)], cwd=Path(__file__).parents[2],
+    stderr=subprocess.PIPE, text=True, start_new_session=True,
+  )  # fmt: skip
+  runs = tmp_path / 'target0.3', tmp_path / 'target0.5'
+  while not all((run / 'history.jsonl').exists() for run in runs):
+    assert started.poll() is None, started.communicate()
+    time.sleep(0.01)
+  os.killpg(started.pid, signal.SIGINT)
+  said = started.communicate(timeout=300)[1]
+  assert said == 'stopped by Ctrl-C; the same command continues\n'
+  assert started.returncode == 130
+  for run in runs:
+    (state,) = (run / 'checkpoints' / 'gates').iterdir()
+    last = (run / sweep.OUTPUT).read_text().splitlines()[-1]
+    assert (
+      last == f'gates: stopped by SIGTERM and saved at step {int(state.name)} of 50000'
+    )
 
 
 @pytest.mark.slow

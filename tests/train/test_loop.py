@@ -152,6 +152,25 @@ def test_callbacks_get_rows_at_absolute_multiples():
   assert all(row['images_per_second'] > 0 for _, row in rows)
 
 
+def test_a_training_that_is_to_stop_has_a_row_after_the_step_in_progress():
+  """At least one step is done, and a fused program does all up to its row."""
+  step, state, _ = setting()
+  asked, rows = [], []
+
+  def stopping() -> bool:
+    asked.append(None)
+    return len(asked) >= 2
+
+  see = lambda state, row: rows.append((int(state.step), int(row['step'])))
+  more = {'steps': 7, 'every': 5, 'callbacks': [see], 'show': False}
+  fit(step, state, KEY, batch_at, data(), fused=False, stopping=stopping, **more)
+  assert rows == [(i, i) for i in (2, 3, 4, 5, 6, 7)]
+  rows.clear()
+  step, state, _ = setting()
+  fit(step, state, KEY, batch_at, data(), fused=True, stopping=stopping, **more)
+  assert rows == [(5, 5), (7, 7)]
+
+
 def poisoned(at):
   """Batches whose images are NaN in one step."""
   bad = lambda i: jnp.where(jnp.asarray(i) == at, jnp.nan, 1.0)
