@@ -104,6 +104,7 @@ def test_off_the_main_thread_nothing_is_handled():
 TWICE = """
 import signal, sys, time
 from depthprune.run import interrupts
+sys.stdout = open(1, 'w', buffering=8192)
 with interrupts.ending(lambda: '; ended'), interrupts.deferred() as request:
   print('begun', end='')
   while not request:
@@ -139,6 +140,7 @@ def until_handled(pid: int) -> None:
   while not caught & 1 << signal.SIGTERM - 1:
     time.sleep(0.001)
     status = Path(f'/proc/{pid}/status').read_text()
+    assert 'State:\tZ' not in status, 'it ended and handled none'
     caught = int(status.split('SigCgt:')[1].split()[0], 16)
 
 
