@@ -12,8 +12,10 @@ import runpy
 if __name__ == '__main__':  # `python -m depthprune` handles signals before the imports
   runpy.run_module('depthprune', run_name='__main__', alter_sys=True)
 
+import contextlib
 import dataclasses
 import glob
+import io
 import itertools
 import os
 import sys
@@ -24,7 +26,8 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from depthprune import methods
+import depthprune
+from depthprune import methods, mistakes
 from depthprune.run import interrupts
 from depthprune.run.config import Config, default
 
@@ -149,14 +152,18 @@ class Models:
   """Number of classes."""
 
 
-Command = (
-  Annotated[Run, tyro.conf.subcommand('run')]
-  | Annotated[Sweep, tyro.conf.subcommand('sweep')]
-  | Annotated[Report, tyro.conf.subcommand('report')]
-  | Annotated[Export, tyro.conf.subcommand('export')]
-  | Annotated[Bench, tyro.conf.subcommand('bench')]
-  | Annotated[Models, tyro.conf.subcommand('models')]
+COMMANDS: dict[str, type] = {
+  'run': Run,
+  'sweep': Sweep,
+  'report': Report,
+  'export': Export,
+  'bench': Bench,
+  'models': Models,
+}
+_commands = tuple(
+  Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()
 )
+Command: Any = Union[_commands]  # noqa: UP007
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -165,8 +172,9 @@ def main(words: Sequence[str] | None = None) -> int:
   0; 2 for input nobody can use; 130 after Ctrl-C, 143 after SIGTERM; and where the same
   command continues, 75 for a disk without room or another process that is gone.
   """
+  words = sys.argv[1:] if words is None else words
   try:
-    _obey(sys.argv[1:] if words is None else words)
+    _obey(words)
   except (KeyboardInterrupt, interrupts.Preempted) as stopped:
     _tell(str(stopped) or 'stopped')
     return interrupts.code(stopped)
@@ -176,7 +184,8 @@ def main(words: Sequence[str] | None = None) -> int:
   except Exception as error:
     if not interrupts.is_explained(error):
       raise
-    _tell(f'error: {error}')
+    _, given = mistakes.divided(words)
+    _tell(f'error: {mistakes.named(str(error), given)}')
     return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT
   return 0
 
@@ -188,10 +197,14 @@ def _tell(message: object) -> None:
 
 def _obey(words: Sequence[str]) -> None:
   match words:
+    case ['--version']:
+      print(f'depthprune {depthprune.__version__}')
+      return
     case ['run' | 'sweep' as command, name, *rest] if name in methods.names():
       words = [command, methods.word(name), *rest]
+  mistakes.refuse_repeated(words, COMMANDS)
   each = combinations(words) if words[:1] == ['sweep'] else [words]
-  command, *more = map(_parsed, each)
+  command, *more = map(parsed, each)
   if isinstance(command, Report):
     _report(command.run)
   elif isinstance(command, Export):
@@ -253,14 +266,35 @@ def _options(words: Sequence[str]) -> Iterator[list[str]]:
     yield option
 
 
-def _parsed(words: Sequence[str]) -> Any:
-  return tyro.cli(
-    Command,  # pyright: ignore[reportArgumentType]
-    prog='depthprune',
-    description='A trained network goes in, a smaller and faster one comes out.',
-    args=words,
-    config=(tyro.conf.OmitArgPrefixes,),
-  )
+def parsed(words: Sequence[str]) -> Any:
+  """Returns the command that some words are; raises Mistake if they are none."""
+  try:
+    return _parse(words)
+  except SystemExit as stopped:
+    if not stopped.code:  # --help was answered
+      raise
+  raise mistakes.explained(words, COMMANDS, _error)
+
+
+def _error(words: Sequence[str]) -> BaseException | None:
+  """Returns the exception of the parser that refuses words, if it does."""
+  try:
+    _parse(words)
+  except SystemExit as stopped:
+    return stopped
+  return None
+
+
+def _parse(words: Sequence[str]) -> Any:
+  with contextlib.redirect_stderr(io.StringIO()):  # `mistakes` says it in fewer lines
+    return tyro.cli(
+      Command,
+      prog='depthprune',
+      description='A trained network goes in, a smaller and faster one comes out. '
+      '`depthprune --version` prints the version.',
+      args=words,
+      config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def _run(config: Config) -> None:

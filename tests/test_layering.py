@@ -31,7 +31,8 @@ ALLOWED = {
   'report': ('run', 'train', 'methods', 'storage', 'cascades'),
   'version': (),
   '__main__': ('run', 'cli'),
-  'cli': ('run', 'report', 'methods', 'exports', 'storage', 'distributed'),
+  'mistakes': ('run', 'methods'),
+  'cli': ('mistakes', 'run', 'report', 'methods', 'exports', 'storage', 'distributed'),
 }
 # Libraries that a folder does without: a traced program knows nothing of Flax.
 FOREIGN = {

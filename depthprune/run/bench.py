@@ -6,6 +6,7 @@ decides where examples leave.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,10 +69,10 @@ def bench(
   """
   if not paths:
     raise ValueError('bench: expected a run or a saved network, got none')
-  if not batches or min(batches) < 1 or not seconds > 0:
-    raise ValueError(
-      f'bench: expected batches >= 1 and seconds > 0, got {[*batches]} and {seconds}'
-    )
+  if not batches or min(batches) < 1:
+    raise ValueError(f'batches: expected whole numbers >= 1, got {[*batches]}')
+  if not 0 < seconds < math.inf:
+    raise ValueError(f'seconds: expected a finite number > 0, got {seconds}')
   networks = [find(path, of_run(path)) for path in paths]
   peaks = {dtype: roofline.measure(dtype) for dtype in sorted({*map(_dtype, networks)})}
   measured = []

@@ -6,10 +6,11 @@ user's own, which becomes a `models.foreign.Trunk`.
 """
 
 import contextlib
+import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import flax.linen as nn
 import jax
@@ -31,7 +32,7 @@ from depthprune.program.modules import runnable
 from depthprune.run import own
 from depthprune.run.config import Config, ConfigFile, from_json
 from depthprune.run.job import Job
-from depthprune.storage import checkpoint, directory
+from depthprune.storage import checkpoint, directory, files
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.train.options import ConfigError
 from depthprune.train.task import Tree, as_dict
@@ -94,9 +95,19 @@ def _alone(config: Config, classes: int) -> Any:
   if own.is_object(config.model):
     return own_network(config.model, classes, fields, config.seed)
   try:
-    return models.build(config.model, **{'classes': classes, **fields})
-  except TypeError as error:
-    raise ConfigError(f'model {config.model}: {error}') from error
+    hints = get_type_hints(type(models.build(config.model)))
+  except ValueError as error:
+    raise ConfigError(f'model: {error}') from error
+  for name, value in own.arguments(config.model_args).items():
+    if name not in hints:
+      near = difflib.get_close_matches(name, hints, n=3, cutoff=0)
+      raise ConfigError(
+        f'model_args: {config.model} takes no {name}; nearest: {", ".join(near)}'
+      )
+    if name != 'dtype':  # which has many forms
+      plain = [*value] if isinstance(value, tuple) else value
+      files.checked(plain, hints[name], f'model_args: {name}', ConfigError)
+  return models.build(config.model, **{'classes': classes, **fields})
 
 
 def initial_variables(job: Job, model: Any) -> Tree:
@@ -200,7 +211,15 @@ def sizes(
 
   Raises:
     ValueError: there is no model of a name.
+    ConfigError: there is no such input, or no class.
   """
+  if classes < 1:
+    raise ConfigError(f'classes: expected a whole number >= 1, got {classes}')
+  if len(shape) not in (1, 3) or min(shape) < 1:
+    raise ConfigError(
+      'input: expected height, width and channels of an image, or the tokens of a '
+      f'text, got {" ".join(map(str, shape)) or "nothing"}'
+    )
   text = len(shape) == 1
   inputs = [jnp.zeros((1, *shape), jnp.int32 if text else jnp.float32)]
   inputs += [jnp.ones((1, *shape), bool)] * text

@@ -115,11 +115,13 @@ def run(
     The content of sweep.json.
 
   Raises:
-    ConfigError: all runs were refused.
+    ConfigError: all runs were refused, or `at_once` is below 1.
     WriteError: the disk is full.
     InUse: a process is alive in the directory of a run that is to begin anew.
     HostError: the sweep was started in several processes.
   """
+  if at_once is not None and at_once < 1:
+    raise ConfigError(f'at_once: expected a whole number >= 1, got {at_once}')
   runs, refused = planned.runs, {}
   for config in runs:
     if not config.resume:

@@ -80,7 +80,7 @@ def test_without_its_run_a_network_is_alone(tmp_path):
 def test_what_cannot_be_built_any_more_is_said(tmp_path):
   networks.save(run_of(tmp_path / 'run', model='mlpx') / 'pruned', cut(TRUNK))
   (told,) = bench.bench([tmp_path / 'run'], batches=[2], seconds=0.01)['networks']
-  assert "cannot be built: no model 'mlpx'" in told['notes'][0]
+  assert "cannot be built: model: no model 'mlpx'" in told['notes'][0]
   assert 'before_ms' not in told['batches']['2']
 
 
@@ -130,9 +130,9 @@ def test_without_data_a_cascade_is_timed_at_each_exit(tmp_path, early):
   ('words', 'said'),
   [
     ({'paths': []}, 'got none'),
-    ({'batches': [0]}, 'batches >= 1'),
-    ({'batches': []}, 'batches >= 1'),
-    ({'seconds': 0}, 'seconds > 0'),
+    ({'batches': [0]}, 'batches: expected whole numbers >= 1'),
+    ({'batches': []}, 'batches: expected whole numbers >= 1'),
+    ({'seconds': 0}, 'seconds: expected a finite number > 0'),
   ],
 )
 def test_nothing_to_measure_is_refused(words, said):

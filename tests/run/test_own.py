@@ -308,8 +308,13 @@ def test_the_number_of_classes_and_the_mode_are_filled_in(folder):
 def test_arguments_reach_networks_of_ours_too():
   config = default('gates', model='mlp', model_args=('hidden=[5,6]',))
   assert network.network(config, 3).hidden == (5, 6)
-  with pytest.raises(ConfigError, match='model mlp: .*depth'):
-    network.network(default('gates', model='mlp', model_args=('depth=1',)), 3)
+  for wrong, said in (
+    ('hiden=[5]', 'model_args: mlp takes no hiden; nearest: hidden'),
+    ('hidden=5', 'model_args: hidden: expected a list, got 5'),
+    ('hidden=["a"]', 'model_args: hidden'),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      network.network(default('gates', model='mlp', model_args=(wrong,)), 3)
 
 
 @pytest.mark.parametrize(
