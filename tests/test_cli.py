@@ -12,8 +12,10 @@ import pytest
 import depthprune as dp
 from depthprune import cli, methods, models
 from depthprune.methods.trainable_gates import GateOptions
+from depthprune.report.sweep import SweptRun
 from depthprune.run.config import Config, default
 from depthprune.timing import roofline
+from tests.report.runs import made_up_gates, made_up_result, write_run
 
 METHODS = {methods.word(name): name for name in methods.names()}
 
@@ -198,24 +200,51 @@ def test_what_has_nothing_to_continue_says_that_it_stopped(monkeypatch, capsys):
 
 
 HEAVY = {'jax', 'flax', 'optax', 'orbax', 'numpy', 'matplotlib', 'sklearn', 'cattrs'}
+DRAWING = {'numpy', 'matplotlib', 'cattrs'}
+
+
+def loaded_by(code: str) -> set[str]:
+  """Names of all modules in a process that has run this code and nothing before."""
+  code = f'import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}'
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return {*done.stdout.splitlines()[-1].split()}
+
+
+def words_of(words: list[str]) -> str:
+  return f'from depthprune import cli; cli.main({words})'
 
 
 @pytest.mark.parametrize(
   'code',
   [
     'import depthprune',
-    'from depthprune import cli; cli.main(["--help"])',
-    'from depthprune import cli; cli.main(["run", "gates", "--help"])',
-    'from depthprune import cli; cli.main(["sweep", "netcut", "--help"])',
+    words_of(['--help']),
+    *(words_of(['run', word, '--help']) for word in METHODS),
+    words_of(['sweep', 'netcut', '--help']),
   ],
 )
 def test_help_answers_without_jax(code):
-  """From a process that has loaded nothing before; importing jax takes a second."""
-  code = f'import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}'
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-  loaded = set(done.stdout.splitlines()[-1].split())
-  assert done.returncode == 0 and 'depthprune' in loaded
+  """Importing jax takes a second."""
+  loaded = loaded_by(code)
+  assert 'depthprune' in loaded
   assert loaded & HEAVY == set()
+
+
+def test_a_report_is_made_without_jax(tmp_path):
+  run = write_run(tmp_path / 'run', made_up_result(), made_up_gates())
+  loaded = loaded_by(words_of(['report', str(run)]))
+  assert (run / 'report.html').is_file()
+  assert loaded > DRAWING and loaded & (HEAVY - DRAWING) == set()
+
+
+def test_the_report_of_a_sweep_is_made_without_jax(tmp_path):
+  run = SweptRun(folder='a', settings={'seed': 0}, result=None, refused='too small')
+  sweep = {'config': default('gates').to_json(), 'swept': {'seed': [0]}, 'runs': [run]}
+  (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+  loaded = loaded_by(words_of(['report', str(tmp_path)]))
+  assert (tmp_path / 'front.svg').is_file()
+  assert loaded & (HEAVY - DRAWING) == set()
 
 
 def test_the_public_names_are_all_there_and_documented():

@@ -21,11 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
 import numpy as np
+from etils import epy
 
-from depthprune import distributed
 from depthprune.storage import files
+
+with epy.lazy_imports():  # a report is written without them, in half the time
+  import jax
+
+  from depthprune import distributed
 
 LOCK = '.lock'
 PACKAGES = (
