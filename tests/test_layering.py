@@ -28,9 +28,9 @@ ALLOWED = {
     *('program', 'gates', 'surgery', 'timing', 'storage', 'distributed'),
     *('models', 'data', 'train', 'cascades', 'methods', 'exports'),
   ),
-  'report': ('run', 'train', 'methods', 'storage', 'cascades'),
   'version': (),
   '__main__': ('run', 'cli'),
+  'report': ('run', 'train', 'methods', 'storage', 'cascades', 'timing'),
   'mistakes': ('run', 'methods'),
   'cli': ('mistakes', 'run', 'report', 'methods', 'exports', 'storage', 'distributed'),
 }

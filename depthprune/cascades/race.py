@@ -21,6 +21,7 @@ class Race(NamedTuple):
     cost: mean FLOPs per example.
     cascade: milliseconds of the cascade for the batch.
     whole: milliseconds of the network alone for the batch.
+    faster: number of turns in which the cascade was faster.
     compile_s: seconds to trace and compile the cascade for this batch size.
   """
 
@@ -28,6 +29,7 @@ class Race(NamedTuple):
   cost: CascadeCost
   cascade: Timing
   whole: Timing
+  faster: int
   compile_s: float
 
   @property
@@ -48,6 +50,7 @@ class Race(NamedTuple):
       'ms_quartiles': [self.cascade.lower, self.cascade.upper],
       'whole_ms_quartiles': [self.whole.lower, self.whole.upper],
       'runs': self.cascade.runs,
+      'faster': self.faster,
     }
 
 
@@ -66,12 +69,14 @@ def race(cascade: Cascade, *inputs: Any, seconds: float = 4.0) -> Race:
   compiled = time.perf_counter() - started
   answer = cascade(*inputs)
   calls = [lambda: cascade(*inputs), lambda: whole(cascade.variables, *inputs)]
-  with_exits, without = map(latency.timing, clock.interleave(calls, seconds))
+  taken = clock.interleave(calls, seconds)
+  with_exits, without = map(latency.timing, taken)
   return Race(
     batch=int(np.shape(inputs[0])[0]),
     cost=cascade.cost(answer, *inputs),
     cascade=with_exits,
     whole=without,
+    faster=int(np.sum(taken[0] < taken[1])),
     compile_s=compiled,
   )
 

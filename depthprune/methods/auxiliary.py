@@ -323,7 +323,8 @@ def _sentence(result: Result) -> str:
     return 'trained alone, without a path beside it'
   open_ = result.rounds[-1].learned.get('open', {}) if result.rounds else {}
   count = sum(value > 0 for value in open_.values())
-  connections = f' ({count} of {len(open_)} connections open)' if open_ else ''
+  several = '' if len(open_) == 1 else 's'
+  connections = f' ({count} of {len(open_)} connection{several} open)' if open_ else ''
   return (
     f'trained beside {STRUCTURES[structure]}{connections}, dropped after training: '
     f'{100 * result.flops.kept:.1f} % of the FLOPs are left'
@@ -345,7 +346,7 @@ RECIPE = Recipe(
   peaks=(1.0, 0.1),
   check=_check_config,
   heads=_beside,
-  legend='before: with what helped to train it; after: the compact network alone',
+  legend='before: with any path beside it; after: the compact network alone',
   sentence=_sentence,
   charts=(Chart('Connections of the path', 'connections', 'weight', 'gate weight'),),
 )

@@ -344,11 +344,18 @@ def _named_once(
 def _sentence(result: Result) -> str:
   """`erased 12 of 27 units in 3 rounds, chosen by priority`."""
   rounds = result.rounds
+  if not rounds:
+    return 'erased no units'
   before, after = rounds[0].units[0], rounds[-1].units[1]
   importance = result.options.get('importance')
-  by = f', chosen by {importance}' if importance else ''
-  several = f'{len(rounds)} round{"s" if len(rounds) > 1 else ""}'
-  return f'erased {before - after} of {before} units in {several}{by}'
+  by = f', chosen by {importance}' if importance and after < before else ''
+  several = f'{len(rounds)} round{"" if len(rounds) == 1 else "s"}'
+  units = f'{before - after or "none"} of {before} unit{"" if before == 1 else "s"}'
+  depth = result.options.get('depth')
+  missed = ''
+  if depth not in (None, after):
+    missed = f'; {depth} were to be left, {after} are'
+  return f'erased {units} in {several}{by}{missed}'
 
 
 RECIPE = Recipe(
@@ -364,7 +371,7 @@ RECIPE = Recipe(
     '': Epochs(train=0, gates=160, finetune=60),
   },
   erases_units=True,
-  legend='cut: right after the last erasure; after: retrained',
+  legend='cut: right after the last erasure; after: at the end of the run',
   sentence=_sentence,
   charts=(Chart('Priority of the units', 'units', 'priority', 'priority |w|'),),
 )

@@ -25,6 +25,7 @@ is s = log sum_k w_k p_k, and `geometric` normalises s, which is gamma = 1.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
@@ -324,6 +325,8 @@ def _build(setting: Setting) -> Method:
 
 def _sentence(result: Result) -> str:
   """`kept exit 3 of 20 (exit03) at β = 0.01, cost index, aggregate log`."""
+  if not result.rounds:
+    return ''
   last, o = result.rounds[-1], result.options
   exits = sorted(last.learned['importance'])  # their numbers are of one length
   kept = last.exits[-1]
@@ -333,15 +336,22 @@ def _sentence(result: Result) -> str:
     price = (
       f' at β = {o["beta"]:g}, cost {o["cost"]}, aggregate {o["aggregate"]}{gamma}'
     )
+  if len(exits) == 1:
+    return f'kept the only exit ({kept}){price}'
   return f'kept exit {exits.index(kept) + 1} of {len(exits)} ({kept}){price}'
 
 
 def _remarks(result: Result) -> Sequence[str]:
   """How decided the choice of the exit was."""
-  learned: dict[str, Any] = result.rounds[-1].learned
+  learned: dict[str, Any] = result.rounds[-1].learned if result.rounds else {}
+  if len(learned.get('importance', ())) < 2:
+    return []
+  largest, entropy = learned['max_importance'], learned['entropy']
+  if not (math.isfinite(largest) and math.isfinite(entropy)):
+    return []
   return [
-    f'largest importance w {learned["max_importance"]:.3f}, normalised entropy '
-    f'{learned["entropy"]:.3f} (0: one exit has it all, 1: all exits have the same)'
+    f'largest importance w {largest:.3f}, normalised entropy '
+    f'{entropy:.3f} (0: one exit has it all, 1: all exits have the same)'
   ]
 
 

@@ -51,7 +51,7 @@ from depthprune.train.options import (
   fraction,
   one_of,
 )
-from depthprune.train.recipe import COSTS, Chart, Recipe, Setting, Target
+from depthprune.train.recipe import COSTS, TOLERANCE, Chart, Recipe, Setting, Target
 
 with epy.lazy_imports():
   import jax
@@ -372,12 +372,18 @@ def _sentence(result: Result) -> str:
   batch = ''
   if of == 'milliseconds' and result.milliseconds:
     batch = f' at batch {result.milliseconds.batch}'
-  cost = getattr(result, of)
   kept = ', '.join(result.options.get('keep', ()))
-  return (
-    f'requested {100 * fraction:.1f} % of the {COSTS[of]}{batch}, reached '
-    f'{100 * cost.after / cost.before:.2f} %{f", with {kept} left whole" * bool(kept)}'
-  )
+  whole = f', with {kept} left whole' * bool(kept)
+  requested = f'requested {100 * fraction:.1f} % of the {COSTS[of]}{batch}'
+  cost = getattr(result, of)
+  if cost is None:  # milliseconds of a device that measured none
+    return f'{requested}{whole}'
+  reached = cost.after / cost.before
+  missed = ''
+  if of != 'milliseconds' and abs(reached - fraction) > TOLERANCE:  # else noted
+    off = 100 * abs(reached - fraction)
+    missed = f', {off:.2f} points {"above" if reached > fraction else "below"} it'
+  return f'{requested}, reached {100 * reached:.2f} %{missed}{whole}'
 
 
 RECIPE = Recipe(
@@ -397,7 +403,7 @@ RECIPE = Recipe(
   peaks=(0.5, 0.5),
   target=_target,
   round_to=lambda o: o.round_to,
-  legend='cut: right after surgery; after: fine-tuned',
+  legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,
   charts=(Chart('Gates over time', 'channels', 'open', 'open channels'),),
 )

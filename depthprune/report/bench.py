@@ -8,10 +8,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from depthprune.report.numbers import count, milliseconds, percent
+from depthprune.report.numbers import count, milliseconds, percent, speed
 from depthprune.report.screen import indented, titled_table
+from depthprune.timing.difference import compare
 
-HEAD = ('batch', 'before', 'after', 'speed-up', 'a second', 'of the roof')
+HEAD = ('batch', 'before', 'after', 'speed', 'a second', 'of the roof')
 LEGEND = {
   'network': 'before: what the run began with, in turns with it',
   'cascade': 'before: the network alone, in turns with it; after: with early exits',
@@ -59,10 +60,17 @@ def rows(network: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
       batch,
       '' if before is None else milliseconds(before),
       milliseconds(line['ms']),
-      '' if before is None else f'{line["speedup"]:.2f} x',
+      '' if before is None else _speed(line),
       count(float(f'{line["per_second"]:.3g}')),
       percent(line['roof_ms'] / line['ms']),
     )
+
+
+def _speed(line: Mapping[str, Any]) -> str:
+  """Returns how the network's time differs from the one before."""
+  quartiles = line.get('before_ms_quartiles'), line.get('ms_quartiles')
+  turns = line.get('faster'), line.get('runs')
+  return speed(compare(line['before_ms'], line['ms'], *quartiles, *turns))
 
 
 def title(network: Mapping[str, Any]) -> str:

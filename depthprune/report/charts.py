@@ -3,6 +3,7 @@
 Every function returns a matplotlib Figure and shows nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from depthprune.report.numbers import in_order
+from depthprune.report.numbers import in_order, not_finite
 from depthprune.report.run_files import FinishedRun
 from depthprune.report.style import (
   FAINT,
@@ -268,7 +269,7 @@ def connections(weights: Mapping[str, float], open_: Mapping[str, float]) -> Fig
       at, is_open = (stages.index(stage), taps.index(tap)), open_[path] > 0
       face, edge = (FIRST, FIRST) if is_open else (PAPER, MUTED)
       axes.plot(*at, 'o', ms=7, mfc=face, mec=edge)
-      text = f'{weights[path]:.3f}'
+      text = not_finite(weights[path]) or f'{weights[path]:.3f}'
       axes.annotate(text, at, (9, -3), fontsize=7, color=MUTED, **OFFSET)
     axes.set_xticks(range(len(stages)), stages)
     axes.set_yticks(range(len(taps)), taps)
@@ -292,14 +293,16 @@ def collect_curve(
 
   Returns:
     {'before' or 'after': {erased units: [accuracy of every run]}}, where 'before' is
-    before retraining, with fresh batch statistics.
+    before retraining, with fresh batch statistics. NaN, which leaves a gap, stands for
+    what was not measured.
   """
   curves: dict[str, dict[int, list[float]]] = {'before': {}, 'after': {}}
   for rounds in runs:
     (units, _), first = rounds[0]
     points = [(units, first.before, first.before)]
+    known = lambda value: math.nan if value is None else value
     for (_, left), accuracy in rounds:
-      points.append((left, accuracy.recalibrated or 0, accuracy.after or 0))
+      points.append((left, known(accuracy.recalibrated), known(accuracy.after)))
     for left, before, after in points:
       curves['before'].setdefault(units - left, []).append(before)
       curves['after'].setdefault(units - left, []).append(after)

@@ -4,7 +4,8 @@ Every function but `collect_series` and `name_points` returns a matplotlib Figur
 shows nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from depthprune.report.charts import SERIES
+from depthprune.report.numbers import percent
 from depthprune.report.style import (
   FAINT,
   FIRST,
@@ -87,18 +89,19 @@ def leaving(
     right: {exit: accuracy of the examples that leave there}, where it is known.
   """
   names = list(shares)
+  lengths = [part if 0 <= part <= 1 else 0.0 for part in shares.values()]
   with new_figure(0.7 + 1.2 * ROW * len(names)) as figure:
     axes = figure.subplots()
-    axes.barh(range(len(names)), list(shares.values()), color=FIRST, height=0.68)
+    axes.barh(range(len(names)), lengths, color=FIRST, height=0.68)
     for row, name in enumerate(names):
       known = right.get(name)
-      text = f'{100 * shares[name]:.1f} %'
-      text += '' if known is None else f', {100 * known:.1f} % of them right'
-      at = (shares[name], row)
+      text = percent(shares[name])
+      text += '' if known is None else f', {percent(known)} of them right'
+      at = (lengths[row], row)
       axes.annotate(text, at, (4, 0), **OFFSET, va='center', color=INK, size=8)
     name_rows(axes, names)
     axes.set_xlabel('share of the test examples')
-    longest = max(shares.values())
+    longest = max(lengths) or 1
     axes.set_xlim(0, (1.45 if right else 1.15) * longest)
     ticks = MaxNLocator(5).tick_values(0, longest)
     axes.set_xticks([tick for tick in ticks if tick <= 1])
@@ -117,12 +120,12 @@ def _diagram(axes: Axes, name: str, exit_: ExitCalibration) -> None:
     share = np.array(bins.count) / n
     axes.bar(edges[:-1], share, np.diff(edges), align='edge', color=FAINT)
   temperature = exit_.temperature
-  scaled = temperature not in (None, 1)
+  scaled = temperature is not None and math.isfinite(temperature) and temperature != 1
   if scaled:
     _bins(axes, before, SECOND, 's')
   _bins(axes, after, FIRST, 'o')
   errors = [part.ece for part in (before, after)[not scaled :] if part]
-  said = ' → '.join('–' if e is None else f'{100 * e:.1f}' for e in errors)
+  said = ' → '.join(percent(e).removesuffix(' %') for e in errors)
   axes.set_title(f'{name}, T {temperature:.2f}' if scaled else name, size=9, color=INK)
   if said:
     at: Any = {'xycoords': 'axes fraction', 'va': 'top', 'color': MUTED, 'size': 8}
@@ -183,14 +186,23 @@ def collect_series(*runs: tuple[CascadeResult, Accuracies, Change]) -> Series:
   for cascade, accuracy, flops in runs:
     whole = cascade.whole
     points = ((p.cost, p.accuracy) for p in cascade.curve)
-    seeds.append([(c / whole, a) for c, a in points if c is not None and a is not None])
-    own.append(accuracy.before)
-    chosen.append((flops.kept, accuracy.after))
+    shares = ((None if c is None else Change(whole, c).kept, a) for c, a in points)
+    seeds.append(_finite(shares))
+    own += [accuracy.before] * math.isfinite(accuracy.before)
+    chosen += _finite([(flops.kept, accuracy.after)])
     for name in cascade.exits[:-1]:
-      reached = cascade.exit_accuracy.get(name)
-      if reached is not None:
-        exits.setdefault(name, []).append((cascade.cost[name] / whole, reached))
+      at = Change(whole, cascade.cost[name]).kept, cascade.exit_accuracy.get(name)
+      for known in _finite([at]):
+        exits.setdefault(name, []).append(known)
   return Series(seeds, own, chosen, exits)
+
+
+def _finite(
+  points: Iterable[tuple[float | None, float | None]],
+) -> list[tuple[float, float]]:
+  """Returns the points of which both values were measured, and can be drawn."""
+  known = ((x, y) for x, y in points if x is not None and y is not None)
+  return [(x, y) for x, y in known if math.isfinite(x) and math.isfinite(y)]
 
 
 def compute_curve(curves: Mapping[str, Series]) -> Figure:
@@ -209,8 +221,8 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
   """
   if len(curves) > len(SERIES):
     raise ValueError(f'expected at most {len(SERIES)} series, got {", ".join(curves)}')
-  floor = min(a for c in curves.values() for a in c.own) - NEAR
-  lowest = min(a for c in curves.values() for _, a in _everything(c))
+  floor = min((a for c in curves.values() for a in c.own), default=0.0) - NEAR
+  lowest = min((a for c in curves.values() for _, a in _everything(c)), default=floor)
   shared = len({tuple(c.own) for c in curves.values()}) == 1
   panels = 2 if lowest < floor - NEAR else 1
   with new_figure(3.4) as figure:
@@ -235,7 +247,8 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
 def _draw(axes: Axes, curve: Series, look: tuple[str, str], shared: bool) -> None:
   colour, marker = look
   own = MUTED if shared else colour
-  axes.axhline(float(np.mean(curve.own)), color=own, lw=1, ls=(0, (4, 3)))
+  if curve.own:
+    axes.axhline(float(np.mean(curve.own)), color=own, lw=1, ls=(0, (4, 3)))
   if len(curve.seeds) == 1:
     share, accuracy = _sorted(curve.seeds[0])
     axes.plot(share, accuracy, color=colour, marker=marker, ms=3, lw=1.5)

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page without scripts, fonts or external addresses."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,10 +78,10 @@ def page(run: FinishedRun) -> str:
 def _sections(run: FinishedRun) -> Iterator[Section]:
   result, recipe = run.result, sentences.recipe_of(run.result)
   small = [recipe.legend, *sentences.all_of(result)]
-  yield Section('What was gained', tables.costs(result), small=small)
+  yield Section('Before and after', tables.costs(result), small=small)
   if notes := [*sentences.notes(result), *run.notes]:
     yield Section('To note', notes=notes)
-  if recipe.erases_units:
+  if recipe.erases_units and result.rounds:
     rounds = tables.rounds(result)
     yield Section('Rounds', rounds, 'wide last-names', small=[sentences.ROUNDS])
   if result.cascade is not None:
@@ -104,7 +105,7 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     'Requested and reached',
     tables.requests(cascade),
     'wide numbers',
-    small=[*said, sentences.READING],
+    small=[*said, sentences.reading(cascade)],
   )
   chart = exit_charts.compute_curve(
     {'': exit_charts.collect_series((cascade, result.accuracy, result.flops))}
@@ -116,8 +117,9 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     'wide numbers tap',
     small=[sentences.EXITS, sentences.cut_heads(cascade)],
   )
-  chart = exit_charts.leaving(cascade.shares, tables.accuracy_of_leavers(cascade))
-  yield Section('Where examples leave', chart=_svg(chart), small=[sentences.LEAVING])
+  if cascade.shares:
+    chart = exit_charts.leaving(cascade.shares, tables.accuracy_of_leavers(cascade))
+    yield Section('Where examples leave', chart=_svg(chart), small=[sentences.LEAVING])
   if cascade.calibration:
     chart = exit_charts.reliability(cascade.calibration)
     yield Section('Reliability', chart=_svg(chart), small=[sentences.RELIABILITY])
@@ -126,7 +128,7 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
 def _figures(run: FinishedRun) -> Iterator[tuple[str, Figure]]:
   """Yields the titles and charts for which the run has data."""
   result, recipe = run.result, sentences.recipe_of(run.result)
-  if recipe.erases_units:
+  if recipe.erases_units and result.rounds:
     points = [(each.units, each.held_out) for each in result.rounds]
     curves = {'': charts.collect_curve(points)}
     yield 'Accuracy by erased units', charts.erased_curve(curves, 'held-out accuracy')
@@ -152,7 +154,7 @@ def _facts(result: Result) -> dict[str, str]:
   facts = {
     'command': result.command,
     'device': result.device,
-    'time': None if seconds is None else f'{seconds:.0f} s',
+    'time': f'{seconds:.0f} s' if seconds and math.isfinite(seconds) else None,
     'versions': ', '.join(f'{k} {v}' for k, v in result.versions.items()),
   }
   return {name: value for name, value in facts.items() if value}

@@ -21,7 +21,7 @@ def screen(result: Result) -> Group:
   parts: list[Any] = [_costs(result), Text()]
   parts += indented(sentences.all_of(result))
   parts.append(Text())
-  if sentences.recipe_of(result).erases_units:
+  if sentences.recipe_of(result).erases_units and result.rounds:
     title = 'rounds: held-out accuracy, FLOPs of the whole'
     parts += [_numbers(title, tables.rounds(result)), Text()]
   if result.cascade is not None:
@@ -61,7 +61,7 @@ def _cascade(cascade: CascadeResult) -> Iterator[Any]:
   """Yields the tables of requests and exits, each with how to read it."""
   yield _numbers('requested and reached', tables.requests(cascade), names=0)
   said = [*sentences.certified(cascade), *sentences.refused(cascade)]
-  yield from indented([*said, sentences.READING])
+  yield from indented([*said, sentences.reading(cascade)])
   yield Text()
   yield _numbers('exits', tables.exits(cascade), names=1)
   yield from indented([sentences.EXITS, sentences.cut_heads(cascade)])
@@ -87,7 +87,9 @@ def _widths(result: Result) -> Table:
   table.add_column('after', justify='right')
   table.add_column('')
   for name, (before, after) in result.widths.items():
-    full = round(BAR * after / before)
+    full = round(BAR * after / before) if before else 0
+    if 0 < after < before:  # neither empty nor whole
+      full = min(max(full, 1), BAR - 1)
     bar = Text('█' * full, style='cyan') + Text('░' * (BAR - full), style='dim')
     table.add_row(f'  {name}', str(before), str(after), bar)
   return table

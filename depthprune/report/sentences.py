@@ -1,20 +1,18 @@
 """Sentences about what a run decided and reached, for the page and the screen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from depthprune import methods
-from depthprune.report.numbers import percent
+from depthprune.report.numbers import NONE, counted, milliseconds, not_finite, percent
 from depthprune.train.recipe import Recipe, Target
-from depthprune.train.result import CascadeResult, RequestResult, Result
+from depthprune.train.result import CascadeResult, Executed, RequestResult, Result
 
-NONE = '–'
 KINDS = {'drop': 'drop', 'budget': 'cost', 'risk': 'risk', 'milliseconds': 'time'}
-READING = (
-  'Thresholds come from held-out data; reached, lost and saved are of test data, in '
-  'brackets their 95 % interval (paired bootstrap). Drop: points of accuracy; cost: of '
-  "the MainNet's FLOPs; risk: examples wrong where the MainNet is right; time: of an "
-  'example, executed.'
+UNITS = (
+  "Drop: points of accuracy; cost: of the MainNet's FLOPs; risk: examples wrong where "
+  'the MainNet is right; time: of an example, executed.'
 )
 EXITS = (
   'Cost: FLOPs up to the exit, all heads on the way included, of those of the MainNet. '
@@ -61,7 +59,7 @@ def lead(result: Result) -> str:
   """Returns the page's first paragraph: the decision, and the accuracy on test data."""
   said = decided(result)
   said = f'{said[:1].upper()}{said[1:]}. ' if said else ''
-  before, after = result.accuracy.before, result.accuracy.after or 0
+  before, after = result.accuracy.before, result.accuracy.after
   if result.cascade is None:
     return f'{said}Test accuracy {percent(before)} before, {percent(after)} after.'
   own = percent(before, 2)
@@ -77,44 +75,69 @@ def all_of(result: Result) -> list[str]:
   lines = (
     decided(result),
     *recipe_of(result).remarks(result),
+    uncut(result),
     recalibrated(result),
-    executed(cascade) if cascade else proven(result),
+    *((leaving(cascade), executed(cascade)) if cascade else (proven(result),)),
     measured_on(result),
   )
   return [line for line in lines if line]
 
 
+def uncut(result: Result) -> str:
+  """Says that nothing was cut, if it is so."""
+  costs = result.flops, result.params
+  widths = result.widths.values()
+  if (
+    result.cascade is not None
+    or removed(result)
+    or any(cost.before != cost.after for cost in costs)
+    or any(before != after for before, after in widths)
+  ):
+    return ''
+  return 'nothing was cut: the network has all its layers at their full widths'
+
+
 def recalibrated(result: Result) -> str:
-  """Says what accuracy fresh batch statistics gave; '' if they changed nothing."""
+  """Says what accuracy fresh batch statistics gave; '' if they changed nothing.
+
+  A network without batch statistics is the same before and after that.
+  """
   measured = result.accuracy
   accuracy = measured.recalibrated
-  if accuracy is None or accuracy == measured.pruned == measured.after:
+  if accuracy is None or accuracy == measured.pruned:
     return ''
-  return (
-    f'test accuracy with fresh batch statistics, not yet tuned: {percent(accuracy)}'
-  )
+  later = '' if accuracy == measured.after else ', before any fine-tuning'
+  return f'test accuracy with fresh batch statistics{later}: {percent(accuracy)}'
 
 
 def proven(result: Result) -> str:
   """Says how far the small network was from the masked one."""
   proofs = [each.verify for each in result.rounds if each.verify]
   last = result.verify or result.report.verify
-  proof = max(proofs, key=lambda proof: proof.difference, default=last)
+  size = lambda proof: (math.isnan(proof.difference), proof.difference)
+  proof = max(proofs, key=size, default=last)
   if not proof:
     return 'the small network was not compared with the masked one'
-  text = (
-    'largest difference between the masked and the small network: '
-    f'{proof.difference:.1e} of the output'
-  )
+  text = 'the masked and the small network give the same output'
+  if words := not_finite(proof.difference):
+    text = f'the difference between the masked and the small network is {words}'
+  elif proof.difference:
+    text = (
+      'largest difference between the masked and the small network: '
+      f'{proof.difference:.1e} of the output'
+    )
   if proof.settled:
-    text += f'; rounding and emptied branches changed {proof.settled:.1e} before it'
+    changed = not_finite(proof.settled) or f'{proof.settled:.1e}'
+    text += f'; rounding and emptied branches changed {changed} before it'
   return text
 
 
 def measured_on(result: Result) -> str:
   """Says on which device times were measured; '' if there are none."""
-  measured = result.latency_ms or result.cascade
-  return f'measured on {result.device}' if measured and result.device else ''
+  race = result.cascade.executed if result.cascade else Executed()
+  device = race.device or result.device
+  measured = result.latency_ms or result.compile_s or race.ms is not None
+  return f'measured on {device}' if measured and device else ''
 
 
 def removed(result: Result) -> list[str]:
@@ -132,18 +155,43 @@ def notes(result: Result) -> list[str]:
 # ---- cascades ------------------------------------------------------------------------
 
 
+def reading(cascade: CascadeResult) -> str:
+  """Explains the table of requests."""
+  chosen = 'Thresholds come from held-out data'
+  if any(request.kind == 'threshold' for request in cascade.requests):
+    chosen += ', or are those that were asked for'
+  brackets = ''
+  if any(request.interval for request in cascade.requests):
+    brackets = ', in brackets their 95 % interval (paired bootstrap)'
+  return f'{chosen}; reached, lost and saved are of test data{brackets}. {UNITS}'
+
+
+def leaving(cascade: CascadeResult) -> str:
+  """Says that no example leaves early, or that all leave at one exit."""
+  shares = cascade.shares
+  if set(shares) != set(cascade.exits):
+    return ''
+  full = [name for name, part in shares.items() if round(part, 9) == 1]
+  if not full:
+    return ''
+  if full == cascade.exits[-1:]:
+    return 'no test example leaves early'
+  return f'all test examples leave at {full[0]}'
+
+
 def executed(cascade: CascadeResult) -> str:
   """Says whether examples left at the simulated exits; '' if nothing was executed."""
   run = cascade.executed
-  if run.differ is None:
+  if run.differ is None or not run.n:
     return ''
   broken = ''
   if run.broken:
     broken = f'; {run.broken:,} had an answer that is not finite, and went on'
   if not run.differ:
-    return f'executed: all {run.n:,} examples left where simulated{broken}'
+    every = 'the one example' if run.n == 1 else f'all {run.n:,} examples'
+    return f'executed: {every} left where simulated{broken}'
   return (
-    f'executed: {run.differ:,} of {run.n:,} examples left elsewhere than '
+    f'executed: {run.differ:,} of {counted(run.n, "example")} left elsewhere than '
     f'simulated, {run.near:,} of them within 1e-5 of a threshold{broken}'
   )
 
@@ -208,9 +256,21 @@ def reached(request: RequestResult) -> str:
   value = values.get(request.kind)
   if value is None:
     return NONE
-  shown = {'drop': f'{value:z.2f}', 'milliseconds': f'{value:.3g} ms'}
+  shown = {'drop': lost_points(value), 'milliseconds': milliseconds(value)}
   text = shown.get(request.kind, percent(value, 2))
-  return f'{text}, missed' if value > request.requested + 1e-9 else text
+  return f'{text}, missed' if misses(value, request) else text
+
+
+def misses(value: float, request: RequestResult) -> bool:
+  """Returns whether a value is above the requested one, or is not a number."""
+  return not value <= request.requested + 1e-9
+
+
+def lost_points(drop: float | None) -> str:
+  """Returns points of accuracy that are lost, `-0.06` for a gain."""
+  if drop is None:
+    return NONE
+  return f'{drop:z.2f}' if math.isfinite(drop) else percent(drop)
 
 
 def share(part: float) -> str:
@@ -225,33 +285,59 @@ def points(number: float) -> str:
 
 def _cascade(result: Result, cascade: CascadeResult) -> str:
   """Returns `asked to lose at most 0.5 point: loses 0.31 point and saves ...`."""
-  points_lost = round(100 * (result.accuracy.before - (result.accuracy.after or 0)), 2)
-  verb = 'loses' if points_lost >= 0 else 'gains'
-  lost = f'{verb} {abs(points_lost):.2f} {points(abs(points_lost))}'
-  kept = result.flops.kept
-  saved = f'saves {percent(1 - kept)} of the FLOPs'
-  if kept > 1:
-    saved = f'spends {percent(kept - 1)} more FLOPs'
+  lost, kept = _lost(result), result.flops.kept
+  reached_ = f'{lost} and {_saved(kept)}'
   chosen: Sequence[RequestResult] = [r for r in cascade.requests if r.chosen]
   if not chosen:
-    return f'{lost} and {saved}'
+    return reached_
   request = chosen[0]
   kind, value = request.kind, request.requested
+  if request.refused:
+    return f'asked for {asked(request)}, which was refused: {reached_}'
   if kind == 'budget':
+    missed = ', which misses it' * misses(kept, request)
     return (
       f'asked to spend at most {share(value)} of the FLOPs: spends '
-      f'{percent(kept)}, {lost}'
+      f'{percent(kept)}{missed}, and {lost}'
     )
   if kind == 'risk':
-    risk = request.test.risk if request.test else None
-    actual = NONE if risk is None else percent(risk, 2)
     return (
       f'asked to be wrong where the MainNet is right in at most {share(value)} of the '
-      f'examples: is so in {actual}, {lost} and {saved}'
+      f'examples: is so in {reached(request)}, {reached_}'
     )
   if kind == 'threshold':
-    return f'asked for a {asked(request)}: {lost} and {saved}'
+    return f'asked for a {asked(request)}: {reached_}'
   if kind == 'milliseconds':
     took = reached(request)
-    return f'asked to take at most {value:g} ms an example: takes {took}, {lost}'
-  return f'asked to lose at most {value:g} {points(value)}: {lost} and {saved}'
+    return f'asked to take at most {value:g} ms an example: takes {took}, and {lost}'
+  drop = 100 * (result.accuracy.before - _number(result.accuracy.after))
+  missed = ', which misses it,' * misses(drop, request)
+  return (
+    f'asked to lose at most {value:g} {points(value)}: {lost}{missed} and '
+    f'{_saved(kept)}'
+  )
+
+
+def _number(value: float | None) -> float:
+  return math.nan if value is None else value
+
+
+def _lost(result: Result) -> str:
+  """Returns `loses 0.31 point`, `gains 0.06 point`, or `loses no accuracy`."""
+  lost = 100 * (result.accuracy.before - _number(result.accuracy.after))
+  if not math.isfinite(lost):
+    return 'loses an unknown part of its accuracy'
+  size = abs(round(lost, 2))
+  if not size:
+    return 'loses no accuracy'
+  return f'{"loses" if lost > 0 else "gains"} {size:.2f} {points(size)}'
+
+
+def _saved(kept: float) -> str:
+  """Returns `saves 35.2 % of the FLOPs`, or `spends 1.2 % more FLOPs`."""
+  if not math.isfinite(kept):
+    return 'saves an unknown part of the FLOPs'
+  size = percent(abs(1 - kept))
+  if size == percent(0):
+    return 'saves no FLOPs'
+  return f'spends {size} more FLOPs' if kept > 1 else f'saves {size} of the FLOPs'

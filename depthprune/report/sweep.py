@@ -1,7 +1,8 @@
 """The report of a sweep: a table of its settings, and a chart of the best of them."""
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -13,22 +14,19 @@ from rich.text import Text
 from depthprune import methods
 from depthprune.cascades.pareto import efficient
 from depthprune.report.exit_charts import name_points
-from depthprune.report.numbers import count, spread
+from depthprune.report.numbers import NONE, count, percent, spread
 from depthprune.report.run_files import RunError
 from depthprune.report.screen import PLAIN, indented, titled_table
-from depthprune.report.sentences import NONE
 from depthprune.report.style import FIRST, INK, LINE, MUTED, new_figure, save
 from depthprune.run import config
 from depthprune.storage import files
 from depthprune.train.options import shown
 from depthprune.train.recipe import COSTS
-from depthprune.train.result import Accuracies, SweepResult, structured
+from depthprune.train.result import Accuracies, Latency, SweepResult, structured
 
 SWEEP, PLOT = 'sweep.json', 'front.svg'
-READING = (
-  '★ on the front: no other setting costs less and is as good on held-out data. Of '
-  'several seeds the mean ± standard deviation'
-)
+FRONT = '★ on the front: no other setting costs less and is as good on held-out data'
+SEEDS = 'of several seeds, the mean ± standard deviation'
 
 
 class SweptRun(TypedDict):
@@ -128,8 +126,9 @@ def front(swept: Iterable[SweptSetting]) -> list[SweptSetting]:
 
   They are sorted by falling cost.
   """
+  at = lambda s: (s.share, -s.mean(lambda r: _after(r.held_out)))
   measured = [setting for setting in swept if setting.results]
-  return efficient(measured, lambda s: (s.share, -s.mean(lambda r: _after(r.held_out))))
+  return efficient([s for s in measured if all(map(math.isfinite, at(s)))], at)
 
 
 def rows(sweep: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -137,22 +136,25 @@ def rows(sweep: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
   swept = settings(sweep)
   best = front(swept)
   options = [name.replace('_', ' ') for name in sweep['swept'] if name != 'seed']
-  head = (*options, *('test', 'held-out', 'FLOPs', 'params', 'speed-up'))
+  head = (*options, *('test', 'held-out', 'FLOPs', 'params', 'speed'))
   return (*head, 'runs', ''), [_row(s, '★' if s in best else '') for s in swept]
 
 
 def screen(sweep: Mapping[str, Any]) -> Group:
   """Returns the table of a sweep and its notes for `rich.print`."""
   head, lines = rows(sweep)
-  first = sweep['config']
-  title = f'{first["method"]}, {first["model"]} on {first["data"]}'
+  first, swept = sweep['config'], sweep['swept']
+  several = lambda key: ', '.join(map(str, swept.get(key, [first[key]])))
+  title = f'{first["method"]}, {several("model")} on {several("data")}'
   table = titled_table(title, **PLAIN)
   for name in head:
     table.add_column(name, justify='right', no_wrap=True)
   for line in lines:
     table.add_row(*line)
   refused = [f'{r["folder"]}: {r["refused"]}' for r in sweep['runs'] if r['refused']]
-  return Group(table, Text(), *indented([_before(sweep), READING, *refused]))
+  runs = max((len(s.results) for s in settings(sweep)), default=0)
+  notes = [FRONT * any('★' in line for line in lines), SEEDS * (runs > 1)]
+  return Group(table, Text(), *indented([*_before(sweep), *notes, *refused]))
 
 
 def chart(sweep: Mapping[str, Any]) -> Figure:
@@ -173,8 +175,9 @@ def chart(sweep: Mapping[str, Any]) -> Figure:
       axes.plot(*at(s), 'o', color=FIRST, mfc=filled, ms=6)
     if best:
       axes.plot(*zip(*map(at, best)), color=FIRST, lw=1.5, label='front')
-      before = statistics.mean(s.mean(lambda r: r.accuracy.before) for s in measured)
-      axes.axhline(before, color=MUTED, lw=1, ls=(0, (4, 3)), label='before')
+      if len(networks_before(sweep)) == 1:
+        before = statistics.mean(s.mean(lambda r: r.accuracy.before) for s in measured)
+        axes.axhline(before, color=MUTED, lw=1, ls=(0, (4, 3)), label='before')
       axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     axes.set_xlabel(
       f'{COSTS[measured[0].of] if measured else "FLOPs"}, share that is left'
@@ -184,7 +187,8 @@ def chart(sweep: Mapping[str, Any]) -> Figure:
       axis.set_major_formatter(PercentFormatter(1))
     axes.grid(color=LINE, lw=0.5)
     figure.draw_without_rendering()  # lays out: names need to know where points are
-    name_points(axes, {s.name: at(s) for s in measured})
+    drawn = {s.name: at(s) for s in measured}
+    name_points(axes, {k: v for k, v in drawn.items() if all(map(math.isfinite, v))})
   return figure
 
 
@@ -198,33 +202,63 @@ def _row(s: SweptSetting, mark: str) -> Sequence[str]:
   of = lambda value, digits=2: (
     spread(map(value, s.results), digits) if s.results else NONE
   )
-  times = [r.latency_ms['128'].speedup for r in s.results if '128' in r.latency_ms]
+  times = [r.latency_ms['128'] for r in s.results if '128' in r.latency_ms]
   finished = len(s.results)
   return (
     *map(shown, s.values),
-    of(lambda r: 100 * _after(r.accuracy)),
-    of(lambda r: 100 * _after(r.held_out)),
+    _accuracy([r.accuracy for r in s.results]),
+    _accuracy([r.held_out for r in s.results]),
     of(lambda r: 100 * r.flops.kept, 1),
     of(lambda r: 100 * r.params.kept, 1),
-    spread(times) if times else NONE,
+    _speed(times),
     f'{finished}' if finished == s.runs else f'{finished}/{s.runs}',
     mark,
   )
 
 
-def _before(sweep: Mapping[str, Any]) -> str:
-  """Returns a sentence about the network before, and where speed was measured."""
+def _before(sweep: Mapping[str, Any]) -> Iterator[str]:
+  """Yields sentences about the network before, and where speed was measured."""
   results = [result for s in settings(sweep) for result in s.results]
   if not results:
-    return ''
-  first = results[0]
-  accuracy = 100 * statistics.mean(r.accuracy.before for r in results)
-  return (
-    f'before: test accuracy {accuracy:.2f} %, {count(first.flops.before)} FLOPs (1 MAC '
-    f'= 2), {count(first.params.before)} parameters. All in %, but for speed-up: × at '
-    f'batch 128, {first.device}'
-  )
+    return
+  before = networks_before(sweep)
+  if len(before) == 1:
+    ((flops, params),) = before
+    accuracy = percent(statistics.mean(r.accuracy.before for r in results), 2)
+    yield (
+      f'before: test accuracy {accuracy}, {count(flops)} FLOPs (1 MAC = 2), '
+      f'{count(params)} parameters'
+    )
+  else:
+    yield 'FLOPs and params are parts of different networks: each run of its own'
+  timed = dict.fromkeys(r.device for r in results if '128' in r.latency_ms)
+  speed = f', but for speed: × that before, at batch 128, {"; ".join(timed)}'
+  yield f'All in %{speed * bool(timed)}'
+
+
+def networks_before(sweep: Mapping[str, Any]) -> set[tuple[float, float]]:
+  """Returns (FLOPs, parameters) of the networks that the runs began with."""
+  results = [result for s in settings(sweep) for result in s.results]
+  return {(r.flops.before, r.params.before) for r in results}
+
+
+def _accuracy(each: Sequence[Accuracies]) -> str:
+  """Returns the accuracy after the cut in percent, a dash where it was not measured."""
+  after = [accuracy.after for accuracy in each if accuracy.after is not None]
+  if not each or len(after) < len(each):
+    return NONE
+  return spread(100 * value for value in after)
+
+
+def _speed(times: Sequence[Latency]) -> str:
+  """Returns the speed in units of that before, where any seed showed a difference."""
+  kinds = {each.difference.kind for each in times}
+  if kinds <= {'not measured'}:
+    return NONE
+  if kinds <= {'no difference', 'not measured'}:
+    return 'no difference'
+  return spread(each.speedup for each in times)
 
 
 def _after(accuracy: Accuracies) -> float:
-  return accuracy.after or 0.0
+  return math.nan if accuracy.after is None else accuracy.after

@@ -1,18 +1,25 @@
 """Tables of what a run reached, as rows of text for the screen and the page."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from depthprune.report.numbers import (
+  NONE,
   count,
+  counted,
+  exceeds,
   in_order,
+  kept,
   milliseconds,
   percent,
   points,
   seconds,
+  speed,
 )
-from depthprune.report.sentences import NONE, asked, reached, target_of
+from depthprune.report.sentences import asked, lost_points, reached, target_of
+from depthprune.timing.difference import Difference, compare
 from depthprune.train.result import (
   Accuracies,
   CascadeResult,
@@ -65,13 +72,13 @@ def _costs(result: Result) -> Iterator[Sequence[str]]:
     yield _cost('peak activation bytes', peak)
   for batch, measured in result.latency_ms.items():
     before, after = milliseconds(measured.before), milliseconds(measured.after)
-    speedup = f'speed-up {measured.speedup:.2f} x'
-    yield f'median latency, batch {batch}', before, '', after, speedup
+    name = f'median latency, batch {batch}'
+    yield name, before, '', after, speed(measured.difference)
   compiled = result.compile_s
   if compiled:
     before, after = seconds(compiled.before), seconds(compiled.after)
-    speedup = f'speed-up {compiled.before / compiled.after:.2f} x'
-    yield 'compile time', before, '', after, speedup
+    change = speed(compare(compiled.before, compiled.after))
+    yield 'compile time', before, '', after, change
 
 
 def _scores(result: Result) -> Iterator[tuple[str, Accuracies]]:
@@ -96,12 +103,12 @@ def _score_name(key: str) -> str:
 
 def _accuracy(name: str, accuracy: Accuracies) -> Sequence[str]:
   cut = '' if accuracy.pruned is None else percent(accuracy.pruned, 2)
-  before, after = percent(accuracy.before, 2), percent(accuracy.after or 0, 2)
-  return name, before, cut, after, points(accuracy.before, accuracy.after or 0)
+  before, after = percent(accuracy.before, 2), percent(accuracy.after, 2)
+  return name, before, cut, after, points(accuracy.before, accuracy.after)
 
 
 def _cost(name: str, cost: Change) -> Sequence[str]:
-  return name, count(cost.before), '', count(cost.after), f'{percent(cost.kept)} kept'
+  return name, count(cost.before), '', count(cost.after), kept(cost.kept)
 
 
 def _costs_of_cascade(
@@ -116,52 +123,58 @@ def _costs_of_cascade(
     name, before, _, after, change = _accuracy(name, score)
     yield name, before, after, change
   executed, flops, params = cascade.executed, result.flops, result.params
-  kept = lambda change: (
+  left = lambda change: (
     count(change.before),
     count(change.after),
-    f'{percent(change.kept)} kept',
+    kept(change.kept),
   )
-  yield 'FLOPs (1 MAC = 2), ideal', *kept(flops)
+  yield 'FLOPs (1 MAC = 2), ideal', *left(flops)
   if executed.padded is not None:
     padded = Change(flops.before, executed.padded)
-    yield 'FLOPs, padded to batches', *kept(padded)
-  yield 'parameters, with heads', *kept(params)
+    yield 'FLOPs, padded to batches', *left(padded)
+  yield 'parameters, with heads', *left(params)
   if executed.ms is not None and executed.whole_ms is not None:
     before, after = milliseconds(executed.whole_ms), milliseconds(executed.ms)
     name = f'median latency, batch {executed.batch}'
-    yield name, before, after, f'speed-up {executed.speedup:.2f} x'
+    yield name, before, after, speed(executed.difference)
   if executed.compile_s is not None:
     yield 'compile time', '', seconds(executed.compile_s), ''
 
 
 def tiles(result: Result) -> Iterator[Tile]:
   """Yields the page's tiles: accuracy, the kept part of each cost, and speed."""
-  before, after = result.accuracy.before, result.accuracy.after or 0
+  before, after = result.accuracy.before, result.accuracy.after
   cascade = result.cascade
   digits = 1 if cascade is None else 2
   yield Tile(percent(after, digits), 'accuracy', points(before, after))
   if cascade is None:
     for name, cost in (('FLOPs', result.flops), ('parameters', result.params)):
-      yield _kept(f'{name} kept', cost)
+      yield _kept(name, cost)
     for batch, ms in result.latency_ms.items():
-      yield _speed(batch, ms.speedup, ms.before, ms.after)
+      yield _speed(batch, ms.difference, ms.before, ms.after)
     return
   executed, flops = cascade.executed, result.flops
-  yield _kept('FLOPs kept, ideal', flops)
+  yield _kept('FLOPs', flops, ', ideal')
   if executed.padded is not None:
-    yield _kept('FLOPs kept, padded', Change(flops.before, executed.padded))
+    yield _kept('FLOPs', Change(flops.before, executed.padded), ', padded')
   if executed.ms is not None and executed.whole_ms is not None:
-    speedup = executed.speedup or 0
-    yield _speed(executed.batch, speedup, executed.whole_ms, executed.ms)
+    times = executed.whole_ms, executed.ms
+    yield _speed(executed.batch, executed.difference, *times)
 
 
-def _kept(name: str, cost: Change) -> Tile:
-  return Tile(percent(cost.kept), name, f'{count(cost.before)} → {count(cost.after)}')
+def _kept(name: str, cost: Change, which: str = '') -> Tile:
+  change = f'{count(cost.before)} → {count(cost.after)}'
+  if exceeds(cost.kept):
+    return Tile(percent(cost.kept - 1), f'more {name}{which}', change)
+  return Tile(percent(cost.kept), f'{name} kept{which}', change)
 
 
-def _speed(batch: Any, speedup: float, before: float, after: float) -> Tile:
+def _speed(batch: Any, found: Difference, before: float, after: float) -> Tile:
   took = f'{milliseconds(before).removesuffix(" ms")} → {milliseconds(after)}'
-  return Tile(f'{speedup:.2f} ×', f'speed, batch {batch}', took)
+  if found.kind in ('speed-up', 'slowdown'):
+    return Tile(f'{found.factor:.2f} ×', f'{found.kind}, batch {batch}', took)
+  value = '≈ 1 ×' if found.kind == 'no difference' else NONE
+  return Tile(value, f'speed, batch {batch}: {found.kind}', took)
 
 
 def narrowed(result: Result) -> bool:
@@ -178,7 +191,7 @@ def rounds(result: Result) -> Table:
   """Returns a row for every round and, if there are several, for their total."""
   columns = 'round units before cut recalibrated after FLOPs erased'
   each = result.rounds
-  full = each[0].flops.before
+  full = each[0].flops.before if each else 0
   names = [', '.join(units) for units in erased(each, 'priority')]
   lines = [
     _round(str(number), round_, units, full)
@@ -195,7 +208,7 @@ def rounds(result: Result) -> Table:
       params=last.params,
       held_out=Accuracies(first.held_out.before, last.held_out.after),
     )
-    lines.append(_round('all', total, f'{units[0] - units[1]} units', full))
+    lines.append(_round('all', total, counted(units[0] - units[1], 'unit'), full))
   return Table(columns.split(), lines)
 
 
@@ -210,8 +223,8 @@ def _round(name: str, round_: RoundResult, names: str, full: float) -> Sequence[
     at(accuracy.pruned),
     at(accuracy.recalibrated),
     at(accuracy.after),
-    percent(round_.flops.after / full),
-    names,
+    percent(Change(full, round_.flops.after).kept),
+    names or 'none',
   )
 
 
@@ -265,10 +278,10 @@ def requests(cascade: CascadeResult) -> Table:
     name = asked(request) + (', chosen' if request.chosen else '')
     test = request.test
     if not test:
-      lines.append((name, 'refused', NONE, NONE))
+      lines.append((name, 'refused' if request.refused else NONE, NONE, NONE))
       continue
     interval = request.interval or {}
-    lost = NONE if test.drop is None else f'{test.drop:z.2f}'
+    lost = lost_points(test.drop)
     lost += _interval(interval.get('drop'), 1, 2)
     saved = percent(test.saved) + _interval(interval.get('saved'), 100, 1)
     lines.append((name, reached(request), lost, saved))
@@ -276,7 +289,7 @@ def requests(cascade: CascadeResult) -> Table:
 
 
 def _interval(ends: Any, scale: float, digits: int) -> str:
-  if not ends or None in ends:
+  if not ends or not all(end is not None and math.isfinite(end) for end in ends):
     return ''
   low, high = (f'{scale * end:z.{digits}f}' for end in ends)
   return f' ({low} to {high})'
@@ -294,12 +307,12 @@ def exits(cascade: CascadeResult) -> Table:
       (
         name,
         cascade.taps.get(name, ''),
-        _or_dash(cost, lambda c: percent(c / cascade.whole)),
+        _or_dash(cost, lambda c: percent(Change(cascade.whole, c).kept)),
         _or_dash(cascade.exit_accuracy.get(name), lambda a: percent(a, 2)),
         _threshold(cascade, name),
         _or_dash(cascade.shares.get(name), percent),
         _ece(calibrated),
-        _or_dash(auroc, '{:.3f}'.format),
+        _or_dash(auroc, lambda a: f'{a:.3f}' if math.isfinite(a) else NONE),
       )
     )
   return Table(head, lines)
@@ -321,10 +334,12 @@ def _threshold(cascade: CascadeResult, name: str) -> str:
   value = cascade.thresholds.get(name)
   if value is None:
     return 'none' if cascade.shares.get(name) else 'never'
+  if not math.isfinite(value):
+    return NONE
   if value == round(value):
     return f'{value:g}'
   # 0.99996 must not read as 1, so it has the digits that tell the two apart.
-  digits = next((d for d in range(3, 8) if round(value, d) != 1), 7)
+  digits = next((d for d in range(3, 8) if round(value, d) not in (0, 1)), 7)
   return f'{value:.{digits}f}'
 
 
@@ -336,7 +351,7 @@ def _ece(calibrated: ExitCalibration) -> str:
     return NONE
   if calibrated.temperature in (None, 1):
     return percent(after)
-  return f'{100 * before:.1f} → {percent(after)}'
+  return f'{percent(before).removesuffix(" %")} → {percent(after)}'
 
 
 def _or_dash(value: Any, shown: Callable[[Any], str]) -> str:

@@ -148,7 +148,7 @@ def _network(
     lines[str(batch)] = _line(batch, latency.timing(taken[-1]), roof)
     if before:
       compared = latency.compared(batch, *taken)
-      lines[str(batch)] |= _against(compared.before, compared.speedup)
+      lines[str(batch)] |= _against(compared.before, compared.speedup, compared.faster)
       notes += latency.notes([compared])
   params = cost.params(small.coupling, small.keep)
   return {
@@ -170,12 +170,13 @@ def _line(batch: int, taken: Timing, roof: float) -> dict[str, Any]:
   }
 
 
-def _against(before: Timing, speedup: float) -> dict[str, Any]:
+def _against(before: Timing, speedup: float, faster: int) -> dict[str, Any]:
   quartiles = [before.lower, before.upper]
   return {
     'before_ms': before.median,
     'before_ms_quartiles': quartiles,
     'speedup': speedup,
+    'faster': faster,
   }
 
 
@@ -222,7 +223,7 @@ def _cascade(
     line = _line(batch, run.cascade, peak.milliseconds(batch * run.cost.ideal, moved))
     lines[str(batch)] = {
       **line,
-      **_against(run.whole, 1 / run.share),
+      **_against(run.whole, 1 / run.share, run.faster),
       'ideal': run.cost.ideal,
       'padded': run.cost.padded,
     }

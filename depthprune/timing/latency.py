@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program.trace import counts_examples, split_arrays
-from depthprune.timing import clock
+from depthprune.timing import clock, difference
 
 NEAR = 0.02  # a target is reached within this fraction of the time
 NOISE = 0.2  # quartiles further apart than this fraction are too noisy to judge
@@ -65,8 +65,7 @@ class Comparison(NamedTuple):
   @property
   def distinct(self) -> bool:
     """Whether a sign test over the turns rules out chance at two sigma."""
-    runs = self.after.runs
-    return abs(self.faster - runs / 2) > runs**0.5
+    return difference.beyond_chance(self.faster, self.after.runs)
 
 
 def timing(milliseconds: np.ndarray) -> Timing:

@@ -24,6 +24,9 @@ with epy.lazy_imports():
 COSTS = {'flops': 'FLOPs', 'params': 'parameters', 'milliseconds': 'milliseconds'}
 """The names, in reports, of the costs that a target may count."""
 
+TOLERANCE = 0.005
+"""How far a decision may be off its target, as a part of the cost."""
+
 
 class Setting(NamedTuple):
   """The arguments of a recipe's `build`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import cattrs
 from cattrs.errors import BaseValidationError
 
 from depthprune.storage import files
+from depthprune.timing import difference
 
 SCHEMA = 2
 T = TypeVar('T')
@@ -30,8 +32,8 @@ class Change:
 
   @property
   def kept(self) -> float:
-    """The part that is left, after / before."""
-    return self.after / self.before
+    """The part that is left, after / before; NaN of nothing."""
+    return self.after / self.before if self.before else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,18 @@ class Latency:
   runs: int | None = None
   faster: int | None = None
   notes: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def difference(self) -> difference.Difference:
+    """How the times differ, by more than chance."""
+    return difference.compare(
+      self.before,
+      self.after,
+      self.before_quartiles,
+      self.after_quartiles,
+      self.faster,
+      self.runs,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +244,9 @@ class Executed:
     whole_ms: milliseconds of a batch of the network alone.
     speedup: whole_ms / ms.
     compile_s: seconds to compile the cascade.
+    ms_quartiles, whole_ms_quartiles: lower and upper quartiles of these times.
+    runs: number of turns in which they were measured.
+    faster: number of turns in which the cascade was faster.
   """
 
   ideal: float | None = None
@@ -249,6 +266,19 @@ class Executed:
   ms_quartiles: tuple[float, float] | None = None
   whole_ms_quartiles: tuple[float, float] | None = None
   runs: int | None = None
+  faster: int | None = None
+
+  @property
+  def difference(self) -> difference.Difference:
+    """How the times of a batch differ, by more than chance."""
+    return difference.compare(
+      self.whole_ms or 0,
+      self.ms or 0,
+      self.whole_ms_quartiles,
+      self.ms_quartiles,
+      self.faster,
+      self.runs,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,7 +163,8 @@ def cut_round(
   )
   if moved:
     pruned.report['notes'].append(
-      f'{moved} channels were decided against their gate, to meet the target'
+      f'{moved} channel{" was" if moved == 1 else "s were"} decided against their '
+      'gate, to meet the target'
     )
   small = pruned.model if pruned.arch else pruned.apply
   if last:

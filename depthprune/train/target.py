@@ -8,9 +8,8 @@ from depthprune.program import arguments, cost
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.widths import Range, possible
 from depthprune.timing.layers import CostFunction, counted
+from depthprune.train.recipe import TOLERANCE
 from depthprune.train.task import Tree
-
-TOLERANCE = 0.005  # how far a decision may be off the target, as a part of the cost
 
 Weights = Mapping[str, np.ndarray]
 """{group: [n]}; channels with a weight above 0 are to be kept."""

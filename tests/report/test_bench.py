@@ -37,7 +37,7 @@ def text(*networks):
 
 
 def test_rows_have_before_and_after():
-  row = ('8', '3.00 ms', '2.00 ms', '1.50 x', '4.00 k', '25.0 %')
+  row = ('8', '3.00 ms', '2.00 ms', 'speed-up 1.50 x', '4.00 k', '25.0 %')
   assert list(bench.rows(BOTH)) == [row]
   assert list(bench.rows(ALONE)) == [('8', '', '2.00 ms', '', '4.00 k', '25.0 %')]
 

@@ -12,6 +12,7 @@ from depthprune.report import charts, sentences, style
 from depthprune.report.numbers import in_order
 from depthprune.report.run_files import FinishedRun, read
 from depthprune.train.recipe import Chart
+from depthprune.train.result import Accuracies
 from tests.report.runs import (
   made_up_auxiliary,
   made_up_gates,
@@ -357,3 +358,11 @@ def test_against_beta_has_accuracy_cost_and_depth_at_every_beta():
     [5, 1],
   ]
   assert 'of 20' in kept.get_title(loc='left')
+
+
+def test_an_accuracy_that_was_not_measured_is_a_gap_and_not_zero():
+  rounds = [((9, 7), Accuracies(0.9)), ((7, 5), Accuracies(0.9, 0.8, 0.1, 0.7))]
+  curve = charts.collect_curve(rounds)
+  assert curve['after'][0] == [0.9] and curve['after'][4] == [0.8]
+  assert np.isnan(curve['before'][2]).all() and np.isnan(curve['after'][2]).all()
+  assert charts.erased_curve({'': curve}).axes

@@ -121,7 +121,7 @@ def test_netcut_shows_importance_and_what_was_decided(netcut_run):
   assert 'largest importance w 0.958, normalised entropy 0.167' in text
   titles = re.findall('<h2>(.*?)</h2>', html)
   assert titles == [
-    *('What was gained', 'To note', 'Importance of the exits', 'Training', 'Run')
+    *('Before and after', 'To note', 'Importance of the exits', 'Training', 'Run')
   ]
   assert html.count('<svg') == 2
 
@@ -134,7 +134,7 @@ def test_implosion_shows_rounds_priorities_and_the_curve(implosion_run, implosio
     assert ', '.join(round_['erased']) in text
   titles = re.findall('<h2>(.*?)</h2>', html)
   assert titles == [
-    *('What was gained', 'To note', 'Rounds', 'Accuracy by erased units'),
+    *('Before and after', 'To note', 'Rounds', 'Accuracy by erased units'),
     *('Priority of the units', 'Training', 'Run'),
   ]
   assert html.count('<svg') == 3
@@ -145,7 +145,7 @@ def test_auxiliary_shows_the_connections_of_the_path(auxiliary_run):
   text = ' '.join(read(html).text)
   assert 'Trained beside a path whose connections were searched (5 of 6 conn' in text
   assert re.findall('<h2>(.*?)</h2>', html) == [
-    *('What was gained', 'To note', 'Connections of the path', 'Training', 'Run')
+    *('Before and after', 'To note', 'Connections of the path', 'Training', 'Run')
   ]
   assert html.count('<svg') == 2
 
@@ -165,7 +165,7 @@ def test_a_cascade_shows_requests_curve_exits_and_reliability(sidenet_run, siden
   said = 'Asked to lose at most 0.5 point: loses 0.31 point and saves 35.2 % of the '
   assert f'{said}FLOPs. Test accuracy: MainNet 93.87 %, cascade 93.56 %.' in text
   assert re.findall('<h2>(.*?)</h2>', html) == [
-    *('What was gained', 'Requested and reached', 'Accuracy against FLOPs', 'Exits'),
+    *('Before and after', 'Requested and reached', 'Accuracy against FLOPs', 'Exits'),
     *('Where examples leave', 'Reliability', 'Training', 'Run'),
   ]
   assert html.count('<svg') == 4

@@ -50,7 +50,7 @@ def sweep() -> dict:
 def test_a_line_is_a_setting_over_its_seeds_and_a_dash_what_is_not_there(sweep):
   head, lines = front.rows(sweep)
   assert head == (
-    *('target', 'test', 'held-out', 'FLOPs', 'params', 'speed-up', 'runs', ''),
+    *('target', 'test', 'held-out', 'FLOPs', 'params', 'speed', 'runs', ''),
   )
   assert lines == [
     ('0.5', '90.50 ± 0.71', '90.50 ± 0.71', '50.0 ± 0.0', '50.0 ± 0.0',

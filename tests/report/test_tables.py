@@ -65,8 +65,8 @@ def test_the_tiles_of_a_pruned_network_are_its_few_numbers(result):
     ('98.1 %', 'accuracy', '-0.27 points'),
     ('49.9 %', 'FLOPs kept', '5.07 M → 2.53 M'),
     ('48.2 %', 'parameters kept', '272 k → 131 k'),
-    ('1.26 ×', 'speed, batch 1', '1.21 → 0.960 ms'),
-    ('1.55 ×', 'speed, batch 128', '18.4 → 11.9 ms'),
+    ('1.26 ×', 'speed-up, batch 1', '1.21 → 0.960 ms'),
+    ('1.55 ×', 'speed-up, batch 128', '18.4 → 11.9 ms'),
   ]
 
 
@@ -137,7 +137,7 @@ def test_the_cost_is_there_three_times_ideal_padded_and_measured(sidenet):
     ('accuracy, held-out', '94.12 %', '93.64 %', '-0.48 points'),
     ('FLOPs (1 MAC = 2), ideal', '251 M', '163 M', '64.8 % kept'),
     ('FLOPs, padded to batches', '251 M', '169 M', '67.1 % kept'),
-    ('parameters, with heads', '856 k', '1.40 M', '163.9 % kept'),
+    ('parameters, with heads', '856 k', '1.40 M', '63.9 % more'),
     ('median latency, batch 128', '84.9 ms', '61.2 ms', 'speed-up 1.39 x'),
     ('compile time', '', '7.31 s', ''),
   ]
@@ -160,7 +160,7 @@ def test_the_tiles_of_a_cascade_are_its_few_numbers(sidenet):
     ('93.56 %', 'accuracy', '-0.31 points'),
     ('64.8 %', 'FLOPs kept, ideal', '251 M → 163 M'),
     ('67.1 %', 'FLOPs kept, padded', '251 M → 169 M'),
-    ('1.39 ×', 'speed, batch 128', '84.9 → 61.2 ms'),
+    ('1.39 ×', 'speed-up, batch 128', '84.9 → 61.2 ms'),
   ]
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from depthprune.program import cost
 from depthprune.program.coupling import couple
-from depthprune.train.target import TOLERANCE, on_target, possible, reachable
+from depthprune.train.recipe import TOLERANCE
+from depthprune.train.target import on_target, possible, reachable
 
 
 def network(variables, x):
