@@ -417,7 +417,15 @@ def from_json(values: Any) -> Result:
       )
     options = {key: values[key] for key in ('target', 'of')}
     values |= {'method': 'trainable_gates', 'options': options, 'rounds': []}
-  return structured(values, Result)
+  result = structured(values, Result)
+  for part in (result, result.report):
+    for group, (before, after) in part.widths.items():
+      if not 0 <= after <= before:
+        raise ValueError(
+          f'not the result of a run: widths of {group!r:.80}: expected a width from 0 to '
+          f'{before} after the cut, got {after}'
+        )
+  return result
 
 
 def structured(values: Any, kind: type[T]) -> T:
