@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ from depthprune.surgery.plan import take, widest
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
 NOISE = 0.3, 0.03, 0.003, 0.0  # the first with which nothing overflows is taken
+PATIENCE_S = 2.0
+WAITING = 'depthprune: compiling the masked and the small network, to compare them'
 QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
@@ -111,14 +115,21 @@ def verify(
 def _compiled(*calls: tuple[Callable, tuple]) -> list[Callable]:
   """Compiles functions for their arguments at once, at highest precision.
 
+  Where that takes long, it is said what is waited for.
+
   Args:
     *calls: (function, its arguments).
   """
-  with jax.default_matmul_precision('highest'):
-    lowered = [jax.jit(fn).lower(*arguments) for fn, arguments in calls]
   options = QUICK if jax.default_backend() == 'cpu' else None
-  with ThreadPoolExecutor() as pool:
-    return [*pool.map(lambda program: program.compile(options), lowered)]
+  said = threading.Timer(PATIENCE_S, print, [WAITING], {'file': sys.stderr})
+  said.start()
+  try:
+    with jax.default_matmul_precision('highest'):
+      lowered = [jax.jit(fn).lower(*arguments) for fn, arguments in calls]
+    with ThreadPoolExecutor() as pool:
+      return [*pool.map(lambda program: program.compile(options), lowered)]
+  finally:
+    said.cancel()
 
 
 def _infinite(outputs: Any) -> int:

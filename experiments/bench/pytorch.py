@@ -19,7 +19,7 @@ def resnet_step(
     return None
   device = 'cuda' if accelerated else 'cpu'
   height, width, channels = shape
-  network = _resnet(torch, depth, channels, classes).to(
+  network = resnet(torch, depth, channels, classes).to(
     device, memory_format=torch.channels_last
   )
   run = torch.compile(network) if accelerated else network
@@ -39,8 +39,8 @@ def resnet_step(
   return advance
 
 
-def _resnet(torch: Any, depth: int, channels: int, classes: int) -> Any:
-  """ResNet of three stages of 16, 32 and 64 channels, shortcuts without weights."""
+def resnet(torch: Any, depth: int, channels: int, classes: int) -> Any:
+  """CIFAR ResNet: three stages of 16, 32 and 64 channels, shortcuts without weights."""
   nn = torch.nn
 
   class Block(nn.Module):

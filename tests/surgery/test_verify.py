@@ -9,7 +9,7 @@ import pytest
 from depthprune.models.mlp import MLP
 from depthprune.program import resize
 from depthprune.program.coupling import couple
-from depthprune.surgery import plan
+from depthprune.surgery import plan, verify
 from depthprune.surgery.prune import InexactCut, prune
 from depthprune.surgery.verify import HALF, SINGLE, agrees, randomised, relative
 from tests import masking as m
@@ -285,3 +285,13 @@ def test_the_first_probe_is_the_noisy_one_where_nothing_overflows():
     f, v, {'channels': {'a:1': np.arange(6) != 3}}, jnp.ones((2, 4))
   ).report
   assert report['verify']['moved'] > 1e-3
+
+
+def test_a_long_wait_is_explained_and_a_short_one_is_not(monkeypatch, capsys):
+  cut = lambda: prune(MODEL, VARIABLES, HALVED, X)
+  monkeypatch.setattr(verify, 'PATIENCE_S', 600)
+  cut()
+  assert capsys.readouterr().err == ''
+  monkeypatch.setattr(verify, 'PATIENCE_S', 0)
+  cut()
+  assert capsys.readouterr().err == f'{verify.WAITING}\n'
