@@ -422,8 +422,8 @@ def from_json(values: Any) -> Result:
     for group, (before, after) in part.widths.items():
       if not 0 <= after <= before:
         raise ValueError(
-          f'not the result of a run: widths of {group!r:.80}: expected a width from 0 to '
-          f'{before} after the cut, got {after}'
+          f'not the result of a run: widths of {group!r:.80}: expected 0 to {before} '
+          f'after the cut, got {after}'
         )
   return result
 
