@@ -172,7 +172,8 @@ def _kept(name: str, cost: Change, which: str = '') -> Tile:
 def _speed(batch: Any, found: Difference, before: float, after: float) -> Tile:
   took = f'{milliseconds(before).removesuffix(" ms")} → {milliseconds(after)}'
   if found.kind in ('speed-up', 'slowdown'):
-    return Tile(f'{found.factor:.2f} ×', f'{found.kind}, batch {batch}', took)
+    interval = ' ({:.2f} to {:.2f})'.format(*found.between) if found.between else ''
+    return Tile(f'{found.factor:.2f} ×', f'{found.kind}{interval}, batch {batch}', took)
   value = '≈ 1 ×' if found.kind == 'no difference' else NONE
   return Tile(value, f'speed, batch {batch}: {found.kind}', took)
 

@@ -17,10 +17,13 @@ class Difference(NamedTuple):
     kind: 'speed-up', 'slowdown', 'no difference', or 'not measured' where a time is
       not a finite number above zero.
     factor: the longer time divided by the shorter, at least 1; 1 without a difference.
+    between: the least and the largest factor that the quartiles of both times allow,
+      if they are known.
   """
 
   kind: Literal['speed-up', 'slowdown', 'no difference', 'not measured']
   factor: float = 1.0
+  between: Quartiles = None
 
 
 def beyond_chance(faster: int, turns: int) -> bool:
@@ -68,4 +71,11 @@ def compare(
   factor = max(before, after) / min(before, after)
   if not clear or round(factor, 2) == 1:
     return Difference('no difference')
-  return Difference('speed-up' if is_faster else 'slowdown', factor)
+  between = None
+  if before_quartiles and after_quartiles:
+    longer, shorter = before_quartiles, after_quartiles
+    if not is_faster:
+      longer, shorter = shorter, longer
+    if min(shorter) > 0:
+      between = longer[0] / shorter[1], longer[1] / shorter[0]
+  return Difference('speed-up' if is_faster else 'slowdown', factor, between)

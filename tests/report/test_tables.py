@@ -70,6 +70,13 @@ def test_the_tiles_of_a_pruned_network_are_its_few_numbers(result):
   ]
 
 
+def test_a_tile_of_speed_has_the_interval_that_quartiles_allow(result):
+  quartiles = {'before_quartiles': [18.0, 19.0], 'after_quartiles': [11.8, 12.0]}
+  result['latency_ms']['128'] |= quartiles
+  *_, tile = tables.tiles(typed(result))
+  assert tile[:2] == ('1.55 ×', 'speed-up (1.50 to 1.61), batch 128')
+
+
 def test_widths_are_of_note_where_a_width_changed(result, implosion):
   assert tables.narrowed(typed(result))
   pure, _ = implosion

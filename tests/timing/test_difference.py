@@ -31,7 +31,15 @@ def test_quartiles_that_overlap_are_no_difference(before, after, one, other):
   if low <= higher and lower <= high:
     assert found.kind == 'no difference'
   else:
-    assert found == compare(before, after)
+    assert found[:2] == compare(before, after)[:2]
+    least, most = found.between or (0, math.inf)  # a quartile of 0 bounds nothing
+    assert least <= found.factor * 1.001 and found.factor <= most * 1.001
+
+
+def test_the_factor_has_an_interval_where_quartiles_are_known():
+  assert compare(4.0, 2.0).between is None
+  assert compare(4.0, 2.0, (3, 5), (1.5, 2.5)).between == (3 / 2.5, 5 / 1.5)
+  assert compare(2.0, 4.0, (1.5, 2.5), (3, 5)).between == (3 / 2.5, 5 / 1.5)
 
 
 @pytest.mark.parametrize(
