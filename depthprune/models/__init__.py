@@ -63,8 +63,9 @@ def build(name: str, **fields) -> nn.Module:
     ValueError: there is no such model; the message lists the nearest names.
   """
   arguments.kind_of('name', name, str, "a name such as 'resnet20'")
-  if 'classes' in fields:
-    arguments.whole('classes', fields['classes'])
+  classes = fields.get('classes', 1)
+  if not isinstance(classes, Mapping):  # of several tasks
+    arguments.whole('classes', classes)
   values = {key: _restored(key, value) for key, value in fields.items()}
   file, _, cls = name.partition('.')
   file = RENAMED.get(file, file)

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import (
+  TYPE_CHECKING,
   Annotated,
   Any,
   Literal,
@@ -38,7 +39,8 @@ from typing import (
   is_typeddict,
 )
 
-import numpy as np
+if TYPE_CHECKING:
+  import numpy as np
 
 T = TypeVar('T')
 LARGEST = 2**28  # bytes of a JSON file
@@ -114,7 +116,7 @@ def read_json(path: Path, kind: type[T], error: type[ValueError]) -> T:
     raise error(f'{path}: cannot be read: {reason.strerror or reason}') from reason
 
 
-def read_npz(path: Path, error: type[ValueError]) -> dict[str, np.ndarray]:
+def read_npz(path: Path, error: type[ValueError]) -> dict[str, 'np.ndarray']:
   """Reads all arrays of an .npz file, by name.
 
   Nothing is allocated before the shape that an array claims to have was compared with
@@ -142,8 +144,10 @@ def read_npz(path: Path, error: type[ValueError]) -> dict[str, np.ndarray]:
     ) from reason
 
 
-def _array(file: zipfile.ZipFile, name: str) -> np.ndarray:
+def _array(file: zipfile.ZipFile, name: str) -> 'np.ndarray':
   """Reads one array of an .npz file; raises errors of many kinds."""
+  import numpy as np  # the schemas of this file are used where --help answers at once
+
   with file.open(name) as stream:
     version = np.lib.format.read_magic(stream)
     head = 'read_array_header_1_0' if version == (1, 0) else 'read_array_header_2_0'
