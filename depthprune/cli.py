@@ -299,9 +299,11 @@ def _parse(words: Sequence[str]) -> Any:
 
 def _run(config: Config) -> None:
   from depthprune import distributed
-  from depthprune.run import rounds
+  from depthprune.run import compilation, rounds
 
   try:
+    distributed.join()
+    compilation.keep_programs()
     rounds.run(config)
   except distributed.HostLost:  # it is said when this process has ended, by its witness
     distributed.leave(TRY_AGAIN)

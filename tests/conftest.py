@@ -15,6 +15,7 @@ from pathlib import Path
 # a tenth of the time. Flags from outside come last, so they win; a word that is not a
 # flag would end the list. Read by XLA when it starts, hence up here.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # in the cache of who runs them
 os.environ['XLA_FLAGS'] = ' '.join(
   (
     '--xla_cpu_multi_thread_eigen=false',

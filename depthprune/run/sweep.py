@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 
 from depthprune import distributed
-from depthprune.run import interrupts, own, rounds
+from depthprune.run import compilation, interrupts, own, rounds
 from depthprune.run.config import TRAIN, UNRELATED, Config, relevant
 from depthprune.storage import directory, files
 from depthprune.storage.checkpoint import CheckpointError
@@ -144,6 +144,7 @@ def attempt(config: Config, runs: Sequence[Config], show: bool) -> str | None:
     None, or why the run is refused or that the device has too little memory.
   """
   inherit(config, runs)
+  compilation.keep_programs()
   try:
     rounds.run(config, show)
   except directory.WriteError:

@@ -9,7 +9,6 @@ quartiles.
 
 import functools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthprune.program.trace import counts_examples, split_arrays
-from depthprune.timing import clock, difference
+from depthprune.timing import clock, compilation, difference
 
 NEAR = 0.02  # a target is reached within this fraction of the time
 NOISE = 0.2  # quartiles further apart than this fraction are too noisy to judge
@@ -144,9 +143,7 @@ def sweep(
 def compile_seconds(network: Network, *inputs: Any) -> float:
   """Returns the seconds that XLA takes to compile the network, without tracing."""
   lowered = jax.jit(network.apply).lower(network.variables, *inputs)
-  start = time.perf_counter()
-  lowered.compile()
-  return time.perf_counter() - start
+  return compilation.compile_seconds(lowered)
 
 
 def notes(measured: Sequence[Comparison]) -> list[str]:
