@@ -1,7 +1,8 @@
 """Cascades: networks with early exits that skip the computation behind an exit.
 
 A batch of any size runs as one compiled program of static shapes; `executor` does it.
-With a batch of one example, a stage runs or does not, which suits latency.
+With a batch of one example, a stage runs or does not, which suits latency. Where a
+device takes longer to decide than to compute, `race.merge` finds it out.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ class Cascade:
     confidence: the kind of score, one of `confidence.KINDS`.
     weights: [exits - 1, 4] for the score 'learned', else None.
     steps: number of batch sizes that later stages are compiled for.
-    program: the compiled function (variables, settings, inputs, last) -> Answer.
+    program: the compiled function (variables, settings, inputs, last, merged) ->
+      Answer.
+    merged: {batch size: exits behind which a batch of that size skips nothing}, as
+      `race.merge` measures it: the next stage runs on the examples that leave there,
+      too, where that takes less time than not to run it. Who leaves where, and with
+      which answer, is the same at every batch size.
   """
 
   stages: Stages
@@ -64,6 +70,10 @@ class Cascade:
   weights: np.ndarray | None
   steps: int
   program: Callable[..., Answer]
+  merged: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  _kept: dict[Any, Settings] = dataclasses.field(
+    default_factory=dict, init=False, repr=False
+  )
 
   @property
   def exits(self) -> tuple[str, ...]:
@@ -97,11 +107,26 @@ class Cascade:
       )
     end = self.exits.index(last) + 1 if last else len(self.exits)
     self._check(inputs)
-    weights = None if self.weights is None else jnp.asarray(self.weights)
-    settings = Settings(
-      jnp.asarray(self.thresholds), jnp.asarray(self.temperatures), weights
-    )
-    return self.variables, settings, inputs, end
+    merged = ()
+    if self.merged:
+      counted = jax.tree.leaves(inputs)[self.stages.counts.index(True)]
+      merged = tuple(self.merged.get(counted.shape[0], ()))
+    return self.variables, self._settings(), inputs, end, merged
+
+  def _settings(self) -> Settings:
+    """Returns the settings on the device.
+
+    They stay there from call to call: to move them takes a CPU longer than a small
+    stage.
+    """
+    values = self.thresholds, self.temperatures, self.weights
+    key = tuple(None if x is None else np.asarray(x).tobytes() for x in values)
+    if key not in self._kept:
+      with jax.ensure_compile_time_eval():  # arrays, also within another program
+        moved = (None if x is None else jnp.asarray(x) for x in values)
+        self._kept.clear()
+        self._kept[key] = Settings(*moved)  # pyright: ignore[reportArgumentType]
+    return self._kept[key]
 
   def _check(self, inputs: tuple) -> None:
     """Raises ValueError unless these are inputs of one batch, as the example was."""
@@ -317,5 +342,5 @@ def cascade(
     confidence,
     weights,
     steps,
-    jax.jit(run, static_argnums=3),
+    jax.jit(run, static_argnums=(3, 4)),
   )

@@ -9,6 +9,9 @@ that. `vmap` of `lax.cond` would not do: it computes both sides for every exampl
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,11 +50,11 @@ class Settings(NamedTuple):
 
 
 class _Front(NamedTuple):
-  """The examples that are still there: the first `alive` ones."""
+  """The examples of a batch, those that are still there in front."""
 
   rows: jax.Array  # int32 [batch], their places in the batch
-  alive: jax.Array  # int32
-  order: jax.Array  # int32 [batch], their places in the arrays of the stage before
+  stays: jax.Array  # bool [batch], whether they are still there
+  order: jax.Array  # int32 [batch], their places in the arrays of the block before
   crossed: list  # arrays that the next stage reads
   memory: confidence.Memory
 
@@ -68,18 +71,29 @@ def sizes(batch: Any, steps: int, least: int = 1) -> tuple[Any, ...]:
 
 
 def run(
-  stages: Stages, kind, steps: int, variables, settings: Settings, inputs, end: int
+  stages: Stages,
+  kind,
+  steps: int,
+  variables,
+  settings: Settings,
+  inputs,
+  end: int,
+  merged: tuple[str, ...] = (),
 ) -> Answer:
   """Answers inputs [batch, ...] at the first `end` exits.
 
   `kind` is the confidence, and `steps` the number of static sizes. The batch may be
-  symbolic, as for `jax.export`, if the stages can be traced with it.
+  symbolic, as for `jax.export`, if the stages can be traced with it. The stage behind
+  an exit in `merged` also runs on the examples that leave there, with the stage before
+  it and without a branch; who leaves where, and with which answer, stays the same.
   """
   arrays = jax.tree.leaves(inputs)
   batch = arrays[stages.counts.index(True)].shape[0]
   stages = stages.again(*inputs)
   if not is_symbolic_dim(batch) and 0 < batch < stages.least:
-    return _run_one(stages, kind, steps, variables, settings, inputs, end)
+    return _run_repeated(stages, kind, steps, variables, settings, inputs, end, merged)
+  if not is_symbolic_dim(batch) and batch == 1:
+    return _run_single(stages, kind, variables, settings, arrays, end, merged)
   static = sizes(batch, steps, stages.least)
   programs = {size: stages.runs(size) for size in static if size}
   shape = logits(stages, stages.exits[-1])
@@ -94,27 +108,42 @@ def run(
     return answer
   every = jnp.arange(batch, dtype=jnp.int32)
   memory = confidence.start(batch)
-  front = _Front(every, jnp.int32(batch), every, arrays, memory)
-  for k in range(end):
-    if k == 0:
-      at_exit, crossed = programs[batch][0](variables, arrays)
+  front = _Front(every, jnp.ones(batch, bool), every, arrays, memory)
+  for block in blocks(stages.exits[:end], merged):
+    if 0 in block:
+      at_exits, crossed = _chain(programs[batch], block, variables, arrays)
       ran = jnp.int32(batch)
     else:
-      ran, at_exit, crossed = _run_stage(
-        stages, programs, variables, k, batch, static, front
+      ran, at_exits, crossed = _run_block(
+        stages, programs, variables, block, batch, static, front
       )
-    front = front._replace(crossed=crossed)
-    answer, front = _leave(kind, settings, k, k + 1 == end, answer, front, at_exit, ran)
+    for k, at_exit in zip(block, at_exits, strict=True):
+      last = k + 1 == end
+      answer, front = _leave(kind, settings, k, last, answer, front, at_exit, ran)
+    front = _moved(front, crossed)
   return answer
 
 
-def _run_one(stages: Stages, kind, steps, variables, settings, inputs, end) -> Answer:
+def blocks(exits: Sequence[str], merged: Collection[str]) -> list[range]:
+  """Groups stages that run on the same examples: those with only merged exits within.
+
+  Args:
+    exits: the exits of the stages.
+    merged: the exits behind which the next stage is not skipped.
+  """
+  starts = [0, *(k + 1 for k, e in enumerate(exits[:-1]) if e not in merged)]
+  return [range(*ends) for ends in itertools.pairwise([*starts, len(exits)])]
+
+
+def _run_repeated(
+  stages: Stages, kind, steps, variables, settings, inputs, end, merged
+) -> Answer:
   """Repeats a single example, for stages that run only on several."""
   arrays, tree = jax.tree.flatten(inputs)
   both = zip(arrays, stages.counts, strict=True)
   repeated = [jnp.repeat(x, stages.least, 0) if c else x for x, c in both]
   repeated = jax.tree.unflatten(tree, repeated)
-  answer = run(stages, kind, steps, variables, settings, repeated, end)
+  answer = run(stages, kind, steps, variables, settings, repeated, end, merged)
   return answer._replace(
     logits=answer.logits[:1],
     exit=answer.exit[:1],
@@ -123,22 +152,62 @@ def _run_one(stages: Stages, kind, steps, variables, settings, inputs, end) -> A
   )
 
 
-def _run_stage(stages, programs, variables, k: int, batch: Any, static, front: _Front):
-  """Runs stage k on the smallest size that holds the examples that are still there.
+def _run_single(
+  stages: Stages, kind, variables, settings: Settings, arrays: list, end: int, merged
+) -> Answer:
+  """Answers one example, which needs no places: a block is one branch within another.
 
-  Returns that size, and the logits and crossing arrays, padded to the batch.
+  What sorts and scatters a batch takes a CPU as long as a small stage.
   """
-  before = stages[k - 1].crossing
+  runs, parts = stages.runs(1), blocks(stages.exits[:end], merged)
+
+  def answered(i: int, memory: confidence.Memory, crossed: list) -> Answer:
+    """Runs block i and, if the example does not leave there, those behind it."""
+    at_exits, crossed = _chain(runs, parts[i], variables, crossed)
+    given = at_exits[0], jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.float32)
+    stays, broken = jnp.ones(1, bool), jnp.int32(0)
+    for k, at_exit in zip(parts[i], at_exits, strict=True):
+      last = k + 1 == end
+      score, leaves, bad, memory = _scored(
+        kind, settings, k, last, stays, at_exit, memory
+      )
+      here = at_exit, jnp.full(1, k, jnp.int32), score
+      logits, exit, scored = map(functools.partial(jnp.where, leaves[0]), here, given)
+      given = logits, exit, scored
+      stays, broken = stays & ~leaves, broken + bad
+    ran = jnp.array([k < parts[i].stop for k in range(end)], jnp.int32)
+    answer = Answer(*given, ran, broken)
+    if parts[i].stop == end:
+      return answer
+
+    def go_on() -> Answer:
+      later = answered(i + 1, memory, crossed)
+      return later._replace(broken=later.broken + broken)
+
+    return jax.lax.cond(stays[0], go_on, lambda: answer)
+
+  return answered(0, confidence.start(1), arrays)
+
+
+def _run_block(
+  stages, programs, variables, block: range, batch: Any, static, front: _Front
+):
+  """Runs stages on the smallest size that holds the examples that are still there.
+
+  Returns that size, the logits of every stage, and the crossing arrays, padded to the
+  batch.
+  """
+  before = stages[block[0] - 1].crossing
 
   def on(size: int):
     def run(order, crossed):
       part = [_taken(c, x, order[:size]) for c, x in zip(before, crossed, strict=True)]
-      at_exit, after = programs[size][k](variables, part)
+      at_exits, after = _chain(programs[size], block, variables, part)
       after = [
         x if c.axis is None else _padded(x, batch * c.shape[c.axis], c.axis)
-        for c, x in zip(stages[k].crossing, after, strict=True)
+        for c, x in zip(stages[block[-1]].crossing, after, strict=True)
       ]
-      return _padded(at_exit, batch), after
+      return [_padded(x, batch) for x in at_exits], after
 
     return run
 
@@ -146,44 +215,65 @@ def _run_stage(stages, programs, variables, k: int, batch: Any, static, front: _
     shapes = jax.eval_shape(on(batch), order, crossed)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-  chosen = jnp.sum(jnp.asarray(static, jnp.int32) < front.alive, dtype=jnp.int32)
+  alive = jnp.sum(front.stays, dtype=jnp.int32)
+  chosen = jnp.sum(jnp.asarray(static, jnp.int32) < alive, dtype=jnp.int32)
   branches = [on(size) if size else on_none for size in static]
-  at_exit, crossed = jax.lax.switch(chosen, branches, front.order, front.crossed)
-  return jnp.asarray(static, jnp.int32)[chosen], at_exit, crossed
+  at_exits, crossed = jax.lax.switch(chosen, branches, front.order, front.crossed)
+  return jnp.asarray(static, jnp.int32)[chosen], at_exits, crossed
+
+
+def _chain(runs: Sequence[Callable], block: range, variables, crossed):
+  """Runs stages one after another; returns the logits of each, and what crosses."""
+  at_exits = []
+  for k in block:
+    at_exit, crossed = runs[k](variables, crossed)
+    at_exits.append(at_exit)
+  return at_exits, crossed
 
 
 def _leave(
   kind, settings: Settings, k: int, last: bool, answer: Answer, front, at_exit, ran
 ):
-  """Answers the examples that leave at exit k, and moves the others to the front."""
+  """Answers the examples that leave at exit k."""
   batch = front.rows.shape[0]
-  alive = jnp.arange(batch) < front.alive
-  if last:
-    score, memory = jnp.full(batch, jnp.nan, jnp.float32), front.memory
-    leaves = alive
-  else:
-    weights = None if settings.weights is None else settings.weights[k]
-    tempered = at_exit.astype(jnp.float32) / settings.temperatures[k]
-    score, memory = confidence.score(kind, tempered, front.memory, weights)
-    leaves = alive & (score > settings.thresholds[k])
-  broken = jnp.sum(alive & jnp.isnan(score), dtype=jnp.int32)
+  score, leaves, broken, memory = _scored(
+    kind, settings, k, last, front.stays, at_exit, front.memory
+  )
   at = jnp.where(leaves, front.rows, batch)  # those who stay are written nowhere
   answer = Answer(
     answer.logits.at[at].set(at_exit, mode='drop'),
     answer.exit.at[at].set(k, mode='drop'),
     answer.score.at[at].set(score, mode='drop'),
     answer.rows.at[k].set(ran),
-    answer.broken + (0 if last else broken),
+    answer.broken + broken,
   )
-  stays = alive & ~leaves
-  order = jnp.argsort(~stays, stable=True).astype(jnp.int32)
-  front = front._replace(
+  return answer, front._replace(stays=front.stays & ~leaves, memory=memory)
+
+
+def _scored(
+  kind, settings: Settings, k: int, last: bool, stays, at_exit, memory
+) -> tuple[jax.Array, jax.Array, jax.Array, confidence.Memory]:
+  """Scores the logits of exit k: (scores, who leaves, how many are NaN, memory)."""
+  if last:
+    never = jnp.full(stays.shape, jnp.nan, jnp.float32)
+    return never, stays, jnp.int32(0), memory
+  weights = None if settings.weights is None else settings.weights[k]
+  tempered = at_exit.astype(jnp.float32) / settings.temperatures[k]
+  score, memory = confidence.score(kind, tempered, memory, weights)
+  broken = jnp.sum(stays & jnp.isnan(score), dtype=jnp.int32)
+  return score, stays & (score > settings.thresholds[k]), broken, memory
+
+
+def _moved(front: _Front, crossed: list) -> _Front:
+  """Moves the examples that are still there to the front."""
+  order = jnp.argsort(~front.stays, stable=True).astype(jnp.int32)
+  return _Front(
     rows=front.rows[order],
-    alive=jnp.sum(stays, dtype=jnp.int32),
+    stays=front.stays[order],
     order=order,
-    memory=jax.tree.map(lambda x: x[order], memory),
+    crossed=crossed,
+    memory=jax.tree.map(lambda x: x[order], front.memory),
   )
-  return answer, front
 
 
 def logits(stages: Stages, name: str) -> jax.ShapeDtypeStruct:

@@ -1,16 +1,21 @@
 """Times a cascade against its network alone on the device at hand."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from depthprune.cascades.cascade import Cascade, CascadeCost
+from depthprune.program import arguments
 from depthprune.timing import clock, compilation, latency
 from depthprune.timing.latency import Timing
+
+PARTS = 8  # batches of another size than that of the inputs
+NOISE = 0.02  # of two ways nearly as fast the one that skips more is taken
 
 
 class Race(NamedTuple):
@@ -54,32 +59,127 @@ class Race(NamedTuple):
     }
 
 
-def race(cascade: Cascade, *inputs: Any, seconds: float = 4.0) -> Race:
-  """Measures a cascade and its network alone on one batch.
+def race(
+  cascade: Cascade, *inputs: Any, seconds: float = 4.0, batch: int | None = None
+) -> Race:
+  """Measures a cascade and its network alone on one batch, or several of another size.
 
   Args:
     cascade: the cascade.
-    *inputs: arrays [batch, ...], moved to the device before the measurement.
+    *inputs: arrays [n, ...], moved to the device before the measurement.
     seconds: time to spend on the measurement.
+    batch: size of the batches into which the inputs are cut, n by default. Of single
+      examples a few are taken, which leave at the exits as all of them do; times and
+      costs are means over the batches.
   """
-  inputs = jax.block_until_ready(jax.device_put(inputs))
+  parts = typical_batches(cascade, inputs, batch)
   whole = _alone(cascade)
   started = time.perf_counter()
-  lowered = cascade.lower(*inputs)
+  lowered = cascade.lower(*parts[0])
   traced = time.perf_counter() - started
   compiled = traced + compilation.compile_seconds(lowered)
-  answer = cascade(*inputs)
-  calls = [lambda: cascade(*inputs), lambda: whole(cascade.variables, *inputs)]
-  taken = clock.interleave(calls, seconds)
-  with_exits, without = map(latency.timing, taken)
+  costs = [cascade.cost(cascade(*part), *part) for part in parts]
+  alone = functools.partial(whole, cascade.variables)
+  calls = [_all(cascade, parts), _all(alone, parts)]
+  turns = clock.interleave(calls, seconds) / len(parts)
+  with_exits, without = map(latency.timing, turns)
   return Race(
-    batch=int(np.shape(inputs[0])[0]),
-    cost=cascade.cost(answer, *inputs),
+    batch=_size(cascade, parts[0]),
+    cost=CascadeCost(*np.mean(costs, axis=0).tolist()),
     cascade=with_exits,
     whole=without,
-    faster=int(np.sum(taken[0] < taken[1])),
+    faster=int(np.sum(turns[0] < turns[1])),
     compile_s=compiled,
   )
+
+
+def merge(
+  cascade: Cascade, *inputs: Any, seconds: float = 4.0, batch: int | None = None
+) -> Cascade:
+  """Finds by measurement where a batch of a size should skip nothing behind an exit.
+
+  A stage that is skipped saves its time, but whether to skip it takes time, too: on an
+  accelerator the host decides it, and a small network is mostly launches. Behind the
+  exits that save less than that, the next stage is part of the same program. Examples
+  still leave at these exits, with the same answers; they only save nothing. So the
+  worst case is the network with its heads as one program.
+
+  Args:
+    cascade: the cascade, with its thresholds.
+    *inputs: arrays [n, ...] of typical examples.
+    seconds: time to spend on the measurement, compilation not counted.
+    batch: the size of batch to measure, n by default; others stay as they are.
+
+  Returns:
+    The cascade with `merged[batch]`, which is empty if it is faster to skip.
+  """
+  parts = typical_batches(cascade, inputs, batch)
+  size, early = _size(cascade, parts[0]), cascade.exits[:-1]
+  merging = lambda exits: dataclasses.replace(
+    cascade, merged={**cascade.merged, size: exits}
+  )
+  left = np.concatenate([np.asarray(cascade(*part).exit) for part in parts])
+  calls = [_leaving_at(merging(()), k, parts[0]) for k in range(len(early) + 1)]
+  calls.append(_all(merging(early), parts[:1]))
+  *upto, joined = np.median(clock.interleave(calls, seconds / 2), axis=1)
+  branch = (upto[-1] - joined) / len(early)  # what it takes to decide
+  saved = [(left <= k).mean() * (upto[k + 1] - upto[k]) for k in range(len(early))]
+  chosen = tuple(e for e, ms in zip(early, saved, strict=True) if ms < branch)
+  plans = list(dict.fromkeys([(), chosen, early]))
+  calls = [_all(merging(plan), parts) for plan in plans]
+  taken = np.median(clock.interleave(calls, seconds / 2), axis=1)
+  best = next(p for p, ms in zip(plans, taken) if ms <= taken.min() * (1 + NOISE))
+  return merging(best)
+
+
+def typical_batches(
+  cascade: Cascade, inputs: tuple, batch: int | None = None
+) -> list[tuple]:
+  """Cuts some batches of a size out of typical examples, and moves them to the device.
+
+  Single examples are chosen evenly among all, sorted by the exit at which they leave.
+
+  Raises:
+    ValueError: there are fewer examples than one batch.
+  """
+  arrays, tree = jax.tree.flatten(inputs)
+  counts, n = cascade.stages.counts, _size(cascade, inputs)
+  batch = n if batch is None else batch
+  arguments.whole('batch', batch)
+  if batch > n:
+    raise ValueError(f'batch: expected at most the {n} examples there are, got {batch}')
+  many = min(PARTS, n // batch)
+  rows = np.arange(n)
+  if batch == 1 < n:
+    rows = np.argsort(np.asarray(cascade(*inputs).exit), kind='stable')
+    rows = rows[(2 * np.arange(many) + 1) * n // (2 * many)]
+  parts = []
+  for part in rows[: many * batch].reshape(many, batch):
+    cut = [x[part] if c else x for x, c in zip(arrays, counts, strict=True)]
+    parts.append(jax.tree.unflatten(tree, cut))
+  return jax.block_until_ready(jax.device_put(parts))
+
+
+def _size(cascade: Cascade, inputs: tuple) -> int:
+  return int(np.shape(jax.tree.leaves(inputs)[cascade.stages.counts.index(True)])[0])
+
+
+def _all(call: Callable, parts: Sequence[tuple]) -> Callable[[], None]:
+  """Returns a function that answers batches one after another, as they come in."""
+
+  def answer() -> None:
+    for part in parts:
+      jax.block_until_ready(call(*part))
+
+  return answer
+
+
+def _leaving_at(cascade: Cascade, k: int, part: tuple) -> Callable[[], Any]:
+  """Returns a function that lets a batch leave at exit k; all have one program."""
+  limits = np.full_like(cascade.thresholds, np.inf)
+  limits[k:] = -np.inf
+  there = dataclasses.replace(cascade, thresholds=limits)
+  return lambda: there(*part)
 
 
 def exit_milliseconds(

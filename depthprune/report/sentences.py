@@ -78,6 +78,7 @@ def all_of(result: Result) -> list[str]:
     uncut(result),
     recalibrated(result),
     *((leaving(cascade), executed(cascade)) if cascade else (proven(result),)),
+    one_by_one(cascade) if cascade else '',
     measured_on(result),
   )
   return [line for line in lines if line]
@@ -193,6 +194,18 @@ def executed(cascade: CascadeResult) -> str:
   return (
     f'executed: {run.differ:,} of {counted(run.n, "example")} left elsewhere than '
     f'simulated, {run.near:,} of them within 1e-5 of a threshold{broken}'
+  )
+
+
+def one_by_one(cascade: CascadeResult) -> str:
+  """Says behind which exits a single example skips nothing; '' if it skips all."""
+  one = cascade.executed.one
+  if one is None or not one.merged:
+    return ''
+  return (
+    f'one example at a time, to skip what is behind {", ".join(one.merged)} takes this '
+    'device as long as to compute it, so it is computed; examples leave there with the '
+    'same answers'
   )
 
 

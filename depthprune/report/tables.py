@@ -137,6 +137,9 @@ def _costs_of_cascade(
     before, after = milliseconds(executed.whole_ms), milliseconds(executed.ms)
     name = f'median latency, batch {executed.batch}'
     yield name, before, after, speed(executed.difference)
+  if (one := executed.one) is not None:
+    before, after = milliseconds(one.whole_ms), milliseconds(one.ms)
+    yield 'median latency, one by one', before, after, speed(one.difference)
   if executed.compile_s is not None:
     yield 'compile time', '', seconds(executed.compile_s), ''
 

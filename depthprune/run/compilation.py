@@ -21,6 +21,7 @@ from jax.experimental import serialize_executable
 
 MOST_BYTES = 2 * 10**9  # of all programs together
 ROOM_BYTES = 5 * 10**8  # on a disk with less room than this, nothing is written
+LEAST = 'jax_persistent_cache_min_compile_time_secs'
 LEAST_S = 0.2  # a program that compiles faster is not kept
 CPU_INFO = Path('/proc/cpuinfo')
 
@@ -56,7 +57,8 @@ def keep_programs() -> Path | None:
   except (OSError, RuntimeError):  # RuntimeError: the user has no home
     return None
   jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', LEAST_S)
+  if LEAST.upper() not in os.environ:
+    jax.config.update(LEAST, LEAST_S)
   # A program that cannot be read is compiled, one that cannot be written is not kept.
   said = 'Error (reading|writing) persistent compilation cache'
   warnings.filterwarnings('ignore', said, UserWarning)

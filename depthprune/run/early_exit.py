@@ -5,6 +5,7 @@ the exits that are used become the cascade that is saved. Test data shows what i
 reaches, and decides nothing.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from depthprune.cascades.predictions import (
   saved,
   scored,
 )
-from depthprune.cascades.race import exit_milliseconds, race
+from depthprune.cascades.race import exit_milliseconds, merge, race
 from depthprune.cascades.risk import halves
 from depthprune.cascades.thresholds import Choice
 from depthprune.data.dataset import DataError, count, inputs_of, real_rows
@@ -36,7 +37,7 @@ from depthprune.run.job import Job, record_config
 from depthprune.run.result import described
 from depthprune.surgery.prune import Pruned, prune
 from depthprune.timing import latency
-from depthprune.train.result import Result, from_json
+from depthprune.train.result import Result, SingleExamples, from_json
 from depthprune.train.task import Tree
 
 # Further requests that the report shows beside the run's own: points of accuracy, parts
@@ -218,6 +219,8 @@ def choose(
   return ways[kind]()
 
 
+ONE = {f.name for f in dataclasses.fields(SingleExamples)}
+SECONDS = 2.0  # for each of the measurements of single examples
 NEAR = 1e-5  # a decision closer to its threshold than this may go either way
 
 
@@ -406,7 +409,10 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
   expected = leave(p.scores[rows], early.thresholds)
   gap = np.abs(p.scores[rows] - early.thresholds[:, None]).min(0)
   # The race comes first, because it also measures the time to compile the cascade.
-  timed = race(early, *typical_inputs(job))
+  typical = typical_inputs(job)
+  timed = race(early, *typical)
+  merged = merge(early, *typical, batch=1, seconds=SECONDS)
+  one = race(merged, *typical, batch=1, seconds=SECONDS)
   left, right, costs = [], [], []
   for batch in job.own_batches(job.images.test):
     inputs, label = inputs_of(batch), np.asarray(batch['label'])
@@ -430,6 +436,10 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
     'near': int((differ & (gap < NEAR)).sum()),
     'n': len(differ),
     'broken': int(stayed.any(0).sum()),
+    'one': {
+      **{k: v for k, v in one.to_json().items() if k in ONE},
+      'merged': list(merged.merged[1]),
+    },
     'device': latency.device(),
   }
 

@@ -226,6 +226,43 @@ class RequestResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class SingleExamples:
+  """A cascade that answers examples one by one, beside the network alone.
+
+  Attributes:
+    ms: milliseconds of the cascade for an example, a mean over typical ones.
+    whole_ms: milliseconds of the network alone.
+    speedup: whole_ms / ms.
+    merged: exits behind which nothing is skipped, as that was measured to be faster.
+    ms_quartiles: quartiles of `ms`.
+    whole_ms_quartiles: quartiles of `whole_ms`.
+    runs: number of turns in which they were measured.
+    faster: number of turns in which the cascade was faster.
+  """
+
+  ms: float
+  whole_ms: float
+  speedup: float
+  merged: tuple[str, ...] = ()
+  ms_quartiles: tuple[float, float] | None = None
+  whole_ms_quartiles: tuple[float, float] | None = None
+  runs: int | None = None
+  faster: int | None = None
+
+  @property
+  def difference(self) -> difference.Difference:
+    """How the times differ, by more than chance."""
+    return difference.compare(
+      self.whole_ms,
+      self.ms,
+      self.whole_ms_quartiles,
+      self.ms_quartiles,
+      self.faster,
+      self.runs,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Executed:
   """A cascade executed on the test data, compared with the simulation, and timed.
 
@@ -247,6 +284,7 @@ class Executed:
     ms_quartiles, whole_ms_quartiles: lower and upper quartiles of these times.
     runs: number of turns in which they were measured.
     faster: number of turns in which the cascade was faster.
+    one: the times of one example at a time.
   """
 
   ideal: float | None = None
@@ -267,6 +305,7 @@ class Executed:
   whole_ms_quartiles: tuple[float, float] | None = None
   runs: int | None = None
   faster: int | None = None
+  one: SingleExamples | None = None
 
   @property
   def difference(self) -> difference.Difference:

@@ -351,3 +351,55 @@ def test_predictions_do_not_depend_on_how_many_are_computed_at_a_time():
   assert (7, FEATURES) in calls and (40, FEATURES) not in calls
   with pytest.raises(ValueError, match='batch of 1 or more, got 0'):
     found.predictions(labels, X, batch=0)
+
+
+MERGED = ((), ('a',), ('b',), ('a', 'b'))
+
+
+@pytest.mark.parametrize('merged', MERGED)
+@pytest.mark.parametrize('kind', ['probability', 'patience'])
+@pytest.mark.parametrize('batch', [1, 2, 40])
+def test_where_nothing_is_skipped_the_answers_are_the_same(batch, kind, merged):
+  limits = (0.5, 0.5) if kind == 'probability' else (-0.5, 0.5)
+  found = dataclasses.replace(made(limits, confidence=kind), merged={batch: merged})
+  for start in range(0, 12 if batch < 40 else 1, batch):
+    x = jnp.asarray(X[start : start + batch])
+    answer = found(x)
+    left, logits, scores = simulated(found, x)
+    np.testing.assert_array_equal(answer.exit, left)
+    np.testing.assert_allclose(answer.logits, logits, atol=1e-5)
+    score = [scores[e, i] if e < 2 else np.nan for i, e in enumerate(left)]
+    np.testing.assert_allclose(answer.score, score, atol=1e-5)
+    assert answer.broken == 0
+    ran = np.asarray(answer.rows)
+    for k, name in enumerate(('a', 'b'), 1):
+      assert ran[k] == ran[k - 1] if name in merged else ran[k] >= (left >= k).sum()
+      assert name in merged or batch > 1 or ran[k] == (left >= k).sum()
+
+
+def test_other_batches_than_the_measured_one_skip_as_before():
+  found = dataclasses.replace(CASCADE, merged={1: ('a', 'b')})
+  same = lambda x: chex.assert_trees_all_equal(found(x), CASCADE(x))
+  same(jnp.asarray(X))
+  always = dataclasses.replace(found, thresholds=np.full(2, -1, np.float32))
+  assert always(X[:1]).rows.tolist() == [1, 1, 1]
+  assert always(X[:3]).rows.tolist() == [3, 0, 0]
+  assert always(X[:1], last='b').rows.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize('merged', MERGED)
+def test_a_single_answer_that_is_not_a_number_goes_on_and_is_counted(merged):
+  broken = {**VARIABLES, 'head': VARIABLES['head'].at[:2].set(jnp.nan)}
+  found = made((-1.0, -1.0), broken)
+  answer = dataclasses.replace(found, merged={1: merged})(X[:1])
+  assert answer.exit.tolist() == [2] and answer.broken == 2
+  np.testing.assert_allclose(answer.logits, network(broken, X[:1])['main'], atol=1e-5)
+
+
+def test_settings_that_are_changed_in_place_count():
+  found = made((2.0, 2.0))
+  assert found(X[:3]).exit.tolist() == [2, 2, 2]
+  found.thresholds[:] = -1
+  assert found(X[:3]).exit.tolist() == [0, 0, 0]
+  inside = jax.jit(lambda x: made((-1.0, -1.0))(x).exit)
+  assert inside(X[:3]).tolist() == [0, 0, 0]

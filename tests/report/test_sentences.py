@@ -211,6 +211,17 @@ def test_executed_is_compared_with_simulated(sidenet):
   )
 
 
+def test_where_single_examples_skip_nothing_is_said(sidenet):
+  assert sentences.one_by_one(cascade_of(sidenet)) == ''
+  one = {'ms': 0.7, 'whole_ms': 0.69, 'speedup': 0.986, 'merged': []}
+  sidenet['cascade']['executed']['one'] = one
+  assert sentences.one_by_one(cascade_of(sidenet)) == ''
+  one['merged'] = ['exit1', 'exit2']
+  said = sentences.one_by_one(cascade_of(sidenet))
+  assert said.startswith('one example at a time, to skip what is behind exit1, exit2 ')
+  assert said in sentences.all_of(typed(sidenet))
+
+
 def test_what_was_not_executed_is_not_compared(sidenet):
   del sidenet['cascade']['executed']
   assert sentences.executed(cascade_of(sidenet)) == ''

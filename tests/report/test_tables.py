@@ -150,6 +150,13 @@ def test_the_cost_is_there_three_times_ideal_padded_and_measured(sidenet):
   ]
 
 
+def test_the_time_of_single_examples_has_a_row(sidenet):
+  one = {'ms': 0.8, 'whole_ms': 1.0, 'speedup': 1.25}
+  sidenet['cascade']['executed']['one'] = one
+  row = ('median latency, one by one', '1.00 ms', '0.800 ms', 'speed-up 1.25 x')
+  assert row in rows(tables.costs(typed(sidenet)))
+
+
 def test_what_was_not_executed_is_left_out(sidenet):
   del sidenet['cascade']['executed'], sidenet['held_out']
   assert column(tables.costs(typed(sidenet)), '') == [
