@@ -101,10 +101,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
     os.close(handle)
 
 
-def link(path: str | Path) -> str:
-  """The Markdown link from the README to a path, absolute or below experiments/."""
+def link(path: str | Path, up: str = '') -> str:
+  """The Markdown link to a path, absolute or below experiments/.
+
+  `up` leads from the folder of the file that has the link to that of the README.
+  """
   relative = (HERE / path).relative_to(HERE)
-  return f'[{relative}](experiments/{relative})'
+  return f'[{relative}]({up}experiments/{relative})'
 
 
 def notes(content: dict[str, Any]) -> str:

@@ -1,25 +1,36 @@
-"""Writes the README's tables from the committed result files; nothing is typed.
+"""Writes the tables of README and docs/realised.md from the committed result files.
 
   python -m experiments.tables
 
-The tables of a paper are made beside the comparison that they show, those of the
-benchmarks and of progress here.
+Nothing is typed. The tables of a paper are made beside the comparison that they show,
+those of the benchmarks and of progress here.
 """
 
 import re
+from pathlib import Path
+from typing import Any
 
 from experiments.auxiliary.comparison import auxiliary_tables
 from experiments.auxiliary.two_methods import two_methods_tables
 from experiments.implosion.oneshot import oneshot_tables
 from experiments.implosion.retraining import retraining_tables
 from experiments.netcut.sweep import netcut_tables
-from experiments.result_files import HERE, link, notes, path_of, read, table
+from experiments.result_files import (
+  HERE,
+  files_with,
+  link,
+  notes,
+  path_of,
+  read,
+  table,
+)
 from experiments.run import BOTH_SIZES, Arguments, find, row_count, run
 from experiments.sidenet.comparison import sidenet_tables
 from experiments.sidenet.small_networks import small_network_tables
 from experiments.trainable_gates.comparison import demo_table, gates_tables
 
 README = HERE.parent / 'README.md'
+REALISED = HERE.parent / 'docs' / 'realised.md'
 MARKED = re.compile(r'(<!-- results:.*?-->\n).*?(<!-- end of results -->)', re.DOTALL)
 
 
@@ -212,6 +223,47 @@ def training_bench() -> str:
   )
 
 
+def realised_bench() -> str:
+  """How much faster networks got beside their FLOPs, a table for every device."""
+  found = files_with('bench', 'kind', 'network', 'variant', 'batches')
+  parts = [_realised(path, content) for path, content in found.items()]
+  return '# Realised speed-up\n\n' + ('\n\n'.join(parts) or 'Nothing is measured yet.')
+
+
+def _realised(path: Path, content: dict[str, Any]) -> str:
+  batches = [str(batch) for batch in content['config']['batches']]
+  head = ('', '', '', 'FLOPs', *(f'batch {b}' for b in batches), 'Torch-Pruning')
+  lines = []
+  for row in content['rows']:
+    times = (_realised_time(row['batches'][b]) for b in batches)
+    names = row['kind'], row['network'], row['variant']
+    beside = _beside(row.get('torch'), batches)
+    lines.append((*names, f'{row["flop_ratio"]:.2f}×', *times, beside))
+  return (
+    f'On {content["device"]}, random weights, float32, evaluation, in turns '
+    f'({link(path, "../")}): how many times fewer FLOPs, and for every batch size how '
+    'many times faster (quartiles), and that over the FLOPs. In the last column '
+    'Torch-Pruning and PyTorch, with the same weights and ratio, at the same batch '
+    f'sizes. A * marks exits behind which nothing is skipped.{notes(content)}\n\n'
+    f'{table(head, lines)}'
+  )
+
+
+def _realised_time(time: dict[str, Any]) -> str:
+  low, high = time['quartiles']
+  mark = '*' * bool(time.get('merged'))
+  return (
+    f'{time["speedup"]:.2f}×{mark} ({low:.2f} to {high:.2f}), {time["realised"]:.2f}'
+  )
+
+
+def _beside(torch: dict[str, Any] | None, batches: list[str]) -> str:
+  if torch is None:
+    return 'not there'
+  times = (f'{torch["batches"][b]["speedup"]:.2f}×' for b in batches)
+  return f'{", ".join(times)} for {torch["flop_ratio"]:.2f}× fewer FLOPs'
+
+
 def progress_table() -> str:
   """Which accelerator-sized experiments have results; a dash where there are none.
 
@@ -236,3 +288,4 @@ if __name__ == '__main__':
   README.write_text(
     MARKED.sub(lambda m: f'{m[1]}\n{new}\n\n{m[2]}', README.read_text())
   )
+  REALISED.write_text(f'{realised_bench()}\n')

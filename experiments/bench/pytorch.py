@@ -1,7 +1,11 @@
 """Networks in PyTorch, to be timed beside ours; nothing without torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+
+from depthprune.timing import clock
 
 
 def resnet_step(
@@ -102,3 +106,101 @@ def netcut_steps(
         tx.step()
 
   return run
+
+
+# ---- Torch-Pruning -------------------------------------------------------------------
+
+
+def pruned_times(
+  name: str,
+  variables: Mapping[str, Any],
+  flop_ratio: float,
+  round_to: int,
+  batches: Sequence[int],
+  seconds: float,
+) -> dict[str, Any] | None:
+  """Times a network that Torch-Pruning cuts by L1 norms, by turns with the whole.
+
+  Args:
+    name: the network, as `models.build` calls it. Only a VGG-16 is written here.
+    variables: its arrays, which the PyTorch network gets.
+    flop_ratio: of the whole over the small network, which the pruner is to reach.
+    round_to: widths are multiples of this.
+    batches: batch sizes to time.
+    seconds: time to spend on each of them.
+
+  Returns:
+    'flop_ratio' that was reached, and for every batch the medians 'whole_ms' and
+    'small_ms' and their ratio 'speedup'; None without torch or torch_pruning, or where
+    the network is not written in PyTorch.
+  """
+  if name != 'vgg16':
+    return None
+  try:
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch_pruning as tp  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    return None
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  drawn = lambda batch: torch.randn(batch, 3, 32, 32, device=device)
+  whole = _vgg16(torch, variables).to(device).eval()
+  flops = lambda network: tp.utils.count_ops_and_params(network, drawn(1))[0]
+
+  def cut(part: float) -> Any:
+    network = _vgg16(torch, variables).to(device).eval()
+    importance = tp.importance.MagnitudeImportance(p=1)
+    ignored = [network[-1]]
+    tp.pruner.MagnitudePruner(
+      network, drawn(1), importance, pruning_ratio=part, round_to=round_to,
+      ignored_layers=ignored,
+    ).step()  # fmt: skip
+    return network
+
+  low, high = 0.0, 0.9
+  for _ in range(12):  # the part of channels for the part of FLOPs, by halving
+    middle = (low + high) / 2
+    enough = flops(whole) / flops(cut(middle)) >= flop_ratio
+    low, high = (low, middle) if enough else (middle, high)
+  small, times = cut(high), {}
+  for batch in batches:
+    x = drawn(batch)
+
+    def call(network, x=x):
+      with torch.inference_mode():
+        answer = network(x)
+      return answer.cpu() if device == 'cuda' else answer
+
+    turns = clock.interleave([lambda: call(whole), lambda: call(small)], seconds)
+    taken = np.median(turns, axis=1)
+    times[str(batch)] = {
+      'whole_ms': float(taken[0]),
+      'small_ms': float(taken[1]),
+      'speedup': float(np.median(turns[0] / turns[1])),
+    }
+  return {'flop_ratio': flops(whole) / flops(small), 'batches': times}
+
+
+def _vgg16(torch: Any, variables: Mapping[str, Any]) -> Any:
+  """Our VGG-16 for images of 32×32 with its weights, channels first."""
+  nn, layers = torch.nn, []
+  tensor = lambda x: torch.tensor(np.asarray(x))
+  params, stats = variables['params'], variables['batch_stats']
+  for stage in sorted(k for k in params if k.startswith('stage')):
+    for block in sorted(params[stage]):
+      weights, moments = params[stage][block], stats[stage][block]
+      kernel = tensor(weights['conv']['kernel']).permute(3, 2, 0, 1).contiguous()
+      conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, 1, 1, bias=False)
+      norm = nn.BatchNorm2d(kernel.shape[0])
+      conv.weight.data = kernel
+      norm.weight.data, norm.bias.data = map(
+        tensor, (weights['norm']['scale'], weights['norm']['bias'])
+      )
+      norm.running_mean, norm.running_var = map(
+        tensor, (moments['norm']['mean'], moments['norm']['var'])
+      )
+      layers += [conv, norm, nn.ReLU()]
+    layers.append(nn.MaxPool2d(2))
+  kernel, bias = (tensor(params['head'][k]) for k in ('kernel', 'bias'))
+  head = nn.Linear(*kernel.shape)
+  head.weight.data, head.bias.data = kernel.T.contiguous(), bias
+  return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
