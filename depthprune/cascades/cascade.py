@@ -71,7 +71,11 @@ class Cascade:
   steps: int
   program: Callable[..., Answer]
   merged: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  # What calls have found: settings on the device, and sizes of batches by their shapes.
   _kept: dict[Any, Settings] = dataclasses.field(
+    default_factory=dict, init=False, repr=False
+  )
+  _sizes: dict[Any, int] = dataclasses.field(
     default_factory=dict, init=False, repr=False
   )
 
@@ -106,11 +110,12 @@ class Cascade:
         f'cascade: no exit {last!r}; there are: {arguments.listed(self.exits)}'
       )
     end = self.exits.index(last) + 1 if last else len(self.exits)
-    self._check(inputs)
-    merged = ()
-    if self.merged:
-      counted = jax.tree.leaves(inputs)[self.stages.counts.index(True)]
-      merged = tuple(self.merged.get(counted.shape[0], ()))
+    leaves, tree = jax.tree.flatten(inputs)
+    shapes = tree, *map(np.shape, leaves)
+    if shapes not in self._sizes:  # to check takes as long as a small stage
+      self._check(inputs)
+      self._sizes[shapes] = np.shape(leaves[self.stages.counts.index(True)])[0]
+    merged = tuple(self.merged.get(self._sizes[shapes], ()))
     return self.variables, self._settings(), inputs, end, merged
 
   def _settings(self) -> Settings:
