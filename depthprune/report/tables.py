@@ -163,6 +163,8 @@ def tiles(result: Result) -> Iterator[Tile]:
   if executed.ms is not None and executed.whole_ms is not None:
     times = executed.whole_ms, executed.ms
     yield _speed(executed.batch, executed.difference, *times)
+  if (one := executed.one) is not None:
+    yield _speed(1, one.difference, one.whole_ms, one.ms)
 
 
 def _kept(name: str, cost: Change, which: str = '') -> Tile:

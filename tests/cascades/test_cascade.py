@@ -279,7 +279,7 @@ def test_sizes_are_steps_of_an_eighth():
     ({'thresholds': {}, 'temperatures': {'x': 1.0}}, "temperature for 'x'"),
     ({'thresholds': {}, 'confidence': 'luck'}, "'luck'.*probability, entropy"),
     ({'thresholds': {}, 'confidence': 'learned'}, 'needs weights'),
-    ({'thresholds': {}, 'steps': 0}, 'steps >= 1, got 0'),
+    ({'thresholds': {}, 'steps': 0}, 'steps: expected a whole number of 1 or more, got the number 0'),
   ],
 )
 def test_settings_nobody_can_use(given_, message):
@@ -349,7 +349,7 @@ def test_predictions_do_not_depend_on_how_many_are_computed_at_a_time():
   np.testing.assert_allclose(parts.logits, at_once.logits, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(parts.scores, at_once.scores, rtol=1e-5, atol=1e-6)
   assert (7, FEATURES) in calls and (40, FEATURES) not in calls
-  with pytest.raises(ValueError, match='batch of 1 or more, got 0'):
+  with pytest.raises(ValueError, match='batch: expected a whole number of 1 or more'):
     found.predictions(labels, X, batch=0)
 
 
