@@ -192,7 +192,8 @@ def _bare(hint: Any) -> Any:
   if get_origin(hint) is Annotated:
     return _bare(get_args(hint)[0])
   if get_origin(hint) in (Union, types.UnionType):
-    return _bare(next(each for each in get_args(hint) if each is not type(None)))
+    several = [each for each in get_args(hint) if each is not type(None)]
+    return _bare(several[0]) if len(several) == 1 else hint
   return hint
 
 
@@ -204,6 +205,8 @@ def _expected(hint: Any) -> str:
   """Returns the values of a type in words."""
   if get_origin(hint) is Literal:
     return ' or '.join(map(str, get_args(hint)))
+  if get_origin(hint) in (Union, types.UnionType):
+    return ' or '.join(map(_expected, get_args(hint)))
   if _is_list(hint):
     return f'{_expected(_bare(get_args(hint)[0])).removeprefix("a ")}s'
   return _KINDS.get(hint, 'a value')

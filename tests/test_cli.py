@@ -52,6 +52,29 @@ def test_options_become_the_config(runs):
   ]
 
 
+@pytest.mark.parametrize(
+  ('words', 'by'), [('', 'auto'), ('--round-to auto', 'auto'), ('--round-to 1', 1)]
+)
+def test_widths_are_rounded_for_the_device_or_to_a_number(words, by, runs):
+  assert cli.main(['run', 'gates', *words.split()]) == 0
+  assert runs == [Config(GateOptions(round_to=by))]
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'expected'),
+  [
+    ('0', 'expected a whole number >= 1, got 0'),
+    ('2.5', 'expected a whole number or auto, got 2.5'),
+    ('auto8', 'expected a whole number or auto, got auto8'),
+  ],
+)
+def test_a_rounding_that_is_none_is_refused(wrong, expected, runs, capsys):
+  assert exit_code(['run', 'gates', '--round-to', wrong]) == 2
+  said = ' '.join(capsys.readouterr().err.replace('│', '').split())
+  assert 'round' in said and expected in said
+  assert not runs
+
+
 def test_no_options_are_the_defaults(runs):
   for word, method in METHODS.items():
     for name in (word, method):

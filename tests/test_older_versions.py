@@ -211,6 +211,8 @@ def test_a_stopped_run_continues_to_the_same_bits(runs):
   went_on = [json.loads(line) for line in history[len(begun) :].splitlines()]
   assert (went_on[0]['stage'], went_on[0]['step']) == ('gates', 6)
   reached, expected = read(run / 'result.json'), read(whole / 'result.json')
+  assert reached['options']['round_to'] == expected['options']['round_to'] == 1
+  assert not reached['multiples']
   found = reached['accuracy'], reached['held_out'], reached['widths'], last_loss(run)
   asked = expected['accuracy'], expected['held_out'], expected['widths']
   asked = *asked, last_loss(whole)

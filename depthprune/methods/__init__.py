@@ -20,6 +20,7 @@ with epy.lazy_imports():
   import numpy as np
 
   from depthprune.program.coupling import Coupling
+  from depthprune.program.rounding import RoundTo
   from depthprune.train.method import Method
 
 
@@ -71,6 +72,7 @@ def build(
   whole: Coupling | None = None,
   seed: int = 0,
   stage: str = 'gates',
+  round_to: RoundTo | None = None,
   remember: Callable[..., Any] = measured_anew,
 ) -> Method:
   """The method that some options choose, for one network.
@@ -79,8 +81,18 @@ def build(
     options: an instance of some recipe's `options`.
     coupling, steps, scores, whole, seed, stage, remember: as in `Setting`; without
       `whole` no cut was made yet.
+    round_to: as in `Setting`; None takes that of the options.
   """
+  chosen = recipe(name_of(options))
   made = Setting(
-    options, coupling, whole or coupling, steps, scores or {}, seed, stage, remember
+    options=options,
+    coupling=coupling,
+    whole=whole or coupling,
+    steps=steps,
+    scores=scores or {},
+    seed=seed,
+    stage=stage,
+    round_to=chosen.round_to(options) if round_to is None else round_to,
+    remember=remember,
   )
-  return recipe(name_of(options)).build(made)
+  return chosen.build(made)

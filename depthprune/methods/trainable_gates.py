@@ -43,6 +43,7 @@ from etils import epy
 from depthprune.train.method import Method, apart, openness, spare_closed, supervised
 from depthprune.train.options import (
   FRACTION,
+  MULTIPLES,
   PATTERNS,
   ConfigError,
   Epochs,
@@ -61,8 +62,9 @@ with epy.lazy_imports():
 
   from depthprune import gates as gating
   from depthprune.gates import Surrogate
-  from depthprune.program import arguments, cost, widths
+  from depthprune.program import arguments, rounding, widths
   from depthprune.program.coupling import Coupling
+  from depthprune.program.rounding import RoundTo
   from depthprune.program.widths import Count, Counts, Range
   from depthprune.timing import latency, layers
   from depthprune.timing.layers import CostFunction
@@ -82,7 +84,7 @@ def trainable_gates(
   strength: float = 200.0,
   gate_lr: float = 2e-4,
   surrogate: Surrogate = 'constant',
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   steps: int = 0,
   scores: Mapping[str, np.ndarray] | None = None,
   exclude: str | Sequence[str] = (),
@@ -116,8 +118,8 @@ def trainable_gates(
     gate_lr: learning rate of the gate weights.
     surrogate: derivative of a gate by its weight in the backward pass: 'constant' (1),
       or that of 'sigmoid' or 'tanh'.
-    round_to: widths are multiples of this (8 suits GPUs, 128 TPUs), counted in the
-      target.
+    round_to: widths are multiples of this, counted in the target; or 'auto' for what
+      this device is fast at, as in `oneshot`.
     steps: length of the training. The target is approached during its first half, and
       gates rest in its last quarter. 0 asks for the target at once and lets no gate
       rest.
@@ -135,8 +137,8 @@ def trainable_gates(
 
   Raises:
     ValueError: no channel can be gated; the target is not in (0, 1], or is out of reach
-      with one channel (one multiple of round_to) left per group and with these floors
-      and ceilings; a pattern that matches nothing; or a floor above the ceiling.
+      with the narrowest widths that round_to, floors and ceilings allow; a pattern that
+      matches nothing; or a floor above the ceiling.
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
@@ -200,7 +202,7 @@ def trainable_gates(
 def gate(
   w: jax.Array,
   surrogate: Surrogate = 'constant',
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   least: int = 1,
   most: jax.Array | float | None = None,
 ) -> jax.Array:
@@ -212,7 +214,7 @@ def gate(
   b = gating.straight_through(w, surrogate)
   width = jnp.maximum(b.sum(), least)
   width = width if most is None else jnp.minimum(width, most)
-  width = cost.multiple(width, w.size, round_to, jnp)
+  width = rounding.built(width, w.size, round_to, jnp)
   rank = jnp.argsort(jnp.argsort(-w, stable=True), stable=True)
   built = (rank.astype(w.dtype) < width).astype(w.dtype)
   return b + jax.lax.stop_gradient(built - b)
@@ -290,8 +292,9 @@ class GateOptions:
   latency_batch: int = 128
   """Examples in a call, where the target counts milliseconds."""
 
-  round_to: int = 1
-  """Widths become multiples of this, counted in the target (8 suits GPU and TPU)."""
+  round_to: Annotated[int | Literal['auto'], MULTIPLES] = 'auto'
+  """Widths become multiples of this, counted in the target; 1 allows all. auto is what
+  the device is fast at: 8 on a CPU or GPU, 128 on a TPU, and less in narrow layers."""
 
   gate_learning_rate: float = 2e-4
   """Learning rate of the gates."""
@@ -313,7 +316,8 @@ class GateOptions:
       )
     one_of(self, 'of', tuple(COSTS))
     at_least(self, 'latency_batch', 1)
-    at_least(self, 'round_to', 1)
+    if self.round_to != 'auto':
+      at_least(self, 'round_to', 1)
     finite(self, 'strength', positive=False)
     finite(self, 'gate_learning_rate', positive=True)
 
@@ -331,7 +335,7 @@ def _build(setting: Setting) -> Method:
     of=_cost(setting) if o.of == layers.TIME else o.of,
     strength=o.strength,
     gate_lr=o.gate_learning_rate,
-    round_to=o.round_to,
+    round_to=setting.round_to,
     steps=setting.steps,
     scores=setting.scores,
     exclude=o.keep,
@@ -341,7 +345,7 @@ def _build(setting: Setting) -> Method:
 def _cost(setting: Setting) -> CostFunction:
   """Milliseconds, measured once: a run that is resumed goes on with its first table."""
   o = setting.options
-  timed = layers.session(setting.coupling, o.latency_batch, o.round_to)
+  timed = layers.session(setting.coupling, o.latency_batch, setting.round_to)
 
   def to_json(measured: np.ndarray) -> dict[str, Any]:
     table = [
@@ -386,6 +390,30 @@ def _sentence(result: Result) -> str:
   return f'{requested}, reached {100 * reached:.2f} %{missed}{whole}'
 
 
+def _remarks(result: Result) -> Sequence[str]:
+  """`widths are multiples of 8, in narrow groups of 4, which suits this CPU; ...`."""
+  cut = [
+    (result.multiples.get(group, 1), after)
+    for group, (before, after) in result.widths.items()
+    if 0 < after < before
+  ]
+  by = sorted({n for n, _ in cut}, reverse=True)
+  if not result.multiples or not by or by[-1] < 1:
+    return ()
+  below = [after for n, after in cut if after < n]
+  is_so = not any(after % n for n, after in cut if after >= n)
+  if not is_so or any(after & (after - 1) for after in below):
+    return ()
+  narrow = f', in narrow groups of {" or ".join(map(str, by[1:]))}' if by[1:] else ''
+  narrow += ', or less than one' * bool(below)
+  device = result.device or ''
+  device = 'this CPU' if device.startswith('CPU') else device or 'this device'
+  return (
+    f'widths are multiples of {by[0]}{narrow}, which suits {device}; --round-to 1 '
+    'switches it off',
+  )
+
+
 RECIPE = Recipe(
   options=GateOptions,
   build=_build,
@@ -403,7 +431,9 @@ RECIPE = Recipe(
   peaks=(0.5, 0.5),
   target=_target,
   round_to=lambda o: o.round_to,
+  formerly={'round_to': 1},
   legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,
+  remarks=_remarks,
   charts=(Chart('Gates over time', 'channels', 'open', 'open channels'),),
 )

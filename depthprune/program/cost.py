@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program import arguments
+from depthprune.program import arguments, rounding
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
+from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import Decision, View
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ def peak_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
   return _peak(view, view.program, count, alive, held)
 
 
-def rounded(gates: Mapping, round_to: int) -> dict:
+def rounded(gates: Mapping, round_to: RoundTo) -> dict:
   """Scales channel gates so that they sum to the widths that rounding would build.
 
   The gradient stays the one of the unscaled gates.
 
   Args:
     gates: {'channels': {group: float [n]}}; other entries are returned as they are.
-    round_to: widths are multiples of this.
+    round_to: widths are multiples of this, or 'auto'.
 
   Returns:
     The gates, to pass to `flops`, `params` or `peak_bytes`.
@@ -113,27 +114,12 @@ def rounded(gates: Mapping, round_to: int) -> dict:
 
   def one(gate):
     n = jnp.sum(gate)
-    built = jnp.where(n > 0, multiple(n, gate.size, round_to, jnp) / n, 1.0)
-    return gate + jax.lax.stop_gradient(gate * built - gate)
+    width = rounding.built(n, gate.size, round_to, jnp)
+    scale = jnp.where(n > 0, width / n, 1.0)
+    return gate + jax.lax.stop_gradient(gate * scale - gate)
 
   channels = {g: one(gate) for g, gate in gates.get('channels', {}).items()}
   return {**gates, 'channels': channels}
-
-
-def multiple(n: Any, size: int, round_to: int, xp: Any = np) -> Any:
-  """Returns the width that is built where n of `size` slices are kept.
-
-  It is the next lower multiple of `round_to`, at least one multiple, and the whole axis
-  where all of it is kept.
-
-  Args:
-    n: number of kept slices, an int or an array.
-    size: number of slices of the axis.
-    round_to: widths are multiples of this.
-    xp: numpy, or jax.numpy for a traced n.
-  """
-  down = xp.maximum(n // round_to * round_to, min(round_to, size))
-  return xp.where(n >= size, size, down)
 
 
 # ---- what a decision keeps -----------------------------------------------------------

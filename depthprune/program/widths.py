@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import NamedTuple
 
-from depthprune.program import arguments
+from depthprune.program import arguments, rounding
 from depthprune.program.coupling import Coupling, Group
+from depthprune.program.rounding import RoundTo
 
 Count = int | float | str
 """Channels: a number of them (an int), or a part in (0, 1], as 0.25 or '25%'."""
@@ -33,7 +41,7 @@ class Range(NamedTuple):
 
 def ranges(
   coupling: Coupling,
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   exclude: str | Sequence[str] = (),
   at_least: Counts | None = None,
   at_most: Counts | None = None,
@@ -43,11 +51,11 @@ def ranges(
 
   Where several patterns of one argument match a group, its own name counts, else that
   which matches the fewest groups. A pattern goes before a count for every group. A
-  width that is built is a multiple of `round_to`, and never less than one multiple.
+  width that is built is one of `rounding.possible`.
 
   Args:
     coupling: of the network, made by `couple`.
-    round_to: widths are multiples of this.
+    round_to: widths are multiples of this, or 'auto'.
     exclude: patterns of groups, arrays and modules that are left whole. An array that
       matches keeps its shape, so the channels that it reads stay too.
     at_least: floor of the channels that the matching arrays produce.
@@ -66,7 +74,7 @@ def ranges(
       ceiling.
   """
   arguments.coupling(coupling)
-  arguments.whole('round_to', round_to)
+  rounding.check(round_to)
   groups = {g.name: g for g in coupling.groups.values() if not g.ungated}
   exclude = [exclude] if isinstance(exclude, str) else exclude
   if not isinstance(exclude, Iterable) or not all(isinstance(p, str) for p in exclude):
@@ -90,9 +98,57 @@ def ranges(
   return found
 
 
-def possible(size: int, round_to: int) -> list[int]:
-  """Returns the widths that an axis of `size` can have, narrowest first."""
-  return sorted({min(round_to, size), *range(round_to, size, round_to), size})
+def allowed(
+  sizes: Mapping[str, int], round_to: RoundTo, limits: Mapping[str, Range] | None
+) -> dict[str, list[int]]:
+  """Returns the widths that groups of some sizes can have within limits, by group."""
+  choices = {g: rounding.possible(size, round_to) for g, size in sizes.items()}
+  if limits is None:
+    return choices
+  inside = lambda width, limit: limit.least <= width <= limit.most
+  return {g: [n for n in all_ if inside(n, limits[g])] for g, all_ in choices.items()}
+
+
+def nearest(
+  widths: Mapping[str, int],
+  choices: Mapping[str, list[int]],
+  error: Callable[[Mapping[str, int]], float],
+  tolerance: float,
+) -> Mapping[str, int]:
+  """Returns widths of which the error is smaller, while it is above a tolerance.
+
+  Two groups at a time move by one width each, in opposite directions: where widths are
+  multiples, moving one group may change the cost by too much.
+
+  Args:
+    widths: one of its `choices` for every group.
+    choices: the widths that each group can have, narrowest first.
+    error: (widths) -> how far the cost is off its target, of either sign.
+    tolerance: absolute error that is near enough.
+  """
+  off = abs(error(widths))
+  while off > tolerance:
+    options = [(abs(error(n)), i, n) for i, n in enumerate(_exchanged(widths, choices))]
+    least, _, best = min(options, default=(off, 0, widths))
+    if least >= off:
+      break
+    off, widths = least, best
+  return widths
+
+
+def _exchanged(
+  widths: Mapping[str, int], choices: Mapping[str, list[int]]
+) -> Iterator[dict[str, int]]:
+  """Yields the widths with one group a width narrower and another a width wider."""
+
+  def beside(by: int) -> dict[str, int]:
+    at = {g: choices[g].index(n) + by for g, n in widths.items()}
+    return {g: choices[g][i] for g, i in at.items() if 0 <= i < len(choices[g])}
+
+  for narrower, less in beside(-1).items():
+    for wider, more in beside(1).items():
+      if narrower != wider:
+        yield {**widths, narrower: less, wider: more}
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -113,10 +169,10 @@ class _Bound(NamedTuple):
 
 
 def _between(
-  group: Group, floor: _Bound | None, ceiling: _Bound | None, round_to: int
+  group: Group, floor: _Bound | None, ceiling: _Bound | None, round_to: RoundTo
 ) -> list[int]:
   """The widths of a group that can be built between two bounds, narrowest first."""
-  widths = possible(group.size, round_to)
+  widths = rounding.possible(group.size, round_to)
 
   def allowed(floor: _Bound | None, ceiling: _Bound | None) -> list[int]:
     low = min(floor.channels, group.size) if floor else 0
@@ -128,7 +184,8 @@ def _between(
   assert floor and ceiling, 'one bound alone leaves the narrowest or the whole group'
   if bool(floor.pattern) != bool(ceiling.pattern):
     return allowed(floor, None) if floor.pattern else allowed(None, ceiling)
-  multiple = f', in multiples of {round_to}' if round_to > 1 else ''
+  by = rounding.step(round_to, group.size)
+  multiple = f', in multiples of {by}' if by > 1 else ''
   raise ValueError(
     f'{group.name}: no width is possible: of its {group.size} channels {floor} or '
     f'more, {ceiling} or fewer{multiple}; change one of them'

@@ -319,7 +319,28 @@ def from_json(values: Mapping[str, Any]) -> Config:
     raise ConfigError(f'config: {error}') from error
   options = values.pop('options', None)
   files.checked(options, dict[str, Any], 'config: options', ConfigError)
-  return _made(Config, values, options=_made(recipe.options, options or {}))
+  options = {**recipe.formerly, **(options or {})}
+  return _made(Config, values, options=_made(recipe.options, options))
+
+
+def continued(config: Config, stored: Mapping[str, Any]) -> Config:
+  """Returns a config for a directory that has a run, whose config was `stored`.
+
+  An option at its default takes the default of an earlier version, if the stored run
+  has that: so the command that made the run continues it.
+  """
+  recipe, options = config.recipe, stored.get('options')
+  if stored.get('method') != config.method or not isinstance(options, dict):
+    return config
+  default = recipe.options()
+  former = {
+    name: value
+    for name, value in recipe.formerly.items()
+    if options.get(name) == value
+    and getattr(config.options, name) == getattr(default, name)
+  }
+  options = dataclasses.replace(config.options, **former)
+  return dataclasses.replace(config, options=options)
 
 
 def check_options(method: str, values: Mapping[str, Any]) -> None:

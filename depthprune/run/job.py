@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from depthprune import distributed
 from depthprune.data.dataset import Dataset, count, epoch_steps
+from depthprune.program.rounding import AUTO, STEPS, RoundTo, Suited, suited
 from depthprune.run import interrupts
-from depthprune.run.config import Config, ConfigFile, relevant
+from depthprune.run.config import Config, ConfigFile, continued, relevant
 from depthprune.run.data import checksums, read
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
@@ -35,7 +36,7 @@ from depthprune.train.task import Tree
 LINES = 50  # lines of history that a stage writes, at least
 CACHED = 'checkpoints', 'features'
 LOGS = 'history.jsonl', 'gates.jsonl', 'input.jsonl'
-WRITTEN = *LOGS, 'costs.json', 'result.json', 'report.html'
+WRITTEN = *LOGS, 'costs.json', 'rounding.json', 'result.json', 'report.html'
 
 
 class Job(NamedTuple):
@@ -147,6 +148,7 @@ def prepare(config: Config, show: bool = True) -> Job:
     # Before anything is trained, another config may replace it.
     stored = directory.read(folder / 'config.json', ConfigFile) if begun else None
     if stored is not None:
+      job = job._replace(config=continued(config, stored['config']))
       same_config(relevant(stored['config']), job.relevant(), str(folder))
   elif distributed.writes() and (folder / 'config.json').is_file():
     for name in WRITTEN:
@@ -193,6 +195,22 @@ def remembering(path: Path) -> Callable[..., np.ndarray]:
     return measured
 
   return remember
+
+
+def rounding(job: Job) -> RoundTo:
+  """Returns what widths are multiples of in a run, wherever it is resumed.
+
+  What 'auto' stands for on the device where the run began is stored in rounding.json.
+  """
+  asked = job.config.recipe.round_to(job.config.options)
+  if asked != AUTO:
+    return asked
+  number = remembering(job.folder / 'rounding.json')(
+    lambda: np.array(suited().number),
+    lambda number: {'multiple': int(number), 'device': latency.device()},
+    lambda stored: np.array({n: n for _, n in STEPS}[stored['multiple']]),
+  )
+  return Suited(int(number))
 
 
 def stage(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,8 +10,9 @@ import jax
 from depthprune import distributed
 from depthprune.data.dataset import count
 from depthprune.program.modules import runnable
+from depthprune.program.rounding import Suited, step
 from depthprune.run import own
-from depthprune.run.job import Job, surroundings
+from depthprune.run.job import Job, rounding, surroundings
 from depthprune.timing import latency
 from depthprune.train.result import Result, from_json
 from depthprune.train.task import as_dict
@@ -58,10 +59,19 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
     'scores': {when: finite(test[when]) for when in ('before', 'after')},
     'verify': last['verify'],
     'widths': {g: [full, after[g]] for g, (full, _) in first['widths'].items()},
+    'multiples': _multiples(job, first['widths']),
     'rounds': [dataclasses.asdict(each) for each in small.rounds],
     'report': last,
   }
   return from_json(values)
+
+
+def _multiples(job: Job, widths: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+  """Returns what widths are multiples of, by group, if that suits the device."""
+  round_to = rounding(job)
+  if not isinstance(round_to, Suited):
+    return {}
+  return {group: step(round_to, full) for group, (full, _) in widths.items()}
 
 
 def described(job: Job) -> dict[str, Any]:

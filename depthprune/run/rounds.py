@@ -23,7 +23,14 @@ from depthprune.program.modules import runnable
 from depthprune.program.units import units
 from depthprune.run import early_exit, result
 from depthprune.run.config import Config
-from depthprune.run.job import Job, prepare, record_config, remembering, stage
+from depthprune.run.job import (
+  Job,
+  prepare,
+  record_config,
+  remembering,
+  rounding,
+  stage,
+)
 from depthprune.run.network import check_answer, initial_variables, network
 from depthprune.storage import directory
 from depthprune.surgery.oneshot import rank
@@ -134,6 +141,7 @@ def _prune(job: Job) -> Result:
     methods.build,
     config.options,
     seed=config.seed,
+    round_to=rounding(job),
     remember=remembering(job.folder / 'costs.json'),
   )
   variables = initial_variables(job, model)
@@ -245,9 +253,8 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   )
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep = distributed.agreed(decision)
-  round_to = job.config.recipe.round_to(job.config.options)
   pruned, model, small = cut_round(
-    model, method, state, keep, coupling, job.inputs, round_to
+    model, method, state, keep, coupling, job.inputs, rounding(job)
   )
   fresh = small
   if are_outdated(pruned):

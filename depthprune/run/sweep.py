@@ -28,7 +28,7 @@ import jax
 
 from depthprune import distributed
 from depthprune.run import compilation, interrupts, own, rounds
-from depthprune.run.config import TRAIN, UNRELATED, Config, relevant
+from depthprune.run.config import TRAIN, UNRELATED, Config, continued, relevant
 from depthprune.storage import directory, files
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.directory import WriteError
@@ -164,6 +164,7 @@ def finished(config: Config) -> dict[str, Any] | None:
   result = directory.read(path)
   if result is None or not isinstance(result.get('config'), dict):
     return None
+  config = continued(config, result['config'])
   related = lambda values: {k: v for k, v in values.items() if k not in UNRELATED}
   try:
     same_config(related(result['config']), related(config.to_json()), str(path))

@@ -15,16 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from depthprune.program import arguments, cost
+from depthprune.program import arguments, rounding
 from depthprune.program import axes as ax
 from depthprune.program.coupling import WHY, Coupling, Group
+from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of
-from depthprune.program.widths import Count, Counts, Range, ranges
+from depthprune.program.widths import Count, Counts, Range, allowed, nearest, ranges
 from depthprune.surgery.plan import widest
 from depthprune.timing.layers import TIME, CostFunction, counted
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
 SCOPES = ('global', 'uniform')
+TOLERANCE = 0.005  # how far rounded widths may be off the target, as a part of the cost
 
 Score = str | Mapping[str, Any] | Callable[[Coupling, Any], Mapping[str, Any]]
 """A name of SCORES, {group: [slices]}, or a function of (coupling, variables) that
@@ -38,7 +40,7 @@ def oneshot(
   score: Score = 'l1',
   scope: str = 'global',
   of: str | CostFunction = 'flops',
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   grads: Mapping | None = None,
   key: jax.Array | None = None,
   exclude: str | Sequence[str] = (),
@@ -83,7 +85,10 @@ def oneshot(
     of: what is counted: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', which
       are measured now, on this device, with a batch of 128. For another batch pass
       `milliseconds(coupling, batch, round_to=round_to)`.
-    round_to: widths become multiples of this, and the target counts them so.
+    round_to: widths become multiples of this, and the target counts them so. 'auto'
+      takes what this device is fast at: 8 on a CPU or GPU, 128 on a TPU, and less for
+      groups with few channels (8 below 256 on a TPU; 4 below 32, 2 below 16, 1 below
+      8). 1 takes any width.
     grads: gradient of a loss with respect to `coupling.gates()`, through `plug`.
     key: jax random key.
     exclude: patterns of groups, arrays or modules that are left whole: a matching array
@@ -143,7 +148,14 @@ def oneshot(
   if name == TIME and price(keep_at(low)) > goal:
     return decision(keep_at(high))
   ends = keep_at(low), keep_at(high)
-  return decision(min(ends, key=lambda keep: abs(price(keep) - goal)))
+  keep = min(ends, key=lambda keep: abs(price(keep) - goal))
+  if name == TIME or round_to == 1:
+    return decision(keep)
+  choices = allowed({g: s.size for g, s in scores.items()}, round_to, limits)
+  best = lambda widths: {g: _best(scores[g], n) for g, n in widths.items()}
+  off = lambda widths: (price(best(widths)) - goal) / total
+  built = {g: int(kept.sum()) for g, kept in keep.items()}
+  return decision(best(nearest(built, choices, off, TOLERANCE)))
 
 
 def absolute(target: float | str, total: float) -> float:
@@ -307,7 +319,7 @@ def _check(score, scope, grads, key):
 
 
 def _uniform(
-  scores: Mapping, limits: Mapping[str, Range], round_to: int
+  scores: Mapping, limits: Mapping[str, Range], round_to: RoundTo
 ) -> tuple[Callable, int]:
   """Returns keep_at and its number of steps: step k keeps the fraction 1 - k/steps.
 
@@ -325,7 +337,7 @@ def _uniform(
 
 
 def _global(
-  scores: Mapping, limits: Mapping[str, Range], round_to: int
+  scores: Mapping, limits: Mapping[str, Range], round_to: RoundTo
 ) -> tuple[Callable, int]:
   """Returns keep_at and its number of steps: step k closes the k lowest slices.
 
@@ -349,11 +361,11 @@ def _global(
   return keep_at, len(order)
 
 
-def _built(scores, widths, limits, round_to: int) -> dict[str, np.ndarray]:
+def _built(scores, widths, limits, round_to: RoundTo) -> dict[str, np.ndarray]:
   """The highest scores of every group, as many as can be built. {group: bool [n]}"""
   built = {}
   for group, s in scores.items():
-    width = int(cost.multiple(widths[group], s.size, round_to))
+    width = int(rounding.built(widths[group], s.size, round_to))
     built[group] = _best(s, min(max(width, limits[group].least), limits[group].most))
   return built
 

@@ -12,6 +12,7 @@ from depthprune.program import arguments, cost, modules
 from depthprune.program import axes as ax
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.resize import slim
+from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of, several
 from depthprune.surgery.fold import fold, fold_channels
 from depthprune.surgery.plan import IndexPlan, cut, cut_optimizer, index_plan
@@ -80,7 +81,7 @@ def prune(
   example: Any,
   tx: Any = None,
   opt_state: Any = None,
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   allow_inexact: bool = False,
   gates: Mapping | None = None,
   coupling: Coupling | None = None,
@@ -111,6 +112,8 @@ def prune(
       it. It is cut like the variables; statistics of other shapes start anew, and
       `report['notes']` names them.
     round_to: widths become the next lower multiple of this, and at least one multiple.
+      'auto' takes what this device is fast at, as `oneshot` does: decide with it, as
+      rounding afterwards misses the target.
     allow_inexact: cut also where the masked and the small network differ; the report
       says by how much.
     gates: {'channels': {group: [slices]}}, the values of channel gates that are neither

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.program import arguments, cost
+from depthprune.program import arguments, rounding
 from depthprune.program import axes as ax
 from depthprune.program.arguments import listed
 from depthprune.program.coupling import Coupling
+from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import Decision, paths_of
 from depthprune.surgery.oneshot import norms
 from depthprune.surgery.plan import index_plan
@@ -30,7 +31,7 @@ class Settled(NamedTuple):
 
 
 def settle(
-  coupling: Coupling, keep: Mapping, variables: Any, round_to: int = 1
+  coupling: Coupling, keep: Mapping, variables: Any, round_to: RoundTo = 1
 ) -> Settled:
   """Completes and corrects a decision.
 
@@ -43,7 +44,8 @@ def settle(
       bool}}; each part is optional.
     variables: the arrays of the network, whose L1 norms decide which slices are closed
       or reopened for rounding.
-    round_to: widths become the next lower multiple of this, and at least one multiple.
+    round_to: widths become the next lower multiple of this, and at least one multiple;
+      or 'auto', as in `prune`.
 
   Returns:
     The Settled decision.
@@ -52,7 +54,7 @@ def settle(
     KeyError: an unknown group, branch or exit.
     ValueError: an entry has the wrong shape or is not bool, or no exit is left.
   """
-  arguments.whole('round_to', round_to)
+  rounding.check(round_to)
   channels, branches, exits = complete(coupling, keep)
   leaves = paths_of(variables)
   notes: list[str] = []
@@ -147,10 +149,11 @@ def _close_empty(coupling, channels, branches, exits, leaves, notes):
 def _round(coupling, name, kept, leaves, round_to, notes) -> np.ndarray:
   """Closes the smallest kept slices, or reopens the largest closed ones."""
   n, size = int(kept.sum()), kept.size
-  width = int(cost.multiple(n, size, round_to))
+  width = int(rounding.built(n, size, round_to))
   if width == n:
     return kept
-  notes.append(f'{name}: {n} became {width}, a multiple of {round_to} (of {size})')
+  by = min(rounding.step(round_to, size), width)
+  notes.append(f'{name}: {n} became {width}, a multiple of {by} (of {size})')
   scores = norms(coupling, leaves, name)
   order = np.lexsort((-scores, ~kept))  # kept ones first, each by falling norm
   out = np.zeros(size, bool)

@@ -33,11 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program import arguments, cost
+from depthprune.program import arguments, cost, rounding
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.resize import decided, rebound
+from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import View, batched
 from depthprune.timing import clock
 
@@ -156,7 +157,10 @@ class Session(NamedTuple):
 
 
 def milliseconds(
-  coupling: Coupling, batch: int = BATCH, seconds: float = SECONDS, round_to: int = 1
+  coupling: Coupling,
+  batch: int = BATCH,
+  seconds: float = SECONDS,
+  round_to: RoundTo = 1,
 ) -> Milliseconds:
   """Times the layers of a network on this device, and returns its time as a cost.
 
@@ -167,7 +171,7 @@ def milliseconds(
     coupling: of the network, made by `couple`.
     batch: examples in a call.
     seconds: how long to measure, compilation not counted.
-    round_to: widths will be multiples of this.
+    round_to: widths will be multiples of this, or 'auto'.
 
   Returns:
     The cost function, in milliseconds per call.
@@ -181,20 +185,20 @@ def milliseconds(
   return timed.cost(timed.measure(seconds))
 
 
-def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Session:
+def session(coupling: Coupling, batch: int = BATCH, round_to: RoundTo = 1) -> Session:
   """Returns what has to be timed for `milliseconds`; equal arguments give equal rows.
 
   Args:
     coupling: of the network, made by `couple`.
     batch: examples in a call.
-    round_to: widths will be multiples of this.
+    round_to: widths will be multiples of this, or 'auto'.
 
   Raises:
     ValueError: one of the reasons of `milliseconds`.
   """
   arguments.coupling(coupling)
   arguments.whole('batch', batch)
-  arguments.whole('round_to', round_to)
+  rounding.check(round_to)
   inputs, kwargs = batched((coupling.inputs, coupling.kwargs), batch, coupling.counts)
   view = coupling.retrace(coupling.fn, inputs, kwargs, {})
   size = {g: gate.size for g, gate in coupling.gates()['channels'].items()}
@@ -242,7 +246,7 @@ def session(coupling: Coupling, batch: int = BATCH, round_to: int = 1) -> Sessio
 
 
 def counted(
-  coupling: Coupling, of: str | CostFunction, round_to: int = 1
+  coupling: Coupling, of: str | CostFunction, round_to: RoundTo = 1
 ) -> tuple[str, CostFunction]:
   """Returns the name of a cost and its function.
 
@@ -250,7 +254,7 @@ def counted(
     coupling: of the network, made by `couple`.
     of: 'flops', 'params', 'milliseconds' (which are measured now), or a cost function
       such as `milliseconds(coupling, batch=8)` returns.
-    round_to: widths will be multiples of this.
+    round_to: widths will be multiples of this, or 'auto'.
 
   Raises:
     ValueError: an unknown name, or one of the reasons of `milliseconds`.
@@ -354,7 +358,7 @@ def _kind(view: View, e: jx.Equation, owner: Mapping, bundles) -> Any:
 
 
 def _points(
-  e: jx.Equation, bundles, size: Mapping[str, int], round_to: int
+  e: jx.Equation, bundles, size: Mapping[str, int], round_to: RoundTo
 ) -> list[tuple[Widths, ...]]:
   """The widths to time: all combinations of those of every bundle."""
   if len(bundles) not in PARTS:
@@ -368,7 +372,7 @@ def _points(
 
 
 def _narrowed(
-  size: Mapping[str, int], parts: Sequence[float], round_to: int
+  size: Mapping[str, int], parts: Sequence[float], round_to: RoundTo
 ) -> list[Widths]:
   """The widths of all groups at these fractions, without repetitions.
 
@@ -377,8 +381,10 @@ def _narrowed(
   """
 
   def width(part: float, n: int) -> int:
-    if round_to > 1:
-      return min(n, max(1, round(part * n / round_to)) * round_to)
+    by = rounding.step(round_to, n)
+    if by > 1:
+      least = int(rounding.built(part * n, n, round_to))
+      return min(n, round(part * n / by) * by or least)
     near = max(1, round(part * n))
     return near - 1 + near % 2 if near > 1 else 1
 

@@ -53,6 +53,10 @@ FRACTION = tyro.constructors.PrimitiveConstructorSpec(
 PATTERNS = tyro.conf.arg(metavar='PATTERN', help_behavior_hint='(default: none)')
 
 
+# How the command line describes what widths are multiples of.
+MULTIPLES = tyro.conf.arg(metavar='{auto,INT}')
+
+
 def axes(text: str) -> tuple[int | None, int]:
   """Reads the axes (data, model) of a mesh, such as 'data=4,model=2'.
 

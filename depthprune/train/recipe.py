@@ -17,6 +17,7 @@ with epy.lazy_imports():
   import numpy as np
 
   from depthprune.program.coupling import Coupling
+  from depthprune.program.rounding import RoundTo
   from depthprune.train.method import Method
   from depthprune.train.result import Result
 
@@ -39,6 +40,8 @@ class Setting(NamedTuple):
     scores: {group: [n]}, estimates of how much every channel is worth.
     seed: the run's seed.
     stage: name of the stage that is trained.
+    round_to: what widths are multiples of; where the options say 'auto', it stands for
+      the same in all of a run, on whatever device that goes on.
     remember: (measure, to_json, from_json) -> array. It measures something once, stores
       it in the run's directory, and reads it from there when the run is resumed.
       `from_json` returns None for a record of something else.
@@ -51,6 +54,7 @@ class Setting(NamedTuple):
   scores: Mapping[str, np.ndarray]
   seed: int
   stage: str
+  round_to: RoundTo
   remember: Callable[..., np.ndarray]
 
 
@@ -150,7 +154,11 @@ class Recipe(NamedTuple):
     deepest_answers: whether the deepest exit answers in the uncut network.
     cascade: (options) -> CascadePlan, for a method whose result is a cascade.
     target: (options as a dict) -> the requested Target, or None.
-    round_to: (options) -> the number that widths are multiples of.
+    round_to: (options) -> the number that widths are multiples of, or 'auto'.
+    formerly: {option: default} of options whose default was another in an earlier
+      version, or that did not exist. A stored run without the option has this value;
+      and where a stored run has it, a command that leaves the option at its new default
+      continues that run.
     erases_units: whether rounds erase residual units, which the report then lists.
     remarks: (result) -> further sentences for the report.
     charts: the charts in the report.
@@ -171,7 +179,8 @@ class Recipe(NamedTuple):
   deepest_answers: bool = False
   cascade: Callable[[Any], CascadePlan] | None = None
   target: Callable[[Mapping[str, Any]], Target | None] = lambda options: None
-  round_to: Callable[[Any], int] = lambda options: 1
+  round_to: Callable[[Any], int | Literal['auto']] = lambda options: 1
+  formerly: Mapping[str, Any] = {}
   erases_units: bool = False
   remarks: Callable[[Result], Sequence[str]] = lambda result: ()
   charts: tuple[Chart, ...] = ()

@@ -375,6 +375,8 @@ class Result:
     scores: all scores on test data, {'before' or 'after': {name: value}}.
     flops, params, peak_bytes: costs of the network.
     widths: {group: (width before, width after)}.
+    multiples: {group: what its width is a multiple of}, where that was chosen for the
+      device of the run.
     latency_ms: latency by batch size.
     milliseconds: latency that the target counted, else None.
     compile_s: seconds that the networks took to compile.
@@ -396,6 +398,7 @@ class Result:
   held_out: Accuracies | None = None
   scores: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
   peak_bytes: Change | None = None
+  multiples: dict[str, int] = dataclasses.field(default_factory=dict)
   latency_ms: dict[str, Latency] = dataclasses.field(default_factory=dict)
   milliseconds: TimeReached | None = None
   compile_s: Change | None = None

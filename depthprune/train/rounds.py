@@ -12,6 +12,7 @@ from depthprune.data import batches
 from depthprune.program import arguments
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.gating import with_branches
+from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import several
 from depthprune.surgery.prune import Pruned, prune
 from depthprune.train.evaluate import COLLECTION, recalibrate
@@ -40,7 +41,7 @@ def shrink(
   held_out: Any,
   calibration: Any = (),
   batch: int = 128,
-  round_to: int = 1,
+  round_to: RoundTo = 1,
 ) -> Pruned:
   """Trains, decides and cuts as often as the method asks for, and trains what is left.
 
@@ -69,7 +70,8 @@ def shrink(
     calibration: training data in the same form, for fresh batch statistics, needed by a
       network that has such statistics.
     batch: examples in a batch of arrays.
-    round_to: widths become multiples of this.
+    round_to: widths become multiples of this, or with 'auto' of what this device is
+      fast at. A method that counts a target is to be made with the same.
 
   Returns:
     The result of the last cut, with the variables after fine-tuning. Its report
@@ -126,7 +128,7 @@ def cut_round(
   keep: Tree,
   coupling: Coupling,
   inputs: tuple,
-  round_to: int = 1,
+  round_to: RoundTo = 1,
 ) -> tuple[Pruned, Any, Tree]:
   """Cuts a network at the end of a round.
 
@@ -137,7 +139,7 @@ def cut_round(
     keep: what the method decided.
     coupling: of the network.
     inputs: an example of what it reads.
-    round_to: widths become multiples of this.
+    round_to: widths become multiples of this, or 'auto'.
 
   Returns:
     The result of surgery, what runs the small network (a module of ours, else

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from depthprune.program import arguments, cost
+from depthprune.program import arguments, rounding
 from depthprune.program.coupling import WHY, Coupling
-from depthprune.program.widths import Range, possible
-from depthprune.timing.layers import CostFunction, counted
+from depthprune.program.rounding import RoundTo, possible
+from depthprune.program.widths import Range, allowed, nearest
+from depthprune.timing.layers import TIME, CostFunction, counted
 from depthprune.train.recipe import TOLERANCE
 from depthprune.train.task import Tree
 
@@ -20,33 +21,34 @@ def on_target(
   w: Weights,
   target: float,
   of: str | CostFunction = 'flops',
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   limits: Mapping[str, Range] | None = None,
 ) -> Tree:
   """Returns keep = w > 0, corrected where that is off the target.
 
-  Widths are first rounded down to a multiple of `round_to`, but not below one multiple,
-  and brought between their limits. Then, while the cost is more than TOLERANCE off, the
-  gates nearest to zero whose flip brings it nearer are flipped: one gate, or as many as
-  make a multiple.
+  Widths are first rounded down to one that `round_to` allows, and brought between their
+  limits. Then, while the cost is more than TOLERANCE off, the gates nearest to zero
+  whose flip brings it nearer are flipped: one gate, or as many as make a multiple.
+  Where multiples are too coarse for that, two groups at a time move by one width, in
+  opposite directions.
 
   Args:
     coupling: the network's coupling.
     w: the trained weight of every gate.
     target: part of the cost that is to remain, in (0, 1].
     of: 'flops', 'params' or a cost of `timing.layers`.
-    round_to: widths become multiples of it.
+    round_to: widths become multiples of it, or 'auto'.
     limits: {group: Range} of the widths that each group may have; by default any.
 
   Returns:
     {'channels': {group: bool [n]}}, in which groups without a weight are whole.
   """
-  _, C = counted(coupling, of, round_to)
+  name, C = counted(coupling, of, round_to)
   w = {group: np.asarray(value) for group, value in w.items()}
   C_0 = C(coupling, None)
-  choices = _choices(w, round_to, limits)
+  choices = allowed({g: value.size for g, value in w.items()}, round_to, limits)
   widths = {
-    group: int(cost.multiple(max(1, (value > 0).sum()), value.size, round_to))
+    group: int(rounding.built(max(1, (value > 0).sum()), value.size, round_to))
     for group, value in w.items()
   }
   widths = {g: min(max(n, choices[g][0]), choices[g][-1]) for g, n in widths.items()}
@@ -59,6 +61,8 @@ def on_target(
       changed = {**widths, group: width}
       if abs(error(changed)) < abs(off):
         widths, off = changed, error(changed)
+  if round_to != 1 and name != TIME:
+    widths = nearest(widths, choices, error, TOLERANCE)
   whole = {group: gate > 0 for group, gate in coupling.gates()['channels'].items()}
   return {'channels': {**whole, **_widest(w, widths)['channels']}}
 
@@ -67,7 +71,7 @@ def reachable(
   coupling: Coupling,
   target: float,
   of: str | CostFunction = 'flops',
-  round_to: int = 1,
+  round_to: RoundTo = 1,
   limits: Mapping[str, Range] | None = None,
 ) -> None:
   """Checks that a network can be cut to a target; arguments as for `on_target`.
@@ -95,14 +99,15 @@ def reachable(
     raise ValueError(
       'target: all groups are to be left whole, so there is nothing to cut'
     )
-  choices = _choices(gates, round_to, limits)
+  choices = allowed({g: gate.size for g, gate in gates.items()}, round_to, limits)
   share = lambda widths: C(coupling, _widest(gates, widths)) / C(coupling, None)
   floor = share({group: widths[0] for group, widths in choices.items()})
   ceiling = share({group: widths[-1] for group, widths in choices.items()})
   if target < floor:
+    fewest = possible(max(gate.size for gate in gates.values()), round_to)[0]
     kept = '' if limits is None else ', or as many as are to stay,'
     raise ValueError(
-      f'target: {target:g} of the {name} cannot be reached: with {round_to} channel(s) '
+      f'target: {target:g} of the {name} cannot be reached: with {fewest} channel(s) '
       f'left in every group{kept} {floor:.4f} remain; ask for that or more, or lower '
       'round_to'
     )
@@ -111,17 +116,6 @@ def reachable(
       f'target: {target:g} of the {name} cannot be reached: with what at_most leaves '
       f'{ceiling:.4f} remain; ask for that or less'
     )
-
-
-def _choices(
-  w: Weights, round_to: int, limits: Mapping[str, Range] | None
-) -> dict[str, list[int]]:
-  """The widths that every group can have, narrowest first."""
-  choices = {group: possible(value.size, round_to) for group, value in w.items()}
-  if limits is None:
-    return choices
-  inside = lambda width, limit: limit.least <= width <= limit.most
-  return {g: [n for n in all_ if inside(n, limits[g])] for g, all_ in choices.items()}
 
 
 def _nearest_first(

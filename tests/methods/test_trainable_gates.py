@@ -264,7 +264,7 @@ def test_of_several_processes_the_times_of_the_first_hold(tmp_path, monkeypatch)
   monkeypatch.setattr('depthprune.distributed.agreed', lambda measured: 2 * measured)
   options = GateOptions(0.5, 'milliseconds', latency_batch=4)
   methods.build(options, COUPLING, 0, remember=remembering(tmp_path / 'costs.json'))
-  session = layers.session(COUPLING, batch=4)
+  session = layers.session(COUPLING, batch=4, round_to='auto')
   told = json.loads((tmp_path / 'costs.json').read_text())
   found = [row['milliseconds'] for row in told['table']]
   np.testing.assert_array_equal(found, 2 * mine(session))

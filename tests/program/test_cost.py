@@ -237,15 +237,6 @@ def test_layers_and_exits():
 # ---- rounding ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  'n, size, round_to, built',
-  [(19, 32, 8, 16), (5, 32, 8, 8), (32, 32, 8, 32), (30, 30, 8, 30), (3, 6, 8, 6),
-   (7, 9, 1, 7)],
-)  # fmt: skip
-def test_widths_that_are_built(n, size, round_to, built):
-  assert cost.multiple(n, size, round_to) == built
-
-
 def test_rounded_gates_count_what_is_built_and_pass_the_slope_through():
   gates = {'channels': {'a': jnp.ones(32).at[19:].set(0.0)}}
   count = lambda gates: cost.rounded(gates, 8)['channels']['a'].sum()

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from depthprune.program.coupling import couple
-from depthprune.program.widths import Range, possible, ranges
+from depthprune.program.widths import Range, ranges
 
 
 class Block(nn.Module):
@@ -204,7 +204,6 @@ def test_both_ends_can_be_built():
   assert ranges(NET, round_to=8)[NECK] == Range(8, 20)
   assert ranges(NET, round_to=8, at_least=9, at_most={'neck': 19})[NECK] == (16, 16)
   assert ranges(NET, round_to=8, at_most=0.2)[NECK] == Range(8, 8)  # never below one
-  assert possible(10, 4) == [4, 8, 10]
 
 
 def test_ratios_are_met_as_nearly_as_the_rest_allows():

@@ -29,6 +29,50 @@ def test_requested_and_reached_count_what_the_target_counts(result):
   assert sentences.recipe_of(typed(result)).remarks(typed(result)) == ()
 
 
+@pytest.mark.parametrize(
+  ('widths', 'multiples', 'device', 'said'),
+  [
+    ([(64, 48), (16, 16)], [8, 4], 'CPU, x', 'widths are multiples of 8, which'),
+    (
+      [(64, 48), (16, 12), (8, 6)],
+      [8, 4, 2],
+      'CPU, x',
+      'widths are multiples of 8, in narrow groups of 4 or 2, which suits this CPU; '
+      '--round-to 1 switches it off',
+    ),
+    ([(64, 48), (64, 2)], [8, 8], 'H200', 'or less than one, which suits H200;'),
+    ([(16, 4)], [4], None, 'widths are multiples of 4, which suits this device;'),
+  ],
+)
+def test_widths_that_were_rounded_for_the_device_are_explained(
+  widths, multiples, device, said, result
+):
+  names = 'abc'[: len(widths)]
+  result |= {'widths': dict(zip(names, widths)), 'device': device}
+  result['multiples'] = dict(zip(names, multiples))
+  (line,) = [x for x in sentences.all_of(typed(result)) if 'multiples' in x]
+  assert said in line
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'multiples': {}},
+    {'multiples': {'a': 5}},
+    {'multiples': {'a': 0}},
+    {'multiples': {'a': -8}},
+    {'widths': {'a': (64, 64)}},
+    {'widths': {'a': (64, 0)}},
+    {'widths': {'a': (64, 47)}},
+    {'widths': {'a': (64, 7)}},
+    {'widths': {}},
+  ],
+)
+def test_nothing_is_said_of_multiples_that_are_none(change, result):
+  result |= {'widths': {'a': (64, 48)}, 'multiples': {'a': 8}, **change}
+  assert not any('multiples' in line for line in sentences.all_of(typed(result)))
+
+
 def test_the_exit_that_was_kept_is_counted_from_the_first(netcut):
   result, _ = netcut
   said = 'kept exit 3 of 20 (exit03) at β = 0.01, cost index, aggregate log'

@@ -10,7 +10,7 @@ from depthprune.methods.implosion import ImplosionOptions
 from depthprune.methods.netcut import NetCutOptions
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.methods.trainable_gates import GateOptions
-from depthprune.run.config import Config, default, from_json, relevant
+from depthprune.run.config import Config, continued, default, from_json, relevant
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.storage.keeper import same_config
 from depthprune.train.options import ConfigError, Epochs, fraction
@@ -77,6 +77,7 @@ def test_every_error_names_its_field_and_what_it_got(name, value):
     (GateOptions, 'of', 'latency'),
     (GateOptions, 'round_to', 0),
     (GateOptions, 'round_to', 2.5),
+    (GateOptions, 'round_to', 'automatic'),
     (GateOptions, 'strength', float('inf')),
     (NetCutOptions, 'beta', -0.1),
     (NetCutOptions, 'beta', float('nan')),
@@ -113,6 +114,27 @@ def test_a_run_of_before_there_was_streaming_is_the_same_run():
   with pytest.raises(CheckpointError, match=r"stream \(asked for 'always', there None"):
     other = dataclasses.replace(default('gates'), stream='always')
     same_config(relevant(old), relevant(other.to_json()), 'here')
+
+
+def test_a_stored_run_from_before_widths_were_rounded_by_default_goes_on_so():
+  config = default('gates')
+  old = config.to_json()
+  old['options'] = old['options'] | {'round_to': 1}
+  assert continued(config, old).options.round_to == 1
+  same_config(old, continued(config, old).to_json(), 'here')
+  assert from_json(old).options.round_to == 1
+  del old['options']['round_to']
+  assert from_json(old).options.round_to == 1
+
+
+@pytest.mark.parametrize(('asked', 'there'), [('auto', 'auto'), ('auto', 8), (4, 1)])
+def test_another_rounding_is_another_run(asked, there):
+  config = default('gates', GateOptions(round_to=asked))
+  stored = default('gates', GateOptions(round_to=there)).to_json()
+  assert continued(config, stored) == config
+  assert from_json(stored).options.round_to == there
+  stored['method'] = 'netcut'
+  assert continued(config, stored) == config
 
 
 def test_heads_and_network_are_trained_together():

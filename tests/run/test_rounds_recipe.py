@@ -15,10 +15,11 @@ import pytest
 from depthprune.data.dataset import DataError
 from depthprune.exports import networks
 from depthprune.methods.trainable_gates import GateOptions
+from depthprune.program.rounding import Suited
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.run.config import from_json as from_config
-from depthprune.run.job import prepare
+from depthprune.run.job import prepare, rounding
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.timing import layers
@@ -264,6 +265,33 @@ def test_starting_anew_forgets_the_old_run_and_nothing_else(finished, tmp_path):
   prepare(dataclasses.replace(config, seed=7))
   assert not (tmp_path / 'history.jsonl').exists()
   assert not (tmp_path / 'pruned').exists()
+
+
+def test_widths_suit_the_device_unless_asked_otherwise(finished):
+  config, result = finished
+  assert config.options.round_to == result['options']['round_to'] == 'auto'
+  assert json.loads((config.path / 'rounding.json').read_text())['multiple'] == 8
+  assert set(result['multiples'].values()) == {8}
+  assert all(after % 8 == 0 < after < 200 for _, after in result['widths'].values())
+
+
+def test_a_run_goes_on_with_the_rounding_that_it_began_with(tmp_path):
+  config = dataclasses.replace(CONFIG, workdir=str(tmp_path))
+  job = prepare(config, show=False)
+  stored = tmp_path / 'rounding.json'
+  assert rounding(job) == Suited(8) == rounding(job)
+  assert json.loads(stored.read_text())['multiple'] == 8
+  stored.write_text('{"multiple": 128, "device": "TPU v5e"}')
+  assert rounding(job) == Suited(128)
+  asked = dataclasses.replace(config, options=GateOptions(round_to=3))
+  assert rounding(job._replace(config=asked)) == 3
+  for wrong in ('{"multiple": 3}', '{"multiple": [8]}', '{}'):
+    stored.write_text(wrong)
+    with pytest.raises(CheckpointError, match=r'rounding\.json: .* delete it'):
+      rounding(job)
+  stored.write_bytes(bytes(10))
+  with pytest.warns(UserWarning, match=r'rounding\.json: damaged'):
+    assert rounding(job) == Suited(8)
 
 
 def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):

@@ -9,6 +9,7 @@ from depthprune import models
 from depthprune.program import cost
 from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
+from depthprune.program.rounding import Suited, possible
 from depthprune.program.trace import paths_of
 from depthprune.surgery.oneshot import oneshot, rank
 from depthprune.surgery.prune import prune
@@ -175,6 +176,30 @@ def test_rounded_widths_are_what_the_target_counts(resnet20, scope):
   plain = oneshot(coupling, variables, 0.5, scope=scope)
   late = settle(coupling, plain, variables, round_to=4).keep
   assert reached <= 0.03 < abs(cost.flops(coupling, late) / total - 0.5)
+
+
+@pytest.mark.parametrize('of', ['flops', 'params'])
+@pytest.mark.parametrize('scope', ['global', 'uniform'])
+def test_auto_meets_targets_with_widths_that_suit_the_device(resnet20, scope, of):
+  """Within a hundredth, where a multiple of the narrowest stage is twice that."""
+  coupling, variables = resnet20
+  count = {'flops': cost.flops, 'params': cost.params}[of]
+  for target in (0.75, 0.5, 0.25, 0.1):
+    keep = oneshot(coupling, variables, target, scope=scope, of=of, round_to='auto')
+    assert abs(count(coupling, keep) / count(coupling) - target) <= 0.01
+    for kept in keep['channels'].values():
+      assert kept.sum() in possible(kept.size, 'auto')
+    assert settle(coupling, keep, variables, round_to='auto').notes == ()
+
+
+def test_auto_is_what_it_stands_for_on_this_device(resnet20):
+  coupling, variables = resnet20
+  auto, same, plain = (
+    {g: kept.tolist() for g, kept in keep['channels'].items()}
+    for by in ('auto', Suited(8), 1)
+    for keep in [oneshot(coupling, variables, 0.4, round_to=by)]
+  )
+  assert auto == same != plain
 
 
 @pytest.mark.parametrize(

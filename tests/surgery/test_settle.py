@@ -63,6 +63,26 @@ def test_less_than_one_multiple_becomes_one_and_the_largest_come_back():
   assert sorted(norm[after & ~kept]) == sorted(norm[~kept])[-3:]
 
 
+@pytest.mark.parametrize(
+  ('size', 'left', 'width', 'by'),
+  [(40, 30, 24, 8), (24, 19, 16, 4), (12, 7, 6, 2), (40, 7, 4, 4)],
+)
+def test_auto_rounds_a_narrow_group_to_less(size, left, width, by):
+  coupling, arrays, _ = hidden(size)
+  kept = {'channels': {'a:1': np.arange(size) < left}}
+  settled = settle(coupling, kept, arrays, round_to='auto')
+  said = f'a:1: {left} became {width}, a multiple of {by} (of {size})'
+  assert settled.notes == (said,)
+  assert settled.keep['channels']['a:1'].sum() == width
+
+
+def test_auto_leaves_a_group_of_few_channels_as_it_was_decided():
+  coupling, arrays, _ = hidden(7)
+  kept = {'channels': {'a:1': np.arange(7) < 5}}
+  assert settle(coupling, kept, arrays, round_to='auto').notes == ()
+  assert settle(coupling, kept, arrays, round_to=8).notes != ()
+
+
 @pytest.mark.parametrize(('size', 'left'), [(24, 24), (24, 16), (20, 20), (6, 6)])
 def test_what_fits_already_stays(size, left):
   coupling, arrays, _ = hidden(size)

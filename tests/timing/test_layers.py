@@ -9,6 +9,7 @@ import pytest
 
 from depthprune.models.resnet import ResNet
 from depthprune.program.coupling import couple
+from depthprune.program.rounding import possible
 from depthprune.timing import layers as timing
 from depthprune.timing.layers import between, rising
 
@@ -123,6 +124,15 @@ def test_widths_are_timed_that_a_cut_may_leave():
   rounded = timing.session(COUPLING, batch=8, round_to=8)
   found = [[*widths.values()] for name, widths in rounded.rows if not name]
   assert found == [[8, 8], [16, 8], [16, 12], [16, 12]]
+
+
+def test_with_auto_the_timed_widths_are_those_that_can_be_built():
+  timed = timing.session(COUPLING, batch=8, round_to='auto')
+  found = [[*widths.values()] for name, widths in timed.rows if not name]
+  assert found == [[1, 1], [4, 4], [8, 6], [12, 8], [16, 12], [16, 12]]
+  for _, widths in timed.rows:
+    for group, width in widths.items():
+      assert width in possible(COUPLING.groups[group].size, 'auto')
 
 
 def test_a_network_that_loses_a_channel_may_be_slower_than_it_was():

@@ -73,6 +73,17 @@ def test_one_round_of_channels_is_a_special_case():
   assert flops['after'] / flops['before'] == pytest.approx(0.6, abs=0.05)
 
 
+def test_auto_rounds_the_widths_that_are_cut_and_counts_them():
+  build = lambda c: dp.trainable_gates(c, target=0.6, round_to='auto')
+  _, small = shrunk(build, [], round_to='auto')
+  widths = small.report['widths'].values()
+  assert all((before, after % 2) == (8, 0) for before, after in widths)
+  flops = small.report['flops']
+  assert flops['after'] / flops['before'] == pytest.approx(0.6, abs=0.1)
+  notes = small.report['notes']
+  assert not any('a multiple of' in note for note in notes)  # decided as it is cut
+
+
 def test_statistics_are_measured_anew_after_a_cut():
   stages = []
   _, small = shrunk(lambda c: dp.implosion(c, depth=3), stages)
