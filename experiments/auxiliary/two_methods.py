@@ -81,7 +81,7 @@ def configs(what: str, structure: Structure, **fields: Any) -> tuple[Config, Con
     return make('netcut', options=NetCutOptions(beta=0.1, force=True)), beside
   gates = make(
     'trainable_gates',
-    options=GateOptions(target=0.5),
+    options=GateOptions(target=0.5, round_to=1),
     train_epochs=0,
     gate_epochs=8,
     finetune_epochs=6,

@@ -118,7 +118,7 @@ def _make_row(
   folder = shared.path / f'base-seed{config.seed}'
   base = _base(dataclasses.replace(shared, seed=config.seed, workdir=str(folder)))
   config = _with_epochs(config, case['method'])
-  config = dataclasses.replace(config, options=GateOptions(case['target']))
+  config = dataclasses.replace(config, options=GateOptions(case['target'], round_to=1))
   job = base.job._replace(config=config, folder=config.path)
   if case['method'] == 'scratch':
     gates = {'target': case['target'], 'method': 'gates'}.items()

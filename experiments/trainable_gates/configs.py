@@ -36,7 +36,7 @@ def fashion_mnist(arguments: Arguments) -> list[Case]:
   advantage needs an accelerator.
   """
   config = Config(
-    GateOptions(),
+    GateOptions(round_to=1),
     model='resnet8',
     data='fashion_mnist',
     subset=3000,
@@ -66,7 +66,7 @@ def resnet56_cifar10(arguments: Arguments) -> list[Case]:
   neither method decides by them.
   """
   full = Config(
-    GateOptions(),
+    GateOptions(round_to=1),
     model='resnet56',
     data='cifar10',
     pretrained='../shared/data/checkpoints/resnet56_cifar10.npz',
