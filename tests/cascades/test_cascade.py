@@ -279,7 +279,7 @@ def test_sizes_are_steps_of_an_eighth():
     ({'thresholds': {}, 'temperatures': {'x': 1.0}}, "temperature for 'x'"),
     ({'thresholds': {}, 'confidence': 'luck'}, "'luck'.*probability, entropy"),
     ({'thresholds': {}, 'confidence': 'learned'}, 'needs weights'),
-    ({'thresholds': {}, 'steps': 0}, 'steps: expected a whole number of 1 or more, got the number 0'),
+    ({'thresholds': {}, 'steps': 0}, 'steps: expected a whole number'),
   ],
 )
 def test_settings_nobody_can_use(given_, message):
