@@ -202,7 +202,6 @@ def _obey(words: Sequence[str]) -> None:
       return
     case ['run' | 'sweep' as command, name, *rest] if name in methods.names():
       words = [command, methods.word(name), *rest]
-  mistakes.refuse_repeated(words, COMMANDS)
   each = combinations(words) if words[:1] == ['sweep'] else [words]
   command, *more = map(parsed, each)
   if isinstance(command, Report):

@@ -91,26 +91,6 @@ def explained(
   return Mistake(f'{said}\n  see: depthprune {syntax.usage} --help')
 
 
-def refuse_repeated(words: Sequence[str], commands: Mapping[str, type]) -> None:
-  """Raises Mistake for an option that is there twice, of which the last would count."""
-  if not words or words[0] not in commands:
-    return
-  syntax = syntax_of(words, commands)
-  _, given = divided(words[len(syntax.usage.split()) :], syntax)
-  seen: dict[str, Given] = {}
-  for each in given:
-    name = each.name.partition('=')[0]
-    name = name if name in syntax.options else name.removeprefix('no-')
-    if name in seen and name in syntax.options:
-      both = ' and '.join(
-        ' '.join((one.typed, *one.values)) for one in (seen[name], each)
-      )
-      raise Mistake(
-        f'--{name}: expected once, got {both}\n  see: depthprune {syntax.usage} --help'
-      )
-    seen[name] = each
-
-
 def named(message: str, given: Iterable[Given]) -> str:
   """Returns a message about fields, in which they have the names of the options.
 

@@ -129,6 +129,8 @@ def _features(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   others = jnp.where(jnp.arange(p.shape[-1]) == place[:, None], -jnp.inf, p)
   entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), -1)
   possible = jnp.log(jnp.float32(logits.shape[-1]))
-  broken = jnp.isnan(log_p).any(-1)  # `where` hides it in the sum
-  normalised = jnp.where(broken, jnp.nan, 1 - entropy / possible)
-  return first, normalised, first - jnp.max(others, -1)
+  # `where` hides it in the sum, and XLA's maximum loses it on some CPUs.
+  broken = jnp.isnan(log_p).any(-1)
+  found = first, 1 - entropy / possible, first - jnp.max(others, -1)
+  top, normalised, margin = (jnp.where(broken, jnp.nan, x) for x in found)
+  return top, normalised, margin

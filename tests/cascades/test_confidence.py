@@ -38,3 +38,13 @@ def test_what_is_learnt_does_not_depend_on_how_often_it_is_told():
   once = confidence.learn(logits, labels)
   often = confidence.learn(np.tile(logits, (1, 50, 1)), np.tile(labels, 50))
   np.testing.assert_allclose(once, often, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['probability', 'entropy', 'margin'])
+@pytest.mark.parametrize('n', [7, 64, 500, 1000])
+def test_an_answer_that_is_no_number_has_no_score_in_a_batch_of_any_size(kind, n):
+  """XLA's maximum over NaN is a number in some of the programs it makes for a CPU."""
+  logits = np.random.default_rng(0).normal(size=(2, n, 10)).astype(np.float32)
+  logits[0, :5] = np.nan
+  (found,) = confidence.scores(kind, logits)
+  assert np.isnan(found[:5]).all() and np.isfinite(found[5:]).all()

@@ -174,7 +174,7 @@ def test_a_run_of_two_processes_writes_everything_once(tmp_path):
   assert result['mesh'] == {'data': 2, 'model': 1, 'processes': 2}
   assert {p.name for p in tmp_path.iterdir()} == {
     *('.lock', 'checkpoints', 'config.json', 'gates.jsonl', 'history.jsonl'),
-    *('pruned', 'report.html', 'result.json'),
+    *('pruned', 'report.html', 'result.json', 'rounding.json'),
   }
 
 
