@@ -27,7 +27,7 @@ NETWORKS = {  # the side of an image, and classes
   'resnet20': (32, 10),
   'resnet56': (32, 10),
   'resnet152': (224, 1000),
-  'vit_b16': (224, 1000),
+  'vit_base': (224, 1000),
 }
 REPEATS = 5
 RUN = '--data digits --model mlp --train-epochs 1 --gate-epochs 1 --finetune-epochs 1'
