@@ -52,6 +52,7 @@ def text() -> str:
     auxiliary_tables,
     two_methods_tables,
     auxiliary_bench,
+    waiting_bench,
     progress_table,
   )
   return '\n\n'.join(part() for part in parts)
@@ -262,6 +263,26 @@ def _beside(torch: dict[str, Any] | None, batches: list[str]) -> str:
     return 'not there'
   times = (f'{torch["batches"][b]["speedup"]:.2f}×' for b in batches)
   return f'{", ".join(times)} for {torch["flop_ratio"]:.2f}× fewer FLOPs'
+
+
+def waiting_bench() -> str:
+  """What people wait for, beside the compilation of the whole network."""
+  path = 'bench/results/waiting_cpu.json'
+  content = read(path)
+  parts = 'couple', 'oneshot', 'prune', 'compile'
+  head = ('', *(f'`{part}`, s' for part in parts[:-1]), 'compile the whole network, s')
+  lines = [
+    (name, *(f'{row[part][0]:.2f}' for part in parts))
+    for name, row in content['networks'].items()
+  ]
+  commands = ', '.join(
+    f'`{command}` {times[0]:.1f} s' for command, times in content['commands'].items()
+  )
+  return (
+    'Seconds until an answer, nothing compiled before; `prune` includes the comparison '
+    f'of masked and small network ({content["device"]}; {link(path)}). Commands: '
+    f'{commands}.\n\n{table(head, lines)}'
+  )
 
 
 def progress_table() -> str:
