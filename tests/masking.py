@@ -10,13 +10,11 @@ import numpy as np
 import depthprune as dp
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import paths_of
-
-# Tests compile many small programs and run each once.
-QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+from depthprune.surgery.verify import QUICK
 
 
 def quick(f: Callable) -> Callable:
-  """jit that compiles fast rather than well."""
+  """jit that compiles fast rather than well: tests run many small programs once."""
   return jax.jit(f, compiler_options=QUICK)
 
 

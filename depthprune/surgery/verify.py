@@ -74,33 +74,34 @@ def verify(
     soft: {group: [slices]}, values of channel gates that are neither 0 nor 1.
   """
   nothing = {'channels': {}, 'branches': {}}
-  # The full network has no gates: those of closed channels are 0 and would hide them.
   (one, tree), (other, settled) = map(jax.tree.flatten, (asked, keep))
   as_asked = tree == settled and all(map(np.array_equal, one, other))
   variables = jax.tree.map(_off_mesh, variables)
   example = [_off_mesh(x) for x in _concrete(coupling, inputs)]
+  cut = shrink(variables, keep)
   masked, small = _compiled(
     (_on_arrays(coupling, plug(coupling.fn, coupling)),
      (*_mask(coupling, variables, nothing, {}), example)),
     (_on_arrays(coupling, slim(coupling.fn, coupling, keep)),
-     (shrink(variables, keep), example)),
+     (cut, example)),
   )  # fmt: skip
 
-  def compared(arrays, probe) -> tuple[Any, list[float]]:
+  def compared(arrays, cut, probe) -> tuple[Any, list[float]]:
     def answers(decision, gates):
       outputs = masked(*_mask(coupling, arrays, decision, gates), probe)
       return _cut_outputs(coupling, outputs, keep)
 
+    # The full network has no gates: those of closed channels are 0 and would hide them.
     full, reference = answers(nothing, {}), answers(keep, soft)
     wanted = reference if as_asked else answers(asked, soft)
-    got = small(shrink(arrays, keep), probe)
+    got = small(cut, probe)
     pairs = ((reference, got), (wanted, reference), (full, reference))
     return full, [relative(a, b) for a, b in pairs]
 
-  outputs, row = compared(variables, example)
+  outputs, row = compared(variables, cut, example)
   for noise in NOISE:
     arrays, probe = randomised(variables, noise), randomised(example, noise)
-    random_outputs, random_row = compared(arrays, probe)
+    random_outputs, random_row = compared(arrays, shrink(arrays, keep), probe)
     if _infinite(random_outputs) <= _infinite(outputs):
       break
   difference, changed, moved = map(max, row, random_row)
