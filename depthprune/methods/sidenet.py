@@ -115,8 +115,7 @@ def early(coupling: Coupling) -> tuple[str, ...]:
 def side_paths(coupling: Coupling) -> frozenset[str]:
   """Paths of the parameters that 'main' does not read: those of the SideNets."""
   main = trace.Decision({}, {name: name == 'main' for name in coupling.exits})
-  view = coupling.view
-  return view.unneeded(main) - view.unneeded(trace.Decision({}, {}))
+  return coupling.unneeded(main) - coupling.unneeded(trace.Decision({}, {}))
 
 
 def only(

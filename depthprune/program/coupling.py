@@ -189,6 +189,11 @@ class Coupling:
     dropped = (e for e, kept in decision.exits.items() if not kept)
     return self._left(frozenset(closed), frozenset(dropped))
 
+  def unneeded(self, decision: Decision) -> frozenset[str]:
+    """Returns the paths of the variables that nothing reads after a decision."""
+    needed = self.needed(decision)
+    return frozenset(p for p, v in self.view.leaves.items() if v not in needed)
+
   @functools.cached_property
   def _left(self) -> Callable[[frozenset, frozenset], frozenset[jx.Value]]:
     """What `needed` computes; a search for a width asks it again and again."""
@@ -323,19 +328,13 @@ class Coupling:
             'function was coupled; couple() it in this mode and at these shapes'
           )
 
-  @functools.cached_property
-  def _unneeded(self) -> frozenset[str]:
-    """Paths of the variables that nothing reads in the full network."""
-    return self.view.unneeded(Decision({}, {}))
-
   def decision(self, keep: Mapping) -> Decision:
     """Returns what `keep` says of branches and exits, and which variables it kills.
 
     Statistics that only training reads, such as a counter, die with those beside them.
     """
     decision = Decision(keep.get('branches', {}), keep.get('exits', {}))
-    before = self._unneeded
-    after = self.view.unneeded(decision)
+    before, after = self.unneeded(Decision({}, {})), self.unneeded(decision)
     beside = lambda path: path.rpartition('/')[0]
     emptied = {*map(beside, after - before)} - {*map(beside, {*self.axes} - after)}
     unread = (p for p in before & after if not p.startswith('params/'))

@@ -77,11 +77,6 @@ class View(NamedTuple):
     outputs = tuple(jax.tree.leaves(self.unpack(self.program.outputs)[exit_]))
     return jx.lean(dataclasses.replace(self.program, outputs=outputs))
 
-  def unneeded(self, decision: Decision) -> frozenset[str]:
-    """Returns the paths of the variables that nothing reads after a decision."""
-    _, needed = jx.live(self.decided(decision))
-    return frozenset(p for p, v in self.leaves.items() if v not in needed)
-
 
 def paths_of(tree: Any) -> dict[str, Any]:
   """Returns the leaves of a pytree by their paths, joined with '/'.

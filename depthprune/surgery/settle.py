@@ -132,7 +132,7 @@ def _close_empty(coupling, channels, branches, exits, leaves, notes):
     if all(path in decision.dead for path, _ in group.members):
       continue
     for branch, gate in branches.items():
-      dead = coupling.view.unneeded(Decision({branch: False}, {}))
+      dead = coupling.unneeded(Decision({branch: False}, {}))
       if gate.any() and all(path in dead for path, _ in group.members):
         branches[branch] = np.zeros_like(gate)
         notes.append(f'{name} is empty, so the branch {branch} is closed')
