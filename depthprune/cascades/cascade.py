@@ -114,7 +114,7 @@ class Cascade:
     shapes = tree, *map(np.shape, leaves)
     if shapes not in self._sizes:  # to check takes as long as a small stage
       self._check(inputs)
-      self._sizes[shapes] = np.shape(leaves[self.stages.counts.index(True)])[0]
+      self._sizes[shapes] = self.stages.examples(inputs)
     merged = tuple(self.merged.get(self._sizes[shapes], ()))
     return self.variables, self._settings(), inputs, end, merged
 
@@ -199,7 +199,7 @@ class Cascade:
     self._check(inputs)
     arrays, tree = jax.tree.flatten(inputs)
     counts = self.stages.counts
-    n = len(arrays[counts.index(True)])
+    n = self.stages.examples(inputs)
     if labels is not None and len(labels) != n:
       has = f'expected one for each of {n} examples, got {len(labels)}'
       raise arguments.wrong('labels', has, write)

@@ -88,7 +88,7 @@ def run(
   it and without a branch; who leaves where, and with which answer, stays the same.
   """
   arrays = jax.tree.leaves(inputs)
-  batch = arrays[stages.counts.index(True)].shape[0]
+  batch = stages.examples(inputs)
   stages = stages.again(*inputs)
   if not is_symbolic_dim(batch) and 0 < batch < stages.least:
     return _run_repeated(stages, kind, steps, variables, settings, inputs, end, merged)

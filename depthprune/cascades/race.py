@@ -84,7 +84,7 @@ def race(
   turns = clock.interleave(calls, seconds) / len(parts)
   with_exits, without = map(latency.timing, turns)
   return Race(
-    batch=_size(cascade, parts[0]),
+    batch=cascade.stages.examples(parts[0]),
     cost=CascadeCost(*np.mean(costs, axis=0).tolist()),
     cascade=with_exits,
     whole=without,
@@ -114,7 +114,7 @@ def merge(
     The cascade with `merged[batch]`, which is empty if it is faster to skip.
   """
   parts = typical_batches(cascade, inputs, batch)
-  size, early = _size(cascade, parts[0]), cascade.exits[:-1]
+  size, early = cascade.stages.examples(parts[0]), cascade.exits[:-1]
   merging = lambda exits: dataclasses.replace(
     cascade, merged={**cascade.merged, size: exits}
   )
@@ -143,8 +143,8 @@ def typical_batches(
     ValueError: there are fewer examples than one batch.
   """
   arrays, tree = jax.tree.flatten(inputs)
-  counts, n = cascade.stages.counts, _size(cascade, inputs)
-  batch = n if batch is None else batch
+  counts, n = cascade.stages.counts, cascade.stages.examples(inputs)
+  batch = int(n) if batch is None else batch
   arguments.whole('batch', batch)
   if batch > n:
     raise ValueError(f'batch: expected at most the {n} examples there are, got {batch}')
@@ -158,10 +158,6 @@ def typical_batches(
     cut = [x[part] if c else x for x, c in zip(arrays, counts, strict=True)]
     parts.append(jax.tree.unflatten(tree, cut))
   return jax.block_until_ready(jax.device_put(parts))
-
-
-def _size(cascade: Cascade, inputs: tuple) -> int:
-  return int(np.shape(jax.tree.leaves(inputs)[cascade.stages.counts.index(True)])[0])
 
 
 def _all(call: Callable, parts: Sequence[tuple]) -> Callable[[], None]:

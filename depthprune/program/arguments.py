@@ -32,6 +32,7 @@ BETWEEN = ('jax', 'flax', 'optax', 'contextlib', 'functools')  # call us back
 PROGRAMS = ('depthprune.cli', 'depthprune.run')  # call us as a user does
 
 KEEP = "{'channels': {group: bool array}, 'branches': {path: bool}, ...}"
+VARIABLES = "a dict with 'params', as model.init returns it"
 DECIDES = "write oneshot(coupling, variables, target), or a method's decide(...)"
 
 Error = TypeVar('Error', bound=Exception)

@@ -125,7 +125,7 @@ def checked_call(model: Any, variables: Any, inputs: tuple) -> Any:
   if is_linen(model) and (inputs or not is_array(variables)) and not named:
     raise arguments.refused(
       'variables',
-      "a dict with 'params', as model.init returns it",
+      arguments.VARIABLES,
       variables,
       'write (model, variables, *inputs)',
     )
@@ -208,8 +208,7 @@ def _explanation(error: Exception, variables: Any, inputs: tuple) -> Exception |
       "mutable=['batch_stats'], fixed=lambda out: out[0])",
     )
   if kind == 'ApplyScopeInvalidVariablesTypeError':
-    expected = "a dict with 'params', as model.init returns it"
-    return arguments.refused('variables', expected, variables)
+    return arguments.refused('variables', arguments.VARIABLES, variables)
   if kind.startswith('Scope') and isinstance(variables, Mapping):
     expected = "expected what model.init returns, {'params': ..., ...}"
     if 'params' not in variables:

@@ -116,6 +116,10 @@ class Stages(Sequence[Stage]):
   def __getitem__(self, index):
     return self.stages[index]
 
+  def examples(self, inputs: Any) -> Any:
+    """Returns how many examples there are in arrays of the form of the inputs."""
+    return np.shape(jax.tree.leaves(inputs)[self.counts.index(True)])[0]
+
   @property
   def exits(self) -> tuple[str, ...]:
     """Names of the exits in order."""

@@ -251,15 +251,8 @@ class SingleExamples:
 
   @property
   def difference(self) -> difference.Difference:
-    """How the times differ, by more than chance."""
-    return difference.compare(
-      self.whole_ms,
-      self.ms,
-      self.whole_ms_quartiles,
-      self.ms_quartiles,
-      self.faster,
-      self.runs,
-    )
+    """How the times of an example differ, by more than chance."""
+    return _beside_whole(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,14 +303,19 @@ class Executed:
   @property
   def difference(self) -> difference.Difference:
     """How the times of a batch differ, by more than chance."""
-    return difference.compare(
-      self.whole_ms or 0,
-      self.ms or 0,
-      self.whole_ms_quartiles,
-      self.ms_quartiles,
-      self.faster,
-      self.runs,
-    )
+    return _beside_whole(self)
+
+
+def _beside_whole(times: SingleExamples | Executed) -> difference.Difference:
+  """How the time of a cascade differs from that of its network alone."""
+  return difference.compare(
+    times.whole_ms or 0,
+    times.ms or 0,
+    times.whole_ms_quartiles,
+    times.ms_quartiles,
+    times.faster,
+    times.runs,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

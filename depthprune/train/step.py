@@ -86,8 +86,7 @@ def init_state(
   checked(method)
   arguments.optimizer(tx)
   if not isinstance(variables, Mapping) or 'params' not in variables:
-    expected = "a dict with 'params', as model.init returns it"
-    raise arguments.refused('variables', expected, variables)
+    raise arguments.refused('variables', arguments.VARIABLES, variables)
   arguments.alive('variables', variables, GIVEN)
   variables = unfreeze({**variables})  # a step returns plain dicts
   params = variables['params']
