@@ -107,6 +107,7 @@ from depthprune.run import interrupts
 sys.stdout = open(1, 'w', buffering=8192)
 with interrupts.ending(lambda: '; ended'), interrupts.deferred() as request:
   print('begun', end='')
+  sys.stderr.write('ready')
   while not request:
     time.sleep(0.01)
   print(' and stopping', end='')
@@ -123,9 +124,9 @@ with interrupts.ending(lambda: '; ended'), interrupts.deferred() as request:
 def test_a_second_signal_ends_a_process_that_hangs(number):
   """At once, with what was printed so far."""
   (process,) = launch(['-c', TWICE])
-  until_handled(process.pid)
+  assert process.stderr is not None and process.stderr.read(5) == 'ready'
   process.send_signal(number)
-  assert process.stderr is not None and process.stderr.read(5) == 'first'
+  assert process.stderr.read(5) == 'first'
   time.sleep(interrupts.SAME_S + 0.1)
   process.send_signal(number)
   out, said = process.communicate(timeout=60)
