@@ -68,7 +68,11 @@ def take(x: Any, masks: tuple[np.ndarray, ...]) -> Any:
     return x
   if isinstance(x, Tracer):
     return x[np.ix_(*masks)]
-  small = jax.device_put(np.asarray(x)[np.ix_(*masks)])
+  small = np.asarray(x)
+  for axis, mask in enumerate(masks):
+    if not mask.all():
+      small = small.compress(mask, axis)
+  small = jax.device_put(small)
   place = getattr(x, 'sharding', None)
   if not isinstance(place, NamedSharding):
     return small

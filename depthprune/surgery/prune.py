@@ -158,7 +158,8 @@ def prune(
     return cut(folded, plan if keep is settled else index_plan(coupling, keep))
 
   asked = dict(zip(('channels', 'branches', 'exits'), complete(coupling, keep)))
-  verdict = verify(coupling, variables, inputs, shrink, asked, settled, channels)
+  small = shrink(variables, settled)
+  verdict = verify(coupling, variables, small, inputs, shrink, asked, settled, channels)
   if verdict.responsible and not allow_inexact:
     if verdict.broken:
       raise arguments.brief(
@@ -172,7 +173,6 @@ def prune(
       f'(tolerance {verdict.tolerance:.0e})',
       verdict.responsible,
     )
-  small = shrink(variables, settled)
   notes = [*notes, *inexact]
   if verdict.broken and not verdict.responsible:
     notes.append(verdict.broken)
