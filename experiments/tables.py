@@ -244,15 +244,16 @@ def _realised(path: Path, content: dict[str, Any]) -> str:
     f'On {content["device"]}, random weights, float32, evaluation, in turns '
     f'({link(path, "../")}): how many times fewer FLOPs, and for every batch size how '
     'many times faster (quartiles), and that over the FLOPs. In the last column '
-    'Torch-Pruning and PyTorch, with the same weights and ratio, at the same batch '
-    f'sizes. A * marks exits behind which nothing is skipped.{notes(content)}\n\n'
+    'Torch-Pruning and PyTorch, with the same network and ratio, at the same batch '
+    f'sizes. A * marks exits behind which nothing is skipped, a † exits that are not '
+    f'used, as the network alone was measured to be faster.{notes(content)}\n\n'
     f'{table(head, lines)}'
   )
 
 
 def _realised_time(time: dict[str, Any]) -> str:
   low, high = time['quartiles']
-  mark = '*' * bool(time.get('merged'))
+  mark = '†' if time.get('alone') else '*' * bool(time.get('merged'))
   return (
     f'{time["speedup"]:.2f}×{mark} ({low:.2f} to {high:.2f}), {time["realised"]:.2f}'
   )

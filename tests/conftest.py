@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Two test processes share two cores. One thread each is faster than four fighting,
@@ -35,6 +35,20 @@ import pytest
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 # Tracing makes many objects and little garbage.
 gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+  """A list that grows by one for every program that is compiled."""
+  found: list[str] = []
+
+  def note(event: str, seconds: float, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      found.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.fixture(scope='session')

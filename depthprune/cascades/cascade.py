@@ -59,7 +59,8 @@ class Cascade:
     merged: {batch size: exits behind which a batch of that size skips nothing}, as
       `race.merge` measures it: the next stage runs on the examples that leave there,
       too, where that takes less time than not to run it. Who leaves where, and with
-      which answer, is the same at every batch size.
+      which answer, is the same at every batch size, unless there is None for it: then
+      the exits cost more than they save, and the network alone answers.
   """
 
   stages: Stages
@@ -70,7 +71,7 @@ class Cascade:
   weights: np.ndarray | None
   steps: int
   program: Callable[..., Answer]
-  merged: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  merged: Mapping[int, tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
   # What calls have found: settings on the device, and sizes of batches by their shapes.
   _kept: dict[Any, Settings] = dataclasses.field(
     default_factory=dict, init=False, repr=False
@@ -115,7 +116,9 @@ class Cascade:
     if shapes not in self._sizes:  # to check takes as long as a small stage
       self._check(inputs)
       self._sizes[shapes] = self.stages.examples(inputs)
-    merged = tuple(self.merged.get(self._sizes[shapes], ()))
+    merged = self.merged.get(self._sizes[shapes], ())
+    if merged is None and end < len(self.exits):
+      merged = self.exits[: end - 1]
     return self.variables, self._settings(), inputs, end, merged
 
   def _settings(self) -> Settings:
@@ -253,6 +256,8 @@ class Cascade:
     left, rows, whole = np.asarray(answer.exit), np.asarray(answer.rows), stages.whole
     if not left.size:
       return CascadeCost(0.0, 0.0, float(whole))
+    if not rows.any():  # the network alone answered
+      return CascadeCost(*[float(whole)] * 3)
     each = np.array([stage.flops for stage in stages][: len(rows)], np.float64)
     ideal = np.array(stages.flops, np.float64)[left].mean()
     return CascadeCost(float(ideal), float(each @ rows / left.size), float(whole))

@@ -30,7 +30,7 @@ class Answer(NamedTuple):
     exit: int32 [batch], the index of that exit in `cascade.exits`.
     score: float32 [batch], its confidence; NaN at the last exit.
     rows: int32 [stages], the number of examples that every stage ran on, padding
-      included.
+      included; 0 everywhere if the network alone answered.
     broken: int32, how often a confidence was NaN; such an example goes on.
   """
 
@@ -78,7 +78,7 @@ def run(
   settings: Settings,
   inputs,
   end: int,
-  merged: tuple[str, ...] = (),
+  merged: tuple[str, ...] | None = (),
 ) -> Answer:
   """Answers inputs [batch, ...] at the first `end` exits.
 
@@ -86,9 +86,12 @@ def run(
   symbolic, as for `jax.export`, if the stages can be traced with it. The stage behind
   an exit in `merged` also runs on the examples that leave there, with the stage before
   it and without a branch; who leaves where, and with which answer, stays the same.
+  None for `merged`: the network alone answers, at its own exit.
   """
   arrays = jax.tree.leaves(inputs)
   batch = stages.examples(inputs)
+  if merged is None:
+    return _alone(stages, variables, inputs, batch)
   stages = stages.again(*inputs)
   if not is_symbolic_dim(batch) and 0 < batch < stages.least:
     return _run_repeated(stages, kind, steps, variables, settings, inputs, end, merged)
@@ -133,6 +136,18 @@ def blocks(exits: Sequence[str], merged: Collection[str]) -> list[range]:
   """
   starts = [0, *(k + 1 for k, e in enumerate(exits[:-1]) if e not in merged)]
   return [range(*ends) for ends in itertools.pairwise([*starts, len(exits)])]
+
+
+def _alone(stages: Stages, variables, inputs, batch: Any) -> Answer:
+  """Answers a batch by the network without other exits."""
+  *early, last = stages.exits
+  return Answer(
+    logits=stages.fn(variables, *inputs)[last],
+    exit=jnp.full(batch, len(early), jnp.int32),
+    score=jnp.full(batch, jnp.nan, jnp.float32),
+    rows=jnp.zeros(len(stages.exits), jnp.int32),
+    broken=jnp.zeros((), jnp.int32),
+  )
 
 
 def _run_repeated(

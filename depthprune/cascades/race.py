@@ -16,6 +16,7 @@ from depthprune.timing.latency import Timing
 
 PARTS = 8  # batches of another size than that of the inputs
 NOISE = 0.02  # of two ways nearly as fast the one that skips more is taken
+SLOWER = 1.05  # a cascade may take so much longer than its network alone
 
 
 class Race(NamedTuple):
@@ -101,8 +102,9 @@ def merge(
   A stage that is skipped saves its time, but whether to skip it takes time, too: on an
   accelerator the host decides it, and a small network is mostly launches. Behind the
   exits that save less than that, the next stage is part of the same program. Examples
-  still leave at these exits, with the same answers; they only save nothing. So the
-  worst case is the network with its heads as one program.
+  still leave at these exits, with the same answers; they only save nothing. Where even
+  so the cascade takes over 5 % longer than its network, no exit is used, and the
+  network alone answers.
 
   Args:
     cascade: the cascade, with its thresholds.
@@ -111,7 +113,8 @@ def merge(
     batch: the size of batch to measure, n by default; others stay as they are.
 
   Returns:
-    The cascade with `merged[batch]`, which is empty if it is faster to skip.
+    The cascade with `merged[batch]`, which is empty if it is faster to skip, and None
+    if the network alone answers.
   """
   parts = typical_batches(cascade, inputs, batch)
   size, early = cascade.stages.examples(parts[0]), cascade.exits[:-1]
@@ -126,10 +129,11 @@ def merge(
   saved = [(left <= k).mean() * (upto[k + 1] - upto[k]) for k in range(len(early))]
   chosen = tuple(e for e, ms in zip(early, saved, strict=True) if ms < branch)
   plans = list(dict.fromkeys([(), chosen, early]))
+  plans.append(None)
   calls = [_all(merging(plan), parts) for plan in plans]
-  taken = np.median(clock.interleave(calls, seconds / 2), axis=1)
-  best = next(p for p, ms in zip(plans, taken) if ms <= taken.min() * (1 + NOISE))
-  return merging(best)
+  *taken, alone = np.median(clock.interleave(calls, seconds / 2), axis=1)
+  best = next(p for p, ms in zip(plans, taken) if ms <= min(taken) * (1 + NOISE))
+  return merging(best if min(taken) <= alone * SLOWER else None)
 
 
 def typical_batches(

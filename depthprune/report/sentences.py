@@ -79,6 +79,7 @@ def all_of(result: Result) -> list[str]:
     recalibrated(result),
     *((leaving(cascade), executed(cascade)) if cascade else (proven(result),)),
     one_by_one(cascade) if cascade else '',
+    pays_from(cascade) if cascade else '',
     measured_on(result),
   )
   return [line for line in lines if line]
@@ -198,8 +199,13 @@ def executed(cascade: CascadeResult) -> str:
 
 
 def one_by_one(cascade: CascadeResult) -> str:
-  """Says behind which exits a single example skips nothing; '' if it skips all."""
+  """Says which exits do not pay for a single example; '' if all of them do."""
   one = cascade.executed.one
+  if one is not None and one.alone:
+    return (
+      'one example at a time, the exits cost this device more than they save: such an '
+      'example is answered by the network alone'
+    )
   if one is None or not one.merged:
     return ''
   return (
@@ -207,6 +213,20 @@ def one_by_one(cascade: CascadeResult) -> str:
     'device as long as to compute it, so it is computed; examples leave there with the '
     'same answers'
   )
+
+
+def pays_from(cascade: CascadeResult) -> str:
+  """Says from which batch size the cascade is faster; '' if few were measured."""
+  run = cascade.executed
+  if not run.few or run.one is None or run.batch is None:
+    return ''
+  times = {1: run.one, **{few.batch: few for few in run.few}, run.batch: run}
+  sizes = ', '.join(map(str, times))
+  slow = [n for n, each in times.items() if each.difference.kind != 'speed-up']
+  pays = [n for n in times if n > max(slow, default=0)]
+  if not pays:
+    return f'the cascade is not faster than the network in batches of {run.batch}'
+  return f'the cascade is faster from batches of {pays[0]} on (measured: {sizes})'
 
 
 def refused(cascade: CascadeResult) -> list[str]:

@@ -37,7 +37,7 @@ from depthprune.run.job import Job, record_config
 from depthprune.run.result import described
 from depthprune.surgery.prune import Pruned, prune
 from depthprune.timing import latency
-from depthprune.train.result import Result, SingleExamples, from_json
+from depthprune.train.result import Result, SmallBatch, from_json
 from depthprune.train.task import Tree
 
 # Further requests that the report shows beside the run's own: points of accuracy, parts
@@ -219,8 +219,9 @@ def choose(
   return ways[kind]()
 
 
-ONE = {f.name for f in dataclasses.fields(SingleExamples)}
-SECONDS = 2.0  # for each of the measurements of single examples
+ONE = {f.name for f in dataclasses.fields(SmallBatch)}
+FEW = 8, 32  # batches in between
+SECONDS = 2.0  # for each of the measurements of small batches
 NEAR = 1e-5  # a decision closer to its threshold than this may go either way
 
 
@@ -412,7 +413,11 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
   typical = typical_inputs(job)
   timed = race(early, *typical)
   merged = merge(early, *typical, batch=1, seconds=SECONDS)
-  one = race(merged, *typical, batch=1, seconds=SECONDS)
+
+  def small(cascade: Cascade, size: int) -> dict[str, Any]:
+    times = race(cascade, *typical, batch=size, seconds=SECONDS).to_json()
+    return {name: value for name, value in times.items() if name in ONE}
+
   left, right, costs = [], [], []
   for batch in job.own_batches(job.images.test):
     inputs, label = inputs_of(batch), np.asarray(batch['label'])
@@ -437,9 +442,11 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
     'n': len(differ),
     'broken': int(stayed.any(0).sum()),
     'one': {
-      **{k: v for k, v in one.to_json().items() if k in ONE},
-      'merged': list(merged.merged[1]),
+      **small(merged, 1),
+      'merged': list(merged.merged[1] or ()),
+      'alone': merged.merged[1] is None,
     },
+    'few': [small(early, size) for size in FEW if size < timed.batch],
     'device': latency.device(),
   }
 

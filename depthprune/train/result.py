@@ -226,32 +226,36 @@ class RequestResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class SingleExamples:
-  """A cascade that answers examples one by one, beside the network alone.
+class SmallBatch:
+  """A cascade that answers examples one by one or a few at a time, and its network.
 
   Attributes:
-    ms: milliseconds of the cascade for an example, a mean over typical ones.
+    ms: milliseconds of the cascade for a batch, a mean over typical ones.
     whole_ms: milliseconds of the network alone.
     speedup: whole_ms / ms.
     merged: exits behind which nothing is skipped, as that was measured to be faster.
+    alone: whether no exit is used, as they were measured to cost more than they save.
     ms_quartiles: quartiles of `ms`.
     whole_ms_quartiles: quartiles of `whole_ms`.
     runs: number of turns in which they were measured.
     faster: number of turns in which the cascade was faster.
+    batch: number of examples.
   """
 
   ms: float
   whole_ms: float
   speedup: float
   merged: tuple[str, ...] = ()
+  alone: bool = False
   ms_quartiles: tuple[float, float] | None = None
   whole_ms_quartiles: tuple[float, float] | None = None
   runs: int | None = None
   faster: int | None = None
+  batch: int = 1
 
   @property
   def difference(self) -> difference.Difference:
-    """How the times of an example differ, by more than chance."""
+    """How the times of a batch differ, by more than chance."""
     return _beside_whole(self)
 
 
@@ -278,6 +282,7 @@ class Executed:
     runs: number of turns in which they were measured.
     faster: number of turns in which the cascade was faster.
     one: the times of one example at a time.
+    few: the times of batches between one example and `batch`, in order of size.
   """
 
   ideal: float | None = None
@@ -298,7 +303,8 @@ class Executed:
   whole_ms_quartiles: tuple[float, float] | None = None
   runs: int | None = None
   faster: int | None = None
-  one: SingleExamples | None = None
+  one: SmallBatch | None = None
+  few: tuple[SmallBatch, ...] = ()
 
   @property
   def difference(self) -> difference.Difference:
@@ -306,7 +312,7 @@ class Executed:
     return _beside_whole(self)
 
 
-def _beside_whole(times: SingleExamples | Executed) -> difference.Difference:
+def _beside_whole(times: SmallBatch | Executed) -> difference.Difference:
   """How the time of a cascade differs from that of its network alone."""
   return difference.compare(
     times.whole_ms or 0,

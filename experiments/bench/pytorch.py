@@ -122,8 +122,10 @@ def pruned_times(
   """Times a network that Torch-Pruning cuts by L1 norms, by turns with the whole.
 
   Args:
-    name: the network, as `models.build` calls it. Only a VGG-16 is written here.
-    variables: its arrays, which the PyTorch network gets.
+    name: the network, as `models.build` calls it. A VGG-16 and the CIFAR ResNets are
+      written here. Torch-Pruning breaks their padded shortcuts when it cuts their
+      residual streams, which stay whole therefore.
+    variables: its arrays, which the VGG-16 gets; times do not depend on them.
     flop_ratio: of the whole over the small network, which the pruner is to reach.
     round_to: widths are multiples of this.
     batches: batch sizes to time.
@@ -134,22 +136,27 @@ def pruned_times(
     'small_ms' and their ratio 'speedup'; None without torch or torch_pruning, or where
     the network is not written in PyTorch.
   """
-  if name != 'vgg16':
-    return None
   try:
     import torch  # pyright: ignore[reportMissingImports]
     import torch_pruning as tp  # pyright: ignore[reportMissingImports]
   except ImportError:
     return None
+  if name == 'vgg16':
+    made = lambda: _vgg16(torch, variables)
+  elif name.startswith('resnet'):
+    made = lambda: resnet(torch, int(name.removeprefix('resnet')), 3, 10)
+  else:
+    return None
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   drawn = lambda batch: torch.randn(batch, 3, 32, 32, device=device)
-  whole = _vgg16(torch, variables).to(device).eval()
+  whole = made().to(device).eval()
   flops = lambda network: tp.utils.count_ops_and_params(network, drawn(1))[0]
 
   def cut(part: float) -> Any:
-    network = _vgg16(torch, variables).to(device).eval()
+    network = made().to(device).eval()
     importance = tp.importance.MagnitudeImportance(p=1)
-    ignored = [network[-1]]
+    ends = [m.body[-2] for m in network if hasattr(m, 'body')]  # write to the stream
+    ignored = [*ends, *([network[0]] if ends else []), network[-1]]
     tp.pruner.MagnitudePruner(
       network, drawn(1), importance, pruning_ratio=part, round_to=round_to,
       ignored_layers=ignored,

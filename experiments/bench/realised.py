@@ -14,7 +14,7 @@ FLOPs: 1 where the time shrinks as the FLOPs do.
   python -m experiments.bench.realised [--quick]
 
 Where torch and torch_pruning are installed (they are no dependencies), Torch-Pruning
-cuts the VGG-16 with the same weights to the same FLOPs, and PyTorch runs both by turns.
+cuts the ResNets and the VGG-16 to the same FLOPs, and PyTorch runs both by turns.
 Each row is written when it is there, and the next call goes on. `--quick` is a smoke
 test on small networks, whose times mean nothing. `python -m experiments.tables` writes
 docs/realised.md.
@@ -79,7 +79,7 @@ class Size(NamedTuple):
 TEXTS = {'classes': 2, 'vocab': 1000, 'depth': 4}
 FULL = Size(
   (1, 32, 128),
-  20.0,
+  8.0,
   9,
   (
     Subject('channels', 'ResNet-20', 'resnet20'),
@@ -248,7 +248,8 @@ def leaving(subject: Subject, size: Size) -> list[dict]:
       ],
       'realised': 1 / found.share / ratios[-1],
       'turns': found.cascade.runs,
-      'merged': list(early.merged[batch]),
+      'merged': list(early.merged[batch] or ()),
+      'alone': early.merged[batch] is None,
     }
   return [{**row, 'flop_ratio': ratios[-1], 'batches': batches}]
 

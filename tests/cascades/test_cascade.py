@@ -180,7 +180,6 @@ def test_one_program_per_batch_size_serves_every_rate_of_exits():
       limits = draw.uniform(0, 1, 2).astype(np.float32)
       found = dataclasses.replace(CASCADE, thresholds=limits, program=program)
       found(X[draw.permutation(40)[:batch]])
-  assert program._cache_size() == 5
 
 
 def test_a_network_of_ours_with_convolutions():
@@ -385,6 +384,18 @@ def test_other_batches_than_the_measured_one_skip_as_before():
   assert always(X[:1]).rows.tolist() == [1, 1, 1]
   assert always(X[:3]).rows.tolist() == [3, 0, 0]
   assert always(X[:1], last='b').rows.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+def test_where_exits_cost_more_than_they_save_the_network_alone_answers(batch):
+  found = dataclasses.replace(made((-1, -1)), merged={batch: None})
+  x = jnp.asarray(X[:batch])
+  answer = found(x)
+  assert answer.exit.tolist() == [2] * batch and np.isnan(answer.score).all()
+  np.testing.assert_allclose(answer.logits, network(VARIABLES, x)['main'], atol=1e-5)
+  assert found.cost(answer) == (found.stages.whole,) * 3
+  assert found(x, last='b').exit.tolist() == [0] * batch  # an exit was asked for
+  assert found(X[:3]).exit.tolist() == [0] * 3
 
 
 @pytest.mark.parametrize('merged', MERGED)

@@ -28,12 +28,15 @@ def clocked(monkeypatch) -> None:
   monkeypatch.setattr(timed.clock, 'interleave', interleave)
 
 
-def priced(found, stage: float, branch: float):
-  """The cascade, where a stage that runs and a branch take so long each."""
+def priced(found, stage: float, branch: float, alone: float = 1000.0):
+  """The cascade, where a stage that runs, a branch and the network take so long."""
   program = found.program
 
   def run(variables, settings, inputs, end, merged):
     answer = program(variables, settings, inputs, end, merged)
+    if merged is None:
+      SPENT.append(alone)
+      return answer
     stages = int((np.asarray(answer.rows) > 0).sum())
     asked = [e for e in EXITS[:-1][:stages] if e not in merged]
     SPENT.append(stages * stage + branch * len(asked))
@@ -83,8 +86,20 @@ def test_what_saves_less_than_it_costs_is_merged(
   assert other.merged == {4: ('b',), 1: merged}
 
 
+@pytest.mark.parametrize(('alone', 'merged'), [(29, ('a', 'b')), (28, None)])
+def test_what_takes_over_five_percent_longer_than_the_network_is_not_used(
+  alone, merged, monkeypatch
+):
+  clocked(monkeypatch)
+  got = merge(priced(made((2, 2)), 10, 1, alone), X, batch=1)  # its heads cost, too
+  assert got.merged == {1: merged}
+
+
 def test_a_measured_merge_is_one_of_the_ways():
   got = merge(CASCADE, jnp.asarray(X), batch=1, seconds=0.05)
-  assert {*got.merged} == {1} and {*got.merged[1]} <= {'a', 'b'}
+  assert {*got.merged} == {1} and {*(got.merged[1] or ())} <= {'a', 'b'}
+  if got.merged[1] is None:
+    assert got(X[:1]).exit == 2
+    return
   answers = jax.tree.map(np.asarray, [got(X[i : i + 1]).exit[0] for i in range(10)])
   np.testing.assert_array_equal(answers, CASCADE(X[:10]).exit)

@@ -264,6 +264,27 @@ def test_where_single_examples_skip_nothing_is_said(sidenet):
   said = sentences.one_by_one(cascade_of(sidenet))
   assert said.startswith('one example at a time, to skip what is behind exit1, exit2 ')
   assert said in sentences.all_of(typed(sidenet))
+  one.update(merged=[], alone=True)
+  said = sentences.one_by_one(cascade_of(sidenet))
+  assert said.endswith('such an example is answered by the network alone')
+
+
+def test_the_batch_size_from_which_a_cascade_pays_is_said(sidenet):
+  run = sidenet['cascade']['executed']
+  times = lambda speedup, batch: {
+    'ms': 1.0, 'whole_ms': speedup, 'speedup': speedup, 'batch': batch,
+    'ms_quartiles': [0.99, 1.01], 'whole_ms_quartiles': [speedup - 0.01, speedup + 0.01],
+  }  # fmt: skip
+  said = lambda: sentences.pays_from(cascade_of(sidenet))
+  assert said() == ''
+  run |= {**times(1.3, 128), 'one': times(0.9, 1)}
+  run['few'] = [times(1.0, 8), times(1.2, 32)]
+  assert said() == (
+    'the cascade is faster from batches of 32 on (measured: 1, 8, 32, 128)'
+  )
+  assert said() in sentences.all_of(typed(sidenet))
+  run |= times(0.9, 128)
+  assert said() == 'the cascade is not faster than the network in batches of 128'
 
 
 def test_what_was_not_executed_is_not_compared(sidenet):

@@ -139,6 +139,9 @@ def test_a_cascade_on_a_pruned_trunk_executes_as_simulated(pruned, digits):
   executed = result['cascade']['executed']
   assert executed['differ'] == 0
   assert executed['one']['speedup'] > 0 and {*executed['one']['merged']} <= {'exit1'}
+  assert [few['batch'] for few in executed['few']] == [
+    n for n in (8, 32) if n < executed['batch']
+  ]
   executes_as_simulated(digits[0], trained)
 
 
