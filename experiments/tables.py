@@ -270,19 +270,30 @@ def waiting_bench() -> str:
   """What people wait for, beside the compilation of the whole network."""
   path = 'bench/results/waiting_cpu.json'
   content = read(path)
-  parts = 'couple', 'oneshot', 'prune', 'compile'
-  head = ('', *(f'`{part}`, s' for part in parts[:-1]), 'compile the whole network, s')
-  lines = [
-    (name, *(f'{row[part][0]:.2f}' for part in parts))
-    for name, row in content['networks'].items()
-  ]
+  parts = 'trace', 'couple', 'oneshot', 'prune', 'compile'
+  head = (
+    '',
+    'trace by Flax, s',
+    *(f'`{part}`, s' for part in parts[1:-1]),
+    'compile the whole network, s',
+    'Torch-Pruning: graph, cut, s',
+  )
+
+  def line(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    torch = row.get('torch_pruning')
+    beside = f'{torch["couple"][0]:.2f}, {torch["prune"][0]:.2f}' if torch else '–'
+    return (name, *(f'{row[part][0]:.2f}' for part in parts), beside)
+
+  lines = [line(*item) for item in content['networks'].items()]
   commands = ', '.join(
     f'`{command}` {times[0]:.1f} s' for command, times in content['commands'].items()
   )
   return (
-    'Seconds until an answer, nothing compiled before; `prune` includes the comparison '
-    f'of masked and small network ({content["device"]}; {link(path)}). Commands: '
-    f'{commands}.\n\n{table(head, lines)}'
+    'Seconds until an answer, nothing compiled before. `couple` includes the trace of '
+    'the network by Flax, below which it cannot come; `prune` includes the comparison '
+    'of masked and small network, which Torch-Pruning does not make '
+    f'({content["device"]}; {link(path)}). Commands: {commands}.\n\n'
+    f'{table(head, lines)}'
   )
 
 

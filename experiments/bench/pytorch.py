@@ -163,12 +163,8 @@ def pruned_times(
     ).step()  # fmt: skip
     return network
 
-  low, high = 0.0, 0.9
-  for _ in range(12):  # the part of channels for the part of FLOPs, by halving
-    middle = (low + high) / 2
-    enough = flops(whole) / flops(cut(middle)) >= flop_ratio
-    low, high = (low, middle) if enough else (middle, high)
-  small, times = cut(high), {}
+  off = lambda network: abs(flops(whole) / flops(network) - flop_ratio)
+  small, times = min(map(cut, np.linspace(0.1, 0.9, 65)), key=off), {}
   for batch in batches:
     x = drawn(batch)
 

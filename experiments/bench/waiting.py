@@ -1,8 +1,9 @@
 """How long people wait: for groups, decisions, cuts with their proof, and commands.
 
 Every time is the median of some calls in one process, whose compiled programs are
-forgotten before each of them. Beside them, the compilation of the whole network, and
-what Torch-Pruning takes for its graph and its cut where it is installed.
+forgotten before each of them. Beside them, the trace of the network by jax and Flax
+alone, without which no group is found, the compilation of the whole network, and what
+Torch-Pruning takes for its graph and its cut where it is installed.
 
   python -m experiments.bench.waiting
 
@@ -67,7 +68,9 @@ def row(name: str) -> dict[str, Any]:
   keep = dp.oneshot(coupling, variables, '50%', scope='uniform')
   whole = lambda: jax.jit(model.apply).lower(variables, images).compile()
   cut = lambda: dp.prune(model, variables, keep, images, coupling=coupling)
+  traced = lambda: jax.make_jaxpr(model.apply)(variables, images)
   return {
+    'trace': seconds(traced),
     'couple': seconds(lambda: dp.couple(model, variables, images)),
     'oneshot': seconds(lambda: dp.oneshot(coupling, variables, '50%')),
     'prune': seconds(cut, 3),
