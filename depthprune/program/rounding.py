@@ -5,13 +5,13 @@ layer of 41 channels takes as long as one of 48, or longer. So widths are multip
 number. A number that is asked for holds for every group. With 'auto' it depends on the
 device, and on the channels that the group has:
 
-  channels      256 or more   32-255   16-31   8-15   fewer
-  CPU and GPU        8           8       4       2      1
-  TPU              128           8       4       2      1
+  channels      256 or more   16-255   8-15   fewer
+  CPU and GPU        8           8       2      1
+  TPU              128           8       2      1
 
-so that there are always several multiples to choose from, and a target is not missed
-for them. A group that is to be narrower than one multiple has 1, 2, 4, ... channels,
-so that every target can be reached that can be reached without rounding.
+so that there are always several multiples to choose from. A target that is below what
+one multiple in every group costs may also leave 1, 2, 4, ... channels of a group, so
+that every target can be reached that can be reached without rounding.
 
 This is a table, and nothing is measured: on a busy machine, the times of convolutions
 of 40 to 64 channels named another number from one minute to the next, and the same
@@ -30,7 +30,7 @@ from depthprune.program import arguments
 AUTO = 'auto'
 FAST = {'tpu': 128}  # by platform; a TPU's matrix unit has 128 columns
 OTHERWISE = 8
-STEPS = (256, 128), (32, 8), (16, 4), (8, 2), (0, 1)
+STEPS = (256, 128), (16, 8), (8, 2), (0, 1)
 """(fewest channels of a group, number): the first such number that is not above that of
 the device is what the widths of the group are multiples of."""
 

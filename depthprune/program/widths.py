@@ -109,6 +109,20 @@ def allowed(
   return {g: [n for n in all_ if inside(n, limits[g])] for g, all_ in choices.items()}
 
 
+def in_multiples(
+  coupling: Coupling, round_to: RoundTo, limits: Mapping[str, Range]
+) -> dict[str, Range]:
+  """Returns limits that leave one multiple in every group; arguments as for `allowed`.
+
+  'auto' also allows widths below that, which save cost on paper and hardly any time.
+  """
+  by = {g: rounding.step(round_to, coupling.groups[g].size) for g in limits}
+  return {
+    g: limit._replace(least=max(limit.least, min(by[g], limit.most)))
+    for g, limit in limits.items()
+  }
+
+
 def nearest(
   widths: Mapping[str, int],
   choices: Mapping[str, list[int]],
@@ -117,8 +131,8 @@ def nearest(
 ) -> Mapping[str, int]:
   """Returns widths of which the error is smaller, while it is above a tolerance.
 
-  Two groups at a time move by one width each, in opposite directions: where widths are
-  multiples, moving one group may change the cost by too much.
+  One group at a time moves by one width, the one that helps most. Where none helps, two
+  move in opposite directions, or one moves beyond the target and others make up for it.
 
   Args:
     widths: one of its `choices` for every group.
@@ -126,29 +140,59 @@ def nearest(
     error: (widths) -> how far the cost is off its target, of either sign.
     tolerance: absolute error that is near enough.
   """
-  off = abs(error(widths))
-  while off > tolerance:
-    options = [(abs(error(n)), i, n) for i, n in enumerate(_exchanged(widths, choices))]
-    least, _, best = min(options, default=(off, 0, widths))
-    if least >= off:
-      break
-    off, widths = least, best
+  widths, off = _one_by_one(widths, choices, error, tolerance)
+  for moves in _exchanged, _made_up_for:
+    while abs(off) > tolerance:
+      options = [
+        (abs(error(n)), i, n) for i, n in enumerate(moves(widths, choices, error))
+      ]
+      least, _, best = min(options, default=(abs(off), 0, widths))
+      if least >= abs(off):
+        break
+      widths, off = _one_by_one(best, choices, error, tolerance)
   return widths
 
 
-def _exchanged(
-  widths: Mapping[str, int], choices: Mapping[str, list[int]]
-) -> Iterator[dict[str, int]]:
+def _one_by_one(widths, choices, error, tolerance) -> tuple[Mapping[str, int], float]:
+  """Moves the group that helps most as long as one helps; returns the error, too."""
+  off = error(widths)
+  while abs(off) > tolerance:
+    options = [
+      (abs(error({**widths, g: n})), i, g, n)
+      for i, (g, n) in enumerate(_beside(widths, choices))
+    ]
+    least, _, group, width = min(options, default=(abs(off), 0, '', 0))
+    if least >= abs(off):
+      break
+    widths = {**widths, group: width}
+    off = error(widths)
+  return widths, off
+
+
+def _exchanged(widths, choices, error) -> Iterator[Mapping[str, int]]:
   """Yields the widths with one group a width narrower and another a width wider."""
+  for one, less in _beside(widths, choices):
+    for other, more in _beside(widths, choices):
+      if one != other and less < widths[one] and more > widths[other]:
+        yield {**widths, one: less, other: more}
 
-  def beside(by: int) -> dict[str, int]:
-    at = {g: choices[g].index(n) + by for g, n in widths.items()}
-    return {g: choices[g][i] for g, i in at.items() if 0 <= i < len(choices[g])}
 
-  for narrower, less in beside(-1).items():
-    for wider, more in beside(1).items():
-      if narrower != wider:
-        yield {**widths, narrower: less, wider: more}
+def _made_up_for(widths, choices, error) -> Iterator[Mapping[str, int]]:
+  """Yields the widths with one group moved beyond the target and others back to it."""
+  off = error(widths)
+  for group, width in _beside(widths, choices):
+    moved = {**widths, group: width}
+    if error(moved) * off < 0:
+      yield _one_by_one(moved, {**choices, group: [width]}, error, 0)[0]
+
+
+def _beside(widths, choices) -> Iterator[tuple[str, int]]:
+  """Yields every group with the next narrower and the next wider width it can have."""
+  for group, width in widths.items():
+    at = choices[group].index(width)
+    for i in at - 1, at + 1:
+      if 0 <= i < len(choices[group]):
+        yield group, choices[group][i]
 
 
 def matches(name: str, pattern: str) -> bool:

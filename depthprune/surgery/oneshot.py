@@ -20,7 +20,15 @@ from depthprune.program import axes as ax
 from depthprune.program.coupling import WHY, Coupling, Group
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of
-from depthprune.program.widths import Count, Counts, Range, allowed, nearest, ranges
+from depthprune.program.widths import (
+  Count,
+  Counts,
+  Range,
+  allowed,
+  in_multiples,
+  nearest,
+  ranges,
+)
 from depthprune.surgery.plan import widest
 from depthprune.timing.layers import TIME, CostFunction, counted
 
@@ -125,7 +133,12 @@ def oneshot(
   goal = absolute(target, total)
   price = lambda keep: cost_of(coupling, {'channels': keep})
   plan = _uniform if scope == 'uniform' else _global
-  keep_at, steps = plan(scores, limits, round_to)
+  wide = in_multiples(coupling, round_to, limits)
+  keep_at, steps = plan(scores, wide, round_to)
+  if price(keep_at(steps)) <= goal:
+    limits = wide
+  else:
+    keep_at, steps = plan(scores, limits, round_to)
   ceiling, floor = price(keep_at(0)), price(keep_at(steps))
   if goal < floor:
     least = 'at least one slice per group'

@@ -17,7 +17,7 @@ CHOICES = st.one_of(
   [
     (19, 32, 8, 16), (5, 32, 8, 8), (32, 32, 8, 32), (30, 30, 8, 30), (3, 6, 8, 6),
     (7, 9, 1, 7), (0, 9, 1, 1),
-    (63, 64, 'auto', 56), (13, 16, 'auto', 12), (7, 64, 'auto', 4), (0, 64, 'auto', 1),
+    (63, 64, 'auto', 56), (13, 16, 'auto', 8), (7, 64, 'auto', 4), (0, 64, 'auto', 1),
     (5, 7, 'auto', 5), (200, 256, Suited(128), 128), (100, 256, Suited(128), 64),
   ],
 )  # fmt: skip
@@ -37,8 +37,8 @@ def test_auto_is_a_table_of_devices_and_widths():
   """A group has several multiples to choose from, however narrow it is."""
   sizes = 1024, 256, 255, 32, 31, 16, 15, 8, 7, 1
   table = {p: [step(suited(p), n) for n in sizes] for p in ('cpu', 'gpu', 'tpu')}
-  assert table['cpu'] == table['gpu'] == [8, 8, 8, 8, 4, 4, 2, 2, 1, 1]
-  assert table['tpu'] == [128, 128, 8, 8, 4, 4, 2, 2, 1, 1]
+  assert table['cpu'] == table['gpu'] == [8, 8, 8, 8, 8, 8, 2, 2, 1, 1]
+  assert table['tpu'] == [128, 128, 8, 8, 8, 8, 2, 2, 1, 1]
   assert suited() == suited('cpu') == suited('one of the future')
 
 
@@ -62,7 +62,7 @@ def test_widths_are_multiples_or_the_whole_axis(size, round_to):
   assert by <= max(size, by if by == round_to else 0)
 
 
-@given(st.integers(32, 255), st.integers(8, 255))
+@given(st.integers(16, 255), st.integers(8, 255))
 def test_auto_equals_the_number_that_it_stands_for_from_one_multiple_on(size, n):
   n = min(n, size)
   assert built(n, size, 'auto') == built(n, size, suited()) == built(n, size, 8)

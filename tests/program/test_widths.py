@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from depthprune.program.coupling import couple
-from depthprune.program.widths import Range, ranges
+from depthprune.program.widths import Range, in_multiples, nearest, ranges
 
 
 class Block(nn.Module):
@@ -204,6 +204,32 @@ def test_both_ends_can_be_built():
   assert ranges(NET, round_to=8)[NECK] == Range(8, 20)
   assert ranges(NET, round_to=8, at_least=9, at_most={'neck': 19})[NECK] == (16, 16)
   assert ranges(NET, round_to=8, at_most=0.2)[NECK] == Range(8, 8)  # never below one
+
+
+@pytest.mark.parametrize(
+  ('start', 'target', 'found'),
+  [
+    ((16, 16, 16, 16), 650, 640),  # one narrower
+    ((8, 16, 16, 16), 650, 640),  # the first wider, which helps, then one narrower
+    ((8, 16, 16, 16), 420, 416),  # the first beyond the target, and several back
+    ((8, 16, 16, 16), 388, 384),  # near enough
+  ],
+)
+def test_the_nearest_widths_are_found_step_by_step(start, target, found):
+  """Of a stream that three branches read: the cost is s (a + b + c)."""
+  choices = {'s': [8, 16], **{name: [2, 4, 8, 16] for name in 'abc'}}
+  cost = lambda n: n['s'] * (n['a'] + n['b'] + n['c'])
+  off = lambda n: cost(n) - target
+  got = nearest(dict(zip('sabc', start)), choices, off, tolerance=10)
+  assert cost(got) == found
+
+
+def test_narrow_widths_of_auto_are_left_out():
+  limits = ranges(NET, round_to='auto', at_most={'stage1/up': 1})
+  wide = in_multiples(NET, 'auto', limits)
+  assert limits[NECK] == Range(1, 20) and wide[NECK] == Range(8, 20)
+  assert wide[FIRST] == (1, 1)  # what a ceiling is below a multiple
+  assert in_multiples(NET, 4, ranges(NET, round_to=4)) == ranges(NET, round_to=4)
 
 
 def test_ratios_are_met_as_nearly_as_the_rest_allows():

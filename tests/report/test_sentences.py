@@ -273,7 +273,8 @@ def test_the_batch_size_from_which_a_cascade_pays_is_said(sidenet):
   run = sidenet['cascade']['executed']
   times = lambda speedup, batch: {
     'ms': 1.0, 'whole_ms': speedup, 'speedup': speedup, 'batch': batch,
-    'ms_quartiles': [0.99, 1.01], 'whole_ms_quartiles': [speedup - 0.01, speedup + 0.01],
+    'ms_quartiles': [0.99, 1.01],
+    'whole_ms_quartiles': [speedup - 0.01, speedup + 0.01],
   }  # fmt: skip
   said = lambda: sentences.pays_from(cascade_of(sidenet))
   assert said() == ''

@@ -181,14 +181,19 @@ def test_rounded_widths_are_what_the_target_counts(resnet20, scope):
 @pytest.mark.parametrize('of', ['flops', 'params'])
 @pytest.mark.parametrize('scope', ['global', 'uniform'])
 def test_auto_meets_targets_with_widths_that_suit_the_device(resnet20, scope, of):
-  """Within a hundredth, where a multiple of the narrowest stage is twice that."""
+  """Within a hundredth, and below one multiple only if the target is."""
   coupling, variables = resnet20
   count = {'flops': cost.flops, 'params': cost.params}[of]
+  one = {g: np.arange(len(x)) < 8 for g, x in coupling.gates()['channels'].items()}
+  least = count(coupling, {'channels': one}) / count(coupling)
+  assert 0.1 < least < 0.25
   for target in (0.75, 0.5, 0.25, 0.1):
     keep = oneshot(coupling, variables, target, scope=scope, of=of, round_to='auto')
     assert abs(count(coupling, keep) / count(coupling) - target) <= 0.01
     for kept in keep['channels'].values():
       assert kept.sum() in possible(kept.size, 'auto')
+    narrow = any(kept.sum() < 8 for kept in keep['channels'].values())
+    assert narrow == (target < least)
     assert settle(coupling, keep, variables, round_to='auto').notes == ()
 
 

@@ -65,7 +65,7 @@ def test_less_than_one_multiple_becomes_one_and_the_largest_come_back():
 
 @pytest.mark.parametrize(
   ('size', 'left', 'width', 'by'),
-  [(40, 30, 24, 8), (24, 19, 16, 4), (12, 7, 6, 2), (40, 7, 4, 4)],
+  [(40, 30, 24, 8), (24, 19, 16, 8), (12, 7, 6, 2), (40, 7, 4, 4)],
 )
 def test_auto_rounds_a_narrow_group_to_less(size, left, width, by):
   coupling, arrays, _ = hidden(size)
