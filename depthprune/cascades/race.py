@@ -129,8 +129,7 @@ def merge(
   saved = [(left <= k).mean() * (upto[k + 1] - upto[k]) for k in range(len(early))]
   chosen = tuple(e for e, ms in zip(early, saved, strict=True) if ms < branch)
   plans = list(dict.fromkeys([(), chosen, early]))
-  plans.append(None)
-  calls = [_all(merging(plan), parts) for plan in plans]
+  calls = [_all(merging(plan), parts) for plan in [*plans, None]]
   *taken, alone = np.median(clock.interleave(calls, seconds / 2), axis=1)
   best = next(p for p, ms in zip(plans, taken) if ms <= min(taken) * (1 + NOISE))
   return merging(best if min(taken) <= alone * SLOWER else None)
