@@ -239,8 +239,10 @@ def randomised(variables: Any, noise: float = NOISE[0]) -> Any:
       square = float(np.mean(finite**2)) if finite.size else 0.0
     added = _noise(np.random.default_rng(seed), x.shape, wide)
     added *= noise * max(square**0.5, 0.1)
-    positive = wide is np.float32 and (x >= 0).all()
-    noisy = (x + (np.abs(added) if positive else added)).astype(dtype)
+    if wide is np.float32 and (x >= 0).all():
+      np.abs(added, out=added)
+    added += x
+    noisy = added.astype(dtype, copy=False)
     return jax.device_put(noisy, place if isinstance(place, NamedSharding) else None)
 
   leaves = paths_of(variables)
@@ -265,7 +267,13 @@ def _is_inexact(x) -> bool:
 
 def _noise(rng: np.random.Generator, shape: tuple, dtype: Any) -> np.ndarray:
   """Uniform noise of variance 1, of both parts where the dtype is complex."""
-  draw = lambda: (rng.random(shape, np.float32) - np.float32(0.5)) * np.float32(12**0.5)
+
+  def draw() -> np.ndarray:
+    noise = np.asarray(rng.random(shape, np.float32))
+    noise -= 0.5
+    noise *= 12**0.5
+    return noise
+
   return draw() + 1j * draw() if jnp.issubdtype(dtype, np.complexfloating) else draw()
 
 
