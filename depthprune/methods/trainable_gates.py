@@ -25,11 +25,11 @@ move, is ours:
 The penalty is two-sided, so channels can reopen. Divided by the price it moves all
 gates alike, and what the task says counts per unit of cost; otherwise the first layers,
 whose channels are dear, would go first. Milliseconds are measured, and noise may make a
-channel seem free: no price is below LEAST of the mean. All gates start open, evenly
-spaced in their group: equal ones would close in one step. The largest gate of a group
-stays open whatever its weight: a network with an empty layer has no gradient to lead it
-back. Where widths are rounded, the gates are so in training too, with the same
-gradient.
+channel seem free: no price is below LEAST of the mean. All gates start open and evenly
+spaced, in their group or in the network: equal ones would close in one step. The
+largest gate of a group stays open whatever its weight: a network with an empty layer
+has no gradient to lead it back. Where widths are rounded, the gates are so in training
+too, with the same gradient.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def trainable_gates(
   round_to: RoundTo = 1,
   steps: int = 0,
   scores: Mapping[str, np.ndarray] | None = None,
+  scope: str = 'uniform',
   exclude: str | Sequence[str] = (),
   at_least: Counts | None = None,
   at_most: Counts | None = None,
@@ -125,6 +126,9 @@ def trainable_gates(
       rest.
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
       start nearer to closing. By default the order is arbitrary.
+    scope: 'uniform' compares the scores within each group, so that at first all groups
+      close alike; 'global' compares them throughout the network, divided by what a
+      channel of the group costs, and takes scores of all groups for that.
     exclude: patterns of groups, arrays or modules that are left whole, as in `oneshot`.
       They have no gates.
     at_least: fewest channels of every group, or {pattern: channels}, as in `oneshot`.
@@ -142,7 +146,7 @@ def trainable_gates(
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
-  _check(strength, gate_lr, surrogate, steps, scores)
+  _check(strength, gate_lr, surrogate, steps, scores, scope)
   for group in scores or {}:
     arguments.coupling(coupling).axis(group)
   ratios = target if isinstance(target, Mapping) else None
@@ -193,7 +197,11 @@ def trainable_gates(
       coupling, theta['channels'], rho, C, round_to, limits
     ),
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta, step)) ** 2,
-    init=lambda gates, outputs: {'channels': _spread(start, scores or {})},
+    init=lambda gates, outputs: {
+      'channels': _spread_globally(start, scores or {}, c)
+      if scope == 'global'
+      else _spread(start, scores or {})
+    },
     forward=forward,
     report=lambda theta: {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])},
     transform=lambda tx: spare_closed(apart(tx, _gate_tx(c, eta_t)), open_part),
@@ -221,13 +229,16 @@ def gate(
   return b + jax.lax.stop_gradient(built - b)
 
 
-def _check(strength, gate_lr, surrogate, steps, scores) -> None:
+def _check(strength, gate_lr, surrogate, steps, scores, scope) -> None:
   arguments.number('strength', strength, least=0)
   arguments.number('gate_lr', gate_lr, least=0)
   arguments.whole('steps', steps, least=0)
   gating.surrogate_gradient(jnp.zeros(()), surrogate)  # refuses another name
   if scores is not None:
     arguments.kind_of('scores', scores, Mapping, '{group: [slices]}', RANKED)
+  if scope not in ('uniform', 'global'):
+    expected = 'uniform or global'
+    raise arguments.refused('scope', expected, scope, kind=ValueError)
 
 
 def _remaining(
@@ -256,13 +267,36 @@ def _spread(start: Mapping, scores: Mapping) -> dict[str, jax.Array]:
   spread = {}
   for i, (group, b) in enumerate(start.items()):
     score = scores.get(group, np.random.RandomState(i).permutation(b.size))
-    if np.shape(score) != (b.size,):
-      has = f'{group}: has shape {np.shape(score)}, its slices are {b.size}'
-      raise arguments.wrong('scores', has, RANKED)
-    rank = np.argsort(np.argsort(score, kind='stable'), kind='stable')
-    w = 2 * START * (rank + (i + 0.5) / len(start)) / b.size
-    spread[group] = jnp.asarray(w, jnp.float32)
+    _check_size(group, b, score)
+    w = (_ranks(score) + (i + 0.5) / len(start)) / b.size
+    spread[group] = jnp.asarray(2 * START * w, jnp.float32)
   return spread
+
+
+def _spread_globally(start: Mapping, scores: Mapping, c: Tree) -> dict[str, jax.Array]:
+  """Gate weights in (0, 2 START), evenly spaced in the network, by score per price."""
+  for group, b in start.items():
+    if group not in scores:
+      raise arguments.wrong(
+        'scores', f"{group}: scope='global' needs its scores", RANKED
+      )
+    _check_size(group, b, scores[group])
+  worth = [scores[group] / np.mean(c['channels'][group]) for group in start]
+  w = 2 * START * (_ranks(np.concatenate(worth)) + 0.5) / sum(map(len, worth))
+  ends = np.cumsum([len(each) for each in worth])[:-1]
+  parts = np.split(w.astype(np.float32), ends)
+  return {group: jnp.asarray(part) for group, part in zip(start, parts, strict=True)}
+
+
+def _check_size(group: str, b: np.ndarray, score: np.ndarray) -> None:
+  if np.shape(score) != b.shape:
+    has = f'{group}: has shape {np.shape(score)}, its slices are {b.size}'
+    raise arguments.wrong('scores', has, RANKED)
+
+
+def _ranks(score: np.ndarray) -> np.ndarray:
+  """The place of every score in their order, from 0."""
+  return np.argsort(np.argsort(score, kind='stable'), kind='stable')
 
 
 def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:
@@ -303,6 +337,11 @@ class GateOptions:
   strength: float = 200.0
   """Weight of the distance to the target in the loss."""
 
+  by_loss: bool = False
+  """Channels whose closing changes the loss least, for what they cost, start nearest to
+  closing, in the whole network; else those of the smallest kernels, equally many in
+  every group."""
+
   keep: Annotated[tuple[str, ...], PATTERNS] = ()
   """Channels to leave whole: names of modules or arrays, or patterns of them, such as
   head 'stage3/*'."""
@@ -339,6 +378,7 @@ def _build(setting: Setting) -> Method:
     round_to=setting.round_to,
     steps=setting.steps,
     scores=setting.scores,
+    scope='global' if o.by_loss and setting.scores else 'uniform',
     exclude=o.keep,
   )
 
@@ -432,6 +472,7 @@ RECIPE = Recipe(
   peaks=(0.5, 0.5),
   target=_target,
   round_to=lambda o: o.round_to,
+  score=lambda o: 'taylor' if o.by_loss else 'l1',
   formerly={'round_to': 1},
   legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,

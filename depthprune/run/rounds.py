@@ -37,6 +37,7 @@ from depthprune.surgery.oneshot import rank
 from depthprune.surgery.prune import Pruned
 from depthprune.train.distill import Teacher, distill
 from depthprune.train.evaluate import recalibrate
+from depthprune.train.importance import taylor
 from depthprune.train.judge import judge
 from depthprune.train.method import Method, plain
 from depthprune.train.result import (
@@ -53,10 +54,11 @@ from depthprune.train.step import State, gated
 from depthprune.train.task import Tree, as_dict
 
 RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
+SCORING = 20  # batches that score channels, at most
 JUDGING = 4  # batches for fresh statistics of each candidate of a decision
 
 Build = Callable[..., Method]
-"""(coupling, steps, scores, whole) -> method; `scores` are the channels' L1 norms, and
+"""(coupling, steps, scores, whole) -> method; `scores` are those of the channels, and
 `whole` is the coupling of the network before any cut."""
 
 
@@ -228,7 +230,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   method = build(
     coupling,
     steps=job.steps(epochs),
-    scores=rank(coupling, variables, 'l1'),
+    scores=_scores(job, coupling, model, variables),
     whole=before[0].coupling if before else coupling,
   )
   state = stage(
@@ -267,6 +269,14 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
     recalibrated=scores(fresh, held_out)['accuracy'],
   )
   return _Round(coupling, method, state, pruned, model, fresh, accuracies)
+
+
+def _scores(job: Job, coupling: Coupling, model, variables) -> dict[str, np.ndarray]:
+  """Scores of all channels, of the kind that the method starts from."""
+  if job.config.recipe.score(job.config.options) == 'l1':
+    return rank(coupling, variables, 'l1')
+  batches = _augmented_batches(job, 'scores', SCORING)
+  return taylor(model, coupling, job.on_mesh(variables), job.task, batches)
 
 
 def _augmented_batches(job: Job, name: str, most: int) -> Iterator[Tree]:

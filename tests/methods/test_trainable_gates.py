@@ -145,6 +145,30 @@ def test_gates_start_evenly_spaced_and_the_groups_out_of_step():
     np.testing.assert_allclose(w, 0.2 * (np.arange(w.size) + part) / w.size, rtol=1e-5)
 
 
+def test_globally_gates_start_in_the_order_of_score_by_price():
+  """A channel costs 2 (5 + 12) FLOPs in the first layer, 2 (16 + 3) in the second."""
+  scores = {'first:1': np.arange(16.0) ** 2, 'second:1': np.arange(12.0)}
+  method = trainable_gates(COUPLING, 0.5, scores=scores, scope='global')
+  theta = method.init({}, {})['channels']
+  w = np.concatenate([theta['first:1'], theta['second:1']])
+  worth = np.concatenate([scores['first:1'] / 17, scores['second:1'] / 19])
+  np.testing.assert_array_equal(np.argsort(w), np.argsort(worth, kind='stable'))
+  np.testing.assert_allclose(np.sort(w), 0.2 * (np.arange(28) + 0.5) / 28, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'message'),
+  [
+    ({'scope': 'local'}, 'scope: expected uniform or global'),
+    ({'scope': 'global'}, "first:1: scope='global' needs its scores"),
+    ({'scores': {'first:1': np.ones(3)}}, r'first:1: has shape \(3,\)'),
+  ],
+)
+def test_scores_that_order_nothing_are_refused(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    trainable_gates(COUPLING, 0.5, **wrong).init({}, {})
+
+
 def update(method, theta, step=0):
   """theta after one update in which the task has no gradient."""
   tx = optimizer(method, optax.sgd(0.1))

@@ -7,23 +7,28 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from depthprune import methods
 from depthprune.data.dataset import DataError
 from depthprune.exports import networks
-from depthprune.methods.trainable_gates import GateOptions
+from depthprune.methods.trainable_gates import GateOptions, trainable_gates
+from depthprune.program.coupling import couple
 from depthprune.program.rounding import Suited
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.run.config import from_json as from_config
 from depthprune.run.job import prepare, rounding
+from depthprune.run.network import initial_variables, network
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.timing import layers
 from depthprune.train.evaluate import evaluator
+from depthprune.train.importance import taylor
 from depthprune.train.loop import NonFiniteLoss
 from depthprune.train.result import from_json, to_json
 
@@ -292,6 +297,25 @@ def test_a_run_goes_on_with_the_rounding_that_it_began_with(tmp_path):
   stored.write_bytes(bytes(10))
   with pytest.warns(UserWarning, match=r'rounding\.json: damaged'):
     assert rounding(job) == Suited(8)
+
+
+def test_gates_that_start_by_loss_close_first_what_the_loss_misses_least(tmp_path):
+  """Without training, the decision is that of the scores, per FLOP of a channel."""
+  options = GateOptions(by_loss=True, round_to=1)
+  asked = {'options': options, 'train_epochs': 0, 'gate_epochs': 0}
+  config = dataclasses.replace(CONFIG, **asked, workdir=str(tmp_path))
+  job = prepare(config, show=False)
+  model = network(config, job.images.classes, *job.inputs)
+  variables = initial_variables(job, model)
+  small = rounds.shrink(job, model, variables, partial(methods.build, options))
+  coupling = couple(model, variables, *job.inputs)
+  batches = list(rounds._augmented_batches(job, 'scores', rounds.SCORING))
+  scores = taylor(model, coupling, variables, job.task, batches)
+  method = trainable_gates(coupling, scores=scores, scope='global')
+  expected = method.decide(method.init({}, {}), {}, None)['channels']
+  for group, kept in small.pruned.keep['channels'].items():
+    np.testing.assert_array_equal(kept, expected[group])
+  assert len(batches) == 16 and not expected['layer0/dense:1'].all()
 
 
 def test_rounded_widths_parameters_and_bfloat16_in_one_run(tmp_path):
