@@ -29,12 +29,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from depthprune.run.config import Config
+from depthprune.run.job import Job
 from experiments.result_files import Case, Row, Rows, path_of
 
 SEEDS = 3
 BOTH_SIZES = (  # the most valuable first
   'trainable_gates.resnet56_cifar10',
+  'implosion.resnet56_distilled',
   'implosion.resnet56_pretrained',
   'netcut.resnet110_cifar10',
   'sidenet.resnet56_cifar10',
@@ -57,6 +61,8 @@ BOTH_SIZES = (  # the most valuable first
 CPU_ONLY = (
   'trainable_gates.digits',
   'trainable_gates.fashion_mnist',
+  'trainable_gates.resnet20_cifar10',
+  'trainable_gates.resnet20_ablation',
   'sidenet.composed',
 )
 
@@ -221,6 +227,23 @@ def sized(
   path = path_of(paper, name, arguments.full)
   config = full if arguments.full else dataclasses.replace(full, **small)
   return path, dataclasses.replace(config, workdir=f'runs/{paper}/{path.stem}')
+
+
+def on_unseen(job: Job, deciding: int | None = None) -> Job:
+  """The job of a pretrained network, which may have seen all training images.
+
+  The first half of the test images is held out instead, to decide on, and the second
+  half reports.
+
+  Args:
+    job: The run.
+    deciding: How many of the first half; None takes all.
+  """
+  test = job.images.test
+  middle = len(test['label']) // 2
+  part = lambda a, b: jax.tree.map(lambda x: x[a:b], test)
+  held_out, reported = part(0, min(deciding or middle, middle)), part(middle, None)
+  return job._replace(images=job.images._replace(held_out=held_out, test=reported))
 
 
 def run_folder(config: Config, case: Case) -> Path:

@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs/realised.md from the committed result files.
+"""Writes the tables of README and docs/ from the committed result files.
 
   python -m experiments.tables
 
@@ -27,10 +27,13 @@ from experiments.result_files import (
 from experiments.run import BOTH_SIZES, Arguments, find, row_count, run
 from experiments.sidenet.comparison import sidenet_tables
 from experiments.sidenet.small_networks import small_network_tables
+from experiments.trainable_gates.ablation import ablation_tables
 from experiments.trainable_gates.comparison import demo_table, gates_tables
+from experiments.verdicts import verdicts, when_pruning_pays
 
 README = HERE.parent / 'README.md'
 REALISED = HERE.parent / 'docs' / 'realised.md'
+RESULTS = HERE.parent / 'docs' / 'results.md'
 MARKED = re.compile(r'(<!-- results:.*?-->\n).*?(<!-- end of results -->)', re.DOTALL)
 
 
@@ -39,6 +42,7 @@ def text() -> str:
   parts = (
     demo_table,
     gates_tables,
+    ablation_tables,
     gates_bench,
     milliseconds_bench,
     training_bench,
@@ -56,6 +60,24 @@ def text() -> str:
     progress_table,
   )
   return '\n\n'.join(part() for part in parts)
+
+
+def results() -> str:
+  """The page of results: claims first, then all tables."""
+  page = (
+    '# Results',
+    'Accuracy in % on test data, mean ± standard deviation over seeds; whatever was '
+    'decided was decided on held-out data. `python -m experiments.claims` runs what is '
+    'missing at the size for a CPU, with `--full` at that for an accelerator, and '
+    '`python -m experiments.tables` writes this page from the result files.',
+    '## What the papers claim',
+    verdicts(),
+    '## When pruning pays, and when a smaller network does',
+    when_pruning_pays(),
+    '## All tables',
+    text(),
+  )
+  return '\n\n'.join(page).replace('](experiments/', '](../experiments/')
 
 
 def gates_bench() -> str:
@@ -322,3 +344,4 @@ if __name__ == '__main__':
     MARKED.sub(lambda m: f'{m[1]}\n{new}\n\n{m[2]}', README.read_text())
   )
   REALISED.write_text(f'{realised_bench()}\n')
+  RESULTS.write_text(f'{results()}\n')

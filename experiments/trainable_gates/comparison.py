@@ -2,13 +2,15 @@
 
   gates     trained jointly with the weights, then fine-tuned
   l1        uniform L1 norm of the trained network, fine-tuned as long in total, at the
-            same rates
+            same rates, and towards the same teacher if there is one
+  global    the same by the L1 norm over all layers
   random    uniform random channels, fine-tuned as long in total
   scratch   the shape that the gates found, trained from scratch for all epochs together
 
 Every (seed, target, method) is one row. The network that is cut is trained once for
 each seed, or pretrained. Decisions see held-out images only; the test images are read
-once per row.
+once per row. A pretrained network may have seen all training images: then the first
+half of the test images is what is held out, and accuracy is that of the second.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -42,24 +44,39 @@ from experiments.result_files import (
   read,
   table,
 )
-from experiments.run import SEEDS, Arguments, Case, compare, sized, within
+from experiments.run import (
+  SEEDS,
+  Arguments,
+  Case,
+  compare,
+  on_unseen,
+  sized,
+  within,
+)
 
 METHODS = ('gates', 'l1', 'random', 'scratch')
+FEW = 512  # held-out images on which the stages of a run are measured
 NAMES = {
   'gates': 'trainable gates',
   'l1': 'uniform L1',
+  'global': 'global L1',
   'random': 'uniform random',
   'scratch': 'same shape from scratch',
 }
 
 
-class Base(NamedTuple):
-  """The network that is cut, trained, and the test accuracy that it has."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+  """The network that is cut, trained."""
 
   job: Job
   model: Any
   variables: Tree
-  accuracy: float
+
+  @functools.cached_property
+  def accuracy(self) -> float:
+    """Its accuracy on the images that report."""
+    return _test_accuracy(self.job, self.model, self.variables)
 
 
 def run(
@@ -115,11 +132,11 @@ def _make_row(
   same_seed: list[Row],
 ) -> Row:
   started = time.monotonic()
-  folder = shared.path / f'base-seed{config.seed}'
-  base = _base(dataclasses.replace(shared, seed=config.seed, workdir=str(folder)))
+  base = base_of(shared, config)
   config = _with_epochs(config, case['method'])
-  config = dataclasses.replace(config, options=GateOptions(case['target'], round_to=1))
-  job = base.job._replace(config=config, folder=config.path)
+  options = dataclasses.replace(config.options, target=case['target'])
+  config = dataclasses.replace(config, options=options)
+  job = job_of(base, config)
   if case['method'] == 'scratch':
     gates = {'target': case['target'], 'method': 'gates'}.items()
     (shape,) = (row for row in same_seed if gates <= row.items())
@@ -129,14 +146,35 @@ def _make_row(
   return {**row, 'wall_seconds': round(time.monotonic() - started, 1)}
 
 
+def base_of(shared: Config[GateOptions], config: Config[GateOptions]) -> Base:
+  """The network that the runs of a seed start from.
+
+  Args:
+    shared: What all runs of an experiment have in common.
+    config: That of a run, from which the seed and what concerns the data are taken.
+  """
+  common = {k: getattr(config, k) for k in ('seed', 'batch', 'mixup')}
+  folder = shared.path / f'base-seed{config.seed}'
+  return _base(dataclasses.replace(shared, **common, workdir=str(folder)))
+
+
 @functools.lru_cache(1)
 def _base(config: Config[GateOptions]) -> Base:
   job = prepare(config)
+  if config.pretrained:
+    job = on_unseen(job)
   model = network(config, job.images.classes)
   variables = initial_variables(job, model)
   if epochs := config.epochs.train:
     variables = _trained(job, TRAIN, model, variables, epochs)
-  return Base(job, model, variables, _test_accuracy(job, model, variables))
+  return Base(job, model, variables)
+
+
+def job_of(base: Base, config: Config[GateOptions]) -> Job:
+  """The job of one run. Gates decide nothing on held-out images, so few are enough."""
+  few = jax.tree.map(lambda x: x[:FEW], base.job.images.held_out)
+  images = base.job.images._replace(held_out=few)
+  return base.job._replace(config=config, folder=config.path, images=images)
 
 
 def _with_epochs(config: Config[GateOptions], method: str) -> Config[GateOptions]:
@@ -167,7 +205,7 @@ def _scratch_row(job: Job, base: Base, shape: Mapping[str, Any]) -> Row:
 
 def _cut_row(job: Job, base: Base, method: str) -> Row:
   if method == 'gates':
-    build = functools.partial(methods.build, job.config)
+    build = functools.partial(methods.build, job.config.options)
   else:
     build = _oneshot(job, base.variables, method)
   shrunk = rounds.shrink(job, base.model, base.variables, build)
@@ -183,8 +221,9 @@ def _cut_row(job: Job, base: Base, method: str) -> Row:
   }
 
 
-def _oneshot(job: Job, variables: Tree, score: str) -> Callable[..., Method]:
-  """A method that decides without training: uniform over layers, by a score."""
+def _oneshot(job: Job, variables: Tree, name: str) -> Callable[..., Method]:
+  """A control, as a method that decides without training."""
+  score, scope = ('l1', 'global') if name == 'global' else (name, 'uniform')
 
   def build(coupling, steps, scores, whole) -> Method:
     del steps, scores, whole
@@ -193,7 +232,7 @@ def _oneshot(job: Job, variables: Tree, score: str) -> Callable[..., Method]:
       variables,
       job.config.options.target,
       score=score,
-      scope='uniform',
+      scope=scope,
       of=job.config.options.of,
       key=job.key('random'),
     )
@@ -248,10 +287,11 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   reached = ', '.join(share(gates) for t in targets if (gates := at('gates', t)))
   cut = [r for r in rows if 'accuracy_unpruned' in r]
   unpruned = {r['seed']: r['accuracy_unpruned'] for r in cut}
+  part = 'the second half of the ' if config['pretrained'] else ''
   return (
     f'{config["model"]} on {config["data"]}{_training(config)}, {len(unpruned)} seeds, '
-    f'test accuracy in %; unpruned {percent(unpruned.values())}; FLOPs reached by '
-    f'gates: {reached or "–"} % ({link(path)}):\n\n'
+    f'accuracy in % on {part}test images; unpruned {percent(unpruned.values())}; FLOPs '
+    f'reached by gates: {reached or "–"} % ({link(path)}):\n\n'
     + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
   )
 
