@@ -137,7 +137,7 @@ def _compared(
     config = content['config']
     subject = f'{config["model"]} on {config["data"]}'
     is_pretrained = config.get('pretrained') is not None
-    yield Comparison(subject, link(path), is_pretrained, flops, pruned, scratch)
+    yield Comparison(subject, rows_at(path), is_pretrained, flops, pruned, scratch)
 
 
 # ---- one function for each kind of claim ---------------------------------------------
@@ -354,8 +354,13 @@ def at(rows: Sequence[Row], target: float) -> list[Row]:
 
 
 def rows_of(paper: str, name: str, full: bool) -> tuple[list[Row], str]:
-  """The rows of an experiment, none if it has not run, and the link to their file."""
+  """The rows of an experiment, none if it has not run, and a link to them."""
   path = path_of(paper, name, full)
   if not path.is_file():
     return [], ''
-  return read(path)['rows'], link(path)
+  return read(path)['rows'], rows_at(path)
+
+
+def rows_at(path: Path) -> str:
+  """A short link, as many stand in a table."""
+  return f'[rows]{link(path).partition("]")[2]}'
