@@ -234,6 +234,7 @@ def _oneshot(job: Job, variables: Tree, name: str) -> Callable[..., Method]:
       score=score,
       scope=scope,
       of=job.config.options.of,
+      round_to=job.config.options.round_to,
       key=job.key('random'),
     )
     return Method(decide=lambda theta, stats, evaluate: keep)
