@@ -6,6 +6,7 @@ every run.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from depthprune.report.numbers import spread
+from depthprune.run.config import Config, from_json
 from depthprune.run.job import surroundings
 from depthprune.storage import directory as record
 from depthprune.storage.keeper import same_config
@@ -85,8 +87,18 @@ class Rows:
   def _content(self) -> dict[str, Any]:
     content = json.loads(self.path.read_text()) if self.path.is_file() else {}
     if content:
-      same_config(content['config'], self.config, str(self.path))
+      same_config(_completed(content['config']), self.config, str(self.path))
     return content
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+  """A stored config, and those in it, with the fields that later versions added."""
+  values = {k: _completed(v) if isinstance(v, dict) else v for k, v in stored.items()}
+  if 'method' not in values:
+    return values
+  known = {'method', *(field.name for field in dataclasses.fields(Config))}
+  own = {k: v for k, v in values.items() if k in known}
+  return {**values, **from_json(own).to_json()}
 
 
 @contextlib.contextmanager
