@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from depthprune.run.compilation import keep_programs
 from depthprune.run.config import Config
 from depthprune.run.job import Job
 from experiments.result_files import Case, Row, Rows, path_of
@@ -308,6 +309,7 @@ def main() -> None:
     return
   if words.full and (small := [name for name in chosen if name in CPU_ONLY]):
     parser.error(f'{", ".join(small)}: there is no other size than that for a CPU')
+  keep_programs()
   arguments = Arguments(words.full, words.minutes, tuple(words.seeds), words.left)
   progress = run(chosen, arguments)
   print(summary(progress))
