@@ -97,8 +97,8 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
   if 'method' not in values:
     return values
   known = {'method', *(field.name for field in dataclasses.fields(Config))}
-  own = {k: v for k, v in values.items() if k in known}
-  return {**values, **from_json(own).to_json()}
+  now = from_json({k: v for k, v in values.items() if k in known}).to_json()
+  return {**now, **values, 'options': now['options']}
 
 
 @contextlib.contextmanager

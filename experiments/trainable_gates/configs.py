@@ -23,12 +23,13 @@ RESNET20 = Config(
 CHANGES = {  # each differs from the base, which is the first, in one thing
   'nothing': {},
   'learning rate 0.05': {'learning_rate': 0.05},
+  'gates learn slower': {'gate_learning_rate': 5e-5, 'strength': 800.0},
   'no distillation': {'distill': False},
   'all epochs after the cut': {'gate_epochs': 0, 'finetune_epochs': 2},
   'started by loss': {'by_loss': True},
   'residual streams whole': {'keep': ('stem/conv',)},
   'all epochs with gates': {'gate_epochs': 2, 'finetune_epochs': 0},
-  'gates learn faster, 5e-4': {'gate_learning_rate': 5e-4},
+  'gates learn faster': {'gate_learning_rate': 8e-4, 'strength': 50.0},
   'mixup': {'mixup': 1.0},
   'batches of 128': {'batch': 128},
 }
