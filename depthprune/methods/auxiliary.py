@@ -253,6 +253,9 @@ class AuxiliaryOptions:
   gate_learning_rate: float = 0.02
   """Learning rate of the gates (search)."""
 
+  control: bool = False
+  """Train the network alone too, for as many epochs, and show what it reaches."""
+
   def __post_init__(self):
     one_of(self, 'structure', (*STRUCTURES, 'none'))
     one_of(self, 'decay', get_args(Decay))
@@ -331,6 +334,23 @@ def _sentence(result: Result) -> str:
   )
 
 
+def _remarks(result: Result) -> Sequence[str]:
+  """What nothing was compared with, and a search that decided nothing."""
+  remarks = []
+  open_ = result.rounds[-1].learned.get('open', {}) if result.rounds else {}
+  if len(open_) > 1 and all(value > 0 for value in open_.values()):
+    remarks.append(
+      'the search closed no connection, so it decided nothing: the path is the one '
+      'with all of them'
+    )
+  if result.options['structure'] != 'none' and not result.control:
+    remarks.append(
+      'what the network reaches when it is trained alone was not measured; --control '
+      'measures it'
+    )
+  return remarks
+
+
 RECIPE = Recipe(
   options=AuxiliaryOptions,
   build=_build,
@@ -348,5 +368,8 @@ RECIPE = Recipe(
   heads=_beside,
   legend='before: with any path beside it; after: the compact network alone',
   sentence=_sentence,
+  control=lambda o: dataclasses.replace(o, structure='none') if o.control else None,
+  decides_only=('control',),
+  remarks=_remarks,
   charts=(Chart('Connections of the path', 'connections', 'weight', 'gate weight'),),
 )

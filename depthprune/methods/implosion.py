@@ -371,7 +371,10 @@ RECIPE = Recipe(
     '': Epochs(train=0, gates=160, finetune=60),
   },
   erases_units=True,
-  legend='cut: right after the last erasure; after: at the end of the run',
+  legend=(
+    'before: trained with priorities, before the first erasure; cut: right after the '
+    'last erasure; after: at the end of the run'
+  ),
   sentence=_sentence,
   charts=(Chart('Priority of the units', 'units', 'priority', 'priority |w|'),),
 )

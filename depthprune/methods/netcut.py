@@ -253,6 +253,7 @@ def _milliseconds(coupling: Coupling) -> np.ndarray:
 
 # ---- runs and reports ----------------------------------------------------------------
 
+DECIDED = 0.75  # importance above which the choice of an exit is called clear
 BY_MODEL = tyro.conf.arg(help_behavior_hint='(default: by model)')
 
 
@@ -349,10 +350,16 @@ def _remarks(result: Result) -> Sequence[str]:
   largest, entropy = learned['max_importance'], learned['entropy']
   if not (math.isfinite(largest) and math.isfinite(entropy)):
     return []
-  return [
+  remarks = [
     f'largest importance w {largest:.3f}, normalised entropy '
     f'{entropy:.3f} (0: one exit has it all, 1: all exits have the same)'
   ]
+  if largest < DECIDED:
+    remarks.append(
+      'the importance is still divided between exits, so which of them was kept is no '
+      'clear decision: another seed or a longer training may keep another'
+    )
+  return remarks
 
 
 RECIPE = Recipe(

@@ -61,12 +61,38 @@ def lead(result: Result) -> str:
   said = f'{said[:1].upper()}{said[1:]}. ' if said else ''
   before, after = result.accuracy.before, result.accuracy.after
   if result.cascade is None:
-    return f'{said}Test accuracy {percent(before)} before, {percent(after)} after.'
+    return f'{said}{_reached(result)}'
   own = percent(before, 2)
   original = result.cascade.original.get('test', before)
   if original != before:
     own += f' ({percent(original, 2)} before it was trained with its heads)'
   return f'{said}Test accuracy: MainNet {own}, cascade {percent(after, 2)}.'
+
+
+def _reached(result: Result) -> str:
+  """Returns `Test accuracy 92.4 % before, 91.8 % after.`, and what it is worth."""
+  before, after = result.accuracy.before, result.accuracy.after
+  longer = f' {text[:1].upper()}{text[1:]}.' if (text := trained_longer(result)) else ''
+  if 'test' in result.control:
+    alone = percent(result.control['test'])
+    return f'Test accuracy {percent(after)}, trained alone for as long {alone}.{longer}'
+  first = percent(before)
+  if 'test' in result.original:
+    first += f' ({percent(result.original["test"])} before the method trained it)'
+  return f'Test accuracy {first} before, {percent(after)} after.{longer}'
+
+
+def trained_longer(result: Result) -> str:
+  """Says by how many epochs the network after was trained longer than that before."""
+  if result.epochs is None or not result.epochs.after > result.epochs.before:
+    return ''
+  more = result.epochs.after - result.epochs.before
+  if not math.isfinite(more):
+    return ''
+  return (
+    f'the network after was trained for {more:g} epoch{"" if more == 1 else "s"} more '
+    'than that before'
+  )
 
 
 def all_of(result: Result) -> list[str]:
@@ -76,6 +102,7 @@ def all_of(result: Result) -> list[str]:
     decided(result),
     *recipe_of(result).remarks(result),
     uncut(result),
+    trained_longer(result),
     recalibrated(result),
     *((leaving(cascade), executed(cascade)) if cascade else (proven(result),)),
     one_by_one(cascade) if cascade else '',

@@ -64,6 +64,12 @@ def _costs(result: Result) -> Iterator[Sequence[str]]:
   yield _accuracy('accuracy, test', result.accuracy)
   if result.held_out:
     yield _accuracy('accuracy, held-out', result.held_out)
+  for name, of in (
+    ('accuracy, at the start', result.original),
+    ('accuracy, trained alone', result.control),
+  ):
+    if 'test' in of:
+      yield _accuracy(name, Accuracies(of['test'], result.accuracy.after))
   yield from (_accuracy(*each) for each in _scores(result))
   yield _cost(FLOPS, result.flops)
   yield _cost('parameters', result.params)
@@ -149,7 +155,9 @@ def tiles(result: Result) -> Iterator[Tile]:
   before, after = result.accuracy.before, result.accuracy.after
   cascade = result.cascade
   digits = 1 if cascade is None else 2
-  yield Tile(percent(after, digits), 'accuracy', points(before, after))
+  beside = result.control.get('test', before)
+  name = 'accuracy, against it alone' if result.control else 'accuracy'
+  yield Tile(percent(after, digits), name, points(beside, after))
   if cascade is None:
     for name, cost in (('FLOPs', result.flops), ('parameters', result.params)):
       yield _kept(name, cost)

@@ -76,9 +76,7 @@ def train(job: Job) -> Trained:
   if not plan.frozen:
     original = {}
     if config.pretrained:
-      measure = job.scores(trunk)
-      splits = {'held_out': job.images.held_out, 'test': job.images.test}
-      original = {k: measure(variables, of)['accuracy'] for k, of in splits.items()}
+      original = job.accuracies(trunk, variables)
     variables = with_trunk(job, model, variables)
     total = epochs.train + epochs.gates
     return together(job, 'joint', model, variables, total, original)

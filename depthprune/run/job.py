@@ -115,6 +115,12 @@ class Job(NamedTuple):
       self.on_mesh(variables), self.batches(split)
     )
 
+  def accuracies(self, model: Any, variables: Tree) -> dict[str, float]:
+    """Returns the accuracy of a network on 'test' and on 'held_out'."""
+    measure = self.scores(model)
+    splits = {'test': self.images.test, 'held_out': self.images.held_out}
+    return {name: measure(variables, of)['accuracy'] for name, of in splits.items()}
+
   def relevant(self, stage: str = '') -> dict[str, Any]:
     """Returns the part of the config on which a stage depends, or any stage."""
     return relevant(self.config.to_json(), stage)

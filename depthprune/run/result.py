@@ -24,13 +24,16 @@ LATENCY_BATCHES = (1, 128)
 SPLITS = ('train', 'held_out', 'test')
 
 
-def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
+def measure(
+  job: Job, model: Any, small: 'Shrunk', control: Mapping[str, float]
+) -> Result:
   """Measures a network before and after its cuts, all but the time of the run.
 
   Args:
     job: the run.
     model: the network before pruning.
     small: what it became.
+    control: accuracies of the network that was trained for comparison, if any.
   """
   full, thin = job.scores(model, small.answer), job.scores(small.model)
   test, held_out = (
@@ -62,6 +65,9 @@ def measure(job: Job, model: Any, small: 'Shrunk') -> Result:
     'multiples': _multiples(job, first['widths']),
     'rounds': [dataclasses.asdict(each) for each in small.rounds],
     'report': last,
+    'epochs': dataclasses.asdict(small.epochs),
+    'original': job.accuracies(model, small.original) if small.original else {},
+    'control': dict(control),
   }
   return from_json(values)
 

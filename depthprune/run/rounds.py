@@ -66,7 +66,8 @@ class Shrunk(NamedTuple):
   """A network before and after its cuts.
 
   Attributes:
-    before: variables of the network before any cut.
+    before: variables of the network before any cut; where units are erased, after the
+      first training with the method.
     answer: (outputs) -> logits, the answer of that network.
     pruned: the result of the last cut.
     model: what runs the small variables: a module of ours, else `pruned.apply`.
@@ -74,6 +75,9 @@ class Shrunk(NamedTuple):
     variables: variables after fine-tuning.
     rounds: results of the rounds, in order.
     reports: reports of surgery about each cut.
+    epochs: passes over the training data, of the network before and after.
+    original: variables that the run began with, where those before were trained
+      further.
   """
 
   before: Tree
@@ -84,6 +88,8 @@ class Shrunk(NamedTuple):
   variables: Tree
   rounds: tuple[RoundResult, ...]
   reports: tuple[dict[str, Any], ...]
+  epochs: Change
+  original: Tree | None
 
 
 class _Round(NamedTuple):
@@ -155,13 +161,34 @@ def _prune(job: Job) -> Result:
     state = stage(job, 'train', model, plain(), variables, epochs=epochs, peak=peak)
     variables = state.variables
   small = shrink(job, model, variables, build)
-  reached = result.measure(job, model, small)
+  reached = result.measure(job, model, small, _control(job))
   networks.save(
     job.folder / 'pruned',
     small.pruned._replace(variables=small.variables),
     job.images.normalisation,
   )
   return reached
+
+
+def _control(job: Job) -> dict[str, float]:
+  """Trains what the method compares its network with, if that is asked for.
+
+  Returns:
+    Its accuracy on 'test' and 'held_out'; {} without it.
+  """
+  options = job.config.recipe.control(job.config.options)
+  if options is None:
+    return {}
+  config = dataclasses.replace(job.config, options=options)
+  model = network(config, job.images.classes, *job.inputs)
+  variables = initial_variables(job._replace(config=config), model)
+  epochs, peaks = config.epochs, config.recipe.peaks
+  stages = (('control', epochs.gates), ('control-finetune', epochs.finetune))
+  for (name, count), part in zip(stages, peaks, strict=True):
+    peak = part * config.learning_rate
+    state = stage(job, name, model, plain(), variables, epochs=count, peak=peak)
+    variables = state.variables
+  return job.accuracies(model, variables)
 
 
 def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
@@ -179,15 +206,17 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   trained_before = bool(
     config.epochs.train or (config.pretrained and not config.recipe.heads)
   )
-  before, answer, teacher = variables, job.task.answer, None
+  before, answer, teacher, original = variables, job.task.answer, None, None
   if config.distill and trained_before:
     teacher = Teacher(runnable(model), variables)
   rounds = [_round(job, model, variables, build, teacher, ())]
-  if not trained_before:
+  trained_in_round = not trained_before or config.recipe.erases_units
+  if trained_in_round:
+    original = variables if trained_before else None
     method, first = rounds[0].method, rounds[0].state
     before = trained(method, first)
     answer = lambda outputs: method.answer(job.task, outputs, first.theta)
-    if config.distill:
+    if config.distill and not teacher:
       run = gated(model)
       says = lambda v, *inputs, **mode: answer(as_dict(run(v, {}, *inputs, **mode)))
       teacher = Teacher(says, before)
@@ -208,6 +237,8 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   accuracy = job.scores(last.model)(state.variables, job.images.held_out)['accuracy']
   # The accuracy of a round after retraining is the next one's before its cut.
   afters = [*(each.held_out.before for each in rounds[1:]), accuracy]
+  epochs = config.epochs
+  in_round = epochs.train + epochs.gates
   return Shrunk(
     before=before,
     answer=answer,
@@ -217,6 +248,11 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     variables=state.variables,
     rounds=tuple(map(_round_result, rounds, afters)),
     reports=tuple(each.pruned.report for each in rounds),
+    epochs=Change(
+      before=in_round if trained_in_round else epochs.train,
+      after=in_round + len(rounds) * epochs.finetune,
+    ),
+    original=original,
   )
 
 

@@ -157,6 +157,8 @@ class Recipe(NamedTuple):
     round_to: (options) -> the number that widths are multiples of, or 'auto'.
     score: (options) -> the score of the channels in a `Setting`: 'l1', the norms of
       their kernels, or 'taylor', see `train.importance`.
+    control: (options) -> the options of the network that is trained as long for
+      comparison, or None where it is not asked for.
     formerly: {option: default} of options whose default was another in an earlier
       version, or that did not exist. A stored run without the option has this value;
       and where a stored run has it, a command that leaves the option at its new default
@@ -183,6 +185,7 @@ class Recipe(NamedTuple):
   target: Callable[[Mapping[str, Any]], Target | None] = lambda options: None
   round_to: Callable[[Any], int | Literal['auto']] = lambda options: 1
   score: Callable[[Any], Literal['l1', 'taylor']] = lambda options: 'l1'
+  control: Callable[[Any], Any] = lambda options: None
   formerly: Mapping[str, Any] = {}
   erases_units: bool = False
   remarks: Callable[[Result], Sequence[str]] = lambda result: ()

@@ -388,6 +388,11 @@ class Result:
     report: the report of surgery about the last cut.
     verify: the proof of the last cut.
     cascade: the cascade of a method that makes one, else None.
+    epochs: passes over the training data in this run, of the network before and after.
+    original: accuracy on 'test' and 'held_out' of the weights that the run began with,
+      where the network before was trained further.
+    control: accuracy on 'test' and 'held_out' of the network that was trained for
+      comparison, where there was one.
   """
 
   method: str
@@ -409,6 +414,9 @@ class Result:
   verify: Proof | None = None
   report: SurgeryReport = dataclasses.field(default_factory=SurgeryReport)
   cascade: CascadeResult | None = None
+  epochs: Change | None = None
+  original: dict[str, float] = dataclasses.field(default_factory=dict)
+  control: dict[str, float] = dataclasses.field(default_factory=dict)
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
   seed: int | None = None
   device: str | None = None

@@ -86,7 +86,8 @@ def _erased_row(config: Config[ImplosionOptions]) -> Row:
   train, gates, finetune = config.epochs
   return {
     'accuracy': result['accuracy']['after'],
-    'accuracy_before': result['accuracy']['before'],
+    # Of the pretrained weights, where there are any.
+    'accuracy_before': result['original'].get('test', result['accuracy']['before']),
     'held_out': result['held_out']['after'],
     'units': [cuts[0]['units'][0], cuts[-1]['units'][1]],
     'rounds': cuts,

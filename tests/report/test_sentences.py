@@ -113,6 +113,61 @@ def test_what_helped_to_train_is_named_with_its_open_connections(auxiliary):
   assert decided(result) == 'trained alone, without a path beside it'
 
 
+def test_a_search_that_closed_nothing_is_no_decision(auxiliary):
+  result, _ = auxiliary
+  said = lambda: ' '.join(sentences.all_of(typed(result)))
+  assert 'decided nothing' not in said()
+  open_ = result['rounds'][0]['learned']['open']
+  result['rounds'][0]['learned']['open'] = dict.fromkeys(open_, 1.0)
+  assert 'the search closed no connection, so it decided nothing' in said()
+  result['rounds'][0]['learned'] = {}
+  assert 'decided nothing' not in said()
+
+
+@pytest.mark.parametrize(
+  ('largest', 'clear'), [(0.52, False), (0.74, False), (0.76, True)]
+)
+def test_a_divided_importance_is_no_clear_decision(largest, clear, netcut):
+  result, _ = netcut
+  result['rounds'][0]['learned']['max_importance'] = largest
+  said = ' '.join(sentences.all_of(typed(result)))
+  assert ('no clear decision' not in said) == clear
+
+
+def test_what_auxiliary_is_compared_with_is_the_network_alone(auxiliary):
+  result, _ = auxiliary
+  said = lambda: ' '.join(sentences.all_of(typed(result)))
+  assert '--control measures it' in said()
+  result['control'] = {'test': 0.9042, 'held_out': 0.9}
+  assert '--control' not in said()
+  lead = sentences.lead(typed(result))
+  assert lead.endswith('Test accuracy 91.0 %, trained alone for as long 90.4 %.')
+  result |= {'control': {}, 'options': {'structure': 'none'}}
+  assert '--control' not in said()
+
+
+def test_longer_training_is_said_where_there_was_any(implosion):
+  result, _ = implosion
+  lead = lambda: sentences.lead(typed(result))
+  assert 'epoch' not in lead()
+  result['epochs'] = {'before': 10, 'after': 16}
+  longer = 'the network after was trained for 6 epochs more than that before'
+  assert longer in sentences.all_of(typed(result))
+  assert lead().endswith(f'after. T{longer[1:]}.')
+  result['epochs']['after'] = 11
+  assert 'for 1 epoch more than' in lead()
+  result['epochs']['after'] = 10
+  assert 'epoch' not in lead()
+
+
+def test_the_lead_names_the_accuracy_of_the_first_weights(implosion):
+  result, _ = implosion
+  result['original'] = {'test': 0.9412}
+  assert '(94.1 % before the method trained it) before, ' in (
+    sentences.lead(typed(result))
+  )
+
+
 def test_the_largest_difference_is_said_and_so_is_its_absence(result):
   assert '4.1e-07' in sentences.proven(typed(result))
   assert 'changed 3.2e-03' in sentences.proven(typed(result))

@@ -35,6 +35,17 @@ def test_costs_have_accuracy_cost_and_measured_latency(result):
   assert found['median latency, batch 128'][:3] == ('18.4 ms', '', '11.9 ms')
 
 
+def test_the_first_weights_and_the_network_alone_have_rows_of_their_own(result):
+  assert not {'accuracy, at the start', 'accuracy, trained alone'} & {*costs(result)}
+  result |= {'original': {'test': 0.9900}, 'control': {'test': 0.9790}}
+  found = costs(result)
+  start = ('99.00 %', '', '98.06 %', '-0.94 points')
+  assert found['accuracy, at the start'] == start
+  assert found['accuracy, trained alone'][-1] == '+0.16 points'
+  tile, *_ = tables.tiles(typed(result))
+  assert tile == ('98.1 %', 'accuracy, against it alone', '+0.16 points')
+
+
 def test_tasks_and_pixels_have_rows_of_their_own(result):
   result['scores'] = {
     'before': {'accuracy': 0.5, 'accuracy_left': 0.5, 'loss_left': 1.0, 'miou': 0.25},

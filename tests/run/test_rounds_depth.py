@@ -16,6 +16,7 @@ import pytest
 
 from depthprune import methods
 from depthprune.exports import networks
+from depthprune.methods.auxiliary import AuxiliaryOptions
 from depthprune.methods.implosion import ImplosionOptions
 from depthprune.methods.netcut import NetCutOptions, netcut
 from depthprune.models.heads import every_tap
@@ -303,3 +304,46 @@ def test_weights_of_another_network_are_refused_with_the_difference(tmp_path):
   )
   with pytest.raises(ValueError, match=r'resnet\.npz: does not fit'):
     to_json(rounds.run(config, show=False))
+
+
+def test_implosion_compares_with_the_network_before_the_first_erasure(
+  imploded, tmp_path
+):
+  _, result = imploded
+  assert result['original'] == {}
+  assert result['epochs'] == {'before': 2, 'after': 4}
+  config = dataclasses.replace(
+    IMPLOSION, train_epochs=1, finetune_epochs=0, workdir=str(tmp_path)
+  )
+  result = to_json(rounds.run(config, show=False))
+  assert result['epochs'] == {'before': 3, 'after': 3}
+  assert result['held_out']['before'] == result['rounds'][0]['held_out']['before']
+  assert result['original'].keys() == {'test', 'held_out'}
+  assert result['original']['test'] != result['accuracy']['before']
+
+
+def test_auxiliary_trains_the_network_alone_for_comparison(tmp_path):
+  config = dataclasses.replace(
+    default('auxiliary'),
+    options=AuxiliaryOptions(width=4),
+    model='mlp',
+    gate_epochs=2,
+    workdir=str(tmp_path),
+    **SMALL,
+  )
+  result = rounds.run(config, show=False)
+  assert result.control == {} and not (tmp_path / 'checkpoints/control').exists()
+  # The same run goes on with what was left out.
+  options = dataclasses.replace(config.options, control=True)
+  again = rounds.run(dataclasses.replace(config, options=options), show=False)
+  assert again.accuracy == result.accuracy
+  stages = [line['stage'] for line in lines(tmp_path / 'history.jsonl')]
+  assert stages.count('gates') == stages.count('control') > 0
+  assert set(stages) == {'gates', 'control'}
+  alone = dataclasses.replace(
+    config, options=AuxiliaryOptions('none'), workdir=str(tmp_path / 'alone')
+  )
+  alone = rounds.run(alone, show=False)
+  # The same epochs from the same arrays; only the order of the examples is another.
+  assert again.control['test'] == pytest.approx(alone.accuracy.after, abs=0.05)
+  assert again.control['test'] > 0.3  # a tenth by chance
