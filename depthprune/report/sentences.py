@@ -76,10 +76,12 @@ def _reached(result: Result) -> str:
   if 'test' in result.control:
     alone = percent(result.control['test'])
     return f'Test accuracy {percent(after)}, trained alone for as long {alone}.{longer}'
-  first = percent(before)
+  start = ''
   if 'test' in result.original:
-    first += f' ({percent(result.original["test"])} before the method trained it)'
-  return f'Test accuracy {first} before, {percent(after)} after.{longer}'
+    start = f' At the start of the run it was {percent(result.original["test"])}.'
+  return (
+    f'Test accuracy {percent(before)} before, {percent(after)} after.{start}{longer}'
+  )
 
 
 def trained_longer(result: Result) -> str:

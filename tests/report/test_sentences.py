@@ -163,9 +163,8 @@ def test_longer_training_is_said_where_there_was_any(implosion):
 def test_the_lead_names_the_accuracy_of_the_first_weights(implosion):
   result, _ = implosion
   result['original'] = {'test': 0.9412}
-  assert '(94.1 % before the method trained it) before, ' in (
-    sentences.lead(typed(result))
-  )
+  lead = sentences.lead(typed(result))
+  assert lead.endswith(' after. At the start of the run it was 94.1 %.')
 
 
 def test_the_largest_difference_is_said_and_so_is_its_absence(result):
