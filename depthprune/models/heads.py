@@ -15,7 +15,15 @@ from depthprune.models.arch import Arch, beneath, complete, within
 from depthprune.models.auxiliary_path import Auxiliary as Auxiliary
 from depthprune.models.auxiliary_path import AuxiliaryPath
 from depthprune.models.auxiliary_path import beside as beside
-from depthprune.models.layers import Classes, Pool, answer, hashable, he_normal, pooled
+from depthprune.models.layers import (
+  Classes,
+  Pool,
+  answer,
+  hashable,
+  he_normal,
+  norm,
+  pooled,
+)
 from depthprune.models.stages import check_tap
 
 
@@ -31,6 +39,11 @@ class Head:
       positions, 'max' their maximum, 'grid4' the means over a grid of 4×4 cells (images
       only), and 'cls' the first position. Vectors [batch, c] are left as they are.
     dropout: dropout rate on the input of the last layer.
+    norm: whether batch normalisation comes first, as features of a trained network are
+      of very unlike sizes.
+    after: name of another head, whose log-probabilities the last layer reads too; ''
+      for none. No gradient goes back into that head. Source: Wołczyk et al., Zero Time
+      Waste, arXiv 2106.05409.
   """
 
   tap: str
@@ -38,9 +51,15 @@ class Head:
   hidden: int = 0
   pool: Pool = 'avg'
   dropout: float = 0.0
+  norm: bool = False
+  after: str = ''
 
   def __post_init__(self):
     object.__setattr__(self, 'classes', hashable(self.classes))
+    if self.after and isinstance(self.classes, Mapping):
+      raise ValueError(
+        f'head after {self.after!r}: expected one task, got {", ".join(self.classes)}'
+      )
 
   @property
   def reads(self) -> tuple[str, ...]:
@@ -56,7 +75,8 @@ class Head:
 class HeadPerceptron(nn.Module):
   """The module of a `Head`: features [batch, ..., c] → float32 logits [batch, classes].
 
-  For several tasks it returns {task: logits}.
+  For several tasks it returns {task: logits}. `before` are the logits of the head that
+  it comes after, if it does.
   """
 
   head: Head
@@ -65,14 +85,23 @@ class HeadPerceptron(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, train: bool = False, mask: jax.Array | None = None
+    self,
+    x: jax.Array,
+    train: bool = False,
+    mask: jax.Array | None = None,
+    before: jax.Array | None = None,
   ) -> Any:
     x = pooled(x, self.head.pool, mask)
+    if self.head.norm:
+      x = norm(x, train, dtype=self.dtype, name='norm')
     if self.head.hidden:
       width = self.arch['hidden']
       dense = nn.Dense(width, kernel_init=he_normal, dtype=self.dtype, name='hidden')
       x = nn.relu(dense(x))
     x = nn.Dropout(self.head.dropout)(x, deterministic=not train)
+    if before is not None:
+      log_p = nn.log_softmax(jax.lax.stop_gradient(before))
+      x = jnp.concatenate([x, log_p.astype(x.dtype)], -1)
     return answer(x, self.head.classes, 'out')
 
 
@@ -140,6 +169,8 @@ class WithHeads(nn.Module):
         check_tap(tap, _values(self.trunk))
       if name in (*_values(self.trunk), 'main'):
         raise ValueError(f'head {name!r}: the trunk has an output of that name')
+      if len(_line(self.heads, name)) > len(self.heads):
+        raise ValueError(f'head {name!r} comes after itself')
     self.heads = FrozenDict(self.heads)
     self.arch = FrozenDict({**beneath(self.trunk.arch, 'trunk'), **self.arch})
     part = FrozenDict(within(self.arch, 'trunk'))
@@ -188,7 +219,7 @@ class WithHeads(nn.Module):
       part = within(arch, f'head_{name}')
       run = AuxiliaryPath(path, part, dtype, name=f'head_{name}')
       answers[name] = run(outputs, train, mask, size)
-    return outputs | answers
+    return outputs | {k: v for k, v in answers.items() if k in self.exits}
 
   def features(self, *inputs: jax.Array) -> dict[str, jax.Array]:
     """Computes the pooled features [batch, c] that every head reads, by its name.
@@ -212,7 +243,10 @@ class WithHeads(nn.Module):
 
   @property
   def _kept(self) -> dict[str, Any]:
-    return {name: head for name, head in self.heads.items() if name in self.exits}
+    """The heads of the exits, and those that they come after."""
+    lines = [_line(self.heads, name) for name in self.exits if name != 'main']
+    read = {name for line in lines for name in line}
+    return {name: head for name, head in self.heads.items() if name in read}
 
   def _run_trunk(self, inputs: tuple, train: bool) -> dict[str, jax.Array]:
     """Runs the trunk as far as an exit needs it."""
@@ -220,6 +254,25 @@ class WithHeads(nn.Module):
     last = [tap for tap in _values(self.trunk) if tap in read][-1:]
     until = '' if 'main' in self.exits else last[0]
     return self.trunk(*inputs, train=train, until=until)
+
+
+def _line(heads: Mapping[str, Head | Auxiliary], name: str) -> list[str]:
+  """Returns a head and those that it comes after, one after the other.
+
+  It is longer than all heads together where a head comes after itself.
+
+  Raises:
+    ValueError: one comes after what is no head.
+  """
+  line = [name]
+  while len(line) <= len(heads) and (after := getattr(heads[line[-1]], 'after', '')):
+    if not isinstance(heads.get(after), Head):
+      heads_ = ', '.join(k for k, head in heads.items() if isinstance(head, Head))
+      raise ValueError(
+        f'head {line[-1]!r}: expected to come after one of {heads_}, got {after!r}'
+      )
+    line.append(after)
+  return line
 
 
 def _values(trunk: Any) -> tuple[str, ...]:
@@ -238,11 +291,16 @@ def _answers(
 ) -> dict[str, jax.Array]:
   """Computes the logits of every head, within a module's compact method."""
   logits = {}
-  for name, head in heads.items():
-    part = within(arch, f'head_{name}')
-    perceptron = HeadPerceptron(head, part, dtype, name=f'head_{name}')
-    logits[name] = perceptron(features[name], train, mask)
-  return logits
+
+  def compute(name: str) -> jax.Array:
+    if name not in logits:
+      head, part = heads[name], within(arch, f'head_{name}')
+      before = compute(head.after) if head.after else None
+      perceptron = HeadPerceptron(head, part, dtype, name=f'head_{name}')
+      logits[name] = perceptron(features[name], train, mask, before)
+    return logits[name]
+
+  return {name: compute(name) for name in heads}
 
 
 def every_tap(

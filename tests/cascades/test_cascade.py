@@ -182,10 +182,11 @@ def test_one_program_per_batch_size_serves_every_rate_of_exits():
       found(X[draw.permutation(40)[:batch]])
 
 
-def test_a_network_of_ours_with_convolutions():
+@pytest.mark.parametrize('more', [{}, {'norm': True, 'after': 'a'}])
+def test_a_network_of_ours_with_convolutions(more):
   heads = {
     'a': Head('stage1/block0', hidden=5, pool='grid4'),
-    'b': Head('stage2/block0'),
+    'b': Head('stage2/block0', **more),
   }
   model = WithHeads(ResNet(depth=8, width=4), heads)
   x = jax.random.normal(jax.random.key(0), (6, 8, 8, 3))

@@ -137,18 +137,22 @@ def test_batches_for_evaluation_are_padded_at_the_end(tmp_path):
   assert np.concatenate(real).tolist() == list(range(20))
 
 
-def test_heads_alone_on_features_are_the_heads_on_their_trunk():
+@pytest.mark.parametrize('more', [{}, {'norm': True, 'after': 'a'}])
+def test_heads_alone_on_features_are_the_heads_on_their_trunk(more):
   heads = {
     'a': Head('stage1/block0', hidden=5, pool='grid4'),
-    'b': Head('stage2/block0'),
+    'b': Head('stage2/block0', **more),
   }
   model = WithHeads(ResNet(depth=8, width=4), heads)
   x = jnp.asarray(X)
   variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), x))
   whole = model.apply(variables, x)
   read = model.apply(variables, x, method='features')
-  mine = {k: v for k, v in variables['params'].items() if k != 'trunk'}
-  found = model.alone.apply({'params': mine}, read)
+  mine = {
+    name: {k: v for k, v in tree.items() if k != 'trunk'}
+    for name, tree in variables.items()
+  }
+  found = model.alone.apply(mine, read)
   assert sorted(found) == ['a', 'b', 'main']
   for name, logits in found.items():
     np.testing.assert_allclose(logits, whole[name], 1e-5, 1e-5)

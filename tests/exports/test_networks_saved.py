@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from depthprune.cascades.cascade import cascade
+from depthprune.cascades.confidence import scores
+from depthprune.cascades.predictions import leave
 from depthprune.cascades.race import exit_milliseconds, race
 from depthprune.cascades.thresholds import for_budget
 from depthprune.exports.networks import CASCADE_RECORD, load_cascade, save_cascade
 from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
+from depthprune.program.stages import split
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.surgery.prune import prune
 from tests import zoo
@@ -22,6 +25,12 @@ X = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
 HEADS = {'a': Head('layer0', 4, hidden=5), 'b': Head('layer1', 4)}
 MODEL = WithHeads(MLP(classes=4, hidden=(7, 7, 7)), HEADS)
 VARIABLES = zoo.randomised(jax.eval_shape(MODEL.init, jax.random.key(0), X))
+CHAINED = MODEL.clone(
+  heads={
+    'a': Head('layer0', 4, hidden=5, norm=True),
+    'b': Head('layer1', 4, norm=True, after='a'),
+  }
+)
 SETTINGS = {
   'temperatures': {'a': 1.5},
   'confidence': 'learned',
@@ -30,8 +39,9 @@ SETTINGS = {
 }
 
 
-def saved(path, keep=None, thresholds=None, **settings):
-  pruned = prune(MODEL, VARIABLES, keep or {}, X[:1])
+def saved(path, keep=None, thresholds=None, model=MODEL, **settings):
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), X))
+  pruned = prune(model, variables, keep or {}, X[:1])
   found = cascade(
     pruned.apply, pruned.variables, X[:1], thresholds=thresholds or {}, **settings
   )
@@ -54,6 +64,31 @@ def test_it_comes_back_as_it_was(tmp_path):
 def test_exits_that_were_cut_stay_away(tmp_path):
   found, _ = saved(tmp_path, {'exits': {'b': False}}, {'a': 0.3})
   assert load_cascade(tmp_path).exits == found.exits == ('a', 'main')
+
+
+@pytest.mark.parametrize('kept', [True, False])
+def test_an_answer_that_a_later_exit_reads_is_computed_wherever_it_is_cut(
+  kept, tmp_path
+):
+  limits = {'a': 0.5, 'b': 0.6} if kept else {'b': 0.6}
+  found, pruned = saved(
+    tmp_path, {'exits': {'a': kept}}, limits, CHAINED, temperatures={'b': 1.5}
+  )
+  variables = zoo.randomised(jax.eval_shape(CHAINED.init, jax.random.key(0), X))
+  outputs = CHAINED.apply(variables, X)
+  said = np.stack([outputs[name] for name in found.exits])
+  scale = np.append(found.temperatures, np.float32(1))[:, None, None]
+  left = leave(scores('probability', said / scale), found.thresholds)
+  assert len({*left.tolist()}) > 1
+  for cascade_ in (found, load_cascade(tmp_path)):
+    answer = cascade_(X)
+    np.testing.assert_array_equal(answer.exit, left)
+    np.testing.assert_allclose(answer.logits, said[left, np.arange(12)], 1e-4, 1e-5)
+  assert found.exits == (('a', 'b', 'main') if kept else ('b', 'main'))
+  assert 'head_a' in pruned.variables['params']
+  # Both stages together cost the same, wherever the first head is paid for.
+  every = split(CHAINED, variables, X[:1])
+  assert found.stages.flops[-2:] == every.flops[-2:]
 
 
 def test_the_tokenizer_comes_along(tmp_path):

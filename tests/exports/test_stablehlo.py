@@ -124,7 +124,10 @@ def test_a_pruned_network_of_every_family_is_the_same_elsewhere(tmp_path, family
 
 # ---- cascades ------------------------------------------------------------------------
 
-HEADS = {'a': Head('layer0', 4, hidden=5), 'b': Head('layer1', 4)}
+HEADS = {
+  'a': Head('layer0', 4, hidden=5, norm=True),
+  'b': Head('layer1', 4, after='a'),  # it reads an earlier answer
+}
 MODEL = WithHeads(TRUNK, HEADS)
 TEXTS = WithHeads(build('bert_tiny', depth=2), {'a': Head('layer0', 2)})
 

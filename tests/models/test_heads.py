@@ -64,6 +64,47 @@ def test_a_head_is_a_perceptron_on_the_pooled_tap(run):
   np.testing.assert_allclose(outputs['early'], early, rtol=1e-4, atol=1e-5)
 
 
+CHAINED = {
+  'early': Head('stage1/block1', classes=3, hidden=5, pool='grid4', norm=True),
+  'late': Head('stage2/block1', classes=3, norm=True, after='early'),
+}
+
+
+def test_a_head_may_normalise_its_features_and_read_the_answer_before_it(run):
+  outputs, variables = run(WithHeads(TRUNK, CHAINED))
+  params = jax.tree.map(np.asarray, variables['params']['head_late'])
+  stats = variables['batch_stats']['head_late']['norm']
+  h = outputs['stage2/block1'].mean((1, 2))
+  h = (h - stats['mean']) / np.sqrt(stats['var'] + 1e-5)
+  h = h * params['norm']['scale'] + params['norm']['bias']
+  log_p = jax.nn.log_softmax(outputs['early'])
+  kernel, bias = params['out']['kernel'], params['out']['bias']
+  z = np.concatenate([h, log_p], -1) @ kernel + bias
+  np.testing.assert_allclose(outputs['late'], z, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_goes_into_the_head_before(run):
+  model = WithHeads(TRUNK, CHAINED)
+  _, variables = run(model)
+  loss = lambda params: model.apply({**variables, 'params': params}, X)['late'].var()
+  slopes = jax.grad(loss)(variables['params'])
+  assert not any(leaf.any() for leaf in jax.tree.leaves(slopes['head_early']))
+  assert all(leaf.any() for leaf in jax.tree.leaves(slopes['head_late']['out']))
+
+
+def test_a_head_whose_exit_is_dropped_stays_where_a_later_one_reads_its_answer(run):
+  model = WithHeads(TRUNK, CHAINED)
+  outputs, variables = run(model)
+  small = model.clone(arch={'exit/early': 0})
+  assert small.exits == ('main', 'late')
+  assert shapes(small) == shapes(model)
+  left = jax.jit(small.apply)(variables, X)
+  assert set(outputs) - set(left) == {'early'}
+  np.testing.assert_array_equal(left['late'], outputs['late'])
+  smaller = model.clone(arch={'exit/late': 0})
+  assert 'head_late' not in shapes(smaller)['params']
+
+
 def test_a_dropped_exit_has_no_arrays_and_changes_nothing_else(run):
   model = WithHeads(TRUNK, HEADS)
   outputs, variables = run(model)
@@ -122,11 +163,27 @@ def test_a_pruned_trunk_stays_pruned_when_it_gets_heads():
     ({'a': Head('stage1/block9')}, {}, "no tap 'stage1/block9'.*Nearest: stage1/block"),
     ({'main': Head('stage1/block0')}, {}, "head 'main': the trunk has an output"),
     ({'a': Head('stage1/block0')}, {'exit/main': 0, 'exit/a': 0}, 'keep at least one'),
+    ({'a': Head('stage1/block0', after='a')}, {}, "head 'a' comes after itself"),
+    (
+      {'a': Head('stage1/block0', after='b'), 'b': Head('stage1/block1', after='a')},
+      {},
+      "head 'a' comes after itself",
+    ),
+    (
+      {'a': Head('stage1/block0', after='main'), 'b': Head('stage1/block1')},
+      {},
+      "head 'a': expected to come after one of a, b, got 'main'",
+    ),
   ],
 )
 def test_impossible_heads_are_refused(heads, arch, message):
   with pytest.raises(ValueError, match=message):
     WithHeads(TRUNK, heads, arch)
+
+
+def test_an_answer_to_several_tasks_cannot_be_read():
+  with pytest.raises(ValueError, match="after 'a': expected one task, got x, y"):
+    Head('stage1/block0', classes={'x': 2, 'y': 3}, after='a')
 
 
 def test_taps_inside_a_scan_are_refused_with_advice():
