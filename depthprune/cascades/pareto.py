@@ -106,6 +106,34 @@ def front(
   return [never, *(q for q in best if q is not never)]
 
 
+def alike(p: Predictions, least: int = 20, points: int = 400) -> list[Point]:
+  """Tries one threshold at all exits, from the highest to the lowest.
+
+  With one number to choose instead of one for every exit, thresholds hardly fit the
+  data that they are chosen on, and keep on other data to what they promise. Scores of
+  the exits must mean the same, as probabilities do after a temperature for each.
+
+  Args:
+    p: predictions on held-out data, never on test data.
+    least: an exit at which fewer samples leave is not used.
+    points: number of thresholds to try.
+
+  Returns:
+    The points, the first of which never exits early.
+
+  Raises:
+    ValueError: as `predictions.validate` does, or there are no labels.
+  """
+  p = validate(p)
+  s = search(p, 'error', least)
+  levels = np.unique(s.scores[np.isfinite(s.scores)])
+  if len(levels) > points:
+    levels = levels[np.linspace(0, len(levels) - 1, points).round().astype(int)]
+  count = len(s.scores)
+  tried = (np.full(count, tau, np.float32) for tau in (np.inf, *levels[::-1], -np.inf))
+  return [_point(s, p, _used(s, each)) for each in tried]
+
+
 def solve(s: Search, price: float, start: np.ndarray) -> np.ndarray:
   """Improves thresholds, one exit at a time, until no single one can be improved.
 

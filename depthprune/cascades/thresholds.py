@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.cascades.pareto import Point, front
+from depthprune.cascades.pareto import Point, alike, front
 from depthprune.cascades.predictions import (
   Measured,
   Predictions,
@@ -84,6 +84,7 @@ def for_budget(
   least: int = 20,
   points: int = 40,
   metric: Metric = 'accuracy',
+  shared: bool = False,
 ) -> Choice:
   """Finds the most accurate thresholds whose mean cost is within a budget.
 
@@ -93,6 +94,7 @@ def for_budget(
     least: number of samples that must leave at an exit that is used.
     points: number of prices to try; see `pareto.front`.
     metric: what is to be best instead of the accuracy, see `for_drop`.
+    shared: whether all exits have the same threshold, see `for_drop`.
 
   Raises:
     ValueError: no thresholds cost so little, or the predictions are invalid.
@@ -104,7 +106,7 @@ def for_budget(
       f'budget {budget:g} is below the floor: exit {p.exits[0]}, the cheapest, costs '
       f'{p.cost[0]:g} a sample'
     )
-  candidates = _candidates(p, metric, least, points, within)
+  candidates = _candidates(p, metric, least, points, within, shared)
   allowed = [q for q in candidates if within(q)]
   if not allowed:
     floor = min(q.measured.cost for q in candidates)
@@ -126,6 +128,7 @@ def for_drop(
   least: int = 20,
   points: int = 40,
   metric: Metric = 'accuracy',
+  shared: bool = False,
 ) -> Choice:
   """Finds the cheapest thresholds that lose at most `drop` points of accuracy.
 
@@ -139,6 +142,9 @@ def for_drop(
       'balanced_accuracy', 'f1' (the mean of the classes), or a function (labels [n],
       answers [n]) -> score, higher is better. Where classes are unbalanced, the
       accuracy hardly notices if nobody of a rare one is found any more.
+    shared: whether all exits have the same threshold. It saves less on the held-out
+      data than a threshold for each, and keeps to the drop on other data, where many
+      thresholds, fitted to a few thousand samples, lose more than was asked for.
 
   Raises:
     ValueError: drop is below 0, there is no such metric, or the predictions are
@@ -154,7 +160,7 @@ def for_drop(
   if metric != 'accuracy':
     lowest = scored(p, np.full(n, len(p.exits) - 1), metric) - drop / 100 - 1e-9
     within = lambda q: scored(p, leave(p.scores, q.thresholds), metric) >= lowest
-  candidates = _candidates(p, metric, least, points, within)
+  candidates = _candidates(p, metric, least, points, within, shared)
   cheapest = min(filter(within, candidates), key=lambda q: q.measured.cost)
   return _choice(p, cheapest.thresholds, 'drop', drop)
 
@@ -193,12 +199,19 @@ def for_risk(
 
 
 def _candidates(
-  p: Predictions, metric: Metric, least: int, points: int, within: Callable
+  p: Predictions,
+  metric: Metric,
+  least: int,
+  points: int,
+  within: Callable,
+  shared: bool,
 ) -> list[Point]:
   """Returns thresholds on the front; for another metric, on two that are near its own.
 
   A metric that is no mean over samples has no front that prices could search.
   """
+  if shared:
+    return alike(p, least)
   found = front(p, least=least, points=points, within=within)
   if metric == 'accuracy':
     return found

@@ -185,3 +185,53 @@ def test_scores_that_are_all_alike_are_all_or_nothing(value):
     thresholds.for_risk(p, 0.9),
   ):
     assert max(chosen.held_out.exits) == 1
+
+
+# ---- one threshold for all exits -----------------------------------------------------
+
+
+@pytest.mark.parametrize('least', [1, 30])
+@pytest.mark.parametrize('drop', [0.0, 0.5, 2.0, 20.0, 100.0])
+def test_a_shared_threshold_is_the_cheapest_there_is(drop, least):
+  p = predictions.validate(drawn(150, exits=4))
+  found = thresholds.for_drop(p, drop, least, shared=True)
+  own = predictions.measure(p, np.full(150, 3)).accuracy
+
+  def tried(tau):
+    """Closes the exits at which too few leave, the first first."""
+    limits = np.full(3, tau, np.float32)
+    for k in range(3):
+      left = predictions.leave(p.scores, limits)
+      if np.count_nonzero(left == k) < least:
+        limits[k] = INF
+    return predictions.measure(p, predictions.leave(p.scores, limits))
+
+  every = [tried(tau) for tau in (INF, *np.unique(p.scores), -INF)]
+  within = [m for m in every if m.accuracy >= own - drop / 100 - 1e-9]
+  assert found.held_out == min(within, key=lambda m: m.cost)
+  finite = found.thresholds[np.isfinite(found.thresholds)]
+  assert len({*finite.tolist()}) <= 1
+
+
+def test_a_shared_threshold_within_a_budget():
+  p = predictions.validate(drawn(400, exits=4))
+  found = thresholds.for_budget(p, 2.0, shared=True)
+  assert 1.9 < found.held_out.cost <= 2.0
+  tau = min(found.thresholds)
+  sure = thresholds.fixed(p, tau).held_out
+  assert found.held_out == sure
+  floor = thresholds.for_budget(p, 1.0, shared=True).held_out
+  assert floor.exits == (1, 0, 0, 0)
+
+
+def test_on_other_data_a_shared_threshold_keeps_to_the_drop_and_many_do_not():
+  """Nine thresholds are fitted to what 1,000 samples are wrong by chance."""
+  lost = {True: [], False: []}
+  test = predictions.validate(drawn(20_000, exits=10, seed=99))
+  for seed in range(4):
+    p = drawn(1000, exits=10, seed=seed)
+    for shared, drops in lost.items():
+      chosen = thresholds.for_drop(p, 1.0, shared=shared)
+      drops.append(predictions.drop(thresholds.measured(chosen, test), test))
+  assert np.mean(lost[True]) < 1.5
+  assert np.mean(lost[False]) > np.mean(lost[True]) + 0.5
