@@ -65,6 +65,8 @@ CPU_ONLY = (
   'trainable_gates.resnet20_cifar10',
   'trainable_gates.resnet20_ablation',
   'sidenet.composed',
+  'sidenet.resnet56_heads',
+  'sidenet.resnet20_heads',
 )
 
 

@@ -25,6 +25,7 @@ from experiments.result_files import (
   table,
 )
 from experiments.run import BOTH_SIZES, Arguments, find, row_count, run
+from experiments.sidenet.ablation import head_tables
 from experiments.sidenet.comparison import sidenet_tables
 from experiments.sidenet.small_networks import small_network_tables
 from experiments.trainable_gates.ablation import ablation_tables
@@ -51,6 +52,7 @@ def text() -> str:
     retraining_tables,
     depth_bench,
     sidenet_tables,
+    head_tables,
     small_network_tables,
     cascade_bench,
     auxiliary_tables,

@@ -144,7 +144,7 @@ def for_drop(
       accuracy hardly notices if nobody of a rare one is found any more.
     shared: whether all exits have the same threshold. It saves less on the held-out
       data than a threshold for each, and keeps to the drop on other data, where many
-      thresholds, fitted to a few thousand samples, lose more than was asked for.
+      thresholds that were fitted to few samples lose more than was asked for.
 
   Raises:
     ValueError: drop is below 0, there is no such metric, or the predictions are

@@ -7,11 +7,14 @@ SideNets, pooling to a grid and the regimes other than `frozen` are ours or of o
   z_k    = W2 relu(W1 pool(h_k) + b1) + b2
   L      = sum_k CE(z_k, y)                  frozen (the paper's), and first of mixed
   L      = CE(z, y) + sum_k CE(z_k, y)       joint, and second of mixed
+  with a > 0, for CE(z_k, y):
+           (1 - a) CE(z_k, y) + a CE(z_k, softmax(z / T))
 
   h_k      features of the MainNet at the tap of SideNet k; a perceptron on them is
            models.heads.Head(tap, hidden=...)
   z_k, z   logits of SideNet k and of the MainNet
-  y        labels;  CE their cross-entropy in nats
+  y        labels;  CE the cross-entropy with them, or with probabilities, in nats
+  a, T     share of the MainNet's answer, whose gradient is stopped; T = TEMPERATURE
 
 Frozen: neither parameters nor batch statistics of the MainNet change, so its features
 can be computed once (`data.features`). Joint: all is trained together from the start.
@@ -46,12 +49,16 @@ with epy.lazy_imports():
 
   from depthprune.program import arguments, trace
   from depthprune.program.coupling import Coupling
-  from depthprune.train.task import Tree
+  from depthprune.train import task as tasks
+  from depthprune.train.task import Task, Tree
 
 Regime = Literal['frozen', 'joint']
+TEMPERATURE = 2.0  # of the MainNet's answer, from which heads learn
 
 
-def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
+def sidenet(
+  coupling: Coupling, regime: Regime = 'frozen', taught: float = 0.0
+) -> Method:
   """Trains small heads on a pretrained network, to answer easy examples early.
 
   Nothing is cut: `decide` keeps all exits. What comes after training is a cascade:
@@ -65,17 +72,21 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
     regime: 'frozen' trains the heads alone and leaves every parameter and statistic of
       the network as it is, 'joint' trains everything. The mixed regime is 'frozen',
       then 'joint' from what that left.
+    taught: share of the MainNet's answer in what heads learn, from 0 to 1; the rest are
+      the labels.
 
   Returns:
     The Method.
 
   Raises:
-    ValueError: there is no exit 'main' and another one, the regime is unknown, or the
-      network was coupled in training mode (a frozen network runs in evaluation mode).
+    ValueError: there is no exit 'main' and another one, the regime is unknown, `taught`
+      is no share, or the network was coupled in training mode (a frozen network runs in
+      evaluation mode).
 
   Source: Morisot, arXiv 2007.13512.
   """
   names = early(coupling)
+  arguments.number('taught', taught, least=0, most=1)
   if regime not in get_args(Regime):
     expected = ', '.join(get_args(Regime))
     raise ValueError(f'sidenet: regime={regime!r}: expected one of {expected}')
@@ -84,12 +95,18 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
       'sidenet: the MainNet is in training mode, where its batch statistics move and '
       'examples see each other; couple it with train=False'
     )
-  trained = names if regime == 'frozen' else (*names, 'main')
   keep = dict.fromkeys(coupling.exits, True)
 
   def objective(task, outputs, batch, theta, step):
     del theta, step
-    loss = jnp.stack([task.loss(outputs[name], batch) for name in trained]).sum()
+    losses = [task.loss(outputs[name], batch) for name in names]
+    if taught:
+      answer = task.log_probs(jax.lax.stop_gradient(outputs['main']) / TEMPERATURE)
+      soft = [_cross_entropy(task, answer, outputs[name], batch) for name in names]
+      losses = [(1 - taught) * y + taught * z for y, z in zip(losses, soft)]
+    if regime == 'joint':
+      losses.append(task.loss(outputs['main'], batch))
+    loss = jnp.stack(losses).sum()
     return loss, exit_metrics(task, outputs['main'], outputs, batch, names)
 
   return Method(
@@ -98,6 +115,11 @@ def sidenet(coupling: Coupling, regime: Regime = 'frozen') -> Method:
     transform=lambda tx: tx if regime == 'joint' else only(tx, side_paths(coupling)),
     trunk_train=regime == 'joint',
   )
+
+
+def _cross_entropy(task: Task, log_p: jax.Array, logits: jax.Array, batch: Tree):
+  """The mean over a batch of the cross-entropy of logits with probabilities."""
+  return tasks.mean(-(jnp.exp(log_p) * task.log_probs(logits)).sum(-1), batch)
 
 
 def early(coupling: Coupling) -> tuple[str, ...]:
@@ -134,7 +156,8 @@ def only(
 # ---- runs and reports ----------------------------------------------------------------
 
 BY_INPUT = tyro.conf.arg(help_behavior_hint='(default: grid4 of images, avg of tokens)')
-SPREAD = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: five, spread)')
+SPREAD = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: spread)')
+FIVE = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: five)')
 NUMBER = tyro.conf.arg(metavar='NUMBER')
 
 REQUESTS = ('budget', 'milliseconds', 'threshold', 'risk')  # instead of a drop
@@ -148,11 +171,20 @@ class SideNetOptions:
   taps: Annotated[tuple[str, ...], SPREAD] = ()
   """Where heads are put, such as stage1/block5."""
 
+  heads: Annotated[int | None, FIVE] = None
+  """How many heads are spread over the depth, where no taps are named."""
+
   hidden: int = 256
   """Width of a head's hidden layer."""
 
   pool: Annotated[Literal['max', 'avg', 'cls', 'grid4'] | None, BY_INPUT] = None
   """How a head turns positions into one vector."""
+
+  normalise: bool = True
+  """Batch normalisation of what a head reads."""
+
+  sees_earlier: bool = False
+  """The last layer of a head reads the answer of the head before it too."""
 
   regime: Literal['frozen', 'joint', 'mixed'] = 'frozen'
   """frozen: the heads alone are trained (the paper's). joint: all together. mixed:
@@ -166,6 +198,9 @@ class SideNetOptions:
 
   smoothing: float = 0.05
   """Smoothing of the labels that heads learn from."""
+
+  taught: Annotated[float | None, NUMBER] = None
+  """Share of the MainNet's answer in what heads learn; the rest are the labels."""
 
   head_learning_rate: float = 1e-3
   """Learning rate of the heads, while nothing else is trained (Adam, cosine)."""
@@ -195,6 +230,10 @@ class SideNetOptions:
   delta: float = 0.05
   """How likely the guarantee may fail."""
 
+  shared_threshold: bool = False
+  """One threshold for all exits instead of one for each: where few examples decide, it
+  keeps to the drop on new data better."""
+
   decide_on: Literal['auto', 'train', 'test'] = 'auto'
   """train: thresholds come from images held out of training. test: from the first half
   of the test images, and the second half reports, because pretrained weights may have
@@ -205,11 +244,13 @@ class SideNetOptions:
     one_of(self, 'decide_on', ('auto', 'train', 'test'))
     one_of(self, 'confidence', get_args(Confidence))
     at_least(self, 'hidden', 0)
+    at_least(self, 'heads', 1)
     at_least(self, 'views', 1)
     finite(self, 'drop', positive=False)
     finite(self, 'head_learning_rate', positive=True)
-    for name in ('dropout', 'smoothing'):
-      inside(self, name, 0, 1)
+    for name in ('dropout', 'smoothing', 'taught'):
+      if getattr(self, name) is not None:
+        inside(self, name, 0, 1)
     for name in ('budget', 'risk', 'delta'):
       if isinstance(value := getattr(self, name), str):
         object.__setattr__(self, name, fraction(value, name))
@@ -240,7 +281,8 @@ class SideNetOptions:
 
 def _build(setting: Setting) -> Method:
   joint = setting.stage in ('joint', 'mixed')
-  return sidenet(setting.coupling, 'joint' if joint else 'frozen')
+  regime = 'joint' if joint else 'frozen'
+  return sidenet(setting.coupling, regime, setting.options.taught or 0.0)
 
 
 def _check(config: Any) -> None:
@@ -254,8 +296,11 @@ def _check(config: Any) -> None:
 def _plan(o: SideNetOptions) -> CascadePlan:
   return CascadePlan(
     taps=o.taps,
+    heads=o.heads or 5,
     hidden=o.hidden,
     pool=o.pool,
+    normalise=o.normalise,
+    sees_earlier=o.sees_earlier,
     frozen=o.regime != 'joint',
     joint=o.regime != 'frozen',
     views=o.views,
@@ -265,6 +310,7 @@ def _plan(o: SideNetOptions) -> CascadePlan:
     confidence=o.confidence,
     request=o.request,
     delta=o.delta,
+    shared_threshold=o.shared_threshold,
     decide_on=o.decide_on,
   )
 
@@ -282,7 +328,8 @@ RECIPE = Recipe(
     '': Epochs(train=60, gates=20, finetune=10),
   },
   peaks=(1.0, 0.1),
-  decides_only=('drop', *REQUESTS, 'delta', 'confidence'),
+  decides_only=('drop', *REQUESTS, 'delta', 'confidence', 'shared_threshold'),
+  formerly={'normalise': False},
   check=_check,
   own_exits=True,
   cascade=_plan,

@@ -336,7 +336,7 @@ def continued(config: Config, stored: Mapping[str, Any]) -> Config:
   former = {
     name: value
     for name, value in recipe.formerly.items()
-    if options.get(name) == value
+    if options.get(name, value) == value
     and getattr(config.options, name) == getattr(default, name)
   }
   options = dataclasses.replace(config.options, **former)

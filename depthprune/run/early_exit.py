@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from depthprune import distributed
-from depthprune.cascades import calibration, thresholds
+from depthprune.cascades import calibration, pareto, thresholds
 from depthprune.cascades import confidence as sure
 from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.cascades.predictions import (
@@ -62,6 +62,7 @@ class Decided(NamedTuple):
     held_out: answers and confidence of every exit on held-out data; costs in FLOPs.
     test: the same on test data.
     metric: what may drop.
+    shared: whether all exits have the same threshold.
   """
 
   stages: Stages
@@ -73,6 +74,7 @@ class Decided(NamedTuple):
   held_out: Predictions
   test: Predictions
   metric: str = 'accuracy'
+  shared: bool = False
 
 
 def run(job: Job) -> Result:
@@ -155,9 +157,10 @@ def decide(job: Job, trained: Trained) -> Decided:
     cost, whole = distributed.agreed(exit_milliseconds(early, *typical_inputs(job)))
     priced = decides._replace(cost=cost, whole=float(whole))
   metric = job.config.metric or 'accuracy'
-  chosen = choose(priced, kind, requested, plan.delta, metric)
+  shared = plan.shared_threshold
+  chosen = choose(priced, kind, requested, plan.delta, metric, shared)
   request = kind, requested, chosen
-  return Decided(stages, scale, weights, *request, decides, reports, metric)
+  return Decided(stages, scale, weights, *request, decides, reports, metric, shared)
 
 
 def typical_inputs(job: Job) -> tuple:
@@ -196,6 +199,7 @@ def choose(
   requested: float,
   delta: float = 0.05,
   metric: str = 'accuracy',
+  shared: bool = False,
 ) -> Choice:
   """Chooses thresholds for a request.
 
@@ -205,14 +209,16 @@ def choose(
     requested: its value.
     delta: probability with which the guarantee of a risk may fail.
     metric: what may drop, or is best within a budget; see `thresholds.for_drop`.
+    shared: whether all exits have the same threshold, for a drop or a budget.
 
   Raises:
     ValueError: the request cannot be met.
   """
+  alike: Any = {'metric': metric, 'shared': shared}
   ways: dict[str, Callable[[], Choice]] = {
-    'drop': lambda: thresholds.for_drop(p, requested, metric=metric),
-    'budget': lambda: thresholds.for_budget(p, requested * p.whole, metric=metric),
-    'milliseconds': lambda: thresholds.for_budget(p, requested, metric=metric),
+    'drop': lambda: thresholds.for_drop(p, requested, **alike),
+    'budget': lambda: thresholds.for_budget(p, requested * p.whole, **alike),
+    'milliseconds': lambda: thresholds.for_budget(p, requested, **alike),
     'threshold': lambda: thresholds.fixed(p, requested),
     'risk': lambda: thresholds.for_risk(p, requested, delta),
   }
@@ -345,7 +351,13 @@ def behaviour(decided: Decided, milliseconds: float) -> dict[str, Any]:
 
 def curve(decided: Decided) -> list[dict[str, float]]:
   """Returns what the efficient thresholds reach on both splits, most costly first."""
-  points = thresholds.front(decided.held_out)
+  if decided.shared:
+    points = pareto.efficient(
+      pareto.alike(decided.held_out, points=40),
+      lambda q: (q.measured.cost, q.risk),
+    )
+  else:
+    points = thresholds.front(decided.held_out)
   lines = []
   for point in sorted(points, key=lambda p: -p.measured.cost):
     test = thresholds.measured(point.thresholds, decided.test)
@@ -372,7 +384,8 @@ def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
     try:
       choice = decided.chosen
       if not is_mine:
-        choice = choose(decided.held_out, kind, value, metric=decided.metric)
+        how = {'metric': decided.metric, 'shared': decided.shared}
+        choice = choose(decided.held_out, kind, value, **how)
       row |= outcome(decided, choice)
       if kind == 'milliseconds':
         row['test'] |= {'milliseconds': milliseconds}

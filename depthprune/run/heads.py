@@ -26,7 +26,7 @@ from depthprune.train.method import plain
 from depthprune.train.recipe import CascadePlan
 from depthprune.train.task import Tree
 
-SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth, where heads are put
+SPREAD = (2 / 9, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the depth, where five heads are put
 
 
 class Answers(NamedTuple):
@@ -115,7 +115,7 @@ def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
   taps = trunk.taps
   chosen = sorted(set(plan.taps), key=lambda t: taps.index(t) if t in taps else -1)
   if not chosen:
-    numbers = sorted({max(1, int(len(taps) * part)) for part in SPREAD})
+    numbers = sorted({max(1, int(len(taps) * part)) for part in spread(plan.heads)})
     chosen = [taps[i - 1] for i in numbers if i < len(taps)]
   if not chosen:
     raise ValueError(
@@ -123,8 +123,18 @@ def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
       f'{", ".join(taps) or "none"}: too few for an exit before its own'
     )
   pool = plan.pool or pool_of(trunk, job)
-  head = lambda tap: Head(tap, job.images.classes, plan.hidden, pool, plan.dropout)
-  return WithHeads(trunk, {f'exit{i}': head(tap) for i, tap in enumerate(chosen, 1)})
+  fields = (job.images.classes, plan.hidden, pool, plan.dropout, plan.normalise)
+  after = lambda i: f'exit{i - 1}' if plan.sees_earlier and i > 1 else ''
+  heads = {
+    f'exit{i}': Head(tap, *fields, after=after(i)) for i, tap in enumerate(chosen, 1)
+  }
+  return WithHeads(trunk, heads)
+
+
+def spread(heads: int) -> np.ndarray:
+  """Returns the parts of the depth where heads are put, float64 [heads]."""
+  between = np.linspace(0, len(SPREAD) - 1, heads)
+  return np.interp(between, np.arange(len(SPREAD)), SPREAD)
 
 
 def with_trunk(job: Job, model: WithHeads, variables: Tree) -> Tree:
@@ -171,7 +181,11 @@ def fit_heads(
   """
   config, plan, heads = job.config, cascade_plan(job.config), model.alone
   features = features or feature_set(job, model, variables)
-  mine = {'params': {k: v for k, v in variables['params'].items() if k != 'trunk'}}
+  mine = {
+    name: own
+    for name, tree in variables.items()
+    if (own := {k: v for k, v in tree.items() if k != 'trunk'})
+  }
   own = job._replace(
     config=dataclasses.replace(config, optimizer='adamw'),
     images=features,
@@ -196,7 +210,10 @@ def fit_heads(
   )
   return Trained(
     model=model,
-    variables={**variables, 'params': {**variables['params'], **state.params}},
+    variables={
+      name: {**tree, **state.variables.get(name, {})}
+      for name, tree in variables.items()
+    },
     exits=in_order(model),
     held_out=held_out,
     test=test,
@@ -268,7 +285,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   read: Any = functools.partial(model.apply, method='features')
   images, folder = job.images, job.folder / 'features'
   crc32 = lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
-  trunk = {name: tree['trunk'] for name, tree in variables.items()}
+  trunk = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
   arrays = functools.reduce(crc32, jax.tree.leaves(trunk), 0)
   about = {**job.relevant(), 'arrays': arrays}
   variables = job.on_mesh(variables)

@@ -76,9 +76,12 @@ class CascadePlan(NamedTuple):
   """How exits are put on a network, trained and used, for a method with early exits.
 
   Attributes:
-    taps: the taps that get heads; () spreads five heads over the depth.
+    taps: the taps that get heads; () spreads them over the depth.
+    heads: how many are spread.
     hidden: width of a head's hidden layer, 0 for none.
     pool: how a head turns positions into one vector; None chooses by the input.
+    normalise: whether batch normalisation of that comes first.
+    sees_earlier: whether a head reads the answer of the head before it too.
     frozen: whether the heads are first trained alone, on features of the network.
     joint: whether network and heads are trained together (afterwards, if `frozen` too).
     views: augmented copies of every image whose features are computed.
@@ -90,12 +93,16 @@ class CascadePlan(NamedTuple):
       of the FLOPs), ('milliseconds', per example), ('threshold', the value at every
       exit) or ('risk', part of the examples).
     delta: probability with which the guarantee of a risk may fail.
+    shared_threshold: whether all exits have the same threshold, for a drop or a budget.
     decide_on: the data that choose thresholds: 'train', 'test' or 'auto'.
   """
 
   taps: tuple[str, ...]
+  heads: int
   hidden: int
   pool: Any
+  normalise: bool
+  sees_earlier: bool
   frozen: bool
   joint: bool
   views: int
@@ -105,6 +112,7 @@ class CascadePlan(NamedTuple):
   confidence: Literal['probability', 'entropy', 'margin', 'patience', 'learned']
   request: tuple[str, float]
   delta: float
+  shared_threshold: bool
   decide_on: str
 
 

@@ -5,16 +5,21 @@ The paper has a head with one hidden layer on a frozen ResNet and on a frozen BE
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
 
+from depthprune import models
 from depthprune.methods.sidenet import SideNetOptions
-from depthprune.run.config import default
+from depthprune.run.config import Config, default
 from experiments.run import Arguments, Case
-from experiments.sidenet import comparison, small_networks
+from experiments.sidenet import ablation, comparison, small_networks
 
 RECIPE = default('sidenet')
+# What heads were when the rows of these experiments were begun.
+BEGUN: Any = {'normalise': False}
 RESNET56_CIFAR10 = dataclasses.replace(
   RECIPE,
-  options=SideNetOptions(drop=0.5, views=4),
+  options=SideNetOptions(drop=0.5, views=4, **BEGUN),
   model='resnet56',
   data='cifar10',
   pretrained='../shared/data/checkpoints/resnet56_cifar10.npz',
@@ -24,7 +29,7 @@ RESNET56_CIFAR10 = dataclasses.replace(
   weight_decay=5e-4,
 )
 SMALL = {
-  'options': SideNetOptions(drop=0.5, views=2, dropout=0.0),
+  'options': SideNetOptions(drop=0.5, views=2, dropout=0.0, **BEGUN),
   'gate_epochs': 20,
   'finetune_epochs': 1,
 }
@@ -70,6 +75,52 @@ def resnet20_cifar10(arguments: Arguments) -> list[Case]:
   return comparison.run('resnet20_cifar10', full, small, arguments)
 
 
+FIVE = {'taps': ()}
+VARIANTS = {
+  'plain': {**FIVE, 'normalise': False},
+  'normalised': FIVE,
+  'all': {**FIVE, 'heads': 9, 'sees_earlier': True, 'taught': 0.5},
+  'earlier answers': {**FIVE, 'sees_earlier': True},
+  'nine heads': {**FIVE, 'heads': 9},
+  'taught': {**FIVE, 'taught': 0.5},
+}
+
+
+def resnet56_heads(arguments: Arguments) -> list[Case]:
+  """What heads are made of and learn from: ResNet-56, CIFAR-10, 20,000 images.
+
+  Each variant changes one thing. The network and the images that decide are those of
+  `resnet56_cifar10`; the features, of the images and one augmented copy of each, are
+  computed once.
+
+    TFDS_DATA_DIR=../shared/data/tfds python -m experiments.run sidenet.resnet56_heads
+  """
+  blocks = 6, 7, 9, 11, 13, 15, 18, 20, 22
+  return _heads('resnet56_heads', RESNET56_CIFAR10, blocks, arguments)
+
+
+def resnet20_heads(arguments: Arguments) -> list[Case]:
+  """As `resnet56_heads`, with ResNet-20.
+
+  TFDS_DATA_DIR=../shared/data/tfds python -m experiments.run sidenet.resnet20_heads
+  """
+  full = dataclasses.replace(
+    RESNET56_CIFAR10,
+    model='resnet20',
+    pretrained='../shared/data/checkpoints/resnet20_cifar10.npz',
+  )
+  return _heads('resnet20_heads', full, range(2, 9), arguments)
+
+
+def _heads(
+  name: str, full: Config, blocks: Iterable[int], arguments: Arguments
+) -> list[Case]:
+  taps = models.build(full.model).taps
+  options = SideNetOptions(views=2, taps=tuple(taps[i - 1] for i in blocks))
+  config = dataclasses.replace(full, options=options, subset=20_000, gate_epochs=8)
+  return ablation.run(name, config, VARIANTS, arguments)
+
+
 def minilm_sst2(arguments: Arguments) -> list[Case]:
   """A pretrained MiniLM (6 layers, 384 wide), SST-2: heads after layers 1 to 5.
 
@@ -88,7 +139,7 @@ def minilm_sst2(arguments: Arguments) -> list[Case]:
   """
   full = dataclasses.replace(
     RECIPE,
-    options=SideNetOptions(drop=0.5, views=1),
+    options=SideNetOptions(drop=0.5, views=1, **BEGUN),
     model='bert_minilm',
     data='glue/sst2',
     length=64,
@@ -100,7 +151,7 @@ def minilm_sst2(arguments: Arguments) -> list[Case]:
     learning_rate=5e-5,
     weight_decay=0.01,
   )
-  options = SideNetOptions(drop=0.5, views=1, dropout=0.0)
+  options = SideNetOptions(drop=0.5, views=1, dropout=0.0, **BEGUN)
   small = {'frozen': {'options': options, 'train_epochs': 1, 'subset': 16_000}}
   return comparison.run('minilm_sst2', full, small, arguments, _minilm_weights)
 
@@ -137,7 +188,7 @@ def composed(arguments: Arguments) -> list[Case]:
   """
   config = dataclasses.replace(
     RECIPE,
-    options=SideNetOptions(drop=0.5, views=1, dropout=0.0),
+    options=SideNetOptions(drop=0.5, views=1, dropout=0.0, **BEGUN),
     model='resnet20',
     data='cifar10',
     pretrained='../shared/data/checkpoints/resnet20_cifar10.npz',

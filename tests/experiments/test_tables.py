@@ -7,6 +7,7 @@ from experiments import result_files, tables
 from experiments.implosion.oneshot import oneshot_tables
 from experiments.implosion.retraining import retraining_tables
 from experiments.netcut.sweep import netcut_tables
+from experiments.sidenet.ablation import head_tables
 from experiments.sidenet.comparison import sidenet_tables
 from experiments.sidenet.small_networks import small_network_tables
 from experiments.trainable_gates.comparison import gates_tables
@@ -24,6 +25,7 @@ def test_without_result_files_there_is_a_dash(results):
   assert oneshot_tables().endswith(': –')
   assert retraining_tables().endswith(': –')
   assert sidenet_tables() == 'SideNet: –' and small_network_tables().endswith(': –')
+  assert head_tables().endswith(': –')
   assert gates_tables().endswith(': –')
 
 

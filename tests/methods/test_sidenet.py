@@ -82,6 +82,28 @@ def test_the_loss_is_the_sum_over_what_is_trained(regime, names):
   assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize('regime', ['frozen', 'joint'])
+def test_heads_learn_from_the_answer_of_the_main_net(regime):
+  outputs = {k: v for k, v in MODEL.apply(VARIABLES, X).items() if k in MODEL.exits}
+  loss = lambda outputs, a: sidenet(COUPLING, regime, taught=a).objective(
+    TASK, outputs, BATCH, {}, 0
+  )[0]
+  z = np.asarray(outputs['main'], np.float64) / 2
+  p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+  log_p = {name: np.asarray(jax.nn.log_softmax(outputs[name])) for name in outputs}
+  soft = -sum((p * log_p[name]).sum(-1).mean() for name in 'ab')
+  own = float(TASK.loss(outputs['main'], BATCH)) if regime == 'joint' else 0.0
+  hard = float(loss(outputs, 0.0)) - own
+  expected = own + 0.25 * hard + 0.75 * soft
+  assert float(loss(outputs, 0.75)) == pytest.approx(expected, rel=1e-5)
+  # It teaches, and learns nothing from it.
+  slopes = jax.grad(loss)(outputs, 1.0)
+  mine = jax.grad(lambda z: TASK.loss(z, BATCH))(outputs['main'])
+  told = mine if regime == 'joint' else jnp.zeros_like(mine)
+  np.testing.assert_allclose(slopes['main'], told, atol=1e-7)
+  assert slopes['a'].any()
+
+
 def test_nothing_is_cut():
   keep = sidenet(COUPLING).decide({}, {}, None)
   assert keep == {'exits': {'a': True, 'b': True, 'main': True}}
@@ -98,5 +120,7 @@ def test_refused():
     sidenet(couple(MODEL.trunk, plain, X))
   with pytest.raises(ValueError, match="regime='warm': expected one of frozen, joint"):
     sidenet(COUPLING, 'warm')
+  with pytest.raises(ValueError, match='taught: .* at most 1'):
+    sidenet(COUPLING, taught=1.5)
   with pytest.raises(ValueError, match='training mode.*train=False'):
     sidenet(couple(in_training, VARIABLES, X, train=True))

@@ -137,6 +137,17 @@ def test_another_rounding_is_another_run(asked, there):
   assert continued(config, stored) == config
 
 
+def test_a_run_from_before_an_option_goes_on_with_what_it_was():
+  config = default('sidenet')
+  assert config.options.normalise is True
+  old = config.to_json()
+  for name in ('heads', 'normalise', 'sees_earlier', 'taught', 'shared_threshold'):
+    del old['options'][name]
+  assert continued(config, old).options.normalise is False
+  same_config(relevant(old), relevant(continued(config, old).to_json()), 'here')
+  assert continued(config, config.to_json()) == config
+
+
 def test_heads_and_network_are_trained_together():
   with pytest.raises(ConfigError, match=r'train_epochs: expected 0 for netcut, got 2'):
     Config(NetCutOptions(), train_epochs=2)

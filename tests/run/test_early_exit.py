@@ -12,7 +12,7 @@ from depthprune.data.features import FeatureSet
 from depthprune.exports.networks import load_cascade
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.run import early_exit, heads, rounds
-from depthprune.run.config import default
+from depthprune.run.config import default, from_json
 from depthprune.run.early_exit import ALSO, choose_held_out
 from depthprune.run.job import prepare
 from depthprune.storage.checkpoint import CheckpointError
@@ -163,7 +163,8 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
   job = prepare(config, show=False)
   job = job._replace(config=dataclasses.replace(config, options=options))
   model = heads.with_sides(heads.cascade_plan(job.config), trained.model.trunk, job)
-  batch = {'features': {n: np.ones((8, 200), np.float32) for n in ('exit1',)}}
+  drawn = np.random.default_rng(0).normal(size=(8, 200)).astype(np.float32)
+  batch: dict = {'features': {'exit1': drawn}}
   batch |= {'label': np.arange(8, dtype=np.int32)}
   batch['features']['main'] = np.ones((8, 10), np.float32)
   features = FeatureSet('x', batch, batch, batch, 10)
@@ -171,7 +172,8 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
     heads.fit_heads(job, model, trained.variables, features)
   tx = optax.sgd(0.0)
   mine = {
-    'params': {k: v for k, v in trained.variables['params'].items() if k != 'trunk'}
+    name: {k: v for k, v in tree.items() if k != 'trunk'}
+    for name, tree in trained.variables.items()
   }
   state = init_state(seen['model'], seen['method'], tx, mine, batch=batch)
   step = make_step(seen['model'], seen['method'], seen['task'], tx)
@@ -183,6 +185,32 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
   logits = np.eye(10, dtype=np.float32)[:8] * 9
   sharp = classification(10).loss(logits, batch)
   assert seen['task'].loss(logits, batch) > sharp + 1
+
+
+def test_heads_that_read_earlier_answers_run_as_simulated(tmp_path):
+  options = SideNetOptions(hidden=16, drop=30.0, sees_earlier=True, views=1)
+  config = dataclasses.replace(
+    SMALL, options=options, model='resnet8', train_epochs=1, workdir=str(tmp_path)
+  )
+  found = to_json(rounds.run(config, show=False))['cascade']
+  assert found['exits'] == ['exit1', 'exit2', 'main']
+  assert found['executed']['differ'] == 0
+  stored = json.loads((tmp_path / 'cascade/network/arch.json').read_text())
+  assert stored['model']['fields']['heads']['exit2']['fields']['after'] == 'exit1'
+
+
+def test_heads_have_statistics_of_their_own_features(ran):
+  _, _, trained = ran
+  stats = trained.variables['batch_stats']['head_exit1']['norm']
+  assert np.abs(stats['mean']).max() > 0.01
+
+
+def test_runs_of_an_earlier_version_have_heads_without_normalisation():
+  values = SMALL.to_json()
+  for name in ('normalise', 'sees_earlier', 'taught', 'heads'):
+    del values['options'][name]
+  assert from_json(values).options.normalise is False
+  assert SMALL.options.normalise is True
 
 
 def test_another_request_goes_on_from_the_same_heads(ran):

@@ -135,7 +135,8 @@ def test_what_the_network_was_before_is_kept(trained, tmp_path):
   job, frozen = trained
   says = {'held_out': frozen.held_out.accuracy, 'test': frozen.test.accuracy}
   assert frozen.original == says
-  trunk = {name: tree['trunk'] for name, tree in frozen.variables.items()}
+  variables = frozen.variables.items()
+  trunk = {name: tree['trunk'] for name, tree in variables if 'trunk' in tree}
   measure = job.scores(frozen.model.trunk)
   splits = {'held_out': job.images.held_out, 'test': job.images.test}
   alone = {name: measure(trunk, split)['accuracy'] for name, split in splits.items()}
@@ -185,6 +186,13 @@ def test_heads_see_the_data_as_it_is_and_augmented(trained):
   assert np.abs(first - second).max() > 0.1
   rows = features.train['label'][:256]
   assert rows.tolist() == np.asarray(job.images.train['label']).tolist()
+
+
+def test_heads_are_spread_over_the_depth():
+  numbers = lambda count: [int(27 * part) for part in heads.spread(count)]
+  assert numbers(5) == [6, 9, 13, 18, 22]  # as before there was a number of them
+  assert numbers(8) == [6, 7, 9, 12, 14, 17, 19, 22]
+  assert numbers(1) == [6]
 
 
 def test_positions_are_pooled_to_what_heads_can_use(trained):
