@@ -230,9 +230,9 @@ class SideNetOptions:
   delta: float = 0.05
   """How likely the guarantee may fail."""
 
-  shared_threshold: bool = False
-  """One threshold for all exits instead of one for each: where few examples decide, it
-  keeps to the drop on new data better."""
+  shared_threshold: bool = True
+  """One threshold for all exits, which keeps to a drop on new data too; else one for
+  each, fitted closer to the data that decide."""
 
   decide_on: Literal['auto', 'train', 'test'] = 'auto'
   """train: thresholds come from images held out of training. test: from the first half
@@ -329,7 +329,7 @@ RECIPE = Recipe(
   },
   peaks=(1.0, 0.1),
   decides_only=('drop', *REQUESTS, 'delta', 'confidence', 'shared_threshold'),
-  formerly={'normalise': False},
+  formerly={'normalise': False, 'shared_threshold': False},
   check=_check,
   own_exits=True,
   cascade=_plan,

@@ -155,7 +155,10 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     'that chose them, and what they lose and save on the other half, heads paid for, '
     'with one threshold for all exits; at best: the most that a threshold chosen on '
     'that other half would save; each: with a threshold for each exit instead '
-    f'({link(path)}).{notes(content)}\n\n' + table(HEAD, lines)
+    f'({link(path)}). Plain: five heads on features as they are; normalised: with '
+    'batch normalisation of them, the default; all: besides, nine heads that see the '
+    'answer before theirs and learn half from that of the network.'
+    f'{notes(content)}\n\n' + table(HEAD, lines)
   )
 
 

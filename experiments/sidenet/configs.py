@@ -15,8 +15,8 @@ from experiments.run import Arguments, Case
 from experiments.sidenet import ablation, comparison, small_networks
 
 RECIPE = default('sidenet')
-# What heads were when the rows of these experiments were begun.
-BEGUN: Any = {'normalise': False}
+# What heads and thresholds were when the rows of these experiments were begun.
+BEGUN: Any = {'normalise': False, 'shared_threshold': False}
 RESNET56_CIFAR10 = dataclasses.replace(
   RECIPE,
   options=SideNetOptions(drop=0.5, views=4, **BEGUN),
@@ -116,7 +116,9 @@ def _heads(
   name: str, full: Config, blocks: Iterable[int], arguments: Arguments
 ) -> list[Case]:
   taps = models.build(full.model).taps
-  options = SideNetOptions(views=2, taps=tuple(taps[i - 1] for i in blocks))
+  taken = tuple(taps[i - 1] for i in blocks)
+  # Rows have both kinds of thresholds, whatever the option says.
+  options = SideNetOptions(views=2, taps=taken, shared_threshold=False)
   config = dataclasses.replace(full, options=options, subset=20_000, gate_epochs=8)
   return ablation.run(name, config, VARIANTS, arguments)
 
