@@ -19,6 +19,7 @@ from depthprune.program.trace import (
   Decision,
   View,
   abstract,
+  carried_names,
   counts_examples,
   look,
   paths_of,
@@ -179,6 +180,19 @@ class Coupling:
     return counts_examples((self.inputs, self.kwargs), self.view.program.outputs)
 
   @functools.cached_property
+  def carried(self) -> dict[str, ax.Dims]:
+    """The axes of every array that is carried from call to call, by its path.
+
+    These arrays are cut with the network. The path begins with the name of the argument
+    by keyword and of the output, such as 'cache/layer0/key'.
+    """
+    data = self.view.program.inputs[len(self.view.leaves) :]
+    _, merge = split_arrays((self.inputs, self.kwargs))
+    named = paths_of(merge(data)[1])
+    dims = self.view.facts.dims
+    return {p: dims[v] for p, v in named.items() if v in self.view.carried}
+
+  @functools.cached_property
   def reads(self) -> frozenset[tuple[str, int]]:
     """(path, axis) of the variables that some equation sums over."""
     return _contracted_members(self.view)
@@ -307,7 +321,7 @@ class Coupling:
     decision = None if keep is None else self.decision(keep)
     if known:
       traced = jx.Traced(self.view.program, self.view.tree)
-      view = solve(traced, self.view.leaves, axes, decision)
+      view = solve(traced, self.view.leaves, self.view.carried, axes, decision)
     else:
       view = look(fn, self.variables, inputs, kwargs, axes, decision)
     return view._replace(groups={g: memo[self.axis(g)] for g in self.groups})
@@ -370,7 +384,9 @@ def couple(
     *inputs: arrays or ShapeDtypeStructs, or trees of them.
     fixed: selects the outputs whose axes cannot be cut, e.g. `lambda out: out[0]` where
       the function also returns updated statistics. By default all outputs.
-    **kwargs: further arguments of the call, e.g. train=False.
+    **kwargs: further arguments of the call, e.g. train=False. A tree of arrays that the
+      function also returns under the same name, such as a key/value cache, is carried
+      from call to call: it is cut with the network, and so is no input of fixed size.
 
   Returns:
     The Coupling: groups of slices, pinned axes with reasons, branch gates and exits.
@@ -391,7 +407,12 @@ def couple(
   with modules.explained(variables, inputs):
     view = look(fn, variables, inputs, kwargs, dims)
   outputs = view.unpack([_Output(view.facts.dims[v]) for v in view.program.outputs])
-  for output in jax.tree.leaves(outputs if fixed is None else fixed(outputs)):
+  passed_on = carried_names(kwargs, outputs)
+  exits = {}
+  if isinstance(outputs, Mapping):
+    exits = {name: x for name, x in outputs.items() if name not in passed_on}
+  answers = exits if passed_on else outputs
+  for output in jax.tree.leaves(answers if fixed is None else fixed(outputs)):
     for d in output.dims:
       ax.pin(d, 'output')
   pinned = []
@@ -401,7 +422,6 @@ def couple(
       if reasons:
         pinned.append(Pinned(path, i, d.size, tuple(sorted(reasons))))
   groups, solved = _groups(view, dims)
-  exits = tuple(outputs) if isinstance(outputs, Mapping) else ()
   branches = [p for p in paths if p.startswith('branches/')]
   return Coupling(
     model=model,

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from depthprune.program import arguments
-from depthprune.program.trace import is_array, paths_of
+from depthprune.program.trace import carried_names, is_array, paths_of
 
 FLAGS = {
   'train': True, 'training': True, 'is_training': True, 'deterministic': False,
@@ -83,12 +83,13 @@ def runnable(model: Any) -> Callable:
   def fn(variables, *inputs, **kwargs):
     out = apply(variables, *inputs, **accepted(kwargs, names))
     if kwargs.get('mutable'):
-      return chosen(out[0]), out[1]
-    return chosen(out)
+      return chosen(out[0], kwargs), out[1]
+    return chosen(out, kwargs)
 
-  def chosen(out):
+  def chosen(out, kwargs):
     named = isinstance(out, Mapping) and all(name in out for name in exits)
-    return {name: out[name] for name in exits} if named else out
+    names = (*exits, *carried_names(kwargs, out))
+    return {name: out[name] for name in names} if named else out
 
   return fn
 

@@ -7,8 +7,9 @@ three programs, the symbol is put back wherever the number was.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from depthprune.program.trace import (
   GONE,
   View,
   abstract,
+  is_array,
   paths_of,
   remembered,
   split_arrays,
@@ -65,9 +67,11 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
 
   Returns:
     f(small_variables, *inputs, **kwargs), for every input shape and mode of the model;
-    sizes of inputs may be symbolic (`jax.export`). It raises ValueError for a variable
-    that is missing or has another shape than `keep` leaves, and where the program
-    depends on a symbolic size in more than its shapes.
+    sizes of inputs may be symbolic (`jax.export`). What `couple` found to be carried
+    from call to call, such as a key/value cache, may be that of the full network too,
+    and is returned small. It raises ValueError for a variable that is missing or has
+    another shape than `keep` leaves, and where the program depends on a symbolic size
+    in more than its shapes.
 
   Raises:
     KeyError: `keep` has a group that the coupling does not have.
@@ -80,10 +84,13 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
   cut = [group for group, slices in channels.items() if not np.all(slices)]
   for group, slices in channels.items():
     coupling.has_size(group, slices)
+  masks = functools.cache(lambda: decided(coupling.view, keep))
 
   def small(variables, *inputs, **kwargs):
-    arrays, merge = split_arrays((inputs, kwargs))
-    view = views(*merge([_numbered(x, NUMBER) for x in arrays]))
+    full, values = _uncut(coupling, masks, inputs, kwargs)
+    arrays, merge = split_arrays(full)
+    with _explained(coupling, kwargs):
+      view = views(*merge([_numbered(x, NUMBER) for x in arrays]))
     coupling.check_view(view, cut)
     kept = decided(view, keep)
     symbols = _symbolic_sizes(view, arrays)
@@ -94,7 +101,7 @@ def slim(model: Any, coupling: Coupling, keep: Mapping) -> Callable:
       jx.trace(call, (coupling.variables, abstract(arrays)))
       others = (merge([_numbered(x, n) for x in arrays]) for n in OTHERS)
       written = _written(view, [views(*other) for other in others], symbols)
-    flat = [*_arguments(view, kept, variables), *arrays]
+    flat = [*_arguments(view, kept, variables), *values]
     outs = rebound(view.facts, kept, symbols, written)(view.program, flat)
     return view.unpack([GONE if 0 in np.shape(x) else x for x in outs])
 
@@ -117,6 +124,59 @@ def decided(view: View, keep: Mapping) -> dict[ax.Var, np.ndarray]:
         f'{group}: {error}; couple() the function in this mode and at these shapes'
       ) from None
   return kept
+
+
+@contextlib.contextmanager
+def _explained(coupling: Coupling, kwargs: dict) -> Iterator[None]:
+  """Says of a call that fails which of its arguments were not there at the coupling."""
+  try:
+    yield
+  except Exception as error:
+    for name in kwargs.keys() - coupling.kwargs.keys():
+      how = f'couple(..., {name}=...) finds how it is cut'
+      error.add_note(f'{name}: the network was coupled without it; {how}')
+    raise
+
+
+def _uncut(
+  coupling: Coupling, kept: Callable[[], ax.Keep], inputs: tuple, kwargs: dict
+) -> tuple[tuple, list]:
+  """Returns (inputs, kwargs) of a call at full sizes, and the arrays of the small call.
+
+  They differ in what is carried from call to call. Of that an array that nothing reads
+  after the cut may be absent; None takes its place.
+
+  Raises:
+    ValueError: an array has neither the size of the full network nor that of the small.
+  """
+  names = {path.split('/')[0]: None for path in coupling.carried}
+  before = {name: coupling.kwargs[name] for name in names if kwargs.get(name)}
+  if not before:
+    return (inputs, kwargs), split_arrays((inputs, kwargs))[0]
+  given = paths_of({name: kwargs[name] for name in before})
+  sizes: dict[ax.Axis, Any] = {}  # of the axes that are not cut, as they are here
+  for path in given.keys() & coupling.carried.keys():
+    sizes |= zip(map(ax.norm, coupling.carried[path]), given[path].shape, strict=True)
+  leaves, values = [], {}
+  for path, leaf in paths_of(before).items():
+    dims, x = coupling.carried.get(path), given.get(path)
+    if dims is None:  # an input as any other
+      leaves.append(x)
+      continue
+    masks = [ax.mask(d, kept()) for d in dims]
+    uncut = [sizes.get(ax.norm(d), d.size) if m.all() else None
+             for d, m in zip(dims, masks, strict=True)]  # fmt: skip
+    full = tuple(len(m) if n is None else n for n, m in zip(uncut, masks))
+    small = tuple(int(m.sum()) if n is None else n for n, m in zip(uncut, masks))
+    if x is not None and np.shape(x) not in (full, small):
+      has = f'has shape {np.shape(x)}, expected {small} or {full}'
+      raise arguments.wrong(path, has)
+    leaves.append(jax.ShapeDtypeStruct(full, leaf.dtype))
+    values[f'1/{path}'] = x if x is None or np.shape(x) == small else _take(x, masks)
+  whole = jax.tree.unflatten(jax.tree.structure(before), leaves)
+  call = inputs, {**kwargs, **whole}
+  named = {p: x for p, x in paths_of(call).items() if is_array(x)}
+  return call, [values.get(path, x) for path, x in named.items()]
 
 
 def rebound(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,8 @@ class View(NamedTuple):
     groups: the axis that each group of a coupling has in this view.
     tree: structure of what the function returns.
     dropped: positions of the leaves of `tree` that are not among the program's outputs.
+    carried: the program's input for every array that is carried from call to call, with
+      the position in `tree` of the output that takes its place.
   """
 
   program: jx.Program
@@ -52,6 +54,7 @@ class View(NamedTuple):
   groups: dict[str, ax.Axis]
   tree: Any
   dropped: frozenset[int]
+  carried: Mapping[jx.Value, int] = jx.NOTHING
 
   def unpack(self, flat: Sequence) -> Any:
     """Packs the program's outputs, some of them GONE, as the function returns them."""
@@ -64,7 +67,13 @@ class View(NamedTuple):
 
   def decided(self, decision: Decision) -> jx.Program:
     """Returns the program after a decision on branches and exits."""
-    return _decided(self.program, self.tree, self.leaves, decision)[0]
+    return _decided(self, decision)[0]
+
+  def outputs_left(self, decision: Decision, outputs: Any) -> Any:
+    """Returns the outputs that are left after a decision, of all of the function's."""
+    gone = _decided(self, decision)[1]
+    leaves = [GONE if i in gone else x for i, x in enumerate(jax.tree.leaves(outputs))]
+    return without(jax.tree.unflatten(self.tree, leaves))
 
   def kept(self, exits: Mapping[str, Any]) -> jx.Program:
     """Returns the program without the outputs of exits that are not kept."""
@@ -118,12 +127,16 @@ def look(
     return fn(variables, *args, **named)
 
   variables = jax.tree.map(_anywhere, jax.eval_shape(lambda v: v, variables))
-  return solve(jx.trace(call, (variables, arrays)), paths_of(variables), dims, decision)
+  traced = jx.trace(call, (variables, arrays))
+  leaves = dict(zip(paths_of(variables), traced.program.inputs, strict=False))
+  carried = _carried(traced, traced.program.inputs[len(leaves) :], inputs, kwargs)
+  return solve(traced, leaves, carried, dims, decision)
 
 
 def solve(
   traced: jx.Traced,
-  paths: Iterable[str],
+  leaves: dict[str, jx.Value],
+  carried: Mapping[jx.Value, int],
   dims: Mapping[str, ax.Dims],
   decision: Decision | None = None,
 ) -> View:
@@ -131,30 +144,70 @@ def solve(
 
   Args:
     traced: the program, whose first inputs are the variables.
-    paths: of the variables.
+    leaves: the program's input for every variable, by path.
+    carried: as a View has it.
     dims: the axes of every variable, by path.
     decision: as `look` takes it.
   """
   program, tree = traced
-  leaves = dict(zip(paths, program.inputs, strict=False))
-  dropped = frozenset()
-  if decision is not None:
-    program, dropped = _decided(program, tree, leaves, decision)
   arguments = program.inputs[len(leaves) :]
+  view = View(program, ax.Facts(), leaves, {}, tree, frozenset(), carried)
+  if decision is not None:
+    program, dropped = _decided(view, decision)
+    view = view._replace(program=program, dropped=dropped)
   activations = dependent(program, arguments)
   facts = ax.Facts(
     activations=activations,
     magnitudes=degrees(program, activations),
     varying=dependent(program, program.inputs),
   )
-  data = [ax.fresh(v.shape, 'input') for v in arguments]
+  data = [ax.fresh(v.shape, None if v in carried else 'input') for v in arguments]
   rules.infer(facts, program, [*(dims[p] for p in leaves), *data])
+  positions = (i for i in range(tree.num_leaves) if i not in view.dropped)
+  outputs = dict(zip(positions, program.outputs, strict=True))
+  for v, i in carried.items():
+    if i in outputs:
+      for a, b in zip(facts.dims[v], facts.dims[outputs[i]], strict=True):
+        ax.unify(a, b)
   normalised = {v for axis in facts.normalised for v in ax.leaves(axis)}
   for axis, why in facts.written:  # a norm would see it in the slices that are closed
     for v in normalised.intersection(ax.leaves(axis)):
       if not v.notes:
         v.notes.add(f'it is normalised over, and {why}')
-  return View(program, facts, leaves, {}, tree, dropped)
+  return view._replace(facts=facts)
+
+
+def carried_names(kwargs: Mapping[str, Any], outputs: Any) -> list[str]:
+  """Returns the names of what a function carries from call to call.
+
+  That is an argument by keyword, a tree of arrays such as a key/value cache, which the
+  function returns under the same name in its dict of outputs.
+  """
+  if not isinstance(outputs, Mapping):
+    return []
+  trees = (name for name, x in kwargs.items() if not is_array(x) and split_arrays(x)[0])
+  return [name for name in trees if name in outputs]
+
+
+def _carried(
+  traced: jx.Traced, values: Sequence[jx.Value], inputs: tuple, kwargs: dict
+) -> dict[jx.Value, int]:
+  """The inputs that are carried, with the positions of their outputs; see View.
+
+  `values` are the program's inputs for the arrays of the call.
+  """
+  program, tree = traced
+  outputs = jax.tree.unflatten(tree, range(tree.num_leaves))
+  names = carried_names(kwargs, outputs)
+  given = split_arrays((inputs, kwargs))[1](values)[1]
+  taken = paths_of({name: given[name] for name in names})
+  back = paths_of({name: outputs[name] for name in names})
+  for path in taken.keys() & back.keys():
+    before, after = taken[path].shape, program.outputs[back[path]].shape
+    if before != after:
+      what = f'goes in as {before} and comes out as {after}'
+      raise wrong(path, what, 'what is carried from call to call keeps its shape')
+  return {v: back[path] for path, v in taken.items() if path in back}
 
 
 def _anywhere(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -297,11 +350,13 @@ def without(tree: Any) -> Any:
   return tree
 
 
-def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int]]:
+def _decided(view: View, decision: Decision) -> tuple[jx.Program, frozenset[int]]:
   """Closes branches, and removes exits and the outputs that only dead variables feed.
 
-  Such outputs are the running statistics of a closed branch.
+  Such outputs are the running statistics of a closed branch. What is carried from call
+  to call is removed where nothing else reads it.
   """
+  program, tree, leaves = view.program, view.tree, view.leaves
   known = {
     leaf: int(np.any(decision.branches.get(path.removeprefix('branches/'), True)))
     for path, leaf in leaves.items()
@@ -312,7 +367,21 @@ def _decided(program, tree, leaves, decision) -> tuple[jx.Program, frozenset[int
   reduced = simplify(program, known)
   fed = dependent(reduced, absent)
   gone |= {i for i, v in enumerate(reduced.outputs) if v in fed}
+  gone |= _unread(reduced, view.carried, gone)
   return simplify(program, known, gone), frozenset(gone)
+
+
+def _unread(
+  program: jx.Program, carried: Mapping[jx.Value, int], gone: set[int]
+) -> set[int]:
+  """Returns the positions of carried outputs that no other output needs as inputs."""
+  unread, size = set(carried.values()) - gone, -1
+  while size != len(unread):  # what is read keeps alive what it is computed from
+    size = len(unread)
+    left = (v for i, v in enumerate(program.outputs) if i not in unread | gone)
+    _, needed = jx.live(dataclasses.replace(program, outputs=tuple(left)))
+    unread -= {i for v, i in carried.items() if v in needed}
+  return unread
 
 
 def _outputs_of(exits: Mapping[str, Any], tree: Any) -> set[int]:

@@ -343,11 +343,7 @@ def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
     take(x, tuple(ax.mask(d, kept) for d in coupling.view.facts.dims[v]))
     for x, v in zip(jax.tree.leaves(outputs), coupling.view.program.outputs)
   ]
-  outputs = jax.tree.unflatten(jax.tree.structure(outputs), leaves)
-  gone = {name for name, kept in keep['exits'].items() if not kept}
-  if not gone:
-    return outputs
-  return type(outputs)((k, v) for k, v in outputs.items() if k not in gone)
+  return coupling.view.outputs_left(coupling.decision(keep), leaves)
 
 
 def _blame(
