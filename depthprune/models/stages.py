@@ -6,12 +6,12 @@ arrays are stacked along axis 0. Features inside a scan cannot be read, so only 
 is a tap. A network that is a single chain says 'layer' instead of 'block'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 
-from depthprune.models.arch import nearest
+from depthprune.models.arch import Arch, nearest
 
 STACK = 'blocks'  # the module of all blocks of a stage after the first
 
@@ -72,17 +72,44 @@ def check_tap(tap: str, names: Sequence[str]) -> None:
     )
 
 
-def repeat(block: nn.Module, x: jax.Array, times: int, *args) -> jax.Array:
+def repeat(
+  block: nn.Module,
+  x: jax.Array,
+  times: int,
+  *args,
+  call: Callable = lambda block, x, *args: block(x, *args),
+) -> jax.Array:
   """Runs `x` through `times` blocks that each have their own weights, as one scan.
 
   Parameters, batch statistics and gates of `block` are stacked along axis 0. It keeps
-  the shape of `x`; `args` are its further arguments, the same in every call.
+  the shape of `x`; `args` are its further arguments, the same in every call. `call`
+  says how a block is applied.
   """
   scan = nn.scan(
-    lambda block, x, *args: (block(x, *args), None),
+    lambda block, x, *args: (call(block, x, *args), None),
     variable_axes={'params': 0, 'batch_stats': 0, 'branches': 0},
     split_rngs={'params': True, 'dropout': True},
     in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
     length=times,
   )
   return scan(block, x, *args)[0] if times else x
+
+
+def layers_left(name: str, arch: Arch) -> int:
+  """Returns how many layers of a stack are left; a branch that is gone has no say.
+
+  Args:
+    name: of the stack.
+    arch: its part of `arch`, with 'attention/branch' and 'mlp/branch'.
+
+  Raises:
+    ValueError: the branches leave different numbers of layers.
+  """
+  left = {arch['attention/branch'], arch['mlp/branch']} - {0}
+  if len(left) > 1:
+    raise ValueError(
+      f'{name}: arch leaves {arch["attention/branch"]} layers of attention/branch and '
+      f'{arch["mlp/branch"]} of mlp/branch; expected one number, or 0 for a branch '
+      'that is removed from all of them'
+    )
+  return max(left, default=0)

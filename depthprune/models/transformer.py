@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, beneath, within
-from depthprune.models.stages import Parts, check_tap, repeat
+from depthprune.models.stages import Parts, check_tap, layers_left, repeat
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -128,7 +128,7 @@ def chain(
     part = within(arch, name)
     part['attention/heads'] = part.pop(f'attention/{_heads(scan)}')
     module = layer(part, name)
-    x = repeat(module, x, _layers(name, part), *args) if scan else module(x, *args)
+    x = repeat(module, x, layers_left(name, part), *args) if scan else module(x, *args)
     taps[tap] = x
     if tap == until:
       break
@@ -138,15 +138,3 @@ def chain(
 def _heads(scan: bool) -> str:
   """The key of the number of heads: the axis of the query kernel that they are."""
   return 'query:2' if scan else 'query:1'
-
-
-def _layers(name: str, arch: Arch) -> int:
-  """Returns how many layers of a stack are left; a branch that is gone has no say."""
-  left = {arch['attention/branch'], arch['mlp/branch']} - {0}
-  if len(left) > 1:
-    raise ValueError(
-      f'{name}: arch leaves {arch["attention/branch"]} layers of attention/branch and '
-      f'{arch["mlp/branch"]} of mlp/branch; expected one number, or 0 for a branch '
-      'that is removed from all of them'
-    )
-  return max(left, default=0)

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from depthprune.models import build, describe, names
 from depthprune.models.bert import BERT
 from depthprune.models.convnet import ConvNet
+from depthprune.models.decoder import Decoder
 from depthprune.models.heads import Head, WithHeads, multitask
 from depthprune.models.mlp import MLP
 from depthprune.models.mobilenet import MobileNetV2
@@ -44,6 +45,18 @@ SMALL = {
     width=8, depth=2, heads=2, inner=12, token=False, **more
   ),
   'bert': lambda **more: build('bert_tiny', segments=2, **more),
+  'decoder': lambda **more: build('decoder_tiny', **more),
+  'decoder with options': lambda **more: build(
+    'decoder_tiny',
+    tied=False,
+    bias=True,
+    query_norm=True,
+    offset=1.0,
+    scaled=True,
+    activation='gelu',
+    window=3,
+    **more,
+  ),
   'imagenet': lambda **more: build('resnet18', width=4, **more),
   'heads': lambda **more: WithHeads(
     ResNet(depth=14, width=4, shortcut='B', **more),
@@ -54,6 +67,7 @@ SMALL = {
   ),
 }
 every_model = pytest.mark.parametrize('make', SMALL.values(), ids=SMALL)
+DECODERS = ('decoder', 'decoder with options')  # the logits of which have no bias
 WRAPPED = ('heads', 'multitask')  # heads on a trunk that is here by itself
 every_name = pytest.mark.parametrize('name', SMALL)
 LEAVES = ('kernel', 'scale', 'bias')
@@ -63,7 +77,7 @@ TEXT = jax.random.randint(jax.random.key(0), (2, 7), 0, 64)
 
 def example(model, images=X):
   """What a model takes: images, or text."""
-  return TEXT if isinstance(model, BERT) else images
+  return TEXT if isinstance(model, BERT | Decoder) else images
 
 
 def features(outputs):
@@ -100,11 +114,14 @@ def kernel_widths(variables):
   widths = {
     path: width for path, width in kernels.items() if f'{path}/kernel' in params
   }
-  heads = {
-    f'{k.removesuffix("/kernel")}:{v.ndim - 2}': v.shape[-2]
-    for k, v in params.items()
-    if k.endswith('query/kernel')
-  }
+  heads = {}
+  for query in [path for path in widths if path.endswith('query')]:
+    key = f'{query.removesuffix("query")}key'
+    shape = params[f'{query}/kernel'].shape
+    grouped = len(shape) > params[f'{key}/kernel'].ndim
+    heads |= {f'{query}:{len(shape) - i}': shape[-i] for i in range(2, 3 + grouped)}
+    if grouped:  # a rotation fixes the widths of queries and keys
+      del widths[query], widths[key]
   return widths | heads | {path: gate.size for path, gate in gates.items()}
 
 
@@ -118,12 +135,13 @@ def without_logits(widths):
 
 @pytest.mark.parametrize('name', names())
 def test_named_models_have_float32_logits_and_every_tap(name):
-  model = build(name, classes=7)
+  texts = name.startswith('decoder')
+  model = build(name, **{'vocab' if texts else 'classes': 7})
   x = example(model, jnp.ones((2, 32, 32, 3)))
   outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
   assert set(features(outputs)) == {*model.taps, 'main'} and model.exits == ('main',)
-  pixels = (32, 32) if isinstance(model, SegNet) else ()
-  assert outputs['main'].shape == (2, *pixels, 7)
+  places = (32, 32) if isinstance(model, SegNet) else TEXT.shape[1:] if texts else ()
+  assert outputs['main'].shape == (2, *places, 7)
   assert outputs['main'].dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
 
@@ -191,7 +209,8 @@ def test_until_ends_the_network_at_that_tap(name, whole):
     f'{module}/{leaf}' for module in ('head', 'norm', 'pooler') for leaf in LEAVES
   }
   behind = part('').keys() - part(model.taps[-1]).keys()
-  assert {'head/kernel', 'head/bias'} <= behind <= head
+  last = {'norm/scale'} if name in DECODERS else {'head/kernel', 'head/bias'}
+  assert last <= behind <= head
   with pytest.raises(ValueError, match=rf"no tap '{middle}x'.*Nearest: .*{middle}"):
     part(f'{middle}x')
 

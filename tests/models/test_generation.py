@@ -1,0 +1,64 @@
+"""Generation: a loop with a cache equals one without, before and after a cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.models.decoder import Decoder
+from depthprune.models.generation import generate
+from depthprune.program.coupling import couple
+from depthprune.surgery.prune import prune
+from tests import masking as m
+from tests import zoo
+
+MODEL = Decoder(
+  vocab=20, positions=12, width=8, depth=2, heads=4, groups=2, size=4, inner=6
+)
+PROMPTS = zoo.tokens(3, 5)
+
+
+@pytest.fixture(scope='module')
+def cut():
+  cache = MODEL.empty_cache(3, 12)
+  variables = zoo.randomised(jax.eval_shape(MODEL.init, jax.random.key(0), PROMPTS))
+  coupling = couple(MODEL, variables, PROMPTS, cache=cache)
+  keep = {**m.random_keep(coupling), 'branches': {'layer0/mlp/branch': np.array(False)}}
+  return variables, prune(MODEL, variables, keep, PROMPTS, coupling=coupling)
+
+
+def one_by_one(run, variables, steps):
+  """The most probable token behind the whole text, without a cache."""
+  tokens = PROMPTS
+  for _ in range(steps):
+    best = run(variables, tokens)['main'][:, -1:].argmax(-1)
+    tokens = jnp.concatenate([tokens, best.astype(tokens.dtype)], 1)
+  return tokens
+
+
+@pytest.mark.parametrize('network', ['full', 'small', 'function'])
+def test_generation_is_that_without_a_cache(network, cut):
+  variables, pruned = cut
+  model, arrays, more = pruned.model, pruned.variables, {}
+  if network == 'full':
+    model, arrays = MODEL, variables
+  if network == 'function':  # with the empty cache of the full network
+    model, more = pruned.apply, {'cache': MODEL.empty_cache(3, 11)}
+  run = m.quick(getattr(model, 'apply', model))
+  expected = one_by_one(run, arrays, 6)
+  got = generate(model, arrays, PROMPTS, 6, **more)
+  np.testing.assert_array_equal(got, expected)
+  assert got.shape == (3, 11) and len({*np.asarray(got)[:, 5:].ravel().tolist()}) > 1
+
+
+def test_a_single_step_and_what_is_impossible(cut):
+  variables, pruned = cut
+  np.testing.assert_array_equal(
+    generate(MODEL, variables, PROMPTS, 1), one_by_one(MODEL.apply, variables, 1)
+  )
+  with pytest.raises(ValueError, match='at most 12 positions, got .* length 13'):
+    generate(MODEL, variables, PROMPTS, 8)
+  with pytest.raises(ValueError, match='steps: expected at least 1, got 0'):
+    generate(MODEL, variables, PROMPTS, 0)
+  with pytest.raises(TypeError, match='the empty cache of a function'):
+    generate(pruned.apply, pruned.variables, PROMPTS, 2)
