@@ -1,7 +1,7 @@
 """Pretrained networks from torch, read strictly into models of this package.
 
-Files are .npz or .safetensors. Every tensor of the file must be used and every array of
-the model filled, in its shape; otherwise the error lists what does not fit.
+Files are .npz, .safetensors or .gguf. Every tensor of the file must be used and every
+array of the model filled, in its shape; otherwise the error lists what does not fit.
 """
 
 import re
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from depthprune.models import decoder_config, llamacpp
 from depthprune.models.bert import BERT
+from depthprune.models.decoder import Decoder
 from depthprune.models.resnet import IMAGENET, ResNet
 from depthprune.models.stages import STACK
 from depthprune.storage import files
@@ -28,25 +30,32 @@ Tensors = Mapping[str, np.ndarray]  # the content of a file
 # Mean, standard deviation and scale of the images of torchvision's ImageNet networks.
 TORCHVISION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0
 HEADS = range(1, 4097)  # of an attention
+INDEX = '.safetensors.index.json'
 SHOWN = 8  # names of each kind in an error
 
 
 def load(
   path: str | Path, model: nn.Module, image: tuple[int, ...] = (32, 32, 3)
 ) -> dict[str, Any]:
-  """Reads the variables of a ResNet or a BERT from a file of torch tensors.
+  """Reads the variables of a ResNet, a BERT or a Decoder from a file of torch tensors.
 
   A few tensors are ignored: '*.num_batches_tracked' for a ResNet; for a BERT
-  'embeddings.position_ids', which counts, and 'cls.*', the heads of pretraining. If the
-  file of a BERT has no 'classifier.*', its head is initialised with jax.random.key(0).
-  The number of heads of its attention is not in the tensors: it is compared with the
-  config.json beside the file, if there is one.
+  'embeddings.position_ids', which counts, and 'cls.*', the heads of pretraining; for a
+  Decoder the wavelengths '*.rotary_emb.inv_freq', which its fields say. If the file of
+  a BERT has no 'classifier.*', its head is initialised with jax.random.key(0). What the
+  tensors do not say, such as the number of heads of an attention, is compared with the
+  config.json beside the file, if there is one::
+
+    model = pretrained.decoder('SmolLM2-135M/')
+    variables = pretrained.load('SmolLM2-135M/', model)
 
   Args:
     path: a .npz or .safetensors file, with torchvision's, akamaster's or transformers'
-      names of tensors.
-    model: a ResNet with preact=False, or a BERT. Layers are stacked for a scanned one.
-    image: height, width and channels of one input; unused for a BERT.
+      names of tensors; for a Decoder also a .gguf file, the index
+      'model.safetensors.index.json' of a split file, or the folder of either.
+    model: a ResNet with preact=False, a BERT, or a Decoder. Layers are stacked for a
+      scanned one.
+    image: height, width and channels of one input; unused for texts.
 
   Returns:
     The variables, float32. All branch gates are 1.
@@ -58,14 +67,15 @@ def load(
   """
   naming = _family(model)
   ignored = re.compile(naming.ignored)
+  path = _weights(path)
   tensors = {k: v for k, v in read(path).items() if not ignored.fullmatch(k)}
-  tokens = isinstance(model, BERT)
+  tokens = isinstance(model, BERT | Decoder)
   example = jnp.zeros((1, 1), int) if tokens else jnp.zeros((1, *image))
   init = lambda: model.init(jax.random.key(0), example)
   leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(init))
   shapes = {'/'.join(key.key for key in keys): leaf.shape for keys, leaf in leaves}
   slots = _assign(naming, shapes, tensors)
-  stated = naming.stated(Path(path))
+  stated = naming.stated(path)
   faults = _faults(tensors, slots)
   if faults or any(v != getattr(model, k) for k, v in stated.items()):
     differences = _differences(naming.fields(tensors) | stated, model)
@@ -77,27 +87,36 @@ def load(
     path: jnp.asarray(np.reshape(arrays, shapes[path]), jnp.float32)
     for path, arrays in parts.items()
   }
-  left = [i for i, k in enumerate(shapes) if k not in filled]
-  # Compiled for gates and a head alone: the rest of `init` is dead code.
-  drawn = jax.jit(lambda: [jax.tree.leaves(init())[i] for i in left])()
-  filled |= zip([[*shapes][i] for i in left], drawn)
+  gates = (path for path in shapes if path.startswith('branches/'))
+  filled |= {path: jnp.ones(shapes[path]) for path in gates}
+  if left := [i for i, k in enumerate(shapes) if k not in filled]:
+    # Compiled for a head alone: the rest of `init` is dead code.
+    drawn = jax.jit(lambda: [jax.tree.leaves(init())[i] for i in left])()
+    filled |= zip([[*shapes][i] for i in left], drawn)
   return jax.tree.unflatten(tree, [filled[k] for k in shapes])
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-  """Reads the tensors of a .npz or .safetensors file by name.
+  """Reads the tensors of a .npz, .safetensors or .gguf file by name.
+
+  It may also be the index, '*.safetensors.index.json', of a file that is split.
 
   Raises:
-    ValueError: there is no such file, it has another suffix, or it is damaged.
+    ValueError: there is no such file, it has another suffix, or it is damaged; or a
+      part of a split file is missing or holds other tensors than its index says.
   """
   path = Path(path)
-  if path.suffix not in ('.npz', '.safetensors'):
+  if path.name.endswith(INDEX):
+    return _read_parts(path)
+  if path.suffix not in ('.npz', '.safetensors', '.gguf'):
     raise ValueError(
-      f'{path}: expected .npz or .safetensors; what torch saved becomes the latter by '
-      'safetensors.torch.save_file(state_dict, path)'
+      f'{path}: expected .npz, .safetensors or .gguf; what torch saved becomes the '
+      'second by safetensors.torch.save_file(state_dict, path)'
     )
   if path.suffix == '.npz':
     return files.read_npz(path, CheckpointError)
+  if path.suffix == '.gguf':
+    return llamacpp.read(path)
   files.regular(path, CheckpointError)
   try:
     return safetensors.numpy.load_file(path)
@@ -105,6 +124,60 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     raise CheckpointError(
       f'{path}: cannot be read as .safetensors ({error!s:.200}); get the file again'
     ) from error
+
+
+def _read_parts(index: Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of all files that an index names."""
+  content = files.read_json(index, dict[str, Any], CheckpointError)
+  where = f'{index}: weight_map'
+  placed = content.get('weight_map')
+  placed = files.checked(placed, dict[str, str], where, CheckpointError)
+  tensors: dict[str, np.ndarray] = {}
+  for name in sorted({*placed.values()}):
+    if Path(name).name != name or not name.endswith('.safetensors'):
+      raise CheckpointError(f'{where}: {name!r:.80} is no .safetensors file beside it')
+    part = read(index.with_name(name))
+    here = {tensor for tensor, file in placed.items() if file == name}
+    if odd := sorted(here ^ part.keys()):
+      raise CheckpointError(
+        f'{index.with_name(name)}: {len(odd)} tensors are there or in the index, but '
+        f'not in both: {", ".join(odd[:SHOWN])}'
+      )
+    tensors |= part
+  return tensors
+
+
+def _weights(path: str | Path) -> Path:
+  """Returns the file of weights in a folder as transformers writes it."""
+  path = Path(path)
+  if not path.is_dir():
+    return path
+  names = ('model.safetensors', f'model{INDEX}')
+  found = [path / name for name in names if (path / name).exists()]
+  if len(found) != 1:
+    raise CheckpointError(
+      f'{path}: expected one of {" and ".join(names)} in it, found {len(found)}'
+    )
+  return found[0]
+
+
+def decoder(path: str | Path, **fields: Any) -> Decoder:
+  """Returns the Decoder whose weights a file holds, as `load` needs it.
+
+  Args:
+    path: a .gguf file; or a folder with config.json, or a file beside it.
+    **fields: further fields of the Decoder, such as dtype='bfloat16' or scan=True.
+
+  Raises:
+    CheckpointError: there is no config.json, or it describes another architecture.
+  """
+  path = Path(path)
+  if path.suffix == '.gguf':
+    config, where = llamacpp.config(path), path
+  else:
+    where = (path if path.is_dir() else path.parent) / 'config.json'
+    config = files.read_json(where, dict[str, Any], CheckpointError)
+  return Decoder(**decoder_config.fields(config, str(where)), **fields)
 
 
 def normalisation(path: str | Path) -> tuple[tuple, tuple, float] | None:
@@ -188,9 +261,12 @@ def _family(model: nn.Module) -> Naming:
   if isinstance(model, BERT):
     ignored = r'(bert\.)?embeddings\.position_ids|cls\..*'
     return Naming(ignored, _bert_slots, _bert_fields, _bert_stated, 'params/head/')
+  if isinstance(model, Decoder):
+    ignored = r'.*\.rotary_emb\.inv_freq'
+    return Naming(ignored, decoder_slots, _decoder_fields, _decoder_stated)
   raise ValueError(
     f'pretrained: {type(model).__name__} has no known naming of tensors; expected a '
-    'BERT, or a ResNet with preact=False'
+    'BERT, a Decoder, or a ResNet with preact=False'
   )
 
 
@@ -298,7 +374,7 @@ def _bert_slots(shapes: Shapes) -> Iterable[dict[str, Slot]]:
 
 def _bert_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Returns the shape of the tensor, where heads and their width are a single axis."""
-  if path.endswith('/bias') and len(shape) == 2:
+  if path.endswith('/bias') and len(shape) > 1:
     return (prod(shape),)
   if len(shape) < 3:
     return shape
@@ -379,6 +455,76 @@ def _bert_stated(path: Path) -> dict[str, Any]:
   few: Any = Annotated[int, files.Rule('a number from 1 to 4096', HEADS.__contains__)]
   where = f'{beside}: num_attention_heads'
   return {'heads': files.checked(heads, few, where, CheckpointError)}
+
+
+# ---- decoders ------------------------------------------------------------------------
+
+
+def decoder_slots(shapes: Shapes) -> Iterable[dict[str, Slot]]:
+  """Returns where in a Decoder the tensors of transformers are.
+
+  Args:
+    shapes: of the leaves of the Decoder, by path, without branch gates.
+
+  Returns:
+    One dict {tensor: its slot}.
+  """
+  slots = {}
+  for path, shape in shapes.items():
+    stack = re.match(r'params/layers(\d+)/', path)
+    layers = shape[0] if stack else 1
+    first = int(stack[1]) * layers if stack else 0
+    whole = _bert_shape(path, shape[stack is not None :])
+    slot = Slot(path, whole, path == 'params/embed/kernel')
+    for layer in range(first, first + layers):
+      named = re.sub(r'^params/layers\d+/', f'params/layer{layer}/', path)
+      slots[_decoder_source(named)] = slot
+  return [slots]
+
+
+def _decoder_source(path: str) -> str:
+  """'params/layer3/attention/out/kernel' → 'model.layers.3.self_attn.o_proj.weight'."""
+  name = path.removeprefix('params/')
+  name = re.sub(r'/(query|key|value|out)/', lambda m: f'/{m[1][0]}_proj/', name)
+  name = re.sub(r'/(query|key)_norm/', lambda m: f'/{m[1][0]}_norm/', name)
+  name = re.sub(r'/(gate|up|down)/', r'/\1_proj/', name)
+  name = re.sub(r'^layer(\d+)/', r'layers/\1/', name)
+  pairs = (
+    ('attention/norm', 'input_layernorm'),
+    ('mlp/norm', 'post_attention_layernorm'),
+    ('attention/', 'self_attn/'),
+    ('embed/', 'embed_tokens/'),
+    ('kernel', 'weight'),
+    ('scale', 'weight'),
+    ('/', '.'),
+  )
+  name = _replaced(name, pairs)
+  return f'lm_{name}' if name.startswith('head') else f'model.{name}'
+
+
+def _decoder_fields(tensors: Tensors) -> dict[str, Any]:
+  layers = {m[1] for n in tensors if (m := re.match(r'model\.layers\.(\d+)\.', n))}
+  sizes = {
+    'model.embed_tokens.weight': ('vocab', 'width'),
+    'model.layers.0.mlp.gate_proj.weight': ('inner',),
+  }
+  fields = {
+    field: size
+    for name, names in sizes.items()
+    if name in tensors
+    for field, size in zip(names, tensors[name].shape)
+  }
+  return {**fields, 'depth': len(layers), 'tied': 'lm_head.weight' not in tensors}
+
+
+def _decoder_stated(path: Path) -> dict[str, Any]:
+  beside = path.with_name('config.json')
+  if path.suffix != '.gguf' and not beside.exists():
+    return {}
+  model = decoder(path)
+  named = (*decoder_config.SIZES, *decoder_config.PLAIN)
+  rest = ('groups', 'size', 'theta', 'epsilon', 'tied', 'window')
+  return {name: getattr(model, name) for name in (*named, *rest)}
 
 
 # ---- errors --------------------------------------------------------------------------

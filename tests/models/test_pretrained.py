@@ -419,7 +419,7 @@ def test_files_that_cannot_be_read(saved, tmp_path):
   with pytest.raises(ValueError, match='nothing.npz: expected a file, got none'):
     pretrained.load(tmp_path / 'nothing.npz', SMALL)
   for name in ('weights.th', 'weights'):
-    with pytest.raises(ValueError, match='expected .npz or .safetensors; .*save_file'):
+    with pytest.raises(ValueError, match='.npz, .safetensors or .gguf; .*save_file'):
       pretrained.load(tmp_path / name, SMALL)
 
 

@@ -1,0 +1,112 @@
+"""GGUF files: rows in pairs, scales with 1 added, quantised blocks, bad files."""
+
+import json
+import zlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.models import llamacpp, pretrained
+from tests import masking as m
+
+gguf = pytest.importorskip('gguf')
+GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'decoders.json').read_text())
+OWN = {name: own for own, name in llamacpp.NAMES.items()}
+
+
+def drawn(name, shape):
+  """The tensor of a name; golden/make_decoders.py has the same lines."""
+  draw = np.random.default_rng(zlib.crc32(name.encode()))
+  return (0.5 * draw.standard_normal(shape)).astype(np.float32)
+
+
+def paired(x, heads):
+  """The rows of a head as llama.cpp has them: each beside the one it is turned with."""
+  return x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+
+
+def own_name(name):
+  """'model.layers.1.mlp.up_proj.weight' → 'blk.1.ffn_up.weight'."""
+  start, _, leaf = name.rpartition('.')
+  if start in OWN:
+    return f'{OWN[start]}.{leaf}'
+  layer, module = start.removeprefix('model.layers.').split('.', 1)
+  return f'blk.{layer}.{OWN[module]}.{leaf}'
+
+
+@pytest.fixture
+def written(tmp_path):
+  """written(kind, **entries) -> the path of a small network, under other names."""
+
+  def write(kind, tensors=(), **entries):
+    known = GOLDEN['networks'][kind]
+    config = {**known['config'], **entries}
+    path = tmp_path / 'small.gguf'
+    writer = gguf.GGUFWriter(path, config['model_type'])
+    for key, entry in llamacpp.ENTRIES.items():
+      value, name = config.get(key), f'{config["model_type"]}.{entry}'
+      if isinstance(value, float):
+        writer.add_float32(name, value)
+      elif value is not None:
+        writer.add_uint32(name, value)
+    for name, shape in known['shapes'].items():
+      x = drawn(name, shape)
+      if kind == 'gemma' and name.endswith('norm.weight'):
+        x = x + 1
+      for part, key in (('q', 'num_attention_heads'), ('k', 'num_key_value_heads')):
+        if kind == 'llama' and f'{part}_proj' in name:
+          x = paired(x, config[key])
+      writer.add_tensor(own_name(name), x)
+    for name, x, kind_of in tensors:
+      writer.add_tensor(name, x, raw_dtype=kind_of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen2', 'qwen3', 'gemma'])
+def test_a_file_holds_the_network_that_was_converted(kind, written):
+  path, known = written(kind), GOLDEN['networks'][kind]
+  model = pretrained.decoder(path)
+  variables = pretrained.load(path, model)
+  logits = m.quick(model.apply)(variables, jnp.asarray(GOLDEN['tokens']))['main']
+  np.testing.assert_allclose(logits, known['logits'], rtol=0, atol=1e-4)
+
+
+def test_blocks_are_dequantised_and_left_over_tensors_named(written):
+  x = drawn('x', (4, 64))
+  kind = gguf.GGMLQuantizationType.Q8_0
+  model = pretrained.decoder(written('llama'))
+  path = written('llama', [('blk.9.ffn_up.weight', gguf.quantize(x, kind), kind)])
+  name = 'model.layers.9.mlp.up_proj.weight'
+  got = llamacpp.read(path)[name]
+  np.testing.assert_allclose(got, x, rtol=0, atol=0.01)
+  assert got.dtype == np.float32 and not np.array_equal(got, x)
+  with pytest.raises(ValueError, match=f'1 unused tensors: {name}'):
+    pretrained.load(path, model)
+
+
+def test_a_quantisation_that_is_unknown_is_named(written):
+  kind = gguf.GGMLQuantizationType.Q8_1
+  block = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+  path = written('llama', [('blk.0.odd.weight', block, kind)])
+  with pytest.raises(ValueError, match=r'blk\.0\.odd\.weight: cannot be read as Q8_1'):
+    llamacpp.read(path)
+
+
+def test_files_of_other_kinds_are_refused(written, tmp_path):
+  path = written('llama', model_type='mamba')
+  with pytest.raises(ValueError, match="is 'mamba'; expected one of llama"):
+    pretrained.decoder(path)
+  path = tmp_path / 'other.gguf'
+  path.write_bytes(b'GGUF and then nothing of the kind')
+  with pytest.raises(ValueError, match=r'other\.gguf: cannot be read as GGUF'):
+    llamacpp.config(path)
+  with pytest.raises(ValueError, match=r'none\.gguf: expected a file, got none'):
+    llamacpp.config(tmp_path / 'none.gguf')
