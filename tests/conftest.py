@@ -76,6 +76,10 @@ PACKAGES = {
     *('transformers==4.57.6', 'tokenizers==0.22.2', 'huggingface-hub==0.36.2'),
     *('safetensors', 'regex'),
   ),
+  'torch': (
+    *('torch==2.13.0', 'sympy', 'mpmath', 'networkx', 'fsspec', 'filelock'),
+    *('typing_extensions', 'tqdm', 'requests', 'pyyaml'),
+  ),
 }
 
 

@@ -161,11 +161,14 @@ def start(
   return future
 
 
-def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-  """Writes arrays as one file of safetensors; returns its path."""
+def save_tensors(
+  path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> Path:
+  """Writes arrays and text about them as a file of safetensors; returns its path."""
   # Safetensors writes memory as it lies and ignores the strides of an array.
   rows = {name: np.array(array, order='C') for name, array in arrays.items()}
-  path.write_bytes(safetensors.numpy.save(rows))  # save_file denies others to read it
+  # `save_file` would deny others to read it.
+  path.write_bytes(safetensors.numpy.save(rows, metadata))
   return path
 
 
