@@ -280,7 +280,7 @@ def test_the_public_names_are_all_there_and_documented():
 
 
 def test_models_lists_networks_with_their_size(capsys):
-  """An MLP on 8x8 images, by hand: its products, and a bias for each unit."""
+  """An MLP and a decoder by hand: their products, biases and scales."""
   words = 'models mlp vit_tiny bert_tiny --input 8 8 1 --classes 3'
   assert cli.main(words.split()) == 0
   head, mlp, vit, bert = capsys.readouterr().out.splitlines()
@@ -288,5 +288,10 @@ def test_models_lists_networks_with_their_size(capsys):
   assert mlp.split() == ['mlp', f'{(products + 403) / 1e3:.1f}', 'k', '107', 'k']
   assert round(2 * products / 1e3) == 107 and '8x8x1' in head
   assert 'cannot read it' in vit and 'reads texts' in bert
+  assert cli.main('models decoder_tiny mlp --input 9'.split()) == 0
+  _, decoder, mlp = capsys.readouterr().out.splitlines()
+  layer = 2 * 16 * (16 + 8) + 3 * 16 * 24 + 2 * 16  # attention, perceptron, norms
+  assert decoder.split()[1] == f'{(64 * 16 + 4 * layer + 16) / 1e3:.2f}'
+  assert 'reads images' in mlp
   assert cli.main(['models', 'mlpp']) == cli.WRONG_INPUT
   assert 'Nearest: mlp' in capsys.readouterr().err

@@ -24,6 +24,7 @@ from depthprune.exports import records
 from depthprune.models import heads, pretrained
 from depthprune.models.arch import within
 from depthprune.models.bert import BERT
+from depthprune.models.decoder import Decoder
 from depthprune.models.foreign import Trunk, trunk
 from depthprune.models.heads import WithHeads, multitask
 from depthprune.program import cost, modules
@@ -98,6 +99,11 @@ def _alone(config: Config, classes: int) -> Any:
     hints = get_type_hints(type(models.build(config.model)))
   except ValueError as error:
     raise ConfigError(f'model: {error}') from error
+  if 'classes' not in hints:
+    raise ConfigError(
+      f'model: {config.model} writes texts and has no classes, so no run trains it; '
+      'oneshot and prune cut it in Python as any other network'
+    )
   for name, value in own.arguments(config.model_args).items():
     if name not in hints:
       near = difflib.get_close_matches(name, hints, n=3, cutoff=0)
@@ -224,13 +230,15 @@ def sizes(
   inputs = [jnp.zeros((1, *shape), jnp.int32 if text else jnp.float32)]
   inputs += [jnp.ones((1, *shape), bool)] * text
   for name in names or models.names():
-    model = models.build(name, classes=classes)
-    if isinstance(model, BERT) != text:
+    writes = isinstance(models.build(name), Decoder)
+    model = models.build(name, **({} if writes else {'classes': classes}))
+    if isinstance(model, BERT | Decoder) != text:
       yield name, f'reads {"images" if text else "texts (--input TOKENS)"}'
       continue
     try:
-      variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-      coupling = couple(model, variables, *inputs)
+      given = inputs[:1] if writes else inputs  # a decoder takes no mask
+      variables = jax.eval_shape(model.init, jax.random.key(0), *given)
+      coupling = couple(model, variables, *given)
     except Exception as error:  # each family has its own smallest image
       said = (str(error) or type(error).__name__).splitlines()[0]
       yield name, f'cannot read it: {said}'
