@@ -47,11 +47,15 @@ class Meeting(NamedTuple):
     stacked: whether a scan runs over the first axis of the gate.
     why_not: why the unit cannot be erased; '' where the values end in a sum with the
       identity.
+    shortcut: what is added to the branch there, and is left without it.
+    total: their sum.
   """
 
   at: tuple[int, ...]
   stacked: bool
   why_not: str
+  shortcut: jx.Value | None = None
+  total: jx.Value | None = None
 
 
 def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
@@ -69,22 +73,22 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
   program, leaves = coupling.view.program, coupling.view.leaves
   unread = Meeting((len(program.equations),), False, 'nothing reads its gate')
   followed = [
-    (branch, sorted(_meetings(program, {leaves[f'branches/{branch}']})) or [unread])
+    (branch, meetings(program, leaves[f'branches/{branch}']) or [unread])
     for branch in coupling.branches
   ]
   stacks: dict[object, list[tuple[str, list[Meeting]]]] = {}
-  for branch, meetings in sorted(followed, key=lambda pair: pair[1][0].at):
-    at, stacked, _ = meetings[0]
+  for branch, met in sorted(followed, key=lambda pair: pair[1][0].at):
+    at, stacked, *_ = met[0]
     size = coupling.branch_shape(branch)[:1]
     key = (at[0], size) if stacked else branch
-    stacks.setdefault(key, []).append((branch, meetings))
+    stacks.setdefault(key, []).append((branch, met))
   in_order = []
   for key, met in stacks.items():
     branches = tuple(branch for branch, _ in met)
     name = branches[0].removesuffix('/branch')
     if len(branches) > 1:
       name = os.path.commonpath(branches) or '+'.join(branches)
-    reasons = (m.why_not for _, meetings in met for m in meetings if m.why_not)
+    reasons = (m.why_not for _, ends in met for m in ends if m.why_not)
     why_not = next((f'{reason} ({name})' for reason in reasons), '')
     if not isinstance(key, tuple):
       in_order.append(ResidualUnit(name, branches, None, why_not))
@@ -116,6 +120,11 @@ def closing(closed: Sequence[ResidualUnit], coupling: Coupling) -> dict:
 # ---- following a closed gate ---------------------------------------------------------
 
 
+def meetings(program: jx.Program, gate: jx.Value) -> list[Meeting]:
+  """Returns where a branch ends that is scaled by a gate, in order of execution."""
+  return sorted(_meetings(program, {gate}), key=lambda met: met.at)
+
+
 def _meetings(program: jx.Program, zeros: Collection[jx.Value]) -> Iterator[Meeting]:
   """Follows values that are 0 to the sums that end them, into scans too."""
   equations, _ = jx.live(program)
@@ -130,11 +139,12 @@ def _meetings(program: jx.Program, zeros: Collection[jx.Value]) -> Iterator[Meet
       zeros.update(e.outputs)
     elif isinstance(answer, jx.Value):
       branch = e.inputs[known.index(0)]
-      yield Meeting((i,), False, _not_identity(answer, branch, made_by))
+      why_not = _not_identity(answer, branch, made_by)
+      yield Meeting((i,), False, why_not, answer, e.outputs[0])
     elif e.name == 'scan' and 0 not in jx.scan_parts(e, known)[1]:
       stacked = 0 in jx.scan_parts(e, known)[2]
       inside = {v for v, k in zip(e.bodies[0].inputs, known, strict=True) if k == 0}
-      for at, deeper, why_not in _meetings(e.bodies[0], inside):
+      for at, deeper, why_not, *_ in _meetings(e.bodies[0], inside):
         yield Meeting((i, *at), stacked or deeper, why_not)
     else:
       why_not = f'{e.where} reads its branch before a shortcut is added to it'
