@@ -5,7 +5,7 @@
 writes SVG files beside the JSON: for NetCut accuracy, cost and depth against beta, and
 the importance of the exits over training; for Network Implosion accuracy against the
 number of erased units; for SideNet accuracy against FLOPs, and how calibrated its exits
-are. Only the charts that the README shows are committed.
+are. Only the charts that README and guides show are committed.
 """
 
 from collections.abc import Iterator, Sequence
