@@ -129,7 +129,7 @@ def test_widths_are_timed_that_a_cut_may_leave():
 def test_with_auto_the_timed_widths_are_those_that_can_be_built():
   timed = timing.session(COUPLING, batch=8, round_to='auto')
   found = [[*widths.values()] for name, widths in timed.rows if not name]
-  assert found == [[1, 1], [4, 4], [8, 6], [12, 8], [16, 12], [16, 12]]
+  assert found == [[1, 1], [4, 4], [8, 6], [16, 8], [16, 12], [16, 12]]
   for _, widths in timed.rows:
     for group, width in widths.items():
       assert width in possible(COUPLING.groups[group].size, 'auto')
