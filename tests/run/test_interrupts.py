@@ -249,8 +249,8 @@ def interrupted(begin: Callable, folder: Path, number: int, seconds: float) -> b
   *_, line = said.splitlines()
   name = interrupts.NAMES[signal.Signals(number)]
   states = [*folder.glob('checkpoints/*/[0-9]*')]
-  where = rf'(\S+): stopped by {name} and saved at step (\d+) of [12]0; the same command'
-  if match := re.fullmatch(f'{where} continues from there', line):
+  where = rf'(\S+): stopped by {name} and saved at step (\d+) of [12]0'
+  if match := re.fullmatch(f'{where}; the same command continues from there', line):
     stage, step = match[1], int(match[2])
     assert saved(folder, stage)[-1] == logged(folder, stage)[-1] == step
   elif line.endswith('; the same command continues'):
