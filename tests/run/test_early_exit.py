@@ -187,6 +187,7 @@ def test_dropout_and_smoothing_reach_the_heads(ran, monkeypatch):
   assert seen['task'].loss(logits, batch) > sharp + 1
 
 
+@pytest.mark.slow
 def test_heads_that_read_earlier_answers_run_as_simulated(tmp_path):
   options = SideNetOptions(hidden=16, drop=30.0, sees_earlier=True, views=1)
   config = dataclasses.replace(
