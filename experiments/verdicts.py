@@ -309,9 +309,10 @@ def above(values: Iterable[float], controls: Iterable[float]) -> str:
   """Whether the first are above the second, by more than the spread of differences."""
   gains = [100 * (a - b) for a, b in zip(values, controls, strict=True)]
   mean, deviation = statistics.mean(gains), deviation_of(gains)
-  by = f'by {abs(mean):.2f} ± {deviation:.2f} points'
   if len(gains) < 2:
-    return f'{"above" if mean > 0 else "not above"} the control, {by}, one seed'
+    where = 'above' if mean > 0 else 'below'
+    return f'{where} the control by {abs(mean):.2f} points, one seed'
+  by = f'by {abs(mean):.2f} ± {deviation:.2f} points'
   if mean > deviation:
     return f'reached: above the control {by}'
   return f'not reached: {"below" if mean < 0 else "within the spread of"} it, {by}'

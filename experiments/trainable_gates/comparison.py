@@ -26,7 +26,7 @@ import jax
 import depthprune as dp
 from depthprune import methods
 from depthprune.methods.trainable_gates import GateOptions
-from depthprune.report.numbers import spread
+from depthprune.report.numbers import counted, spread
 from depthprune.run import rounds
 from depthprune.run.config import TRAIN, Config
 from depthprune.run.job import Job, prepare, stage
@@ -290,7 +290,7 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   unpruned = {r['seed']: r['accuracy_unpruned'] for r in cut}
   part = 'the second half of the ' if config['pretrained'] else ''
   return (
-    f'{config["model"]} on {config["data"]}{_training(config)}, {len(unpruned)} seeds, '
+    f'{config["model"]} on {config["data"]}{_training(config)}, {counted(len(unpruned), "seed")}, '
     f'accuracy in % on {part}test images; unpruned {percent(unpruned.values())}; FLOPs '
     f'reached by gates: {reached or "–"} % ({link(path)}):\n\n'
     + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
