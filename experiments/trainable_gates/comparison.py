@@ -290,9 +290,9 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   unpruned = {r['seed']: r['accuracy_unpruned'] for r in cut}
   part = 'the second half of the ' if config['pretrained'] else ''
   return (
-    f'{config["model"]} on {config["data"]}{_training(config)}, {counted(len(unpruned), "seed")}, '
-    f'accuracy in % on {part}test images; unpruned {percent(unpruned.values())}; FLOPs '
-    f'reached by gates: {reached or "–"} % ({link(path)}):\n\n'
+    f'{config["model"]} on {config["data"]}{_training(config)}, '
+    f'{counted(len(unpruned), "seed")}, accuracy in % on {part}test images; unpruned '
+    f'{percent(unpruned.values())}; FLOPs reached by gates: {reached or "–"} % ({link(path)}):\n\n'
     + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
   )
 
