@@ -292,7 +292,8 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   return (
     f'{config["model"]} on {config["data"]}{_training(config)}, '
     f'{counted(len(unpruned), "seed")}, accuracy in % on {part}test images; unpruned '
-    f'{percent(unpruned.values())}; FLOPs reached by gates: {reached or "–"} % ({link(path)}):\n\n'
+    f'{percent(unpruned.values())}; FLOPs reached by gates: {reached or "–"} % '
+    f'({link(path)}):\n\n'
     + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
   )
 
