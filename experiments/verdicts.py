@@ -34,10 +34,30 @@ class Line(NamedTuple):
 def verdicts() -> str:
   """The table of claims."""
   lines = [
-    gates_resnet56(),
-    gates_beside_norms(),
+    gates(
+      'Trainable gates: ResNet-56 (CIFAR-10) at half of its FLOPs without a drop; here '
+      'with 10,000 images and 2 epochs, 2.1 times fewer; goal 91',
+      'resnet56_cifar10',
+      full=False,
+      target=round(1 / 2.1, 4),
+      goal=0.91,
+    ),
+    gates(
+      'Trainable gates are worth their training: a pretrained ResNet-20 at half of its '
+      'FLOPs, 15,000 images, above cuts by L1 norm with the same epochs and teacher',
+      'resnet20_cifar10',
+      full=False,
+      target=0.5,
+    ),
     gates_small_drop(),
-    gates_in_full(),
+    gates(
+      'Trainable gates: the same ResNet-56 on all images, 45 epochs, 2.1 and 2.57 '
+      'times fewer FLOPs; goal 94.0 and 93.8',
+      'resnet56_cifar10',
+      full=True,
+      target=round(1 / 2.1, 4),
+      goal=0.94,
+    ),
     implosion(
       'Network Implosion: layers go without a drop; here 6 of 27 units of a pretrained '
       'ResNet-56, 10,000 images, at a drop of at most half a point',
@@ -143,23 +163,36 @@ def _compared(
 # ---- one function for each kind of claim ---------------------------------------------
 
 
-def gates_resnet56() -> Line:
-  """At a 2.1th of the FLOPs, with little data and training."""
-  claim = (
-    'Trainable gates: ResNet-56 (CIFAR-10) at half of its FLOPs without a drop; here '
-    'with 10,000 images and 2 epochs, 2.1 times fewer; goal 91'
+def gates(
+  claim: str, name: str, full: bool, target: float, goal: float | None = None
+) -> Line:
+  """Gates beside the better of the cuts by L1 norm, at one target."""
+  rows, source = rows_of('trainable_gates', name, full)
+  rows = at(rows, target)
+  own = {m: [r for r in rows if r['method'] == m] for m in ('gates', 'l1', 'global')}
+  trained = own['gates']
+  if not trained:
+    return Line(claim)
+  controls = {m: own[m] for m in ('l1', 'global') if own[m]}
+  names = {'l1': 'uniform L1', 'global': 'global L1'}
+  best = max(controls, key=lambda m: mean_of(controls[m]), default='')
+  beside = [f'{names[m]} {accuracy(controls[m])}' for m in controls]
+  verdict = [at_least([r['accuracy'] for r in trained], goal)] if goal else []
+  if best:
+    by_seed = {r['seed']: r['accuracy'] for r in controls[best]}
+    pairs = [
+      (r['accuracy'], by_seed[r['seed']]) for r in trained if r['seed'] in by_seed
+    ]
+    verdict.append(above(*zip(*pairs, strict=True)) if pairs else 'other seeds')
+  uncut = (
+    f'uncut {percent({r["seed"]: r["accuracy_unpruned"] for r in trained}.values())}'
   )
-  rows, source = rows_of('trainable_gates', 'resnet56_cifar10', full=False)
-  return beside_norms(Line(claim), at(rows, round(1 / 2.1, 4)), source, goal=0.91)
-
-
-def gates_beside_norms() -> Line:
-  claim = (
-    'Trainable gates are worth their training: a pretrained ResNet-20 at half of its '
-    'FLOPs, 15,000 images, above cuts by L1 norm with the same epochs and teacher'
+  return Line(
+    claim,
+    measured=f'{accuracy(trained)} ({source})',
+    control=', '.join([uncut, *beside]),
+    verdict='; '.join(verdict),
   )
-  rows, source = rows_of('trainable_gates', 'resnet20_cifar10', full=False)
-  return beside_norms(Line(claim), at(rows, 0.5), source)
 
 
 def gates_small_drop() -> Line:
@@ -168,22 +201,13 @@ def gates_small_drop() -> Line:
     'point (a commercial toolkit: 0.6)'
   )
   rows, source = rows_of('trainable_gates', 'resnet20_cifar10', full=False)
-  gates = [r for r in at(rows, 0.73) if r['method'] == 'gates']
-  if not gates:
+  trained = [r for r in at(rows, 0.73) if r['method'] == 'gates']
+  if not trained:
     return Line(claim)
-  lost = [r['accuracy_unpruned'] - r['accuracy'] for r in gates]
-  uncut = f'uncut {percent(r["accuracy_unpruned"] for r in gates)}'
-  measured = f'{accuracy(gates)} ({source})'
+  lost = [r['accuracy_unpruned'] - r['accuracy'] for r in trained]
+  uncut = f'uncut {percent(r["accuracy_unpruned"] for r in trained)}'
+  measured = f'{accuracy(trained)} ({source})'
   return Line(claim, measured, uncut, at_most(lost, 0.003))
-
-
-def gates_in_full() -> Line:
-  claim = (
-    'Trainable gates: the same ResNet-56 on all images, 45 epochs, 2.1 and 2.57 times '
-    'fewer FLOPs; goal 94.0 and 93.8'
-  )
-  rows, source = rows_of('trainable_gates', 'resnet56_cifar10', full=True)
-  return beside_norms(Line(claim), at(rows, round(1 / 2.1, 4)), source, goal=0.94)
 
 
 def implosion(claim: str, name: str, full: bool) -> Line:
@@ -272,33 +296,6 @@ def auxiliary(what: str, name: str, full: bool, score: str) -> Line:
     f'{percent(searched)}{unit} ({source})',
     f'the compact network alone, trained with as much compute: {percent(longer)}',
     above(searched, longer),
-  )
-
-
-def beside_norms(
-  line: Line, rows: Sequence[Row], source: str, goal: float | None = None
-) -> Line:
-  """Gates beside the better of the cuts by L1 norm, at one target."""
-  own = {m: [r for r in rows if r['method'] == m] for m in ('gates', 'l1', 'global')}
-  gates = own['gates']
-  if not gates:
-    return line
-  controls = {m: own[m] for m in ('l1', 'global') if own[m]}
-  names = {'l1': 'uniform L1', 'global': 'global L1'}
-  best = max(controls, key=lambda m: mean_of(controls[m]), default='')
-  beside = [f'{names[m]} {accuracy(controls[m])}' for m in controls]
-  verdict = [at_least([r['accuracy'] for r in gates], goal)] if goal else []
-  if best:
-    by_seed = {r['seed']: r['accuracy'] for r in controls[best]}
-    pairs = [(r['accuracy'], by_seed[r['seed']]) for r in gates if r['seed'] in by_seed]
-    verdict.append(above(*zip(*pairs, strict=True)) if pairs else 'other seeds')
-  uncut = (
-    f'uncut {percent({r["seed"]: r["accuracy_unpruned"] for r in gates}.values())}'
-  )
-  return line._replace(
-    measured=f'{accuracy(gates)} ({source})',
-    control=', '.join([uncut, *beside]),
-    verdict='; '.join(verdict),
   )
 
 

@@ -156,9 +156,11 @@ def trainable_gates(
   if isinstance(rho, str) and rho.strip().endswith('%'):
     rho = fraction(rho, 'trainable_gates: target')
   targets.reachable(coupling, rho, C, round_to, limits)
-  limits = targets.limits_in_multiples(coupling, rho, C, round_to, limits)
-  start = {group: coupling.gates()['channels'][group] for group in limits}
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
+  limits = widths.in_multiples(
+    coupling, round_to, limits, lambda keep: C(coupling, keep) <= rho * C_0
+  )
+  start = {group: coupling.gates()['channels'][group] for group in limits}
   c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
   if name == layers.TIME:
     c = _not_free(c)

@@ -21,6 +21,8 @@ from collections.abc import (
 )
 from typing import NamedTuple
 
+import numpy as np
+
 from depthprune.program import arguments, rounding
 from depthprune.program.coupling import Coupling, Group
 from depthprune.program.rounding import RoundTo
@@ -110,17 +112,31 @@ def allowed(
 
 
 def in_multiples(
-  coupling: Coupling, round_to: RoundTo, limits: Mapping[str, Range]
-) -> dict[str, Range]:
-  """Returns limits that leave one multiple in every group; arguments as for `allowed`.
+  coupling: Coupling,
+  round_to: RoundTo,
+  limits: Mapping[str, Range],
+  fits: Callable[[Mapping], bool],
+) -> Mapping[str, Range]:
+  """Returns limits that leave one multiple in every group, if a target allows that.
 
   'auto' also allows widths below that, which save cost on paper and hardly any time.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    round_to: widths are multiples of this, or 'auto'.
+    limits: {group: Range}, as `ranges` returns them; what is returned otherwise.
+    fits: (keep) -> whether the target allows as much as {'channels': {group: bool
+      [slices]}}.
   """
-  by = {g: rounding.step(round_to, coupling.groups[g].size) for g in limits}
-  return {
-    g: limit._replace(least=max(limit.least, min(by[g], limit.most)))
+  sizes = {g: coupling.groups[g].size for g in limits}
+  wide = {
+    g: limit._replace(
+      least=max(limit.least, min(rounding.step(round_to, sizes[g]), limit.most))
+    )
     for g, limit in limits.items()
   }
+  least = {g: np.arange(sizes[g]) < limit.least for g, limit in wide.items()}
+  return wide if wide != limits and fits({'channels': least}) else limits
 
 
 def nearest(

@@ -133,12 +133,9 @@ def oneshot(
   goal = absolute(target, total)
   price = lambda keep: cost_of(coupling, {'channels': keep})
   plan = _uniform if scope == 'uniform' else _global
-  wide = in_multiples(coupling, round_to, limits)
-  keep_at, steps = plan(scores, wide, round_to)
-  if price(keep_at(steps)) <= goal:
-    limits = wide
-  else:
-    keep_at, steps = plan(scores, limits, round_to)
+  fits = lambda keep: cost_of(coupling, keep) <= goal
+  limits = in_multiples(coupling, round_to, limits, fits)
+  keep_at, steps = plan(scores, limits, round_to)
   ceiling, floor = price(keep_at(0)), price(keep_at(steps))
   if goal < floor:
     least = 'at least one slice per group'

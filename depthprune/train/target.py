@@ -7,7 +7,7 @@ import numpy as np
 from depthprune.program import arguments, rounding
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.rounding import RoundTo, possible
-from depthprune.program.widths import Range, allowed, in_multiples, nearest
+from depthprune.program.widths import Range, allowed, nearest
 from depthprune.timing.layers import TIME, CostFunction, counted
 from depthprune.train.recipe import TOLERANCE
 from depthprune.train.task import Tree
@@ -116,20 +116,6 @@ def reachable(
       f'target: {target:g} of the {name} cannot be reached: with what at_most leaves '
       f'{ceiling:.4f} remain; ask for that or less'
     )
-
-
-def limits_in_multiples(
-  coupling: Coupling,
-  target: float,
-  C: CostFunction,
-  round_to: RoundTo,
-  limits: Mapping[str, Range],
-) -> Mapping[str, Range]:
-  """Returns limits without the narrow widths of 'auto', if the target can be met so."""
-  wide = in_multiples(coupling, round_to, limits)
-  gates = {group: coupling.gates()['channels'][group] for group in limits}
-  least = _widest(gates, {group: limit.least for group, limit in wide.items()})
-  return wide if C(coupling, least) <= target * C(coupling, None) else limits
 
 
 def _nearest_first(

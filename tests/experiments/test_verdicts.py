@@ -52,7 +52,7 @@ def test_gates_stand_beside_the_better_of_the_norms(results):
   rows += [gates_row('global', seed, 0.880) for seed in range(3)]
   rows += [gates_row('gates', seed, 0.916, 0.73) for seed in range(3)]
   write(results / 'trainable_gates/results/resnet20_cifar10.json', rows)
-  line = verdicts.gates_beside_norms()
+  line = verdicts.gates('claim', 'resnet20_cifar10', full=False, target=0.5)
   assert line.measured.startswith('90.10 ± 0.10 (')
   assert line.control == (
     'uncut 92.00 ± 0.00, uniform L1 89.10 ± 0.10, global L1 88.00 ± 0.00'

@@ -226,10 +226,14 @@ def test_the_nearest_widths_are_found_step_by_step(start, target, found):
 
 def test_narrow_widths_of_auto_are_left_out():
   limits = ranges(NET, round_to='auto', at_most={'stage1/up': 1})
-  wide = in_multiples(NET, 'auto', limits)
+  allowed = lambda keep: True
+  wide = in_multiples(NET, 'auto', limits, allowed)
   assert limits[NECK] == Range(1, 20) and wide[NECK] == Range(8, 20)
   assert wide[FIRST] == (1, 1)  # what a ceiling is below a multiple
-  assert in_multiples(NET, 4, ranges(NET, round_to=4)) == ranges(NET, round_to=4)
+  fours = ranges(NET, round_to=4)
+  assert in_multiples(NET, 4, fours, allowed) == ranges(NET, round_to=4)
+  refused = lambda keep: keep['channels'][NECK].sum() < 8
+  assert in_multiples(NET, 'auto', limits, refused) == limits
 
 
 def test_ratios_are_met_as_nearly_as_the_rest_allows():
