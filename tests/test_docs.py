@@ -37,7 +37,10 @@ def test_the_readme_is_short_and_says_what_its_first_example_prints(capsys):
   with jax.numpy_dtype_promotion('standard'):
     exec(first, {'__name__': 'readme'})
   before, after = map(float, re.findall(r'([\d.]+)%', capsys.readouterr().out)[-2:])
-  assert before > 95 and after > 95  # on held-out images; README has the exact numbers
+  assert before > 95 and after > 95  # on held-out images
+  text = README.read_text(encoding='utf-8')
+  said = re.search(r'([\d.]+) % and ([\d.]+) % of the test images', text)
+  assert said and abs(float(said[1]) - before) <= 1 and abs(float(said[2]) - after) <= 1
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
