@@ -94,7 +94,7 @@ class BERTLayer(nn.Module):
     return layer_norm(x, self.dtype, EPSILON, 'norm2')
 
 
-class BERT(nn.Module):
+class BERT(stages.Stacks, nn.Module):
   """A BERT classifier of texts.
 
   It maps tokens int [batch, length] to {'mask': bool [batch, length], 'layer0': [batch,
@@ -143,18 +143,8 @@ class BERT(nn.Module):
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
-    check_sizes(self, 'layer')
+    check_sizes(self)
     super().__post_init__()
-
-  @property
-  def parts(self) -> stages.Parts:
-    """The layers and stacks of layers in order; see `stages.parts`."""
-    return stages.parts(self.depth, self.segments if self.scan else 0, 'layer')
-
-  @property
-  def taps(self) -> tuple[str, ...]:
-    """The names of the outputs that are features, in order of depth."""
-    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def widths(self) -> dict[str, int]:

@@ -15,10 +15,10 @@ from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import ConvNorm, Pool, classify
-from depthprune.models.stages import Parts, check_tap, repeat, segments
+from depthprune.models.stages import Chain, Parts, check_tap, repeat, segments
 
 
-class ConvNet(nn.Module):
+class ConvNet(Chain, nn.Module):
   """A plain convolutional network.
 
   It maps images [batch, h, w, c] to {'layer0': [batch, h, w, n], 'layer1': ..., 'main':
@@ -59,11 +59,6 @@ class ConvNet(nn.Module):
   def parts(self) -> Parts:
     """The layers and stacks of layers in order; see `stages.segments`."""
     return segments(self.layers, self.scan, 'layer')
-
-  @property
-  def taps(self) -> tuple[str, ...]:
-    """The names of the outputs that are features, in order of depth."""
-    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def widths(self) -> dict[str, int]:

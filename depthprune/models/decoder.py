@@ -192,7 +192,7 @@ class DecoderLayer(nn.Module):
     return x, cache
 
 
-class Decoder(nn.Module):
+class Decoder(stages.Stacks, nn.Module):
   """A causal language model.
 
   It maps tokens int [batch, length] to {'layer0': [batch, length, width], ..., 'main':
@@ -268,21 +268,8 @@ class Decoder(nn.Module):
         f'Decoder: expected groups that divide the heads, and an even size, got '
         f'{self.groups} groups, {self.heads} heads and size {self.size}'
       )
-    if self.scan and self.depth % self.segments:
-      raise ValueError(
-        f'Decoder: {self.segments} segments do not divide the {self.depth} layers'
-      )
+    self.check_segments()
     super().__post_init__()
-
-  @property
-  def parts(self) -> stages.Parts:
-    """The layers and stacks of layers in order; see `stages.parts`."""
-    return stages.parts(self.depth, self.segments if self.scan else 0, 'layer')
-
-  @property
-  def taps(self) -> tuple[str, ...]:
-    """The names of the outputs that are features, in order of depth."""
-    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def widths(self) -> dict[str, int]:

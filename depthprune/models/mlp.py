@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import Pool, classify, he_normal
-from depthprune.models.stages import Parts, check_tap, repeat, segments
+from depthprune.models.stages import Chain, Parts, check_tap, repeat, segments
 
 
 class MLPLayer(nn.Module):
@@ -26,7 +26,7 @@ class MLPLayer(nn.Module):
     return nn.relu(dense(self.features, name='dense')(x))
 
 
-class MLP(nn.Module):
+class MLP(Chain, nn.Module):
   """A multi-layer perceptron.
 
   It maps inputs [batch, ...] to {'layer0': [batch, n], 'layer1': ..., 'main': logits}:
@@ -61,11 +61,6 @@ class MLP(nn.Module):
   def parts(self) -> Parts:
     """The layers and stacks of layers in order; see `stages.segments`."""
     return segments(len(self.hidden), self.scan, 'layer')
-
-  @property
-  def taps(self) -> tuple[str, ...]:
-    """The names of the outputs that are features, in order of depth."""
-    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def widths(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ is a tap. A network that is a single chain says 'layer' instead of 'block'.
 """
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,46 @@ def parts(depth: int, count: int, kind: str) -> Parts:
   length = depth // count
   ends = range(length - 1, depth, length)
   return [(f'{kind}s{i}', f'{kind}{end}', length) for i, end in enumerate(ends)]
+
+
+class Chain:
+  """What modules of networks that are one chain of layers have in common."""
+
+  @property
+  def parts(self) -> Parts:
+    """The layers and stacks of layers in order; see `parts` and `segments`."""
+    raise NotImplementedError
+
+  @property
+  def taps(self) -> tuple[str, ...]:
+    """The names of the outputs that are features, in order of depth."""
+    return tuple(tap for _, tap, _ in self.parts)
+
+
+class Stacks(Chain):
+  """A chain of `depth` layers; with `scan`, of so many `segments`, each one stack.
+
+  Attributes:
+    kind: what a layer is called.
+  """
+
+  kind: ClassVar[str] = 'layer'
+  depth: int
+  scan: bool
+  segments: int
+
+  @property
+  def parts(self) -> Parts:
+    """The layers and stacks of layers in order; see `stages.parts`."""
+    return parts(self.depth, self.segments if self.scan else 0, self.kind)
+
+  def check_segments(self) -> None:
+    """Raises ValueError unless the segments divide the depth."""
+    if self.scan and self.depth % self.segments:
+      raise ValueError(
+        f'{type(self).__name__}: {self.segments} segments do not divide the '
+        f'{self.depth} {self.kind}s'
+      )
 
 
 def segments(blocks: int, scan: bool, kind: str = 'block') -> Parts:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, beneath, within
-from depthprune.models.stages import Parts, check_tap, layers_left, repeat
+from depthprune.models.stages import Parts, Stacks, check_tap, layers_left, repeat
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -68,15 +68,12 @@ def attend(
   return dense(arch['out'], axis=(-2, -1), name='out')(y)
 
 
-def check_sizes(model: nn.Module, kind: str) -> None:
+def check_sizes(model: Stacks) -> None:
   """Raises ValueError unless the heads divide the width and the segments the depth."""
   name, m = type(model).__name__, vars(model)
   if m['width'] % m['heads']:
     raise ValueError(f'{name}: {m["heads"]} heads do not divide the width {m["width"]}')
-  if m['scan'] and m['depth'] % m['segments']:
-    raise ValueError(
-      f'{name}: {m["segments"]} segments do not divide the {m["depth"]} {kind}s'
-    )
+  model.check_segments()
 
 
 def layer_widths(

@@ -75,7 +75,7 @@ class ViTBlock(nn.Module):
     return x
 
 
-class ViT(nn.Module):
+class ViT(stages.Stacks, nn.Module):
   """A vision transformer.
 
   It maps images [batch, h, w, c] to {'block0': [batch, tokens, width], ..., 'main':
@@ -115,21 +115,12 @@ class ViT(nn.Module):
   scan: bool = False
   segments: int = 1
   exits: ClassVar[tuple[str, ...]] = ('main',)
+  kind: ClassVar[str] = 'block'
 
   def __post_init__(self):
     self.arch = FrozenDict(self.arch)
-    check_sizes(self, 'block')
+    check_sizes(self)
     super().__post_init__()
-
-  @property
-  def parts(self) -> stages.Parts:
-    """The layers and stacks of layers in order; see `stages.parts`."""
-    return stages.parts(self.depth, self.segments if self.scan else 0, 'block')
-
-  @property
-  def taps(self) -> tuple[str, ...]:
-    """The names of the outputs that are features, in order of depth."""
-    return tuple(tap for _, tap, _ in self.parts)
 
   @property
   def pool(self) -> Pool:
