@@ -27,6 +27,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.surgery.activations import activations
   from depthprune.surgery.oneshot import oneshot
   from depthprune.surgery.prune import InexactCut, Pruned, prune
+  from depthprune.surgery.refit import refit
   from depthprune.timing.layers import milliseconds
   from depthprune.train.distill import distill
   from depthprune.train.evaluate import recalibrate
@@ -82,6 +83,7 @@ __all__ = [
   'plug',
   'prune',
   'recalibrate',
+  'refit',
   'regression',
   'save',
   'save_cascade',

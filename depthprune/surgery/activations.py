@@ -8,7 +8,7 @@ as zero contributes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -67,7 +67,6 @@ def activations(
     expected = ', '.join(get_args(Measure))
     raise refused('measure', f'one of {expected}', measure, kind=ValueError)
   checked(coupling).fits(variables)
-  kind_of('batches', batches, Iterable, 'a list of batches of inputs')
   groups = [g for g in coupling.groups.values() if not g.ungated]
   starts = np.cumsum([0, *(g.size for g in groups)])
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
@@ -87,18 +86,34 @@ def activations(
     return _sums(view, slots, int(starts[-1]), VALUES[measure], args)
 
   totals, counts = np.zeros((2, starts[-1]))
+  for inputs, named in calls(coupling, batches):
+    both = measured(variables, inputs, named)
+    totals, counts = (a + np.asarray(b, float) for a, b in zip((totals, counts), both))
+  means = totals / np.maximum(counts, 1)
+  return {g.name: means[start : start + g.size] for g, start in zip(groups, starts)}
+
+
+def calls(coupling: Coupling, batches: Iterable[Any]) -> Iterator[tuple[tuple, dict]]:
+  """Yields the (inputs, {name: array}) of every batch of a calibration set.
+
+  Args:
+    coupling: of the network.
+    batches: as `activations` takes them.
+
+  Raises:
+    ValueError: no batches, or one that is not like the inputs of `coupling`.
+  """
+  kind_of('batches', batches, Iterable, 'a list of batches of inputs')
+  batch = None
   for batch in batches:
     is_pair = type(batch) is tuple and len(batch) == 2 and isinstance(batch[1], Mapping)
     inputs, named = batch if coupling.named and is_pair else (batch, {})
     inputs = several(inputs)
     _check_batch(coupling, inputs, named)
-    both = measured(variables, inputs, named)
-    totals, counts = (a + np.asarray(b, float) for a, b in zip((totals, counts), both))
-  if groups and not counts.any():
+    yield inputs, dict(named)
+  if batch is None:
     has = 'expected at least one batch of inputs, got none'
     raise wrong('batches', has, 'pass a list, or an iterator not yet used up')
-  means = totals / np.maximum(counts, 1)
-  return {g.name: means[start : start + g.size] for g, start in zip(groups, starts)}
 
 
 def _check_batch(coupling: Coupling, inputs: tuple, named: Mapping) -> None:

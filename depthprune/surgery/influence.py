@@ -17,8 +17,9 @@ import numpy as np
 from depthprune.program import arguments
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
-from depthprune.program.trace import View, remembered, several, split_arrays
+from depthprune.program.trace import View, remembered, split_arrays
 from depthprune.program.units import meetings
+from depthprune.surgery.activations import calls
 
 TINY = 1e-12  # for vectors of zeros
 
@@ -44,8 +45,7 @@ def block_influence(
   Args:
     coupling: of the network, made by `couple` in the mode that is to be measured.
     variables: its arrays.
-    batches: the calibration set, in batches of any sizes. A batch is what the network
-      is called with: its input, or a tuple of its inputs.
+    batches: the calibration set, in batches of any sizes, as `activations` takes it.
     blocks: {name: the branches of a block, first to last}. By default every branch is
       one. A block begins where the branch of its first gate is computed from, and ends
       where its last one is added.
@@ -68,8 +68,9 @@ def block_influence(
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
 
   @jax.jit
-  def measured(variables, inputs):
-    view = views(inputs, coupling.kwargs)
+  def measured(variables, inputs, named):
+    kwargs = {**coupling.kwargs, **named}
+    view = views(inputs, kwargs)
     ends = {name: _ends(view, branches) for name, branches in blocks.items()}
     wanted = {v for pair in ends.values() for v in pair}
     seen: dict[jx.Value, jax.Array] = {}
@@ -83,13 +84,11 @@ def block_influence(
     def run(program: jx.Program, args: Sequence) -> list:
       return jx.interpret(program, args, execute)
 
-    arrays, _ = split_arrays((inputs, coupling.kwargs))
+    arrays, _ = split_arrays((inputs, kwargs))
     run(view.program, [*jax.tree.leaves(variables), *arrays])
     return {name: _changes(seen[x], seen[y]) for name, (x, y) in ends.items()}
 
-  parts = [measured(variables, several(batch)) for batch in batches]
-  if not parts:
-    raise arguments.wrong('batches', 'expected at least one batch of inputs, got none')
+  parts = [measured(variables, *call) for call in calls(coupling, batches)]
   changes = {n: np.concatenate([part[n].ravel() for part in parts]) for n in blocks}
   return {name: float(each.mean(dtype=float)) for name, each in changes.items()}
 

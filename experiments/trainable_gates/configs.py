@@ -31,6 +31,7 @@ CHANGES = {  # each differs from the base, which is the first, in one thing
   'all epochs with gates': {'gate_epochs': 2, 'finetune_epochs': 0},
   'gates learn faster': {'gate_learning_rate': 8e-4, 'strength': 50.0},
   'mixup': {'mixup': 1.0},
+  'batches of 32': {'batch': 32},
   'batches of 128': {'batch': 128},
 }
 

@@ -1,0 +1,202 @@
+"""Refitted weights, against least squares by NumPy and against exact duplicates."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import depthprune as dp
+from depthprune.models.decoder import Decoder
+from depthprune.surgery.refit import refit
+
+RIDGE = 1e-12  # none, where float64 solves
+
+
+def uniform(seed: int, *shape: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def mlp(p, x):
+  return jax.nn.relu(x @ p['a']) @ p['b']
+
+
+def nearest(rows, kept, w):
+  """The weights that read only `kept` and come nearest to what all of them give."""
+  rows, w = np.asarray(rows, float), np.asarray(w, float)
+  return np.linalg.lstsq(rows[:, kept], rows @ w, rcond=None)[0]
+
+
+def test_a_dense_layer_is_the_least_squares_fit():
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3)}
+  x = uniform(2, 64, 5)
+  kept = np.arange(8) % 3 > 0
+  coupling = dp.couple(mlp, p, x)
+  new = refit(coupling, p, {'channels': {'a:1': kept}}, [x[:40], x[40:]], RIDGE)
+  expected = nearest(jax.nn.relu(x @ p['a']), kept, p['b'])
+  np.testing.assert_allclose(new['b'][kept], expected, rtol=1e-3, atol=1e-4)
+  np.testing.assert_array_equal(new['a'], p['a'])
+  np.testing.assert_array_equal(new['b'][~kept], p['b'][~kept])
+
+
+@given(seed=st.integers(0, 1000), closed=st.integers(1, 6))
+def test_the_layer_never_gets_further_from_what_it_was(seed, closed):
+  p = {'a': uniform(seed, 5, 8), 'b': uniform(seed + 1, 8, 3)}
+  x = uniform(seed + 2, 64, 5)
+  kept = np.arange(8) >= closed
+  keep = {'channels': {'a:1': kept}}
+  new = refit(dp.couple(mlp, p, x), p, keep, [x])
+  h = np.maximum(x @ p['a'], 0)
+  error = lambda b: np.square(h[:, kept] @ b[kept] - h @ p['b']).sum()
+  assert error(new['b']) <= error(p['b']) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+  ('strides', 'dilation', 'padding'),
+  [((1, 1), (1, 1), 'SAME'), ((2, 2), (1, 1), 'VALID'), ((1, 2), (2, 1), 'SAME')],
+)
+def test_a_convolution_is_fitted_over_its_window(strides, dilation, padding):
+  conv = lambda x, w, s=(1, 1), d=(1, 1), pad='SAME': jax.lax.conv_general_dilated(
+    x, w, s, pad, rhs_dilation=d, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  last = lambda h, w: conv(h, w, strides, dilation, padding)
+  net = lambda p, x: last(jax.nn.relu(conv(x, p['a'])), p['b'])
+  p = {'a': uniform(0, 3, 3, 2, 4), 'b': uniform(1, 3, 2, 4, 3)}
+  x = uniform(2, 8, 9, 8, 2)
+  kept = np.array([True, False, True, True])
+  coupling = dp.couple(net, p, x)
+  new = refit(coupling, p, {'channels': {'a:3': kept}}, [x], RIDGE)
+  # What an entry of the kernel reads is the answer of a kernel that is 1 there.
+  hidden = jax.nn.relu(conv(x, p['a']))
+  units = jnp.eye(p['b'][..., 0].size).reshape(*p['b'].shape[:3], -1)
+  rows = last(hidden, units).reshape(-1, units.shape[-1])
+  window = np.broadcast_to(kept, (3, 2, 4)).ravel()
+  expected = nearest(rows, window, p['b'].reshape(-1, 3))
+  got = new['b'][:, :, kept].reshape(-1, 3)
+  np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_several_axes_are_fitted_together_however_the_weight_is_stored():
+  """Heads and their slices are read by one product, of a weight that is turned."""
+
+  def net(p, x):
+    h = jnp.tanh(jnp.einsum('ni,iha->nha', x, p['a']))
+    return jnp.einsum('nha,aho->no', h, p['b'].reshape(3, 4, 2))
+
+  p = {'a': uniform(0, 5, 4, 3), 'b': uniform(1, 3, 8)}
+  x = uniform(2, 64, 5)
+  kept = np.array([True, True, False, True])
+  coupling = dp.couple(net, p, x)
+  new = refit(coupling, p, {'channels': {'a:1': kept}}, [x], RIDGE)
+  rows = jnp.tanh(jnp.einsum('ni,iha->nah', x, p['a'])).reshape(64, 12)
+  mask = np.tile(kept, 3)
+  expected = nearest(rows, mask, p['b'].reshape(12, 2))
+  np.testing.assert_allclose(
+    new['b'].reshape(12, 2)[mask], expected, rtol=1e-3, atol=1e-4
+  )
+
+
+def doubled(p, axis):
+  """Every second slice is the one before it."""
+  return jnp.repeat(jnp.take(p, np.arange(0, p.shape[axis], 2), axis), 2, axis)
+
+
+def test_nothing_is_lost_where_channels_are_doubles():
+  """Also in the layers of a scan, and with the weights of the small network."""
+
+  def net(p, x):
+    layer = lambda x, w: (x + jnp.tanh(x @ w['a']) @ w['b'], None)
+    return jax.lax.scan(layer, x, p)[0]
+
+  p = {'a': doubled(uniform(0, 3, 4, 6), 2), 'b': uniform(1, 3, 6, 4)}
+  x = uniform(2, 64, 4)
+  coupling = dp.couple(net, p, x)
+  keep = {'channels': {'a:2': np.arange(6) % 2 == 0}}
+  new = refit(coupling, p, keep, [x], ridge=1e-6)
+  small = dp.prune(net, new, keep, x, coupling=coupling)
+  assert small.variables['a'].shape == (3, 4, 3)
+  full = net(p, x)
+  np.testing.assert_allclose(small.apply(small.variables, x), full, atol=1e-3)
+  plain = dp.prune(net, p, keep, x, coupling=coupling)
+  assert np.abs(plain.apply(plain.variables, x) - full).max() > 0.1
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_decoder_is_nearer_to_itself(scan):
+  sizes = {'vocab': 50, 'width': 24, 'depth': 2, 'heads': 4, 'groups': 2, 'size': 6}
+  model = Decoder(**sizes, inner=32, scan=scan)
+  tokens = jax.random.randint(jax.random.key(3), (16, 12), 0, 50)
+  variables = model.init(jax.random.key(0), tokens)
+  coupling = dp.couple(model, variables, tokens)
+  inner = 'layers0/mlp/gate:2' if scan else 'layer0/mlp/gate:1'
+  keep = {'channels': {inner: np.arange(32) % 2 == 0}}
+
+  def error(arrays):
+    small = dp.prune(model, arrays, keep, tokens, coupling=coupling)
+    logits = lambda outputs: outputs['main']
+    full = logits(model.apply(variables, tokens))
+    return jnp.square(logits(small.apply(small.variables, tokens)) - full).mean()
+
+  assert error(refit(coupling, variables, keep, [tokens])) < 0.7 * error(variables)
+
+
+class Shared(nn.Module):
+  """A grouped convolution, a dense layer that is used twice, and one that is not."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(8, (1, 1), name='first')(x))
+    x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8, name='depthwise')(x))
+    twice = nn.Dense(8, name='twice')
+    return nn.Dense(3, name='last')(nn.relu(twice(nn.relu(twice(x)))))
+
+
+def test_what_cannot_be_fitted_is_as_it_was():
+  x = uniform(0, 2, 6, 6, 3)
+  variables = Shared().init(jax.random.key(0), x)
+  coupling = dp.couple(Shared(), variables, x)
+  keep = dp.oneshot(coupling, variables, '60%')
+  new, old = refit(coupling, variables, keep, [x])['params'], variables['params']
+  changed = [name for name in old if np.any(new[name]['kernel'] != old[name]['kernel'])]
+  assert changed == ['last']
+
+
+def test_types_stay_and_a_whole_network_is_not_touched():
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3).astype(jnp.bfloat16)}
+  net = lambda p, x: jax.nn.relu(x @ p['a']).astype(jnp.bfloat16) @ p['b']
+  x = uniform(2, 64, 5)
+  coupling = dp.couple(net, p, x)
+  kept = np.arange(8) > 2
+  new = refit(coupling, p, {'channels': {'a:1': kept}}, [x])
+  assert new['b'].dtype == jnp.bfloat16
+  assert np.any(new['b'] != p['b'])
+  same = refit(coupling, p, {}, [x])
+  jax.tree.map(np.testing.assert_array_equal, same, p)
+
+
+def test_inputs_by_name():
+  net = lambda p, x, *, scale: mlp(p, x * scale)
+  p = {'a': doubled(uniform(0, 5, 8), 1), 'b': uniform(1, 8, 3)}
+  x, scale = uniform(2, 64, 5), jnp.full((64, 1), 2.0)
+  coupling = dp.couple(net, p, x, scale=scale)
+  keep = {'channels': {'a:1': np.arange(8) % 2 == 0}}
+  new = refit(coupling, p, keep, [(x, {'scale': scale})])
+  expected = p['b'][::2] + p['b'][1::2]
+  np.testing.assert_allclose(new['b'][::2], expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('batches', 'ridge', 'message'),
+  [
+    ([], 1e-4, 'expected at least one batch'),
+    ([np.ones((2, 3, 5), np.float32)], 1e-4, 'expected batches like the inputs'),
+    ([np.ones((2, 5), np.float32)], 0, 'ridge'),
+  ],
+)
+def test_wrong_calls(batches, ridge, message):
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3)}
+  coupling = dp.couple(mlp, p, uniform(2, 2, 5))
+  with pytest.raises(ValueError, match=message):
+    refit(coupling, p, {'channels': {'a:1': np.arange(8) > 0}}, batches, ridge)
