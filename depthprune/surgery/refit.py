@@ -143,7 +143,10 @@ def _stored(view: View) -> dict[jx.Value, tuple[str, int]]:
 
 
 def _reads(
-  view: View, program: jx.Program, stored: Mapping, kept: ax.Keep
+  view: View,
+  program: jx.Program,
+  stored: Mapping[jx.Value, tuple[str, int]],
+  kept: ax.Keep,
 ) -> Iterator[tuple[jx.Equation, Read]]:
   """Yields the equations whose weights can be refitted, also those in scans."""
   made_by = {v: e for e in program.equations for v in e.outputs}
@@ -159,7 +162,8 @@ def _reads(
         moves.insert(0, made_by[v])
         v = made_by[v].inputs[0]
       if uses[v] == 1 and v in stored and mask.any() and not mask.all():
-        yield e, Read(*stored[v], tuple(moves), source, over, summed, mask)
+        path, loops = stored[v]
+        yield e, Read(path, loops, tuple(moves), source, over, summed, mask)
     if e.name == 'scan':
       (body,) = e.bodies
       scanned = zip(*(jx.scan_parts(e, x)[2] for x in (e.inputs, body.inputs)))
