@@ -22,7 +22,6 @@ decomposition also chooses the channels that stay; here any decision does.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -155,8 +154,9 @@ def _reads(
     if (sides := _sides(view, e)) is not None:
       source, over, weight, summed = sides
       dims = view.facts.dims[e.inputs[weight]]
-      masks = (ax.mask(dims[i], kept) for i in summed)
-      mask = functools.reduce(lambda a, b: np.outer(a, b).ravel(), masks)
+      mask = np.ones(1, bool)
+      for i in summed:
+        mask = np.outer(mask, ax.mask(dims[i], kept)).ravel()
       v, moves = e.inputs[weight], []
       while uses[v] == 1 and v in made_by and made_by[v].name in MOVES:
         moves.insert(0, made_by[v])
