@@ -126,10 +126,10 @@ def refit(
     arrays, _ = split_arrays((inputs, kwargs))
     return _moments(view.program, reads(view), [*jax.tree.leaves(variables), *arrays])
 
-  totals = dict.fromkeys((read.path for read in reads(coupling.view).values()), 0.0)
+  totals: dict[str, np.ndarray] = {}
   for inputs, named in calls(coupling, batches):
-    moments = measured(variables, inputs, named)
-    totals = {path: G + np.asarray(moments[path], float) for path, G in totals.items()}
+    for path, G in measured(variables, inputs, named).items():
+      totals[path] = totals.get(path, 0) + np.asarray(G, float)
   leaves = paths_of(variables)
   for read in reads(coupling.view).values():
     leaves[read.path] = _refitted(read, leaves[read.path], totals[read.path], ridge)
