@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from depthprune.models.decoder import Decoder
-from depthprune.models.generation import generate
+from depthprune.models.generation import generate, speculate
 from depthprune.program.coupling import couple
 from depthprune.surgery.prune import prune
 from tests import masking as m
@@ -62,3 +62,48 @@ def test_a_single_step_and_what_is_impossible(cut):
     generate(MODEL, variables, PROMPTS, 0)
   with pytest.raises(TypeError, match='the empty cache of a function'):
     generate(pruned.apply, pruned.variables, PROMPTS, 2)
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('ahead', [1, 3])
+@pytest.mark.parametrize('by', ['itself', 'small', 'first layer', 'another'])
+def test_speculation_writes_what_the_large_network_writes(by, ahead, batch, cut):
+  variables, pruned = cut
+  model = MODEL.clone(positions=24)
+  other = MODEL.init(jax.random.key(1), PROMPTS)
+  draft, arrays = {
+    'itself': (model, variables),
+    'small': (pruned.model.clone(positions=24), pruned.variables),
+    'first layer': (model.clone(depth=1), variables),
+    'another': (model, other),
+  }[by]
+  prompts = PROMPTS[:batch]
+  found = speculate(model, variables, draft, arrays, prompts, 12, ahead)
+  np.testing.assert_array_equal(found.tokens, generate(model, variables, prompts, 12))
+  assert 0 <= found.accepted <= 1
+  if by == 'itself':  # every check brings one token more than was drafted
+    assert found.accepted == 1 and found.checks == -(-11 // (ahead + 1))
+
+
+def test_a_draft_that_is_never_right_costs_a_check_per_token():
+  """It says the token that the large network likes least."""
+  variables = MODEL.init(jax.random.key(0), PROMPTS)
+  norm = variables['params']['norm']['scale']
+  wrong = {'params': {**variables['params'], 'norm': {'scale': -norm}}}
+  found = speculate(MODEL, variables, MODEL, wrong, PROMPTS[:1], 4, ahead=2)
+  assert (found.accepted, found.checks) == (0, 3)
+
+
+@pytest.mark.parametrize(
+  ('draft', 'more', 'message'),
+  [
+    (MODEL.clone(vocab=21), {}, 'expected 20 different tokens .* got 21'),
+    (MODEL, {'ahead': 0}, 'ahead: expected at least 1, got 0'),
+    (MODEL, {'steps': 0}, 'steps: expected at least 1, got 0'),
+    (MODEL, {'steps': 4, 'ahead': 4}, 'at most 12 positions'),
+  ],
+)
+def test_speculation_that_is_impossible(draft, more, message, cut):
+  variables, _ = cut
+  with pytest.raises(ValueError, match=message):
+    speculate(MODEL, variables, draft, variables, PROMPTS, **{'steps': 2, **more})
