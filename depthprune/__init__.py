@@ -17,6 +17,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.methods.sidenet import sidenet
   from depthprune.methods.trainable_gates import trainable_gates
   from depthprune.models.foreign import trunk
+  from depthprune.models.generation import generate, speculate
   from depthprune.program import cost
   from depthprune.program.coupling import Coupling, couple
   from depthprune.program.gating import plug
@@ -25,6 +26,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.program.taps import taps
   from depthprune.storage.checkpoint import CheckpointError
   from depthprune.surgery.activations import activations
+  from depthprune.surgery.influence import block_influence
   from depthprune.surgery.oneshot import oneshot
   from depthprune.surgery.prune import InexactCut, Pruned, prune
   from depthprune.surgery.refit import refit
@@ -32,6 +34,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.train.distill import distill
   from depthprune.train.evaluate import recalibrate
   from depthprune.train.judge import judge
+  from depthprune.train.language import language_model
   from depthprune.train.loop import fit
   from depthprune.train.method import (
     CutRefused,
@@ -60,6 +63,7 @@ __all__ = [
   'activations',
   'add_penalty',
   'auxiliary',
+  'block_influence',
   'branch',
   'cascade',
   'classification',
@@ -68,9 +72,11 @@ __all__ = [
   'distill',
   'export',
   'fit',
+  'generate',
   'implosion',
   'init_state',
   'judge',
+  'language_model',
   'load',
   'load_cascade',
   'make_step',
@@ -92,6 +98,7 @@ __all__ = [
   'sidenet',
   'slim',
   'spare_closed',
+  'speculate',
   'split',
   'straight_through',
   'taps',

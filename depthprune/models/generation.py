@@ -25,8 +25,8 @@ def generate(
 
   The first call reads the prompts, and every later one a single token of each::
 
-    text = generate(model, variables, prompts, steps=20)
-    text = generate(small.model, small.variables, prompts, steps=20)
+    text = dp.generate(model, variables, prompts, steps=20)
+    text = dp.generate(small.model, small.variables, prompts, steps=20)
 
   Args:
     model: a Decoder, before or after a cut; or a function of (variables, tokens,
@@ -68,7 +68,7 @@ def _following(model, variables, tokens, cache) -> tuple[jax.Array, Any]:
 
 
 def _continued(model, variables, token, cache, steps: int) -> tuple[jax.Array, Any]:
-  """The tokens [batch, steps] behind one token [batch], and the cache before the last."""
+  """The tokens [batch, steps] behind one [batch], and the cache without the last."""
 
   def step(carry, _):
     token, cache = carry
@@ -110,9 +110,9 @@ def speculate(
   where two tokens are equally probable. The small one is what pruning has left, or the
   first layers of the large one::
 
-    text = speculate(model, variables, small.model, small.variables, prompts, steps=50)
+    text = dp.speculate(model, variables, cut.model, cut.variables, prompts, steps=50)
     draft = model.clone(depth=8)  # has no variables of its own
-    text = speculate(model, variables, draft, variables, prompts, steps=50)
+    text = dp.speculate(model, variables, draft, variables, prompts, steps=50)
 
   Args:
     model: the network that decides.
@@ -127,8 +127,8 @@ def speculate(
     The Speculated texts.
 
   Raises:
-    ValueError: no step, nothing ahead, networks of different tokens, or the prompts with
-      `steps + ahead` more tokens are longer than the positions of a network.
+    ValueError: no step, nothing ahead, networks of different tokens, or a network whose
+      positions end before the prompts and `steps + ahead` more tokens do.
   """
   for name, count in (('steps', steps), ('ahead', ahead)):
     if count < 1:
@@ -169,7 +169,14 @@ def _speculated(models, variables, tokens, caches, steps: int, ahead: int):
     text = jax.lax.dynamic_update_slice(text, best, (0, known))
     seen = {'length': known + agreed}  # the rest is written over
     known += agreed + 1
-    return text, known, {**cache, **seen}, {**drafted, **seen}, checks + 1, kept + agreed
+    return (
+      text,
+      known,
+      {**cache, **seen},
+      {**drafted, **seen},
+      checks + 1,
+      kept + agreed,
+    )
 
   zero = jnp.zeros((), jnp.int32)
   start = (text, zero + length + 1, cache, drafted, zero, zero)

@@ -38,7 +38,7 @@ def block_influence(
       f'layer{i}': [f'layer{i}/attention/branch', f'layer{i}/mlp/branch']
       for i in range(model.depth)
     }
-    influence = block_influence(coupling, variables, [tokens], blocks)
+    influence = dp.block_influence(coupling, variables, [tokens], blocks)
     least = min(influence, key=influence.get)
     keep = {'branches': {branch: np.asarray(False) for branch in blocks[least]}}
 
