@@ -19,7 +19,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -29,7 +29,7 @@ import tyro
 import depthprune
 from depthprune import methods, mistakes
 from depthprune.run import interrupts
-from depthprune.run.config import Config, default
+from depthprune.run.config import OPTIONS, Config, default
 
 WRONG_INPUT = 2
 INTERRUPTED, TERMINATED = 130, 143  # as `interrupts.code`
@@ -45,6 +45,11 @@ PER_GPU = tyro.conf.arg(
 
 
 CONTINUES = 'Interrupted at any moment, the same command continues.'
+# Former names of options, which are still read: those of their fields.
+FORMERLY = {
+  f'--{field}'.replace('_', '-'): f'--{option}'.replace('_', '-')
+  for field, option in OPTIONS.items()
+}
 
 
 def _subcommand(name: str) -> Any:
@@ -54,9 +59,19 @@ def _subcommand(name: str) -> Any:
     word,
     default=default(name),
     prefix_name=False,
-    description=f'{recipe.description} {CONTINUES}',
+    description=f'{recipe.description} {CONTINUES}\n\n{_epochs(recipe)}',
   )
   return Annotated[Config[recipe.options], found]
+
+
+def _epochs(recipe: methods.Recipe) -> str:
+  """Describes how long a method trains by default, for each data set it knows."""
+  each = [
+    f'{e.train}, {e.gates}, {e.finetune} for {data or "other data"}'
+    for data, e in recipe.epochs.items()
+  ]
+  options = '--pretrain-epochs, --epochs and --finetune-epochs'
+  return f'By default, {options} are {"; ".join(each)}.'
 
 
 _subcommands = tuple(map(_subcommand, sorted(methods.names(), key=methods.word)))
@@ -172,7 +187,7 @@ def main(words: Sequence[str] | None = None) -> int:
   0; 2 for input nobody can use; 130 after Ctrl-C, 143 after SIGTERM; and where the same
   command continues, 75 for a disk without room or another process that is gone.
   """
-  words = sys.argv[1:] if words is None else words
+  words = [*_renamed(sys.argv[1:] if words is None else words)]
   try:
     _obey(words)
   except (KeyboardInterrupt, interrupts.Preempted) as stopped:
@@ -188,6 +203,13 @@ def main(words: Sequence[str] | None = None) -> int:
     _tell(f'error: {mistakes.named(str(error), given)}')
     return TRY_AGAIN if isinstance(error, OSError) else WRONG_INPUT
   return 0
+
+
+def _renamed(words: Iterable[str]) -> Iterator[str]:
+  """Yields words in which the former names of options are replaced."""
+  for word in words:
+    name, equals, value = word.partition('=')
+    yield FORMERLY.get(name.replace('_', '-'), name) + equals + value
 
 
 def _tell(message: object) -> None:

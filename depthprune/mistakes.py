@@ -27,7 +27,7 @@ from typing import (
 import tyro
 
 from depthprune import methods
-from depthprune.run.config import Config, ConfigError
+from depthprune.run.config import OPTIONS, Config, ConfigError
 
 WITH_METHOD = 'run', 'sweep'
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
@@ -43,7 +43,7 @@ class Syntax(NamedTuple):
 
   Attributes:
     usage: the words before the options, such as 'run gates' or 'report'.
-    options: the type of every option, by its name: 'train-epochs'.
+    options: the type of every option, by its name: 'finetune-epochs'.
     positional: name and type of what is named without an option, if anything is.
   """
 
@@ -100,7 +100,7 @@ def named(message: str, given: Iterable[Given]) -> str:
   typed = {each.name.partition('=')[0]: each.typed.partition('=')[0] for each in given}
   head = re.match(r"(\w+)((?:, \w+)*)(?=[:=]| ['/])", message)
   fields = head[0].split(', ') if head else []
-  names = [field.replace('_', '-') for field in fields]
+  names = [_option(field) for field in fields]
   if not any(name in typed or f'no-{name}' in typed for name in names):
     return message
   shown = ', '.join(typed.get(name, f'--{name}') for name in names)
@@ -158,7 +158,12 @@ def _of_method(name: str) -> dict[str, Any]:
   """Returns the types of a run's options, and of those of its method."""
   hints = _hints(Config) | _hints(methods.recipe(name).options)
   del hints['options']
-  return {key.replace('_', '-'): _bare(hint) for key, hint in hints.items()}
+  return {_option(field): _bare(hint) for field, hint in hints.items()}
+
+
+def _option(field: str) -> str:
+  """Returns the option of a field, without the dashes before it."""
+  return OPTIONS.get(field, field).replace('_', '-')
 
 
 def _hints(kind: type) -> dict[str, Any]:

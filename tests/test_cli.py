@@ -13,7 +13,7 @@ import depthprune as dp
 from depthprune import cli, methods, models
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.report.sweep import SweptRun
-from depthprune.run.config import Config, default
+from depthprune.run.config import OPTIONS, Config, default
 from depthprune.timing import roofline
 from tests.report.runs import made_up_gates, made_up_result, write_run
 
@@ -50,6 +50,33 @@ def test_options_become_the_config(runs):
       GateOptions(0.25), data='fashion_mnist', subset=900, distill=True, workdir='here'
     )
   ]
+
+
+@pytest.mark.parametrize(
+  'words',
+  [
+    '--pretrain-epochs 1 --epochs 2 --finetune-epochs 3',
+    '--train-epochs 1 --gate-epochs 2 --finetune-epochs 3',
+    '--train_epochs=1 --gate_epochs=2 --finetune_epochs=3',
+  ],
+)
+def test_epochs_are_read_by_their_former_names_too(words, runs):
+  assert cli.main(['run', 'gates', *words.split()]) == 0
+  (config,) = runs
+  assert config.epochs == (1, 2, 3)
+  stored = config.to_json()
+  assert (stored['train_epochs'], stored['gate_epochs']) == (1, 2)
+
+
+@pytest.mark.parametrize('word', METHODS)
+def test_help_says_for_how_long_a_method_trains_by_default(word, capsys):
+  assert exit_code(['run', word, '--help']) == 0
+  said = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+  epochs = default(word).epochs
+  assert f'are {epochs.train}, {epochs.gates}, {epochs.finetune} for digits' in said
+  own = "(default: the method's own number for this data set)"
+  assert said.count(own) == 3
+  assert '(default: None)' not in said and '{None' not in said
 
 
 @pytest.mark.parametrize(
@@ -132,7 +159,8 @@ def test_help_names_every_field_of_the_config_and_no_others_options(word, capsys
   of_options = {name: names(each.options) for name, each in methods.all().items()}
   mine = of_options.pop(METHODS[word])
   fields = names(Config) - {'options'} | mine
-  named = lambda field: f'--{field.replace("_", "-")} ' in said.replace(',', ' ')
+  option = lambda field: f'--{OPTIONS.get(field, field)} '.replace('_', '-')
+  named = lambda field: option(field) in said.replace(',', ' ')
   assert {f for f in fields if not named(f)} == set()
   assert {f for f in set().union(*of_options.values()) - fields if named(f)} == set()
 

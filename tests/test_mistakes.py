@@ -35,9 +35,9 @@ WRONG = {
   'run netcat --seed 1': ['got netcat', 'nearest: netcut'],
   'run --seed 1 gates': ['got --seed; the method comes before its options'],
   # options that there are not
-  'run gates --epochs 3': [
-    '--epochs: there is no such option of `run gates`',
-    'nearest: --train-epochs, --gate-epochs, --finetune-epochs',
+  'run gates --no-epochs': [
+    '--no-epochs: there is no such option of `run gates`',
+    'nearest: --epochs',
     GATES,
   ],
   'run gates --sede 1': ['--sede: there is no such option', 'nearest: --seed', GATES],
@@ -85,12 +85,13 @@ WRONG = {
   # values out of range, and values that do not go together
   'run gates --target 1.5': ['--target: expected a fraction in (0, 1], got 1.5', GATES],
   'run gates --batch 0': ['--batch: expected a whole number >= 1, got 0', GATES],
-  'run gates --train_epochs -1': ['--train_epochs: expected a whole number >= 0, got'],
+  'run gates --pretrain_epochs -1': ['--pretrain_epochs: expected a whole number >= 0'],
+  'run gates --gate_epochs=-1': ['--epochs: expected a whole number >= 0'],
   'run netcut --beta -1': ['--beta: expected a finite number >= 0, got -1'],
   'run netcut --beta nan': ['--beta: expected a finite number >= 0, got nan'],
   'run implosion --depth 0': ['--depth: expected a whole number >= 1, got 0'],
   'run gates --mixup 1 --no-augment': ['--mixup, --randaugment: leave them out'],
-  'run netcut --train-epochs 3': ['--train-epochs: expected 0 for netcut, got 3'],
+  'run netcut --train-epochs 3': ['--pretrain-epochs: expected 0 for netcut, got 3'],
   'run sidenet --distill': ['--distill: expected False for sidenet'],
   'sweep gates --target 0.5 1.5': ['--target: expected a fraction in (0, 1], got 1.5'],
   'sweep gates --seed 3': ['an option with several values'],
@@ -136,8 +137,8 @@ def test_what_is_right_is_not_explained(capsys):
 
 
 def test_fields_in_a_message_get_the_names_that_were_typed():
-  _, given = mistakes.divided('run gates --train_epochs 3 --seed=4'.split())
-  assert mistakes.named('train_epochs: no', given) == '--train_epochs: no'
+  _, given = mistakes.divided('run gates --pretrain_epochs 3 --seed=4'.split())
+  assert mistakes.named('train_epochs: no', given) == '--pretrain_epochs: no'
   assert mistakes.named('seed=4: no', given) == '--seed=4: no'
   assert mistakes.named('batch, seed: no', given) == '--batch, --seed: no'
   for kept in ('batch: no', 'seeds: no', 'no seed: no'):

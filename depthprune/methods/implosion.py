@@ -270,7 +270,7 @@ def _drawn(name: str, seed: int) -> float:
 # ---- runs and reports ----------------------------------------------------------------
 
 THREE_QUARTERS = tyro.conf.arg(
-  metavar='INT', help_behavior_hint='(default: three quarters of them)'
+  metavar='INT', help_behavior_hint='(default: three quarters of all)'
 )
 ANY = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: any)')
 

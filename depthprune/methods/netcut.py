@@ -254,7 +254,9 @@ def _milliseconds(coupling: Coupling) -> np.ndarray:
 # ---- runs and reports ----------------------------------------------------------------
 
 DECIDED = 0.75  # importance above which the choice of an exit is called clear
-BY_MODEL = tyro.conf.arg(help_behavior_hint='(default: by model)')
+BY_MODEL = tyro.conf.arg(
+  metavar='{max,avg,cls,grid4}', help_behavior_hint="(default: the network's own)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

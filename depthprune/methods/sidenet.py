@@ -155,10 +155,16 @@ def only(
 
 # ---- runs and reports ----------------------------------------------------------------
 
-BY_INPUT = tyro.conf.arg(help_behavior_hint='(default: grid4 of images, avg of tokens)')
-SPREAD = tyro.conf.arg(metavar='NAME', help_behavior_hint='(default: spread)')
-FIVE = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: five)')
-NUMBER = tyro.conf.arg(metavar='NUMBER')
+BY_INPUT = tyro.conf.arg(
+  metavar='{max,avg,cls,grid4}',
+  help_behavior_hint='(default: grid4 of images, avg of tokens)',
+)
+SPREAD = tyro.conf.arg(
+  metavar='NAME', help_behavior_hint='(default: spread over the depth)'
+)
+FIVE = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: 5)')
+NUMBER = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: none)')
+LABELS = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: labels alone)')
 
 REQUESTS = ('budget', 'milliseconds', 'threshold', 'risk')  # instead of a drop
 Confidence = Literal['probability', 'entropy', 'margin', 'patience', 'learned']
@@ -188,7 +194,7 @@ class SideNetOptions:
 
   regime: Literal['frozen', 'joint', 'mixed'] = 'frozen'
   """frozen: the heads alone are trained (the paper's). joint: all together. mixed:
-  frozen, then all together for finetune_epochs."""
+  frozen, then all together for --finetune-epochs."""
 
   views: int = 2
   """Augmented copies of every image whose features are kept (frozen, mixed)."""
@@ -199,7 +205,7 @@ class SideNetOptions:
   smoothing: float = 0.05
   """Smoothing of the labels that heads learn from."""
 
-  taught: Annotated[float | None, NUMBER] = None
+  taught: Annotated[float | None, LABELS] = None
   """Share of the MainNet's answer in what heads learn; the rest are the labels."""
 
   head_learning_rate: float = 1e-3

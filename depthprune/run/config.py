@@ -31,19 +31,32 @@ from depthprune.train.options import (
 )
 from depthprune.train.recipe import Recipe
 
-BY_DATA = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: by data set)')
+# Names of options on the command line where they are not those of the fields, which
+# stay as earlier versions have stored them.
+OPTIONS = {'train_epochs': 'pretrain_epochs', 'gate_epochs': 'epochs'}
+
+
+def _by_data(name: str | None = None) -> Any:
+  hint = "(default: the method's own number for this data set)"
+  return tyro.conf.arg(name=name, metavar='INT', help_behavior_hint=hint)
+
+
 ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
+SIZE = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: as they are stored)')
 FRESH = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: random weights)')
-BESIDE = tyro.conf.arg(metavar='FILE', help_behavior_hint='(default: beside weights)')
+BESIDE = tyro.conf.arg(
+  metavar='FILE', help_behavior_hint='(default: the one beside the pretrained weights)'
+)
 NAMED = tyro.conf.arg(
-  metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-OPTIONS-SEED)'
+  metavar='DIR', help_behavior_hint='(default: runs/METHOD-MODEL-DATA-OPTIONS-seedSEED)'
 )
 DEVICES = tyro.conf.arg(
-  metavar='AXES', help_behavior_hint='(default: one, or all of several processes)'
+  metavar='AXES',
+  help_behavior_hint='(default: one device, or all of several processes)',
 )
 NONE = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: without)')
 ARGUMENTS = tyro.conf.arg(
-  metavar='KEY=VALUE [KEY=VALUE ...]', help_behavior_hint='(default: its own)'
+  metavar='KEY=VALUE [KEY=VALUE ...]', help_behavior_hint="(default: the network's own)"
 )
 EQUAL = tyro.conf.arg(
   metavar='balanced', help_behavior_hint='(default: every example weighs the same)'
@@ -51,9 +64,12 @@ EQUAL = tyro.conf.arg(
 ACCURACY = tyro.conf.arg(
   metavar='{balanced_accuracy,f1}', help_behavior_hint='(default: accuracy)'
 )
-THREADS = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: threads of one)')
+THREADS = tyro.conf.arg(
+  metavar='INT', help_behavior_hint='(default: none, threads of the run itself)'
+)
 BY_SIZE = tyro.conf.arg(
-  metavar='{always,never}', help_behavior_hint='(default: beyond half of the memory)'
+  metavar='{always,never}',
+  help_behavior_hint='(default: where they would fill more than half of the memory)',
 )
 TRAIN = 'train'  # name of the first stage, which trains the network without a method
 # Fields on which no training depends, and those on which only later stages depend.
@@ -105,13 +121,15 @@ class Config(Generic[O]):
   batch: int = 128
   """Images in a training step."""
 
-  train_epochs: Annotated[int | None, BY_DATA] = None
-  """Passes over the images before anything is pruned; 0 if pretrained."""
+  train_epochs: Annotated[int | None, _by_data(OPTIONS['train_epochs'])] = None
+  """Passes over the data before the method begins; 0 where weights are pretrained, or
+  where the method trains the network from the start."""
 
-  gate_epochs: Annotated[int | None, BY_DATA] = None
-  """Passes while the weights and what the method learns are trained together."""
+  gate_epochs: Annotated[int | None, _by_data(OPTIONS['gate_epochs'])] = None
+  """Passes with the method: what it learns (gates, priorities, heads, a path) is
+  trained together with the weights, unless these are frozen."""
 
-  finetune_epochs: Annotated[int | None, BY_DATA] = None
+  finetune_epochs: Annotated[int | None, _by_data()] = None
   """Passes after each cut."""
 
   optimizer: Literal['sgd', 'adam', 'adamw'] = 'sgd'
@@ -147,7 +165,7 @@ class Config(Generic[O]):
   subset: Annotated[int | None, ALL] = None
   """Use only this many training images."""
 
-  resize: Annotated[int | None, ALL] = None
+  resize: Annotated[int | None, SIZE] = None
   """Make the images square, with this side."""
 
   stream: Annotated[Literal['always', 'never'] | None, BY_SIZE] = None
@@ -219,7 +237,7 @@ class Config(Generic[O]):
     if recipe.heads and self.train_epochs:
       raise ConfigError(
         f'train_epochs: expected 0 for {self.method}, got {self.train_epochs}; the '
-        'network and its heads are trained together, for gate_epochs'
+        f'network and its heads are trained together: give {OPTIONS["gate_epochs"]}'
       )
     recipe.check(self)
 
