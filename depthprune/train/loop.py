@@ -1,5 +1,6 @@
 """The only training loop: steps, log lines, a progress bar, and a check of the loss."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from depthprune.data import batches
 from depthprune.data.dataset import inputs_of
@@ -17,6 +19,8 @@ from depthprune.program import arguments
 from depthprune.train import labels
 from depthprune.train.step import USED, State, Step
 from depthprune.train.task import Tree
+
+BAR = 10  # characters of a progress bar
 
 Row = dict[str, float]
 """One line of the log: step, loss, the metrics, images_per_second, time in seconds."""
@@ -26,25 +30,34 @@ Row = dict[str, float]
 def bar(
   label: str, start: int, steps: int, show: bool = True
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-  """Shows a progress bar within the context, whose value is draw(step, row)."""
+  """Shows a progress bar within the context, whose value is draw(step, row).
+
+  Its line has the whole label, and as much of `describe` as there is room for.
+  """
   columns = (
-    TextColumn('[bold]{task.description:9s}'),
-    BarColumn(bar_width=20),
+    TextColumn('[bold]{task.description}', table_column=Column(no_wrap=True)),
+    BarColumn(bar_width=BAR),
     TextColumn('{task.completed:.0f}/{task.total:.0f}'),
     TimeRemainingColumn(compact=True),
-    TextColumn('{task.fields[text]}'),
+    TextColumn('{task.fields[text]}', table_column=Column(no_wrap=True)),
   )
   with Progress(*columns, disable=not show) as shown:
+    label = f'{label:8s}'  # those of most stages stand below each other
     task = shown.add_task(label, completed=start, total=steps, text='compiling')
+    taken = len(f'{label}  {steps}/{steps} 0:00:00 ') + BAR
+    room = shown.console.width - taken
 
     def draw(step: int, row: Mapping[str, float]) -> None:
-      shown.update(task, completed=step, text=describe(row))
+      shown.update(task, completed=step, text=describe(row, room))
 
     yield draw
 
 
-def describe(row: Mapping[str, float]) -> str:
-  """Returns 'loss 0.213, accuracy 98.1 %, flops 62 -> 50 %, 2510 images/s'."""
+def describe(row: Mapping[str, float], room: int = 1000) -> str:
+  """Returns 'loss 0.213, accuracy 98.1 %, flops 62 -> 50 %, 2510 images/s'.
+
+  What comes last is left out where that is longer than `room` characters.
+  """
   parts = [f'loss {row["loss"]:.3f}']
   if 'accuracy' in row:
     parts.append(f'accuracy {100 * row["accuracy"]:.1f} %')
@@ -58,7 +71,9 @@ def describe(row: Mapping[str, float]) -> str:
   parts += [f'{name} {row[name]:.3g}' for name in sorted(rest)]
   if 'images_per_second' in row:
     parts.append(f'{row["images_per_second"]:,.0f} images/s')
-  return ', '.join(parts)
+  lengths = itertools.accumulate(len(part) + len(', ') for part in parts)
+  fit = sum(length <= room + len(', ') for length in lengths)
+  return ', '.join(parts[:fit])
 
 
 class NonFiniteLoss(ArithmeticError):

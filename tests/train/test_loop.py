@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from depthprune.data.dataset import DataError
-from depthprune.train.loop import NonFiniteLoss, fit
+from depthprune.train.loop import NonFiniteLoss, bar, describe, fit
 from depthprune.train.method import Method, plain, supervised
 from depthprune.train.step import economical, init_state, make_step
 from depthprune.train.task import classification
@@ -140,6 +140,27 @@ def test_fit_without_resident_data_asks_the_host_for_batches():
   expected = fit(step, state, KEY, batch_at, data(), steps=5, every=2, show=False)
   assert asked == [0, 1, 2, 3, 4]
   chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+ROW = {'loss': 0.2134, 'accuracy': 0.981, 'flops': 0.62, 'target': 0.5, 'time': 1.7e9}
+ROW |= {'step': 9e3, 'exit1': 0.3, 'images_per_second': 2510.0}
+
+
+@pytest.mark.parametrize('label', ['gates', 'implosion-12', 'control-finetune'])
+def test_a_progress_line_fits_with_the_whole_name(label, capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '80')
+  with bar(label, 0, 12000) as draw:
+    draw(12000, ROW)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith(f'{label} ') and len(line) <= 80
+  assert 'loss 0.213, accuracy 98.1 %' in line and '…' not in line
+
+
+def test_what_a_progress_line_has_no_room_for_is_left_out_as_a_whole():
+  said = 'loss 0.213, accuracy 98.1 %, flops 62 -> 50 %, exit1 0.3, 2,510 images/s'
+  assert describe(ROW) == describe(ROW, len(said)) == said
+  assert describe(ROW, len(said) - 1) == said.rpartition(', ')[0]
+  assert describe(ROW, 11) == 'loss 0.213' and describe(ROW, 3) == ''
 
 
 def test_callbacks_get_rows_at_absolute_multiples():
