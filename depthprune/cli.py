@@ -39,6 +39,9 @@ EXPORTED = tyro.conf.arg(metavar='DIR', help_behavior_hint='(default: RUN/export
 ANY = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: any)')
 SEVERAL = tyro.conf.arg(metavar='RUN [RUN ...]', help_behavior_hint='')
 ANY_MODEL = tyro.conf.arg(metavar='[MODEL ...]', help_behavior_hint='(default: all)')
+ANY_DATA = tyro.conf.arg(
+  metavar='[DATA ...]', help_behavior_hint='(default: those that are on this machine)'
+)
 PER_GPU = tyro.conf.arg(
   metavar='INT', help_behavior_hint='(default: one per GPU; 1 without, or with --mesh)'
 )
@@ -167,6 +170,15 @@ class Models:
   """Number of classes."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """List the data sets that can be read here, with their sizes; or say of some that are
+  named what they hold, or why they cannot be read."""
+
+  names: Annotated[tyro.conf.Positional[tuple[str, ...]], ANY_DATA] = ()
+  """Data sets, as --data takes them: a name, a folder or a file."""
+
+
 COMMANDS: dict[str, type] = {
   'run': Run,
   'sweep': Sweep,
@@ -174,6 +186,7 @@ COMMANDS: dict[str, type] = {
   'export': Export,
   'bench': Bench,
   'models': Models,
+  'data': Data,
 }
 _commands = tuple(
   Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()
@@ -234,6 +247,8 @@ def _obey(words: Sequence[str]) -> None:
     _bench(command)
   elif isinstance(command, Models):
     _models(command)
+  elif isinstance(command, Data):
+    _data(command)
   elif isinstance(command, Sweep):
     _sweep([command, *more])
   elif isinstance(command, Run):
@@ -333,6 +348,7 @@ def _run(config: Config) -> None:
     raise
   if distributed.writes():
     _report(config.path)
+    _next(f'report {config.path}', f'export {config.path}')
 
 
 def _sweep(commands: Sequence[Sweep]) -> None:
@@ -342,6 +358,11 @@ def _sweep(commands: Sequence[Sweep]) -> None:
   with _continued(commands[0].config, planned.folder):
     sweep.run(planned, commands[0].at_once)
     _report(planned.folder)
+    _next(f'report {planned.folder}')
+
+
+def _next(*commands: str) -> None:
+  print('\n'.join(f'  next: depthprune {command}' for command in commands))
 
 
 def _report(path: Path) -> None:
@@ -413,3 +434,17 @@ def _models(command: Models) -> None:
     else:
       params, flops = found
       print(f'  {name:20s}  {count(params):>10s}  {count(flops):>10s}', flush=True)
+
+
+def _data(command: Data) -> None:
+  from depthprune.run.data import listed
+
+  print(f'  {"":16s}  {"":27s}  classes      train      test')
+  for name, known in listed(command.names):
+    if isinstance(known, str):
+      print(f'  {name:16s}  {known}')
+    else:
+      what, *numbers = known
+      print(f'  {name:16s}  {what:27s}  {{:7,}}  {{:9,}}  {{:8,}}'.format(*numbers))
+  if not command.names:
+    print('\n  TFDS sets are looked for in $TFDS_DATA_DIR, or ~/tensorflow_datasets.')

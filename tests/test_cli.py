@@ -138,7 +138,7 @@ def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):
   assert 'front.svg' in capsys.readouterr().out
 
 
-ONE_WORD = 'run', 'sweep', 'report', 'export', 'bench'
+ONE_WORD = 'run', 'sweep', 'report', 'export', 'bench', 'models', 'data'
 COMMANDS = [[], *([word] for word in ONE_WORD), ['run', 'gates'], ['sweep', 'gates']]
 
 
@@ -207,6 +207,24 @@ def test_an_unknown_model_is_one_message_with_the_nearest_names(tmp_path, capsys
   assert printed.startswith("error: --model: no model 'resnet21'")
   assert 'resnet20' in printed
   assert printed.count('\n') == 1
+
+
+def test_a_run_ends_with_the_commands_that_go_on_from_it(runs, capsys):
+  assert cli.main('run gates --workdir here'.split()) == 0
+  said = capsys.readouterr().out
+  assert said == '  next: depthprune report here\n  next: depthprune export here\n'
+
+
+def test_data_lists_sets_with_their_sizes(capsys, tmp_path, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+  assert cli.main(['data']) == 0
+  head, digits, multi, *_, last = capsys.readouterr().out.splitlines()
+  assert head.split() == ['classes', 'train', 'test']
+  assert digits.split() == ['digits', 'images', '8x8x1', '10', '1,797', '0']
+  assert 'multi_fashion' in multi and 'TFDS_DATA_DIR' in last
+  assert max(map(len, (head, digits, last))) <= 80
+  assert cli.main(['data', 'gone.npz']) == 0
+  assert 'gone.npz' in capsys.readouterr().out
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):

@@ -71,6 +71,19 @@ class Records:
     return record[self.image], int(record[self.label])
 
 
+def data_dir() -> Path:
+  """Returns the folder of TFDS sets: $TFDS_DATA_DIR, or TFDS's own default."""
+  return Path(os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()
+
+
+def prepared() -> list[str]:
+  """Returns the names of the sets in `data_dir()`: 'cifar10', 'glue/sst2'."""
+  folder = data_dir()
+  versions = [*folder.glob('*/*/dataset_info.json')]
+  versions += folder.glob('*/*/*/dataset_info.json')
+  return sorted({v.parents[1].relative_to(folder).as_posix() for v in versions})
+
+
 def find(name: str, download: bool = False) -> Any:
   """Returns the TFDS builder of a set, which is prepared if `download` allows it.
 
@@ -84,7 +97,7 @@ def find(name: str, download: bool = False) -> Any:
       f'data {name!r}: reading TFDS sets needs more packages ({error}): '
       "pip install 'depthprune[data]'"
     ) from error
-  folder = Path(os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()
+  folder = data_dir()
   try:
     builder = tfds.builder(name, data_dir=str(folder))
   except ValueError as error:

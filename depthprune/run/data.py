@@ -4,14 +4,15 @@ It is read by name, or from files of the user's own, see `run.own`.
 """
 
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.data import arrays, folders, images, tables, text
+from depthprune.data import arrays, folders, images, tables, text, tfds
 from depthprune.data.augment import Normalisation
-from depthprune.data.dataset import DataError, Dataset
+from depthprune.data.dataset import DataError, Dataset, count
 from depthprune.data.text import TextSource
 from depthprune.data.tfds import ImageSource
 from depthprune.exports import records
@@ -22,6 +23,22 @@ from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import kind
 
 
+class Sizes(NamedTuple):
+  """What is known of a data set before it is read.
+
+  Attributes:
+    what: what an example is, such as 'images 32x32x3'.
+    classes: number of classes.
+    train: number of training examples, before any are held out.
+    test: number of test examples; 0 where a part of `train` becomes the test split.
+  """
+
+  what: str
+  classes: int
+  train: int
+  test: int
+
+
 def read(config: Config) -> Dataset:
   """Reads the data set of a config and splits it by the config's seed.
 
@@ -30,7 +47,7 @@ def read(config: Config) -> Dataset:
       tokenizer, or an option does not suit the data.
     CheckpointError: the pretrained network's folder holds no network.
   """
-  source = _own(config)
+  source = _own(config.data, config.resize)
   if source is not None and not isinstance(source, ImageSource | TextSource):
     return _ready(config, source)
   if source is None and text.kind_of(config.data) == 'text':
@@ -68,9 +85,43 @@ def read(config: Config) -> Dataset:
   )
 
 
-def _own(config: Config) -> Any:
+def listed(names: Sequence[str] = ()) -> Iterator[tuple[str, Sizes | str]]:
+  """Yields (name, what is known of it) of data sets.
+
+  Args:
+    names: what `Config.data` may be. Without any, the sets that come with libraries and
+      those of TFDS that are on this machine.
+
+  Yields:
+    The name and its `Sizes`, or a sentence that says why it cannot be read here.
+  """
+  for name in names or [*tfds.OWN, *tfds.prepared()]:
+    try:
+      yield name, _sizes(own.absolute(name))
+    except (DataError, own.ConfigError) as error:
+      yield name, str(error).removeprefix(f'data {name!r}: ')
+
+
+def _sizes(name: str) -> Sizes:
+  source: Any = _own(name, None)
+  if source is None:
+    of_texts = text.kind_of(name) == 'text'
+    source = text.source(name) if of_texts else images.source(name)
+  if isinstance(source, TextSource):
+    what = 'pairs of texts' if source.pair else 'texts'
+  elif isinstance(source, ImageSource):
+    kind = 'images' if len(source.shape) > 1 else 'rows'
+    kind = 'images with masks' if source.ignore is not None else kind
+    what = f'{kind} {"x".join(map(str, source.shape))}'
+  else:  # a Dataset of the user's own
+    return Sizes('examples', source.classes, count(source.train), count(source.test))
+  if not source.train:
+    raise DataError(f'data {name!r}: {what} without a training split')
+  return Sizes(what, source.classes, source.train, source.test)
+
+
+def _own(name: str, resize: int | None) -> Any:
   """Returns the source of a user's own data, or its `Dataset`; None for a name."""
-  name, resize = config.data, config.resize
   if own.is_object(name):
     try:
       given = own.load(name)()
