@@ -24,6 +24,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune.program.resize import slim
   from depthprune.program.stages import split
   from depthprune.program.taps import taps
+  from depthprune.runs import Run, load_run, run_method
   from depthprune.storage.checkpoint import CheckpointError
   from depthprune.surgery.activations import activations
   from depthprune.surgery.influence import block_influence
@@ -60,6 +61,7 @@ __all__ = [
   'InexactCut',
   'Method',
   'Pruned',
+  'Run',
   'activations',
   'add_penalty',
   'auxiliary',
@@ -79,6 +81,7 @@ __all__ = [
   'language_model',
   'load',
   'load_cascade',
+  'load_run',
   'make_step',
   'milliseconds',
   'models',
@@ -91,6 +94,7 @@ __all__ = [
   'recalibrate',
   'refit',
   'regression',
+  'run_method',
   'save',
   'save_cascade',
   'segmentation',

@@ -32,6 +32,7 @@ ALLOWED = {
   '__main__': ('run', 'cli'),
   'report': ('run', 'train', 'methods', 'storage', 'cascades', 'timing'),
   'mistakes': ('run', 'methods'),
+  'runs': ('run', 'report', 'methods', 'train'),
   'cli': ('mistakes', 'run', 'report', 'methods', 'exports', 'storage', 'distributed'),
 }
 # Libraries that a folder does without: a traced program knows nothing of Flax.
