@@ -85,8 +85,10 @@ WRONG = {
   # values out of range, and values that do not go together
   'run gates --target 1.5': ['--target: expected a fraction in (0, 1], got 1.5', GATES],
   'run gates --batch 0': ['--batch: expected a whole number >= 1, got 0', GATES],
-  'run gates --pretrain_epochs -1': ['--pretrain_epochs: expected a whole number >= 0'],
-  'run gates --gate_epochs=-1': ['--epochs: expected a whole number >= 0'],
+  'run gates --pretrain_epochs -1': [
+    '--pretrain_epochs: expected a finite number >= 0'
+  ],
+  'run gates --gate_epochs=-1': ['--epochs: expected a finite number >= 0'],
   'run netcut --beta -1': ['--beta: expected a finite number >= 0, got -1'],
   'run netcut --beta nan': ['--beta: expected a finite number >= 0, got nan'],
   'run implosion --depth 0': ['--depth: expected a whole number >= 1, got 0'],

@@ -344,6 +344,11 @@ class GateOptions:
   closing, in the whole network; else those of the smallest kernels, equally many in
   every group."""
 
+  frozen: bool = False
+  """Only gates learn before the cut, for part of an epoch: for a network that is trained
+  already. The weights that stay are then refitted to do the work of the channels that
+  go."""
+
   keep: Annotated[tuple[str, ...], PATTERNS] = ()
   """Channels to leave whole: names of modules or arrays, or patterns of them, such as
   head 'stage3/*'."""
@@ -475,7 +480,8 @@ RECIPE = Recipe(
   target=_target,
   round_to=lambda o: o.round_to,
   score=lambda o: 'taylor' if o.by_loss else 'l1',
-  formerly={'round_to': 1},
+  frozen=lambda o: o.frozen,
+  formerly={'round_to': 1, 'frozen': False},
   legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,
   remarks=_remarks,

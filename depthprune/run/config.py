@@ -38,7 +38,7 @@ OPTIONS = {'train_epochs': 'pretrain_epochs', 'gate_epochs': 'epochs'}
 
 def _by_data(name: str | None = None) -> Any:
   hint = "(default: the method's own number for this data set)"
-  return tyro.conf.arg(name=name, metavar='INT', help_behavior_hint=hint)
+  return tyro.conf.arg(name=name, metavar='NUMBER', help_behavior_hint=hint)
 
 
 ALL = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: all)')
@@ -121,15 +121,15 @@ class Config(Generic[O]):
   batch: int = 128
   """Images in a training step."""
 
-  train_epochs: Annotated[int | None, _by_data(OPTIONS['train_epochs'])] = None
+  train_epochs: Annotated[int | float | None, _by_data(OPTIONS['train_epochs'])] = None
   """Passes over the data before the method begins; 0 where weights are pretrained, or
   where the method trains the network from the start."""
 
-  gate_epochs: Annotated[int | None, _by_data(OPTIONS['gate_epochs'])] = None
+  gate_epochs: Annotated[int | float | None, _by_data(OPTIONS['gate_epochs'])] = None
   """Passes with the method: what it learns (gates, priorities, heads, a path) is
   trained together with the weights, unless these are frozen."""
 
-  finetune_epochs: Annotated[int | None, _by_data()] = None
+  finetune_epochs: Annotated[int | float | None, _by_data()] = None
   """Passes after each cut."""
 
   optimizer: Literal['sgd', 'adam', 'adamw'] = 'sgd'
@@ -212,8 +212,10 @@ class Config(Generic[O]):
       one_of(self, 'class_weights', ('balanced',))
     if self.stream is not None:
       one_of(self, 'stream', ('always', 'never'))
-    for name in ('train_epochs', 'gate_epochs', 'finetune_epochs', 'seed'):
-      at_least(self, name, 0)
+    for name in ('train_epochs', 'gate_epochs', 'finetune_epochs'):
+      if getattr(self, name) is not None:
+        finite(self, name, positive=False)
+    at_least(self, 'seed', 0)
     for name in ('batch', 'subset', 'resize', 'length', 'workers', 'randaugment'):
       at_least(self, name, 1)
     for name in ('weight_decay', 'checkpoint_every_s'):

@@ -72,9 +72,9 @@ class Job(NamedTuple):
     train = self.images.train
     return np.shape(train['label']) if 'label' in train else (count(train),)
 
-  def steps(self, epochs: int) -> int:
-    """Returns the number of training steps in some epochs."""
-    return epochs * epoch_steps(self.train, self.config.batch)
+  def steps(self, epochs: float) -> int:
+    """Returns the number of training steps in some epochs, or in part of one."""
+    return round(epochs * epoch_steps(self.train, self.config.batch))
 
   def key(self, name: str) -> jax.Array:
     """Returns a random key made of the run's seed and a name, such as a stage's."""
@@ -226,7 +226,7 @@ def stage(
   method: Method,
   variables: Tree,
   *,
-  epochs: int,
+  epochs: float,
   peak: float,
   coupling: Any = None,
   teacher: Teacher | None = None,
@@ -240,7 +240,7 @@ def stage(
     method: what is trained besides the weights, and how.
     variables: the variables to start from.
     epochs: passes over the training examples.
-    peak: highest learning rate of the schedule.
+    peak: highest learning rate of the schedule; at 0 the weights rest.
     coupling: the network's coupling, for a method that gates channels.
     teacher: a network to learn from, for a method wrapped by `distill`.
 
@@ -365,7 +365,12 @@ def write_learned(folder: Path, stage: str, method: Method) -> Callback:
 
 
 def optimizer(config: Config, peak: float, steps: int) -> optax.GradientTransformation:
-  """Returns the config's optimizer: `sgd`, or Adam at a constant or scheduled rate."""
+  """Returns the config's optimizer: `sgd`, or Adam at a constant or scheduled rate.
+
+  With a peak of 0 it leaves the weights alone, and their gradients are not computed.
+  """
+  if not peak:
+    return optax.set_to_zero()
   if config.optimizer == 'sgd':
     return sgd(peak, steps, config.weight_decay)
   rate = peak if config.optimizer == 'adam' else scheduled(peak, steps)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from depthprune import distributed, methods
-from depthprune.data.dataset import epoch_steps
+from depthprune.data.dataset import epoch_steps, inputs_of
 from depthprune.distributed import local
 from depthprune.exports import networks
 from depthprune.program.coupling import Coupling, couple
@@ -35,6 +35,7 @@ from depthprune.run.network import check_answer, initial_variables, network
 from depthprune.storage import directory
 from depthprune.surgery.oneshot import rank
 from depthprune.surgery.prune import Pruned
+from depthprune.surgery.refit import refit
 from depthprune.train.distill import Teacher, distill
 from depthprune.train.evaluate import recalibrate
 from depthprune.train.importance import taylor
@@ -263,6 +264,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   """
   coupling = couple(model, variables, *job.inputs)
   epochs = job.config.epochs.finetune if before else job.config.epochs.gates
+  frozen = job.config.recipe.frozen(job.config.options)
   method = build(
     coupling,
     steps=job.steps(epochs),
@@ -276,7 +278,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
     distill(method) if teacher else method,
     variables,
     epochs=epochs,
-    peak=job.config.recipe.peaks[0] * job.config.learning_rate,
+    peak=0 if frozen else job.config.recipe.peaks[0] * job.config.learning_rate,
     coupling=coupling,
     teacher=teacher,
   )
@@ -291,6 +293,10 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   )
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep = distributed.agreed(decision)
+  if frozen:
+    batches = map(inputs_of, _augmented_batches(job, 'refit', RECALIBRATION))
+    rest = dict(refit(coupling, variables, keep, batches))
+    state = dataclasses.replace(state, params=rest.pop('params'), model_state=rest)
   pruned, model, small = cut_round(
     model, method, state, keep, coupling, job.inputs, rounding(job)
   )

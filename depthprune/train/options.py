@@ -14,7 +14,7 @@ class ConfigError(ValueError):
 
 
 class Epochs(NamedTuple):
-  """Passes over the training images in each stage.
+  """Passes over the training images in each stage, or parts of one.
 
   Attributes:
     train: of the plain network, before anything else.
@@ -95,7 +95,8 @@ def at_least(values: Any, name: str, least: int) -> None:
 def finite(values: Any, name: str, positive: bool) -> None:
   """Checks that a field is a finite number >= 0, or > 0 where `positive`."""
   value = getattr(values, name)
-  if not math.isfinite(value) or value < 0 or (positive and value == 0):
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not (is_number and 0 <= value < math.inf) or (positive and value == 0):
     above = '> 0' if positive else '>= 0'
     raise ConfigError(f'{name}: expected a finite number {above}, got {value!r}')
 

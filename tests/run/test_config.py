@@ -54,6 +54,7 @@ def test_target_outside_its_range(target):
     ('subset', 0),
     ('gate_epochs', -1),
     ('train_epochs', True),
+    ('finetune_epochs', float('inf')),
     ('learning_rate', 0.0),
     ('learning_rate', float('nan')),
     ('weight_decay', -1e-4),

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -66,6 +67,38 @@ def test_a_run_reaches_its_target_and_keeps_its_accuracy(finished):
   assert result['verify']['difference'] <= 1e-5
   assert result['widths']['layer0/dense:1'][0] == 200
   assert set(result['latency_ms']) == {'1', '128'}
+
+
+def test_frozen_weights_rest_until_the_cut_and_are_refitted(tmp_path, monkeypatch):
+  states, cuts, stage, cut = {}, [], rounds.stage, rounds.cut_round
+
+  def recorded_stage(job, name, *args, **kwargs):
+    states[name] = stage(job, name, *args, **kwargs)
+    return states[name]
+
+  def recorded_cut(model, method, state, keep, coupling, *args):
+    cuts.append((state.params['layer1']['dense']['kernel'], keep))
+    return cut(model, method, state, keep, coupling, *args)
+
+  monkeypatch.setattr(rounds, 'stage', recorded_stage)
+  monkeypatch.setattr(rounds, 'cut_round', recorded_cut)
+  config = dataclasses.replace(
+    CONFIG,
+    options=GateOptions(frozen=True),
+    gate_epochs=1.5,
+    finetune_epochs=0,
+    workdir=str(tmp_path),
+  )
+  result = to_json(rounds.run(config, show=False))
+  assert int(states['gates'].step) == 1.5 * 512 / 32
+  before, after = states['train'].params, states['gates'].params
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  ((refitted, keep),) = cuts
+  kept = keep['channels']['layer0/dense:1']
+  changed = np.any(refitted != before['layer1']['dense']['kernel'], axis=1)
+  np.testing.assert_array_equal(changed, kept)
+  assert abs(result['flops']['after'] / result['flops']['before'] - 0.5) <= 0.01
+  assert result['accuracy']['pruned'] > 0.7
 
 
 def test_a_run_writes_what_the_report_reads(finished):
