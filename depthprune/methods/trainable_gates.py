@@ -345,8 +345,8 @@ class GateOptions:
   every group."""
 
   frozen: bool = False
-  """Only gates learn before the cut, for part of an epoch: for a network that is trained
-  already. The weights that stay are then refitted to do the work of the channels that
+  """Only gates learn before the cut, in part of an epoch: for a network that is already
+  trained. The weights that stay are then refitted to do the work of the channels that
   go."""
 
   keep: Annotated[tuple[str, ...], PATTERNS] = ()
