@@ -42,6 +42,7 @@ NAMES = {
   'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
 }
+SPECIAL = 3  # the type of a token that stands for no text
 
 
 def config(path: str | Path) -> dict[str, Any]:
@@ -104,6 +105,56 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       x = pairs.swapaxes(1, 2).reshape(x.shape)
     tensors[_name(tensor.name)] = x
   return tensors
+
+
+def tokenizer(path: str | Path) -> Any:
+  """Returns the tokenizer that a GGUF file holds, a `tokenizers.Tokenizer`.
+
+      tokens = tokenizer(path).encode('Once upon a time').ids
+
+  Tokens that stand for no text, such as the end of one, are recognised by their names.
+  Needs the packages gguf and tokenizers (`pip install 'depthprune[gguf,text]'`).
+
+  Args:
+    path: the file.
+
+  Raises:
+    CheckpointError: the file cannot be read, has no tokenizer, or one of another kind
+      than byte-level BPE with the splits of GPT-2 or SmolLM.
+    ModuleNotFoundError: a package is missing.
+  """
+  _, _, stated, reader = _opened(Path(path))
+  try:
+    lib = import_module('tokenizers')
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"{path}: its tokenizer needs tokenizers: pip install 'depthprune[text]'",
+      name='tokenizers',
+    ) from error
+  listed = lambda name: reader.fields[f'tokenizer.ggml.{name}'].contents()
+  kind = stated.get('tokenizer.ggml.model'), stated.get('tokenizer.ggml.pre', 'gpt-2')
+  digits = {'smollm': True, 'gpt-2': False}
+  if kind[0] != 'gpt2' or kind[1] not in digits:
+    raise CheckpointError(
+      f'{path}: its tokenizer is {kind[0]!r:.40} with the splits of {kind[1]!r:.40}, '
+      "expected 'gpt2' with those of gpt-2 or smollm: read the tokenizer.json of the "
+      'network instead'
+    )
+  try:
+    tokens, pairs = listed('tokens'), listed('merges')
+    merges = [tuple(pair.split(' ')) for pair in pairs]
+    made = lib.Tokenizer(lib.models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    special = [t for t, one in zip(tokens, listed('token_type')) if one == SPECIAL]
+  except Exception as error:  # a part is missing, or does not fit the others
+    raise CheckpointError(
+      f'{path}: its tokenizer cannot be read ({error!s:.200}); get the file again'
+    ) from error
+  split = lib.pre_tokenizers
+  steps = [split.Digits(individual_digits=True)] * digits[kind[1]]
+  made.pre_tokenizer = split.Sequence([*steps, split.ByteLevel(add_prefix_space=False)])
+  made.decoder = lib.decoders.ByteLevel()
+  made.add_special_tokens(special)
+  return made
 
 
 def _opened(path: Path) -> tuple[Any, str, dict[str, Any], Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from depthprune.models import llamacpp, pretrained
+from depthprune.storage.files import CheckpointError
 from tests import masking as m
 
 gguf = pytest.importorskip('gguf')
@@ -40,7 +41,7 @@ def own_name(name):
 def written(tmp_path):
   """written(kind, **entries) -> the path of a small network, under other names."""
 
-  def write(kind, tensors=(), **entries):
+  def write(kind, tensors=(), texts=None, **entries):
     known = GOLDEN['networks'][kind]
     config = {**known['config'], **entries}
     path = tmp_path / 'small.gguf'
@@ -61,6 +62,12 @@ def written(tmp_path):
       writer.add_tensor(own_name(name), x)
     for name, x, kind_of in tensors:
       writer.add_tensor(name, x, raw_dtype=kind_of)
+    if texts:
+      writer.add_tokenizer_model(texts['model'])
+      writer.add_tokenizer_pre(texts['pre'])
+      writer.add_token_list(texts['tokens'])
+      writer.add_token_types(texts['types'])
+      writer.add_token_merges(texts['merges'])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,3 +117,68 @@ def test_files_of_other_kinds_are_refused(written, tmp_path):
     llamacpp.config(path)
   with pytest.raises(ValueError, match=r'none\.gguf: expected a file, got none'):
     llamacpp.config(tmp_path / 'none.gguf')
+
+
+# ---- texts ---------------------------------------------------------------------------
+
+
+def texts(**other):
+  """A tokenizer of all bytes, two merges and a token that ends a text."""
+  alphabet = sorted(
+    pytest.importorskip('tokenizers').pre_tokenizers.ByteLevel.alphabet()
+  )
+  tokens = [*alphabet, 'th', 'Ġth', '<|end|>']
+  types = [1] * 258 + [llamacpp.SPECIAL]
+  same = {'model': 'gpt2', 'pre': 'smollm', 'merges': ['t h', 'Ġ th']}
+  return {**same, 'tokens': tokens, 'types': types, **other}
+
+
+@pytest.mark.parametrize(
+  ('pre', 'text', 'expected'),
+  [
+    ('smollm', 'a the<|end|>', ['a', 'Ġth', 'e', '<|end|>']),
+    ('smollm', 'th  th', ['th', 'Ġ', 'Ġth']),
+    ('smollm', '\n 1', ['Ċ', 'Ġ', '1']),
+    ('gpt-2', 'é', ['Ã', '©']),
+  ],
+)
+def test_texts_become_tokens_and_texts_again(pre, text, expected, written):
+  tokenizer = llamacpp.tokenizer(written('llama', texts=texts(pre=pre)))
+  encoded = tokenizer.encode(text)
+  assert encoded.tokens == expected
+  assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+  assert max(encoded.ids) < tokenizer.get_vocab_size() == 259
+
+
+def test_digits_are_apart_where_the_network_has_learnt_them_so(written):
+  made = lambda pre: llamacpp.tokenizer(
+    written(
+      'llama',
+      texts=texts(
+        pre=pre,
+        merges=['1 2'],
+        tokens=[*texts()['tokens'][:256], '12'],
+        types=[1] * 257,
+      ),
+    )
+  )
+  assert made('smollm').encode('12').tokens == ['1', '2']
+  assert made('gpt-2').encode('12').tokens == ['12']
+
+
+@pytest.mark.parametrize(
+  ('other', 'message'),
+  [
+    (None, 'its tokenizer is None with the splits of'),
+    (
+      {'model': 'llama'},
+      "its tokenizer is 'llama' with the splits of 'smollm', expected",
+    ),
+    ({'pre': 'tekken'}, "with the splits of 'tekken', expected .* tokenizer.json"),
+    ({'merges': ['t q']}, 'its tokenizer cannot be read'),
+  ],
+)
+def test_a_tokenizer_that_cannot_be_made(other, message, written):
+  path = written('llama', texts=other if other is None else texts(**other))
+  with pytest.raises(CheckpointError, match=message):
+    llamacpp.tokenizer(path)

