@@ -64,6 +64,7 @@ CPU_ONLY = (
   'trainable_gates.fashion_mnist',
   'trainable_gates.resnet20_cifar10',
   'trainable_gates.resnet20_ablation',
+  'decoder.smollm2',
   'sidenet.composed',
   'sidenet.resnet56_heads',
   'sidenet.resnet20_heads',

@@ -39,19 +39,15 @@ class Encoded(NamedTuple):
   empty: int
 
 
-def check_tokenizer(path: str | Path, vocab: int | None = None) -> Any:
-  """Reads a tokenizer.json and checks that it suits a network.
-
-  Args:
-    path: the tokenizer.json.
-    vocab: number of rows of the network's embedding; None checks no numbers.
+def read(path: str | Path) -> Any:
+  """Reads a tokenizer.json.
 
   Returns:
     The `tokenizers.Tokenizer`.
 
   Raises:
-    DataError: the package `tokenizers` is not installed; the file is absent, is not a
-      tokenizer or has no padding token; or a token's number is `vocab` or more.
+    DataError: the package `tokenizers` is not installed; the file is absent, or is not
+      a tokenizer.
   """
   try:
     from tokenizers import Tokenizer
@@ -71,6 +67,24 @@ def check_tokenizer(path: str | Path, vocab: int | None = None) -> Any:
     raise DataError(
       f'{path}: expected a tokenizer.json as `tokenizers` writes it, got: {error}'
     ) from error
+  return tokenizer
+
+
+def check_tokenizer(path: str | Path, vocab: int | None = None) -> Any:
+  """Reads a tokenizer.json and checks that it suits a network.
+
+  Args:
+    path: the tokenizer.json.
+    vocab: number of rows of the network's embedding; None checks no numbers.
+
+  Returns:
+    The `tokenizers.Tokenizer`.
+
+  Raises:
+    DataError: the package `tokenizers` is not installed; the file is absent, is not a
+      tokenizer or has no padding token; or a token's number is `vocab` or more.
+  """
+  tokenizer = read(path)
   padding(tokenizer, path)
   if vocab is not None and (last := largest(tokenizer)) >= vocab:
     raise DataError(

@@ -140,6 +140,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   return leaves, record
 
 
+def is_network(path: str | Path) -> bool:
+  """Whether a path is the folder of a network that was saved by this library."""
+  return (Path(path) / RECORD).is_file()
+
+
 def read_record(path: Path) -> dict[str, Any]:
   """Reads the record alone; raises as `load` does."""
   record = checkpoint.read_record(path, RECORD, NetworkRecord)

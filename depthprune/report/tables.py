@@ -61,6 +61,12 @@ def costs(result: Result) -> Table:
 
 
 def _costs(result: Result) -> Iterator[Sequence[str]]:
+  before, after = (
+    result.scores.get(when, {}).get('perplexity') for when in ('before', 'after')
+  )
+  if before and after:
+    change = f'{100 * (after / before - 1):+.1f} %'
+    yield 'perplexity, test', f'{before:.2f}', '', f'{after:.2f}', change
   yield _accuracy('accuracy, test', result.accuracy)
   if result.held_out:
     yield _accuracy('accuracy, held-out', result.held_out)

@@ -10,14 +10,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.data import arrays, folders, images, tables, text, tfds
+from depthprune.data import (
+  arrays,
+  corpus,
+  folders,
+  images,
+  tables,
+  text,
+  tfds,
+  tokens,
+)
 from depthprune.data.augment import Normalisation
+from depthprune.data.corpus import Corpus
 from depthprune.data.dataset import DataError, Dataset, count
 from depthprune.data.text import TextSource
 from depthprune.data.tfds import ImageSource
 from depthprune.exports import records
-from depthprune.models import pretrained
-from depthprune.run import own
+from depthprune.models import llamacpp, pretrained
+from depthprune.models.decoder import Decoder
+from depthprune.run import build, own
 from depthprune.run.config import Config
 from depthprune.storage import checkpoint
 from depthprune.storage.checkpoint import kind
@@ -47,12 +58,19 @@ def read(config: Config) -> Dataset:
       tokenizer, or an option does not suit the data.
     CheckpointError: the pretrained network's folder holds no network.
   """
+  if isinstance(model := build.alone(config, classes=1), Decoder):
+    return _corpus(config, model.vocab)
   source = _own(config.data, config.resize)
   if source is not None and not isinstance(source, ImageSource | TextSource):
     return _ready(config, source)
   if source is None and text.kind_of(config.data) == 'text':
     source = text.source(config.data)
   if isinstance(source, TextSource):
+    if source.classes < 2:
+      raise DataError(
+        f'data {config.data!r}: texts without classes are for a network that writes, '
+        f'such as decoder_smollm2, got {own.word(config.model)}'
+      )
     for_images = 'mixup', 'randaugment', 'stream', 'workers'
     if wrong := [name for name in for_images if getattr(config, name) is not None]:
       raise DataError(
@@ -82,6 +100,39 @@ def read(config: Config) -> Dataset:
     mixup=config.mixup or 0.0,
     randaugment=config.randaugment or 0,
     workers=config.workers or 0,
+  )
+
+
+def _corpus(config: Config, vocab: int) -> Corpus:
+  """Reads texts for a network that writes, of so many different tokens."""
+  for_others = 'resize', 'mixup', 'randaugment', 'stream', 'workers'
+  others = [name for name in for_others if getattr(config, name) is not None]
+  if others:
+    raise DataError(
+      f'data {config.data!r}: {", ".join(others)}: for images, these are texts: leave '
+      'it out'
+    )
+  source = _own(config.data, None, as_texts=True)
+  if source is None and text.kind_of(config.data) == 'text':
+    source = text.source(config.data)
+  if not isinstance(source, TextSource):
+    raise DataError(
+      f'data {config.data!r}: {own.word(config.model)} writes texts: expected a file '
+      f'or a folder of text ({", ".join(own.TEXTS)}), or a data set of texts'
+    )
+  weights = config.pretrained
+  if config.tokenizer is None and weights and Path(weights).suffix == '.gguf':
+    made = llamacpp.tokenizer(weights)
+  else:
+    made = tokens.read(tokenizer(config))
+  return corpus.packed(
+    config.data,
+    source,
+    made,
+    vocab,
+    seed=config.seed,
+    subset=config.subset,
+    length=config.length,
   )
 
 
@@ -120,8 +171,14 @@ def _sizes(name: str) -> Sizes:
   return Sizes(what, source.classes, source.train, source.test)
 
 
-def _own(name: str, resize: int | None) -> Any:
-  """Returns the source of a user's own data, or its `Dataset`; None for a name."""
+def _own(name: str, resize: int | None, as_texts: bool = False) -> Any:
+  """Returns the source of a user's own data, or its `Dataset`; None for a name.
+
+  Args:
+    name: what `Config.data` is.
+    resize: side in pixels of images.
+    as_texts: whether a folder holds texts instead of images.
+  """
   if own.is_object(name):
     try:
       given = own.load(name)()
@@ -130,6 +187,8 @@ def _own(name: str, resize: int | None) -> Any:
     except Exception as error:
       raise DataError(f'data {name}: the function failed: {own.told(error)}') from error
     return given if hasattr(given, 'sampler') else arrays.source(name, given, resize)
+  if Path(name).suffix in own.TEXTS or (as_texts and own.is_folder(name)):
+    return corpus.source(name, own.TEXTS)
   if own.is_folder(name):
     return folders.source(name, resize)
   if own.is_file(name):
@@ -184,7 +243,7 @@ def normalisation(path: str) -> Normalisation | None:
 
 
 def tokenizer(config: Config) -> Path:
-  """Returns the config's tokenizer.json, or the one beside the pretrained weights.
+  """Returns the config's tokenizer.json, or that in or beside the pretrained weights.
 
   Raises:
     DataError: there is neither.
@@ -192,7 +251,10 @@ def tokenizer(config: Config) -> Path:
   if config.tokenizer is not None:
     return Path(config.tokenizer)
   weights = config.pretrained
-  beside = None if weights is None else Path(weights).with_name('tokenizer.json')
+  beside = None
+  if weights is not None:
+    inside = Path(weights, 'tokenizer.json')
+    beside = inside if inside.is_file() else Path(weights).with_name('tokenizer.json')
   if beside is None or not beside.is_file():
     looked = 'no weights were given' if beside is None else f'there is no {beside}'
     raise DataError(

@@ -226,7 +226,7 @@ def together(
   name: str,
   model: WithHeads,
   variables: Tree,
-  epochs: int,
+  epochs: float,
   original: dict[str, float],
 ) -> Trained:
   """Trains a network together with its heads, in the stage 'joint' or 'mixed'."""

@@ -15,7 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 from depthprune import distributed
-from depthprune.data.dataset import Dataset, count, epoch_steps
+from depthprune.data.corpus import Corpus
+from depthprune.data.dataset import DataError, Dataset, count, epoch_steps
 from depthprune.program.rounding import AUTO, STEPS, RoundTo, Suited, suited
 from depthprune.run import interrupts
 from depthprune.run.config import Config, ConfigFile, continued, relevant
@@ -28,6 +29,7 @@ from depthprune.train import mesh as meshes
 from depthprune.train import task as tasks
 from depthprune.train.distill import Teacher
 from depthprune.train.evaluate import evaluator
+from depthprune.train.language import language_model
 from depthprune.train.loop import Row, first_batch, fit
 from depthprune.train.method import Method
 from depthprune.train.step import State, init_state, make_step
@@ -145,7 +147,7 @@ def prepare(config: Config, show: bool = True) -> Job:
   folder = config.path
   train = images.on_device(partial(meshes.replicate, mesh))
   show = show and distributed.writes()
-  task = tasks.task_of(images, config.metric, config.class_weights)
+  task = _task(config, images)
   job = Job(config, folder, images, train, task, mesh, show)
   begun = any((folder / name).exists() for name in ('history.jsonl', *CACHED))
   distributed.alike(str(folder), {'begun': begun}, SHARED)
@@ -163,6 +165,17 @@ def prepare(config: Config, show: bool = True) -> Job:
       shutil.rmtree(folder / name, ignore_errors=True)
   distributed.wait()
   return job
+
+
+def _task(config: Config, images: Dataset) -> tasks.Task:
+  if not isinstance(images, Corpus):
+    return tasks.task_of(images, config.metric, config.class_weights)
+  if config.metric or config.class_weights:
+    raise DataError(
+      f'data {config.data!r}: metric, class_weights: for classes, these are texts to '
+      'write: leave them out'
+    )
+  return language_model()
 
 
 def surroundings() -> dict[str, Any]:

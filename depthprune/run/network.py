@@ -6,16 +6,12 @@ user's own, which becomes a `models.foreign.Trunk`.
 """
 
 import contextlib
-import difflib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from depthprune import distributed, methods, models
 from depthprune.data import images, tokens
@@ -30,10 +26,10 @@ from depthprune.models.heads import WithHeads, multitask
 from depthprune.program import cost, modules
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
-from depthprune.run import own
+from depthprune.run import build, own
 from depthprune.run.config import Config, ConfigFile, from_json
 from depthprune.run.job import Job
-from depthprune.storage import checkpoint, directory, files
+from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.train.options import ConfigError
 from depthprune.train.task import Tree, as_dict
@@ -57,7 +53,7 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
     DataError: the method cannot be used for several tasks.
     CheckpointError: the folder holds another model, or one that has exits already.
   """
-  model: Any = _alone(config, classes)
+  model: Any = build.alone(config, classes)
   if own.is_object(config.model) and not (hasattr(model, 'taps') and model.exits):
     if not inputs:
       return model
@@ -77,7 +73,7 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
         f'resnet20, got {config.method} and {config.model}'
       )
     model = multitask(model, dict.fromkeys(tasks, classes))
-  if config.pretrained is not None and Path(config.pretrained).is_dir():
+  if config.pretrained is not None and _is_cut(config.pretrained, model):
     model = as_thin(model, config.pretrained)
   if own_exits and isinstance(model, WithHeads) and model.exits:
     raise CheckpointError(
@@ -86,34 +82,12 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
     )
   if config.recipe.heads is None:
     return model
-  return config.recipe.heads(config.options, model, heads)
-
-
-def _alone(config: Config, classes: int) -> Any:
-  """Builds the model of a config without the exits of its method."""
-  chosen = {'scan': config.scan, 'dtype': 'bfloat16' if config.bfloat16 else ''}
-  fields = {k: v for k, v in chosen.items() if v} | own.arguments(config.model_args)
-  if own.is_object(config.model):
-    return own_network(config.model, classes, fields, config.seed)
-  try:
-    hints = get_type_hints(type(models.build(config.model)))
-  except ValueError as error:
-    raise ConfigError(f'model: {error}') from error
-  if 'classes' not in hints:
+  if isinstance(model, Decoder):
     raise ConfigError(
-      f'model: {config.model} writes texts and has no classes, so no run trains it; '
-      'oneshot and prune cut it in Python as any other network'
+      f'model: {config.model} writes texts, and the exits of {config.method} tell '
+      'classes: cut it with gates or implosion'
     )
-  for name, value in own.arguments(config.model_args).items():
-    if name not in hints:
-      near = difflib.get_close_matches(name, hints, n=3, cutoff=0)
-      raise ConfigError(
-        f'model_args: {config.model} takes no {name}; nearest: {", ".join(near)}'
-      )
-    if name != 'dtype':  # which has many forms
-      plain = [*value] if isinstance(value, tuple) else value
-      files.checked(plain, hints[name], f'model_args: {name}', ConfigError)
-  return models.build(config.model, **{'classes': classes, **fields})
+  return config.recipe.heads(config.options, model, heads)
 
 
 def initial_variables(job: Job, model: Any) -> Tree:
@@ -191,8 +165,15 @@ def check_answer(job: Job, model: Any) -> None:
     )
 
 
+def _is_cut(path: str, model: Any) -> bool:
+  """Whether weights were saved by this library; decoders come in other folders too."""
+  return Path(path).is_dir() and (
+    records.is_network(path) or not isinstance(model, Decoder)
+  )
+
+
 def _read(job: Job, path: str, model: Any) -> Tree:
-  if Path(path).is_dir():
+  if _is_cut(path, model):
     return pruned(path, model, *job.inputs)
   if isinstance(model, Trunk):
     like = dict(jax.eval_shape(model.init, jax.random.key(0), *job.inputs))
@@ -248,48 +229,6 @@ def sizes(
 
 # ---- networks of the user's own ------------------------------------------------------
 
-CLASSES = 'classes', 'num_classes', 'n_classes'  # what the number of classes is called
-
-
-def own_network(
-  name: str, classes: int, chosen: Mapping[str, Any], seed: int = 0
-) -> Any:
-  """Makes the network that FILE.py:CLASS means.
-
-  Args:
-    name: FILE.py:CLASS, or a function that returns a linen or an NNX module.
-    classes: number of classes, which it is given where it takes that number.
-    chosen: its other arguments.
-    seed: seed of the `rngs` of an NNX module.
-
-  Raises:
-    ConfigError: there is no such class, it does not take these arguments, or it makes
-      something else than a module.
-  """
-  made = own.load(name)
-  if not callable(made):
-    raise ConfigError(f'{name}: expected a class, got a {type(made).__name__}')
-  is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)
-  takes = inspect.signature(made.__init__ if is_nnx else made).parameters
-  fill = {word: classes for word in CLASSES if word in takes and word not in chosen}
-  rngs = {'rngs': nnx.Rngs(seed)} if 'rngs' in takes else {}
-  wrong = [word for word in chosen if word not in takes]
-  if wrong and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-    known = [word for word in takes if word not in ('self', 'parent', 'name')]
-    raise ConfigError(
-      f'{name}: takes no {wrong[0]}; its arguments are {", ".join(known) or "none"}'
-    )
-  try:
-    module = made(**{**dict([*fill.items()][:1]), **rngs, **chosen})
-  except Exception as error:
-    raise ConfigError(f'{name}: making it failed: {own.told(error)}') from error
-  if not isinstance(module, nn.Module | nnx.Module):
-    raise ConfigError(
-      f'{name}: expected a module of flax.linen or flax.nnx, got a '
-      f'{type(module).__module__}.{type(module).__name__}'
-    )
-  return module
-
 
 def of_run(folder: str | Path) -> Any:
   """Returns the network of a run, if it is one from a file, for `load`; else None.
@@ -312,7 +251,7 @@ def of_run(folder: str | Path) -> Any:
       raise ConfigError(
         f'{config.model}: has changed since {path} was made: restore the file'
       )
-    return _alone(config, stored.get('classes'))
+    return build.alone(config, stored.get('classes'))
   return None
 
 

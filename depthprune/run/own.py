@@ -25,6 +25,7 @@ from depthprune.train.options import ConfigError
 
 TABLES = '.csv', '.tsv', '.jsonl'
 ARRAYS = '.npz'
+TEXTS = '.txt', '.md', '.rst'
 BUILT_IN = 'digits', 'multi_fashion'  # data sets that no folder of that name replaces
 _OBJECT = re.compile(r'(?P<file>.+\.py):(?P<name>\w+)')
 _BLOCK = 1 << 20
@@ -37,7 +38,7 @@ def is_object(text: str) -> bool:
 
 def is_file(data: str) -> bool:
   """Whether a name of data means a file."""
-  return is_object(data) or Path(data).suffix in (ARRAYS, *TABLES)
+  return is_object(data) or Path(data).suffix in (ARRAYS, *TABLES, *TEXTS)
 
 
 def is_folder(data: str) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
   from depthprune.run.rounds import Shrunk
 
 LATENCY_BATCHES = (1, 128)
+LARGEST = 2**26  # numbers in an answer that is timed
 SPLITS = ('train', 'held_out', 'test')
 
 
@@ -112,7 +113,10 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
   values: dict[str, Any] = {'compile_s': dict(zip(('before', 'after'), seconds))}
   target = job.config.recipe.target(dataclasses.asdict(job.config.options))
   asked = target.batch if target else None  # the batch of a target in milliseconds
-  batches = (*LATENCY_BATCHES, *((asked,) if asked else ()))
+  size = math.prod(job.labels[1:]) * job.images.classes  # of one answer
+  room = 2 ** int(math.log2(max(1, LARGEST // size)))
+  batches = [min(n, room) for n in LATENCY_BATCHES]
+  batches = dict.fromkeys((*batches, *((asked,) if asked else ())))
   measured = latency.compare(*networks, *job.inputs, batches=batches)
   values['latency_ms'] = latency.to_json(measured)
   if target and asked:

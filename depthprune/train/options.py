@@ -22,9 +22,9 @@ class Epochs(NamedTuple):
     finetune: after each cut.
   """
 
-  train: int
-  gates: int
-  finetune: int
+  train: float
+  gates: float
+  finetune: float
 
 
 def fraction(value: str, name: str = 'value') -> float:

@@ -2,7 +2,7 @@
 
   gates     trained jointly with the weights, then fine-tuned
   l1        uniform L1 norm of the trained network, fine-tuned as long in total, at the
-            same rates, and towards the same teacher if there is one
+            same rates, refitted and towards the same teacher if the gates are
   global    the same by the L1 norm over all layers
   random    uniform random channels, fine-tuned as long in total
   scratch   the shape that the gates found, trained from scratch for all epochs together
@@ -186,7 +186,7 @@ def _with_epochs(config: Config[GateOptions], method: str) -> Config[GateOptions
   return dataclasses.replace(config, gate_epochs=0, finetune_epochs=total)
 
 
-def _trained(job: Job, name: str, model: Any, variables: Tree, epochs: int) -> Tree:
+def _trained(job: Job, name: str, model: Any, variables: Tree, epochs: float) -> Tree:
   peak = job.config.learning_rate
   return stage(job, name, model, plain(), variables, epochs=epochs, peak=peak).variables
 

@@ -317,11 +317,6 @@ def test_arguments_reach_networks_of_ours_too():
       network.network(default('gates', model='mlp', model_args=(wrong,)), 3)
 
 
-def test_a_network_that_writes_texts_is_none_for_a_run():
-  with pytest.raises(ConfigError, match='decoder_tiny writes texts and has no classes'):
-    network.network(default('gates', model='decoder_tiny'), 3)
-
-
 @pytest.mark.parametrize(
   ('args', 'said'),
   [

