@@ -6,7 +6,7 @@ TARGET ?= 0.5
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs
+.PHONY: demo test lint format docs package
 
 demo: .venv/.library
 	$(BIN)/depthprune run gates --data $(DATA) --model $(MODEL) --target $(TARGET) \
@@ -22,6 +22,9 @@ lint: .venv/.dev
 
 docs: .venv/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
+package: .venv/.dev
+	.ci/package
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
