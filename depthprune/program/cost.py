@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from depthprune.program import arguments, rounding
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.rounding import RoundTo
-from depthprune.program.trace import Decision, View
+from depthprune.program.trace import Decision, Source, View, sources
 
 if TYPE_CHECKING:
   from depthprune.program.coupling import Coupling
 
 Count = Callable[[ax.Axis], Any]
+CONTRACTIONS = 'dot_general', 'conv_general_dilated'
 
 
 def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
@@ -97,6 +98,77 @@ def peak_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
   view, count, alive = _reading(coupling, gates)
   held = {*view.leaves.values(), *view.program.constants}
   return _peak(view, view.program, count, alive, held)
+
+
+class Layer(NamedTuple):
+  """What a layer is after a decision.
+
+  Attributes:
+    outputs: the axes of its array that the inputs of the layer do not share, whose
+      product is the width of what it returns; () for a product of two activations.
+    width: number of slices of these axes that are kept.
+    flops: FLOPs of all calls of the layer.
+  """
+
+  outputs: tuple[int, ...]
+  width: int
+  flops: int
+
+
+def layers(coupling: Coupling, keep: Mapping | None = None) -> dict[str, Layer]:
+  """Returns the layers that are left, each with its part of `flops`.
+
+  A layer is an array that convolutions or products contract, under its path. Products
+  of two activations, such as those of an attention, are one layer under the name of
+  their module.
+
+  Args:
+    coupling: of the network, made by `couple`; the FLOPs are those at its input shapes.
+    keep: a keep tree of bool arrays; None counts the whole network.
+
+  Returns:
+    {path: layer}, in the order in which they are first called.
+  """
+  view, count, alive = _reading(coupling, keep)
+  arrays = sources(view)
+  found: dict[str, Layer] = {}
+
+  def walk(program: jx.Program, times: int):
+    for e in program.equations:
+      if not any(map(alive, e.outputs)):
+        continue
+      bodies = e.bodies
+      if e.name == 'cond':
+        bodies = [max(bodies, key=lambda body: _flops(view, body, count, alive))]
+      for body in bodies:
+        walk(body, times * (count(view.facts.hidden[e]) if e.name == 'scan' else 1))
+      if e.name in CONTRACTIONS:
+        name, outputs = _array_of(e, arrays)
+        width = math.prod(count(coupling.axes[name][i]) for i in outputs)
+        flops = times * _of_equation(view, e, count, alive)
+        before = found[name].flops if name in found else 0
+        found[name] = Layer(outputs, width, before + flops)
+
+  walk(view.program, 1)
+  return found
+
+
+def _array_of(
+  e: jx.Equation, arrays: Mapping[jx.Value, Source]
+) -> tuple[str, tuple[int, ...]]:
+  """Returns the path of the array that an equation contracts, and its output axes."""
+  for k in (1, 0):  # a kernel is mostly the second
+    if (array := arrays.get(e.inputs[k])) is None:
+      continue
+    if e.name == 'dot_general':
+      contracting, batch = (axes[k] for axes in e.params['dimension_numbers'])
+      outputs = {*range(len(array.axes))} - {*contracting, *batch}
+    else:
+      outputs = {e.params['dimension_numbers'].rhs_spec[0]}
+    return array.path, tuple(sorted(array.axes[i] for i in outputs))
+  scope = str(e.source.name_stack).split('/') if e.source else []
+  modules = [part for part in scope[1:] if not {'.', '>'} & {*part}]
+  return '/'.join(modules) or e.name, ()
 
 
 def rounded(gates: Mapping, round_to: RoundTo) -> dict:

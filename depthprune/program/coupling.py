@@ -25,6 +25,7 @@ from depthprune.program.trace import (
   paths_of,
   signature,
   solve,
+  sources,
   split_arrays,
 )
 
@@ -503,29 +504,10 @@ def _inputs_in_order(program: jx.Program) -> Iterator[jx.Value]:
 
 def _contracted_members(view: View) -> frozenset[tuple[str, int]]:
   """Contracted axes of variables, seen through casts, transposes and control flow."""
-  origin = {v: (p, tuple(range(len(v.shape)))) for p, v in view.leaves.items()}
+  found = sources(view)
   members = set()
-
-  def walk(program: jx.Program):
-    for e in program.equations:
-      known = [origin.get(v) for v in e.inputs]
-      sides = rules.contracted(view.facts, e)
-      for k, axis in (pair for side in sides for pair in side):
-        if (source := known[k]) is not None:
-          members.add((source[0], source[1][axis]))
-      if e.name in ('convert_element_type', 'copy') and known[0] is not None:
-        origin[e.outputs[0]] = known[0]
-      elif e.name == 'transpose' and known[0] is not None:
-        path, at = known[0]
-        origin[e.outputs[0]] = path, tuple(at[i] for i in e.params['permutation'])
-      for body, outer in jx.bodies_with_inputs(e):
-        scanned = len(jx.scan_parts(e, e.inputs)[2]) if e.name == 'scan' else 0
-        for i, (v, o) in enumerate(zip(body.inputs, outer, strict=True)):
-          if o in origin:
-            path, at = origin[o]
-            is_layer = i >= len(outer) - scanned
-            origin[v] = (path, at[1:]) if is_layer else (path, at)
-        walk(body)
-
-  walk(view.program)
+  for e in jx.walk(view.program):
+    for k, axis in (pair for side in rules.contracted(view.facts, e) for pair in side):
+      if (source := found.get(e.inputs[k])) is not None:
+        members.add((source.path, source.axes[axis]))
   return frozenset(members)

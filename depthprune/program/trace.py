@@ -87,6 +87,43 @@ class View(NamedTuple):
     return jx.lean(dataclasses.replace(self.program, outputs=outputs))
 
 
+class Source(NamedTuple):
+  """The variable that a value of the program is.
+
+  Attributes:
+    path: path of the variable.
+    axes: for every axis of the value, which axis of the variable it is.
+  """
+
+  path: str
+  axes: tuple[int, ...]
+
+
+def sources(view: View) -> dict[jx.Value, Source]:
+  """Finds variables among values, through casts, transposes and control flow."""
+  found = {v: Source(p, tuple(range(len(v.shape)))) for p, v in view.leaves.items()}
+
+  def walk(program: jx.Program):
+    for e in program.equations:
+      known = found.get(e.inputs[0]) if e.inputs else None
+      if e.name in ('convert_element_type', 'copy') and known:
+        found[e.outputs[0]] = known
+      elif e.name == 'transpose' and known:
+        axes = tuple(known.axes[i] for i in e.params['permutation'])
+        found[e.outputs[0]] = Source(known.path, axes)
+      for body, outer in jx.bodies_with_inputs(e):
+        scanned = len(jx.scan_parts(e, e.inputs)[2]) if e.name == 'scan' else 0
+        for i, (v, o) in enumerate(zip(body.inputs, outer, strict=True)):
+          if o in found:
+            path, axes = found[o]
+            is_layer = i >= len(outer) - scanned
+            found[v] = Source(path, axes[1:] if is_layer else axes)
+        walk(body)
+
+  walk(view.program)
+  return found
+
+
 def paths_of(tree: Any) -> dict[str, Any]:
   """Returns the leaves of a pytree by their paths, joined with '/'.
 

@@ -54,6 +54,18 @@ def measure(
     for report in small.reports
     for group, (_, width) in report['widths'].items()
   }
+  left = {
+    path: layer
+    for report in small.reports
+    for path, layer in report.get('layers', {}).items()
+  }
+  layers = {
+    path: {
+      **layer,
+      **{key: [layer[key][0], left[path][key][1]] for key in ('width', 'flops')},
+    }
+    for path, layer in first.get('layers', {}).items()
+  }
   values = {
     **described(job),
     **{name: cost(name) for name in ('flops', 'params', 'peak_bytes')},
@@ -63,6 +75,7 @@ def measure(
     'scores': {when: finite(test[when]) for when in ('before', 'after')},
     'verify': last['verify'],
     'widths': {g: [full, after[g]] for g, (full, _) in first['widths'].items()},
+    'layers': layers,
     'multiples': _multiples(job, first['widths']),
     'rounds': [dataclasses.asdict(each) for each in small.rounds],
     'report': last,

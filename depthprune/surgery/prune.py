@@ -320,6 +320,15 @@ def _report(
   notes += verdict.responsible
   widths = {g: int(np.sum(k)) for g, k in keep['channels'].items()}
   costs = {'flops': cost.flops, 'params': cost.params, 'peak_bytes': cost.peak_bytes}
+  left = cost.layers(coupling, keep)
+  layers = {
+    path: {
+      'outputs': [*layer.outputs],
+      'width': [layer.width, left[path].width if path in left else 0],
+      'flops': [layer.flops, left[path].flops if path in left else 0],
+    }
+    for path, layer in cost.layers(coupling).items()
+  }
   tensors = {}
   for path, x in paths_of(variables).items():
     if path in plan:
@@ -340,6 +349,7 @@ def _report(
     'branches': {b: bool(np.any(k)) for b, k in keep['branches'].items()},
     'exits': dict(keep['exits']),
     'tensors': tensors,
+    'layers': layers,
     'verify': {
       'difference': verdict.difference,
       'settled': verdict.settled,

@@ -128,6 +128,21 @@ class RoundResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerReport:
+  """A layer before surgery and after, see `program.cost.Layer`.
+
+  Attributes:
+    width: number of slices of what it returns; 0 after where the layer is gone.
+    flops: FLOPs of all its calls.
+    outputs: the axes of its array that have these slices.
+  """
+
+  width: tuple[int, int]
+  flops: tuple[float, float]
+  outputs: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class SurgeryReport:
   """The report of surgery about the last cut, see `surgery.prune.Pruned`."""
 
@@ -140,6 +155,7 @@ class SurgeryReport:
   branches: dict[str, bool] = dataclasses.field(default_factory=dict)
   exits: dict[str, bool] = dataclasses.field(default_factory=dict)
   tensors: dict[str, Any] = dataclasses.field(default_factory=dict)
+  layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
   verify: Proof | None = None
   notes: list[str] = dataclasses.field(default_factory=list)
   inputs: list[list[int]] = dataclasses.field(default_factory=list)
@@ -379,6 +395,8 @@ class Result:
     scores: all scores on test data, {'before' or 'after': {name: value}}.
     flops, params, peak_bytes: costs of the network.
     widths: {group: (width before, width after)}.
+    layers: the layers by the path of their array, before all cuts and after them; {} in
+      files that were written before there was such an entry.
     multiples: {group: what its width is a multiple of}, where that was chosen for the
       device of the run.
     latency_ms: latency by batch size.
@@ -407,6 +425,7 @@ class Result:
   held_out: Accuracies | None = None
   scores: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
   peak_bytes: Change | None = None
+  layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
   multiples: dict[str, int] = dataclasses.field(default_factory=dict)
   latency_ms: dict[str, Latency] = dataclasses.field(default_factory=dict)
   milliseconds: TimeReached | None = None

@@ -180,10 +180,35 @@ def test_cost_of_a_decision_is_that_of_the_cut_program(name):
   assert cost.flops(coupling, keep) == cost.flops(cut) < cost.flops(coupling)
   assert cost.params(coupling, keep) == cost.params(cut) < cost.params(coupling)
   assert type(cost.flops(coupling, keep)) is int
+  for decision in (None, keep):
+    layers = cost.layers(coupling, decision).values()
+    assert sum(layer.flops for layer in layers) == cost.flops(coupling, decision)
   for of in (cost.flops, cost.params):  # soft gates of 0 and 1 say the same
     open_ = m.random_keep(coupling, seed=1, gated=True)
     soft = of(coupling, m.as_gates(open_))
     assert math.isclose(float(soft), of(coupling, open_), rel_tol=1e-5)
+
+
+def test_layers_are_arrays_with_their_widths_wherever_they_are_called():
+  """`w` twice in the dearest branch, transposed once; a product of two activations."""
+  p = arrays(w=(8, 6), v=(2, 6), heads=(8, 2, 3))
+
+  def network(p, x):
+    there_and_back = lambda x: jnp.tanh(x @ p['w']) @ p['w'].T
+    x = lax.cond(x.sum() > 0, there_and_back, jnp.tanh, x)
+    scores = jnp.einsum('xhd,yhd->xyh', jnp.tensordot(x, p['heads'], 1), x[:, None, :3])
+    return jnp.tanh(x @ p['w']) @ p['v'].T, scores
+
+  coupling = couple(network, p, X)
+  keep = {'channels': {'w:1': np.arange(6) < 4}}
+  one = 2 * 4 * 8 * 6
+  layers = cost.layers(coupling)
+  assert layers['w'].flops == 3 * one and layers['heads'] == ((1, 2), 6, one)
+  assert layers['v'] == ((0,), 2, 2 * 4 * 6 * 2)
+  left = cost.layers(coupling, keep)
+  assert left['w'].flops == 3 * one * 4 // 6 and left['heads'] == layers['heads']
+  (rest,) = layers.keys() - p
+  assert layers[rest].outputs == ()
 
 
 @pytest.mark.parametrize('name', ['densenet', 'resnext', 'vit fused', 'vgg', 'gru'])

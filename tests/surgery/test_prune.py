@@ -67,6 +67,12 @@ def test_the_report_is_json_and_its_numbers_are_those_of_the_arrays(resnet):
     asked = np.flatnonzero(keep['channels'][group]).tolist()
     assert kept == asked and report['requested'][group] == len(kept)
     assert report['widths'][group] == [keep['channels'][group].size, len(kept)]
+  for path, layer in report['layers'].items():
+    (axis,) = layer['outputs']
+    shapes = report['tensors'].get(path, {'shape': [old[path].shape, [0] * 4]})['shape']
+    assert layer['width'] == [shape[axis] for shape in shapes]
+  for when, total in enumerate(report['flops'].values()):
+    assert sum(layer['flops'][when] for layer in report['layers'].values()) == total
   gone = 'stage2/block0/conv1:3'
   assert report['widths'].keys() - report['kept'].keys() == {gone}
   assert report['widths'][gone] == [8, 0]
