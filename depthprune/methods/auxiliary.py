@@ -366,6 +366,8 @@ RECIPE = Recipe(
   peaks=(1.0, 0.1),
   check=_check_config,
   heads=_beside,
+  name='Auxiliary path',
+  question=lambda result, network: f'does it make {network} more accurate?',
   legend='before: with any path beside it; after: the compact network alone',
   sentence=_sentence,
   control=lambda o: dataclasses.replace(o, structure='none') if o.control else None,

@@ -371,6 +371,8 @@ RECIPE = Recipe(
     '': Epochs(train=0, gates=160, finetune=60),
   },
   erases_units=True,
+  name='Network Implosion',
+  question=lambda result, network: f'which units can {network} do without?',
   legend=(
     'before: trained with priorities, before the first erasure; cut: right after the '
     'last erasure; after: at the end of the run'

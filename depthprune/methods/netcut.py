@@ -387,6 +387,8 @@ RECIPE = Recipe(
   heads=lambda o, network, heads: heads.every_tap(network, pool=o.pool),
   own_exits=True,
   deepest_answers=True,
+  name='NetCut',
+  question=lambda result, network: f'how many of its layers does {network} need?',
   legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,
   remarks=_remarks,

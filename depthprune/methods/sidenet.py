@@ -339,6 +339,8 @@ RECIPE = Recipe(
   check=_check,
   own_exits=True,
   cascade=_plan,
+  name='SideNets',
+  question=lambda result, network: f'how early can {network} answer?',
   legend=(
     'MainNet: the network alone; cascade: with early exits and their heads. FLOPs: of '
     'an example in the mean; ideal if every stage runs on just those that reach it, '

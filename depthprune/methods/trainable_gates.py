@@ -418,6 +418,12 @@ def _target(options: Mapping[str, Any]) -> Target:
   return Target(of, options['target'], batch)
 
 
+def _question(result: Result, network: str) -> str:
+  of, fraction, _ = _target(result.options)
+  cost = 'time' if of == 'milliseconds' else COSTS[of]
+  return f'how accurate is {network} with {100 * fraction:g} % of its {cost}?'
+
+
 def _sentence(result: Result) -> str:
   """`requested 50.0 % of the FLOPs, reached 49.8 %`."""
   of, fraction, _ = _target(result.options)
@@ -482,6 +488,8 @@ RECIPE = Recipe(
   score=lambda o: 'taylor' if o.by_loss else 'l1',
   frozen=lambda o: o.frozen,
   formerly={'round_to': 1, 'frozen': False},
+  name='Trainable gates',
+  question=_question,
   legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,
   remarks=_remarks,

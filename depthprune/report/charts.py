@@ -28,11 +28,13 @@ from depthprune.report.style import (
   ROW,
   SECOND,
   THIRD,
+  WIDE,
   Lines,
   by_stage,
   colour_bar,
   edges,
   heat_map,
+  legend,
   name_rows,
   name_stages,
   new_figure,
@@ -59,15 +61,16 @@ Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 # ---- one run -------------------------------------------------------------------------
 
 
-def width_chart(widths: Mapping[str, tuple[int, int]]) -> Figure:
+def width_chart(widths: Mapping[str, tuple[int, int]], width: float = WIDE) -> Figure:
   """Draws the channels of every layer, before (pale) and after (solid).
 
   Args:
     widths: {layer: (before, after)}, as in `Result.widths`.
+    width: inches of the chart.
   """
   names = list(widths)
   before, after = (np.array([w[i] for w in widths.values()]) for i in (0, 1))
-  with new_figure(0.8 + ROW * len(names)) as figure:
+  with new_figure(0.8 + ROW * len(names), width) as figure:
     axes = figure.subplots()
     rows = np.arange(len(names))
     axes.barh(rows, before, color=FAINT, height=0.72, label='before')
@@ -91,7 +94,10 @@ def width_chart(widths: Mapping[str, tuple[int, int]]) -> Figure:
 
 
 def training_curves(
-  history: Sequence[Mapping[str, Any]], target: float | None = None, of: str = 'flops'
+  history: Sequence[Mapping[str, Any]],
+  target: float | None = None,
+  of: str = 'flops',
+  width: float = WIDE,
 ) -> Figure:
   """Draws loss, accuracy and cost over all stages.
 
@@ -99,6 +105,7 @@ def training_curves(
     history: lines of history.jsonl.
     target: requested fraction of a cost, drawn as a dashed line.
     of: the cost, a key of COSTS.
+    width: inches of the chart.
   """
   panels = {
     key: label
@@ -107,7 +114,7 @@ def training_curves(
   }
   stages = by_stage(history)
   rows = max(len(panels), 1)
-  with new_figure(0.6 + 1.5 * rows) as figure:
+  with new_figure(0.6 + 1.5 * rows, width) as figure:
     grid = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes, (key, label) in zip(grid, panels.items()):
       for steps, records in stages.values():
@@ -126,21 +133,24 @@ def training_curves(
   return figure
 
 
-def draw(chart: Chart, run: FinishedRun) -> Figure | None:
-  """Draws a chart of a method's recipe; None if the run has no data for it."""
+def drawing(chart: Chart, run: FinishedRun) -> Callable[[float], Figure] | None:
+  """Returns (width in inches) -> a chart of a recipe; None where it has no data."""
+  key, label = chart.key, chart.label
   if chart.kind == 'connections':
     learned = run.result.rounds[-1].learned if run.result.rounds else {}
-    weights, open_ = learned.get(chart.key), learned.get('open')
-    return connections(weights, open_) if weights and open_ else None
-  lines = [line for line in run.gates if chart.key in line]
+    weights, open_ = learned.get(key), learned.get('open')
+    if not (weights and open_):
+      return None
+    return lambda width: connections(weights, open_, width)
+  lines = [line for line in run.gates if key in line]
   if not lines:
     return None
   if chart.kind == 'channels':
-    return channel_map(lines, run.result.widths, chart.key, chart.label)
+    return lambda width: channel_map(lines, run.result.widths, key, label, width)
   if chart.kind == 'exits':
     kept = run.result.rounds[-1].exits[-1]
-    return exit_map({'': (lines, kept)}, chart.key, chart.label)
-  return unit_map(lines, run.result.rounds, chart.key, chart.label)
+    return lambda width: exit_map({'': (lines, kept)}, key, label, width)
+  return lambda width: unit_map(lines, run.result.rounds, key, label, width)
 
 
 def channel_map(
@@ -148,6 +158,7 @@ def channel_map(
   widths: Mapping[str, tuple[int, int]],
   key: str = 'open',
   label: str = 'open channels',
+  width: float = WIDE,
 ) -> Figure:
   """Draws the share of open channels of every layer over training, as a heat map.
 
@@ -156,13 +167,14 @@ def channel_map(
     widths: {layer: (before, after)}, for the sizes.
     key: name of the entry of the lines.
     label: label of the scale.
+    width: inches of the chart.
   """
   names = [name for name in widths if any(name in line[key] for line in gates)]
   opened = np.array(
     [[line[key].get(name, np.nan) / widths[name][0] for line in gates]
      for name in names]
   ).reshape(len(names), len(gates))  # fmt: skip
-  with new_figure(1.0 + ROW * len(names)) as figure:
+  with new_figure(1.0 + ROW * len(names), width) as figure:
     axes = figure.subplots()
     mesh = heat_map(axes, gates, opened, vmin=0, vmax=1)
     axis = colour_bar(mesh, axes, label)
@@ -193,6 +205,7 @@ def exit_map(
   runs: Mapping[str, tuple[Lines, str]],
   key: str = 'importance',
   label: str = 'importance w',
+  width: float = WIDE,
 ) -> Figure:
   """Draws the weight in [0, 1] of every exit over training, a heat map for each run.
 
@@ -201,17 +214,20 @@ def exit_map(
       the exit that was kept, whose label is marked. All runs have the same exits.
     key: name of the entry of the lines.
     label: label of the scale.
+    width: inches of the chart.
   """
   names = in_order(next(iter(runs.values()))[0][0][key])
   height, every = thin(len(names))
-  with new_figure(1.0 + height * len(names)) as figure:
+  with new_figure(1.0 + height * len(names), width) as figure:
     grid = list(figure.subplots(1, len(runs), squeeze=False)[0])
     for axes, (title, (lines, kept)) in zip(grid, runs.items()):
       w = np.array([[line[key][name] for line in lines] for name in names])
       # A square root scale shows the start too, where all weights are 1 / exits.
       mesh = heat_map(axes, lines, w, norm=PowerNorm(0.5, 0, 1))
       name_rows(axes, names, every if axes is grid[0] else len(names), kept)
-      axes.xaxis.set_major_locator(MaxNLocator(max(2, 9 // len(runs))))
+      axes.xaxis.set_major_locator(
+        MaxNLocator(max(2, int(9 * width / WIDE) // len(runs)))
+      )
       axes.set_title(title, size=9, color=INK)
       axes.set_xlabel('step')
     axis = colour_bar(mesh, grid, label)
@@ -224,6 +240,7 @@ def unit_map(
   rounds: Sequence[RoundResult],
   key: str = 'priority',
   label: str = 'priority |w|',
+  width: float = WIDE,
 ) -> Figure:
   """Draws the weight of every residual unit over all rounds, until it is erased.
 
@@ -232,6 +249,7 @@ def unit_map(
     rounds: the rounds of a result.
     key: name of the entry of the lines.
     label: label of the scale.
+    width: inches of the chart.
   """
   stages, gone = by_stage(gates), erased(rounds, key)
   names = in_order(gates[0][key])
@@ -239,7 +257,7 @@ def unit_map(
   borders = edges(steps_of(gates)).tolist()
   ends = list(accumulate(len(records) for _, records in stages.values()))
   height, every = thin(len(names))
-  with new_figure(1.2 + height * len(names)) as figure:
+  with new_figure(1.2 + height * len(names), width) as figure:
     axes = figure.subplots()
     mesh = heat_map(axes, gates, weights, vmin=0)
     colour_bar(mesh, axes, label)
@@ -253,17 +271,20 @@ def unit_map(
   return figure
 
 
-def connections(weights: Mapping[str, float], open_: Mapping[str, float]) -> Figure:
+def connections(
+  weights: Mapping[str, float], open_: Mapping[str, float], width: float = WIDE
+) -> Figure:
   """Draws the connections of taps to stages: a disc for an open gate, else a ring.
 
   Args:
     weights: {path of a connection, '.../STAGE/TAP/gate': weight of its gate}.
     open_: {path of a connection: a number above 0 where its gate is open}.
+    width: inches of the chart.
   """
   ends = {path: path.split('/')[-3:-1] for path in in_order(weights)}
   stages = in_order({stage for stage, _ in ends.values()})
   taps = in_order({tap for _, tap in ends.values()})
-  with new_figure(1.2 + ROW * len(taps)) as figure:
+  with new_figure(1.2 + ROW * len(taps), width) as figure:
     axes = figure.subplots()
     for path, (stage, tap) in ends.items():
       at, is_open = (stages.index(stage), taps.index(tap)), open_[path] > 0
@@ -309,20 +330,23 @@ def collect_curve(
   return curves
 
 
-def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
+def erased_curve(
+  curves: Curves, ylabel: str = 'accuracy', width: float = WIDE
+) -> Figure:
   """Draws mean accuracy ± one standard deviation against the number of erased units.
 
   Args:
     curves: {series: what `collect_curve` returns}, a colour for each. Accuracy right
       after erasing is dashed where there is also accuracy after retraining.
     ylabel: label of the accuracy.
+    width: inches of the chart.
 
   Raises:
     ValueError: there are more series than colours.
   """
   if len(curves) > len(SERIES):
     raise ValueError(f'expected at most {len(SERIES)} series, got {", ".join(curves)}')
-  with new_figure(3.4) as figure:
+  with new_figure(3.4, width) as figure:
     axes = figure.subplots()
     kinds = {when: None for curve in curves.values() for when in curve}
     for look, curve in zip(SERIES, curves.values()):
@@ -336,7 +360,7 @@ def erased_curve(curves: Curves, ylabel: str = 'accuracy') -> Figure:
     handles = [_line(look, name) for look, name in zip(SERIES, curves) if name]
     if len(kinds) > 1:
       handles += [_line((MUTED, ''), *WHEN[when]) for when in WHEN]
-    figure.legend(handles=handles, loc='outside upper right', ncols=6, frameon=False)
+    legend(figure, handles)
   return figure
 
 

@@ -26,6 +26,8 @@ from depthprune.report.style import (
   PAPER,
   ROW,
   SECOND,
+  WIDE,
+  legend,
   name_rows,
   new_figure,
 )
@@ -37,10 +39,12 @@ from depthprune.train.result import (
   ExitCalibration,
 )
 
-ACROSS = 3  # reliability diagrams in a row
+ACROSS = 2.4  # inches of a reliability diagram
 
 
-def reliability(calibration: Mapping[str, ExitCalibration]) -> Figure:
+def reliability(
+  calibration: Mapping[str, ExitCalibration], width: float = WIDE
+) -> Figure:
   """Draws accuracy against confidence for each exit, before and after temperature.
 
   On the diagonal confidence is right. Faint bars, and the size of the marks, show the
@@ -48,13 +52,15 @@ def reliability(calibration: Mapping[str, ExitCalibration]) -> Figure:
 
   Args:
     calibration: {exit: its calibration}.
+    width: inches of the chart.
   """
-  rows = -(-len(calibration) // ACROSS)
-  columns = min(ACROSS, len(calibration))
-  with new_figure(0.5 + 2.4 * rows) as figure:
+  across = round(width / ACROSS)
+  rows = -(-len(calibration) // across)
+  columns = min(across, len(calibration))
+  with new_figure(0.5 + width / across * rows, width) as figure:
     # Room between the panels' labels, 100 % of one and 0 % of the next.
     figure.get_layout_engine().set(wspace=0.08)  # pyright: ignore
-    grid = figure.subplots(rows, ACROSS, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(rows, across, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(calibration) :]:
       axes.set_visible(False)
     for axes, (name, of_exit) in zip(grid.flat, calibration.items()):
@@ -63,34 +69,33 @@ def reliability(calibration: Mapping[str, ExitCalibration]) -> Figure:
       axes.set_ylabel('accuracy')
     # The last panel of every column, which may be in the last row but one.
     for column in range(columns):
-      last = grid[(len(calibration) - 1 - column) // ACROSS, column]
+      last = grid[(len(calibration) - 1 - column) // across, column]
       last.set_xlabel('confidence')
       last.tick_params(labelbottom=True)
-    figure.legend(
-      handles=[
-        Line2D([], [], color=SECOND, marker='s', ms=3.5, label='before temperature'),
-        Line2D([], [], color=FIRST, marker='o', ms=3.5, label='after'),
-        Line2D([], [], color=FAINT, lw=6, label='share of examples'),
-      ],
-      loc='outside upper right',
-      ncols=3,
-      frameon=False,
-    )
+    marks = [
+      Line2D([], [], color=SECOND, marker='s', ms=3.5, label='before temperature'),
+      Line2D([], [], color=FIRST, marker='o', ms=3.5, label='after'),
+      Line2D([], [], color=FAINT, lw=6, label='share of examples'),
+    ]
+    legend(figure, marks)
   return figure
 
 
 def leaving(
-  shares: Mapping[str, float], right: Mapping[str, float | None] = {}
+  shares: Mapping[str, float],
+  right: Mapping[str, float | None] = {},
+  width: float = WIDE,
 ) -> Figure:
   """Draws where examples leave, a bar for every exit.
 
   Args:
     shares: {exit: part of all examples}.
     right: {exit: accuracy of the examples that leave there}, where it is known.
+    width: inches of the chart.
   """
   names = list(shares)
   lengths = [part if 0 <= part <= 1 else 0.0 for part in shares.values()]
-  with new_figure(0.7 + 1.2 * ROW * len(names)) as figure:
+  with new_figure(0.7 + 1.2 * ROW * len(names), width) as figure:
     axes = figure.subplots()
     axes.barh(range(len(names)), lengths, color=FIRST, height=0.68)
     for row, name in enumerate(names):
@@ -102,8 +107,9 @@ def leaving(
     name_rows(axes, names)
     axes.set_xlabel('share of the test examples')
     longest = max(lengths) or 1
-    axes.set_xlim(0, (1.45 if right else 1.15) * longest)
-    ticks = MaxNLocator(5).tick_values(0, longest)
+    room = (0.45 if right else 0.15) * (WIDE / width) ** 1.5  # for the text
+    axes.set_xlim(0, (1 + room) * longest)
+    ticks = MaxNLocator(5 if width >= WIDE else 2).tick_values(0, longest)
     axes.set_xticks([tick for tick in ticks if tick <= 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis='x', color=LINE, lw=0.5)
@@ -205,7 +211,7 @@ def _finite(
   return [(x, y) for x, y in known if math.isfinite(x) and math.isfinite(y)]
 
 
-def compute_curve(curves: Mapping[str, Series]) -> Figure:
+def compute_curve(curves: Mapping[str, Series], width: float = WIDE) -> Figure:
   """Draws accuracy against FLOPs.
 
   Several seeds are drawn as their mean and a band from the worst to the best. The
@@ -215,6 +221,7 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
 
   Args:
     curves: {name: series}, a colour for each.
+    width: inches of the chart.
 
   Raises:
     ValueError: there are more series than colours.
@@ -225,8 +232,9 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
   lowest = min((a for c in curves.values() for _, a in _everything(c)), default=floor)
   shared = len({tuple(c.own) for c in curves.values()}) == 1
   panels = 2 if lowest < floor - NEAR else 1
-  with new_figure(3.4) as figure:
-    grid = list(figure.subplots(1, panels, squeeze=False)[0])
+  beside = (1, panels) if width >= WIDE else (panels, 1)
+  with new_figure(3.4 if width >= WIDE else 0.6 + 2.6 * panels, width) as figure:
+    grid = list(figure.subplots(*beside, squeeze=False).flat)
     for axes in grid:
       for look, curve in zip(SERIES, curves.values()):
         _draw(axes, curve, look, shared)
@@ -234,9 +242,7 @@ def compute_curve(curves: Mapping[str, Series]) -> Figure:
     if len(grid) > 1:
       _look_closer(grid[1], list(curves.values()), floor)
     grid[0].set_ylabel('test accuracy')
-    figure.legend(
-      handles=list(_keys(curves)), loc='outside upper right', ncols=6, frameon=False
-    )
+    legend(figure, list(_keys(curves)))
     if len(curves) == 1:
       (curve,) = curves.values()
       figure.draw_without_rendering()  # lays out: names need to know where points are
@@ -309,18 +315,22 @@ def _look_closer(axes: Axes, curves: Sequence[Series], floor: float) -> None:
 
 
 def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-  """Writes names to the lower right of points, except where they would overlap."""
+  """Writes names below points, towards the middle, except where they would overlap."""
   to_inches = axes.get_figure().dpi_scale_trans.inverted()  # pyright: ignore[reportOptionalMemberAccess]
-  free: list[np.ndarray] = []
+  free: list[tuple[float, float, float]] = []
   for name, at in points.items():
-    here = to_inches.transform(axes.transData.transform(at))
+    x, y = to_inches.transform(axes.transData.transform(at))
     width = 0.07 * len(name)
-    if any(
-      abs(here - other)[0] < width and abs(here - other)[1] < 0.13 for other in free
-    ):
+    is_right = (
+      axes.transAxes.inverted().transform(axes.transData.transform(at))[0] > 0.6
+    )
+    left = x - width if is_right else x
+    if any(a < left + width and left < b and abs(y - c) < 0.13 for a, b, c in free):
       continue
-    free.append(here)
-    axes.annotate(name, at, (5, -9), **OFFSET, color=MUTED, size=8)
+    free.append((left, left + width, y))
+    aside, side = (-5, 'right') if is_right else (5, 'left')
+    text = axes.annotate(name, at, (aside, -9), **OFFSET, color=MUTED, size=8, ha=side)
+    text.set_in_layout(False)
 
 
 def _keys(curves: Mapping[str, Series]) -> Iterator[Line2D]:

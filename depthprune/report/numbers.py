@@ -70,6 +70,14 @@ def speed(difference: Difference) -> str:
   return f'{difference.kind} {difference.factor:.2f} x'
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+  """Returns Wilson's 95 % interval of a share of n independent examples."""
+  z = 1.96
+  middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+  half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+  return middle - half, middle + half
+
+
 def milliseconds(value: float) -> str:
   return f'{_three(value)} ms'
 

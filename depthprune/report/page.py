@@ -1,8 +1,12 @@
-"""The report of a run: one HTML page without scripts, fonts or external addresses."""
+"""The report of a run: one HTML page without fonts or external addresses.
+
+Its script shows the facts of a layer that is pointed at, and sorts tables; everything
+can be read without it.
+"""
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +15,25 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from depthprune.report import charts, exit_charts, sentences, style, tables
+from depthprune.report.layers import LayerView, layers
 from depthprune.report.run_files import FinishedRun, fitting, read
-from depthprune.report.tables import Table
+from depthprune.report.tables import Table, Tile
 from depthprune.storage import directory
 from depthprune.train.result import CascadeResult, Result
+
+
+class Drawn(NamedTuple):
+  """A chart as the page shows it.
+
+  Attributes:
+    narrow: an <svg> element for a telephone, or to stand beside others.
+    wide: the same for a screen; None where it stands beside others.
+    name: what tells it apart from those beside it.
+  """
+
+  narrow: Markup
+  wide: Markup | None = None
+  name: str = ''
 
 
 class Section(NamedTuple):
@@ -24,21 +43,38 @@ class Section(NamedTuple):
     title: heading of the section.
     table: a table.
     kind: class of the table in the style sheet.
-    chart: an <svg> element.
+    charts: a chart, or several side by side.
+    layers: layers whose facts are shown when they are pointed at.
     notes: items of a list.
     text: a paragraph.
     small: sentences in small print that explain the rest.
-    kept: {layer: kept channels}, which is folded up.
   """
 
   title: str
   table: Table | None = None
   kind: str = 'wide'
-  chart: Markup | None = None
+  charts: Sequence[Drawn] = ()
+  layers: Sequence[LayerView] = ()
   notes: Sequence[str] = ()
   text: str = ''
   small: Sequence[str] = ()
-  kept: dict[str, str] | None = None
+
+
+class Picture(NamedTuple):
+  """A chart that a run has the data for.
+
+  Attributes:
+    title: title of the chart.
+    description: a sentence about what it shows.
+    draw: (width in inches) -> the figure.
+  """
+
+  title: str
+  description: str
+  draw: Callable[[float], Figure]
+
+  def svg(self, width: float) -> Markup:
+    return Markup(style.svg(self.draw(width), self.title, self.description))
 
 
 def write(path: str | Path) -> Path:
@@ -57,6 +93,35 @@ def write(path: str | Path) -> Path:
 
 def page(run: FinishedRun) -> str:
   """Returns the page as text."""
+  result = run.result
+  return render(
+    title=sentences.question(result),
+    answer=sentences.answer(result),
+    tiles=[*tables.tiles(result)],
+    sections=[*_sections(run)],
+    facts=_facts(result),
+    config=json.dumps(result.config, indent=2),
+  )
+
+
+def render(
+  title: str,
+  answer: str,
+  sections: Sequence[Section],
+  tiles: Sequence[Tile] = (),
+  facts: Mapping[str, str | None] = {},
+  config: str = '',
+) -> str:
+  """Returns a page as text.
+
+  Args:
+    title: its title.
+    answer: its first paragraph.
+    sections: its sections.
+    tiles: the few numbers at its top.
+    facts: {name: value} of how it was made; those without a value are left out.
+    config: configuration of a run, as JSON.
+  """
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('depthprune.report', '.'),
     autoescape=True,
@@ -64,14 +129,13 @@ def page(run: FinishedRun) -> str:
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  result = run.result
   return environment.get_template('page.html').render(
-    title=sentences.title(result),
-    lead=sentences.lead(result),
-    tiles=[*tables.tiles(result)],
-    sections=[*_sections(run)],
-    facts=_facts(result),
-    config=json.dumps(result.config, indent=2),
+    title=title,
+    answer=answer,
+    tiles=tiles,
+    sections=sections,
+    facts={name: value for name, value in facts.items() if value},
+    config=config,
   )
 
 
@@ -86,16 +150,15 @@ def _sections(run: FinishedRun) -> Iterator[Section]:
     yield Section('Rounds', rounds, 'wide last-names', small=[sentences.ROUNDS])
   if result.cascade is not None:
     yield from _cascade(result, result.cascade)
-  for title, figure in _figures(run):
-    yield Section(title, chart=_svg(figure))
-  if tables.narrowed(result):
-    removed = sentences.removed(result)
+  if shown := layers(result):
+    removed = sentences.removed(result) if tables.narrowed(result) else ()
     yield Section(
-      'What was kept',
+      'Layers',
       text=f'Removed: {", ".join(removed)}.' if removed else '',
-      kept={name: _ranges(each) for name, each in result.report.kept.items()},
-      small=['As JSON, for every tensor: result.json, "report".'],
+      layers=shown,
+      small=[sentences.LAYERS],
     )
+  yield from map(alone, pictures(run))
 
 
 def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
@@ -107,10 +170,14 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     'wide numbers',
     small=[*said, sentences.reading(cascade)],
   )
-  chart = exit_charts.compute_curve(
-    {'': exit_charts.collect_series((cascade, result.accuracy, result.flops))}
+  series = exit_charts.collect_series((cascade, result.accuracy, result.flops))
+  yield alone(
+    Picture(
+      'Accuracy against FLOPs',
+      sentences.CURVE,
+      lambda width: exit_charts.compute_curve({'': series}, width),
+    )
   )
-  yield Section('Accuracy against FLOPs', chart=_svg(chart), small=[sentences.CURVE])
   yield Section(
     'Exits',
     tables.exits(cascade),
@@ -118,54 +185,66 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     small=[sentences.EXITS, sentences.cut_heads(cascade)],
   )
   if cascade.shares:
-    chart = exit_charts.leaving(cascade.shares, tables.accuracy_of_leavers(cascade))
-    yield Section('Where examples leave', chart=_svg(chart), small=[sentences.LEAVING])
+    right = tables.accuracy_of_leavers(cascade)
+    yield alone(
+      Picture(
+        'Where examples leave',
+        sentences.LEAVING,
+        lambda width: exit_charts.leaving(cascade.shares, right, width),
+      )
+    )
   if cascade.calibration:
-    chart = exit_charts.reliability(cascade.calibration)
-    yield Section('Reliability', chart=_svg(chart), small=[sentences.RELIABILITY])
+    yield alone(
+      Picture(
+        'Reliability',
+        sentences.RELIABILITY,
+        lambda width: exit_charts.reliability(cascade.calibration, width),
+      )
+    )
 
 
-def _figures(run: FinishedRun) -> Iterator[tuple[str, Figure]]:
-  """Yields the titles and charts for which the run has data."""
+def pictures(run: FinishedRun) -> Iterator[Picture]:
+  """Yields the charts of training, and of what the run's method learnt."""
   result, recipe = run.result, sentences.recipe_of(run.result)
   if recipe.erases_units and result.rounds:
     points = [(each.units, each.held_out) for each in result.rounds]
     curves = {'': charts.collect_curve(points)}
-    yield 'Accuracy by erased units', charts.erased_curve(curves, 'held-out accuracy')
+    yield Picture(
+      'Accuracy by erased units',
+      sentences.ERASED,
+      lambda width: charts.erased_curve(curves, 'held-out accuracy', width),
+    )
   for chart in recipe.charts:
-    figure = charts.draw(chart, run)
-    if figure is not None:
-      yield chart.title, figure
-  if tables.narrowed(result):
-    yield 'Widths of the layers', charts.width_chart(result.widths)
+    if (draw := charts.drawing(chart, run)) is not None:
+      yield Picture(chart.title, sentences.LEARNED[chart.kind], draw)
   if run.history:
     target = sentences.target_of(result)
     fraction, cost = (target.fraction, target.cost) if target else (None, 'flops')
-    yield 'Training', charts.training_curves(run.history, fraction, cost)
+    yield Picture(
+      'Training',
+      sentences.TRAINING,
+      lambda width: charts.training_curves(run.history, fraction, cost, width),
+    )
 
 
-def _svg(figure: Figure) -> Markup:
-  return Markup(style.svg(figure))
+def alone(picture: Picture) -> Section:
+  """Returns the section of a chart by itself."""
+  drawn = Drawn(picture.svg(style.NARROW), picture.svg(style.WIDE))
+  return Section(picture.title, charts=[drawn], small=[picture.description])
 
 
-def _facts(result: Result) -> dict[str, str]:
+def _facts(result: Result) -> dict[str, str | None]:
   """Returns how the run was made: command, device, time and versions."""
   seconds = result.wall_seconds
-  facts = {
+  return {
+    'network': sentences.title(result),
     'command': result.command,
     'device': result.device,
     'time': f'{seconds:.0f} s' if seconds and math.isfinite(seconds) else None,
-    'versions': ', '.join(f'{k} {v}' for k, v in result.versions.items()),
+    'versions': listed(result.versions),
   }
-  return {name: value for name, value in facts.items() if value}
 
 
-def _ranges(indices: Iterable[int]) -> str:
-  """Returns `0–2, 5` for `[0, 1, 2, 5]`."""
-  runs: list[list[int]] = []
-  for index in sorted(indices):
-    if runs and index == runs[-1][1] + 1:
-      runs[-1][1] = index
-    else:
-      runs.append([index, index])
-  return ', '.join(f'{a}' if a == b else f'{a}–{b}' for a, b in runs) or 'none'
+def listed(versions: Mapping[str, str]) -> str:
+  """Returns `jax 0.10.2, flax 0.12.0`."""
+  return ', '.join(f'{name} {version}' for name, version in versions.items())

@@ -28,6 +28,25 @@ RELIABILITY = (
   'All test examples at every exit: on the diagonal, confidence is the chance to be '
   'right; below it the exit is too sure. T: the temperature, fitted on held-out data.'
 )
+LAYERS = (
+  'Bars: channels before, pale, and after. Point at a layer, or move to it with the '
+  'keyboard, for what was kept of it; FLOPs are those of one example, 1 MAC = 2. '
+  'Indices of every tensor are in result.json, "report".'
+)
+ERASED = (
+  'Held-out accuracy against the number of residual units that are erased: right after '
+  'erasing, dashed, and retrained.'
+)
+TRAINING = (
+  'Training batches, pale, and their running median; a vertical line is where a stage '
+  'begins.'
+)
+LEARNED = {
+  'channels': 'Share of the channels of every layer that are open, over training.',
+  'exits': 'Weight of every exit over training; the exit that was kept is marked.',
+  'units': 'Weight of every residual unit over training, until it is erased.',
+  'connections': 'A disc is an open connection from a tap to a stage, a ring a closed.',
+}
 ROUNDS = 'Accuracy of held-out images; FLOPs as part of the whole network.'
 
 
@@ -55,32 +74,49 @@ def decided(result: Result) -> str:
   return sentence(result) if sentence else ''
 
 
-def lead(result: Result) -> str:
-  """Returns the page's first paragraph: the decision, and the accuracy on test data."""
+def question(result: Result) -> str:
+  """Returns the page's title: the method, and the question that the run answers."""
+  network = f'{result.model} on {result.data}'
+  asked_ = recipe_of(result).question(result, network)
+  return f'{method_name(result.method)}: {asked_}'
+
+
+def method_name(method: str) -> str:
+  """Returns the name of a method in titles."""
+  return methods.recipe(method).name or method.replace('_', ' ').capitalize()
+
+
+def answer(result: Result) -> str:
+  """Returns the page's first paragraph: the decision and the accuracy on test data.
+
+  That is one sentence, and another where the networks were trained differently.
+  """
   said = decided(result)
-  said = f'{said[:1].upper()}{said[1:]}. ' if said else ''
+  said = f'{said}; ' if said else ''
   before, after = result.accuracy.before, result.accuracy.after
   if result.cascade is None:
-    return f'{said}{_reached(result)}'
-  own = percent(before, 2)
-  original = result.cascade.original.get('test', before)
-  if original != before:
-    own += f' ({percent(original, 2)} before it was trained with its heads)'
-  return f'{said}Test accuracy: MainNet {own}, cascade {percent(after, 2)}.'
+    text = f'{said}{_reached(result)}'
+  else:
+    own = percent(before, 2)
+    original = result.cascade.original.get('test', before)
+    if original != before:
+      own += f' ({percent(original, 2)} before it was trained with its heads)'
+    text = f'{said}test accuracy: MainNet {own}, cascade {percent(after, 2)}.'
+  return f'{text[:1].upper()}{text[1:]}'
 
 
 def _reached(result: Result) -> str:
-  """Returns `Test accuracy 92.4 % before, 91.8 % after.`, and what it is worth."""
+  """Returns `test accuracy 92.4 % before, 91.8 % after.`, and what it is worth."""
   before, after = result.accuracy.before, result.accuracy.after
   longer = f' {text[:1].upper()}{text[1:]}.' if (text := trained_longer(result)) else ''
   if 'test' in result.control:
     alone = percent(result.control['test'])
-    return f'Test accuracy {percent(after)}, trained alone for as long {alone}.{longer}'
+    return f'test accuracy {percent(after)}, trained alone for as long {alone}.{longer}'
   start = ''
   if 'test' in result.original:
     start = f' At the start of the run it was {percent(result.original["test"])}.'
   return (
-    f'Test accuracy {percent(before)} before, {percent(after)} after.{start}{longer}'
+    f'test accuracy {percent(before)} before, {percent(after)} after.{start}{longer}'
   )
 
 

@@ -1,8 +1,10 @@
 """What all charts share: figures, colours, rows, steps, and how SVG is written."""
 
+import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from depthprune.report.names import spoken_apart
 
 # Light-mode colours. `svg` replaces them by the page's variables, so that drawings also
 # suit a dark page; no two roles may share a value.
@@ -31,24 +36,40 @@ ROLES = {
   PAPER: 'paper',
 }
 OFFSET: Any = {'textcoords': 'offset points'}
+# Inches: width of a chart on a screen, and on a telephone, where letters are as large.
+WIDE, NARROW = 7.2, 3.6
 # Inches: height of a row, its least height, height of all rows, height of a label.
 ROW, THINNEST, TALLEST, LABEL = 0.22, 0.09, 5.5, 0.15
-CHARACTER = 0.011  # width of a character, as a part of a chart's width
+CHARACTER = 0.08  # inches of a character
+ONE_LINE = 22  # characters of a long name in one line, on a telephone
+TOOLTIP = 'tooltip '  # begins the id of a group of SVG that gets a title
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of history.jsonl or gates.jsonl."""
 
 
-def svg(figure: Figure) -> str:
-  """Returns a figure as an <svg> element whose colours are the page's variables."""
+def svg(figure: Figure, title: str, description: str) -> str:
+  """Returns a figure as an <svg> element whose colours are the page's variables.
+
+  Args:
+    figure: the figure.
+    title: what those hear who cannot see it.
+    description: what it shows, in a sentence.
+  """
   text = io.StringIO()
   _write(figure, text, fonttype='none', transparent=True)
   element = text.getvalue()
   element = element[element.index('<svg') :]
   element = re.sub(r'<metadata>.*?</metadata>', '', element, flags=re.DOTALL)
+  tooltips = rf'<g id="{TOOLTIP}([^"]*)">'
+  element = re.sub(tooltips, r'<g><title>\1</title>', element)
+  element = re.sub(r'<g id="[^"]*"', '<g', element)  # the same in every chart of a page
   for colour, role in ROLES.items():
     element = element.replace(colour, f'var(--{role}, {colour})')
-  return element
+  said = f'<title>{html.escape(title)}</title><desc>{html.escape(description)}</desc>'
+  return re.sub(
+    r'<svg([^>]*)>', lambda tag: f'<svg role="img"{tag[1]}>{said}', element, count=1
+  )
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -63,7 +84,7 @@ def _write(figure: Figure, to: Any, fonttype: str, transparent: bool) -> None:
 
 
 @contextmanager
-def new_figure(height: float) -> Iterator[Figure]:
+def new_figure(height: float, width: float = WIDE) -> Iterator[Figure]:
   """Makes a figure of so many inches; what is drawn within the context is styled."""
   settings: dict[Any, Any] = {
     'font.size': 9,
@@ -81,26 +102,47 @@ def new_figure(height: float) -> Iterator[Figure]:
     'savefig.dpi': 150,
   }
   with mpl.rc_context(settings):
-    yield Figure(figsize=(7.2, height), layout='constrained')
+    yield Figure(figsize=(width, height), layout='constrained')
 
 
 def name_rows(
   axes: Axes, names: Sequence[str], every: int = 1, marked: str = ''
 ) -> None:
-  """Labels every `every`-th row of a chart, from the top.
+  """Labels every `every`-th row of a chart, from the top, as a person names it.
 
-  The name `marked` is always labelled, in a colour of its own.
+  The name itself is the label's tooltip. The name `marked` is always labelled, in a
+  colour of its own.
   """
   at = names.index(marked) if marked in names else 0
   labelled = range(at % every, len(names), every)
-  axes.set_yticks(labelled, [names[i] for i in labelled], fontsize=8, color=INK)
-  for label in axes.get_yticklabels():
-    if label.get_text() == marked:
+  said = spoken_apart(names[i] for i in labelled)
+  texts, size = [*said.values()], 8.0
+  if inches(axes) < WIDE and max(map(len, texts), default=0) > ONE_LINE:
+    texts, size = [textwrap.fill(text, ONE_LINE) for text in texts], 6.5
+  axes.set_yticks(labelled, texts, fontsize=size, color=INK, linespacing=1.0)
+  for label, (name, text) in zip(axes.get_yticklabels(), said.items()):
+    if text != name:
+      label.set_gid(f'{TOOLTIP}{name}')
+    if name == marked:
       label.set(color=SECOND, fontweight='bold')
   axes.set_ylim(len(names) - 0.5, -0.5)
   axes.tick_params(length=0)
   for spine in axes.spines.values():
     spine.set_visible(False)
+
+
+def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+  """Draws a legend above all panels, in lines that are as long as the chart is wide."""
+  columns = 6 if figure.get_figwidth() >= WIDE else 2
+  at = 'outside upper right'
+  figure.legend(handles=handles, loc=at, ncols=columns, frameon=False)
+
+
+def inches(axes: Axes) -> float:
+  """Returns the width of the figure."""
+  figure = axes.get_figure()
+  assert isinstance(figure, Figure)
+  return figure.get_figwidth()
 
 
 def thin(rows: int) -> tuple[float, int]:
@@ -151,14 +193,14 @@ def by_stage(history: Lines) -> dict[str, tuple[list, list]]:
 def name_stages(grid: Sequence[Axes], stages: Mapping[str, tuple[list, list]]) -> None:
   """Draws a line where a stage begins, and its name above it if there is room."""
   steps = [step for steps, _ in stages.values() for step in steps]
-  free = -math.inf
+  free, character = -math.inf, CHARACTER / inches(grid[0])
   for name, (steps_of, _) in stages.items():
     start = steps_of[0]
     for axes in grid:
       axes.axvline(start, color=LINE, lw=0.8)
     if start < free:
       continue
-    free = start + (len(name) + 1) * CHARACTER * (max(steps) - min(steps))
+    free = start + (len(name) + 1) * character * (max(steps) - min(steps))
     grid[0].annotate(
       f' {name}',
       (start, 1),

@@ -17,6 +17,7 @@ from depthprune.report.numbers import (
   points,
   seconds,
   speed,
+  wilson,
 )
 from depthprune.report.sentences import asked, lost_points, reached, target_of
 from depthprune.timing.difference import Difference, compare
@@ -45,11 +46,19 @@ class Table(NamedTuple):
 
 
 class Tile(NamedTuple):
-  """One of the few numbers at the top of the page."""
+  """One of the few numbers at the top of the page.
+
+  Attributes:
+    value: the number.
+    name: what it is.
+    detail: from what it became that.
+    interval: what chance allows it to be, where that is known.
+  """
 
   value: str
   name: str
   detail: str
+  interval: str = ''
 
 
 def costs(result: Result) -> Table:
@@ -163,7 +172,8 @@ def tiles(result: Result) -> Iterator[Tile]:
   digits = 1 if cascade is None else 2
   beside = result.control.get('test', before)
   name = 'accuracy, against it alone' if result.control else 'accuracy'
-  yield Tile(percent(after, digits), name, points(beside, after))
+  change = points(beside, after)
+  yield Tile(percent(after, digits), name, change, _chance(result, digits))
   if cascade is None:
     for name, cost in (('FLOPs', result.flops), ('parameters', result.params)):
       yield _kept(name, cost)
@@ -181,6 +191,16 @@ def tiles(result: Result) -> Iterator[Tile]:
     yield _speed(1, one.difference, one.whole_ms, one.ms)
 
 
+def _chance(result: Result, digits: int) -> str:
+  """Returns the 95 % interval of an accuracy that is a share of the test examples."""
+  after, n = result.accuracy.after, result.images.get('test', 0)
+  several = any(_score_name(key) for key in result.scores.get('after', {}))
+  if after is None or several or not n or not 0 <= after <= 1:
+    return ''  # of pixels or of several tasks, or unknown
+  low, high = (100 * end for end in wilson(after, n))
+  return f'95 %: {low:.{digits}f}–{high:.{digits}f} %'
+
+
 def _kept(name: str, cost: Change, which: str = '') -> Tile:
   change = f'{count(cost.before)} → {count(cost.after)}'
   if exceeds(cost.kept):
@@ -191,8 +211,10 @@ def _kept(name: str, cost: Change, which: str = '') -> Tile:
 def _speed(batch: Any, found: Difference, before: float, after: float) -> Tile:
   took = f'{milliseconds(before).removesuffix(" ms")} → {milliseconds(after)}'
   if found.kind in ('speed-up', 'slowdown'):
-    interval = ' ({:.2f} to {:.2f})'.format(*found.between) if found.between else ''
-    return Tile(f'{found.factor:.2f} ×', f'{found.kind}{interval}, batch {batch}', took)
+    interval = ''
+    if found.between:
+      interval = 'quartiles: {:.2f}–{:.2f}'.format(*found.between)
+    return Tile(f'{found.factor:.2f} ×', f'{found.kind}, batch {batch}', took, interval)
   value = '≈ 1 ×' if found.kind == 'no difference' else NONE
   return Tile(value, f'speed, batch {batch}: {found.kind}', took)
 

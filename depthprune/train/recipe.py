@@ -146,6 +146,9 @@ class Recipe(NamedTuple):
     description: one sentence for `depthprune run METHOD --help`.
     epochs: passes over the training data by data set; '' is for all others.
     legend: explains the report's columns 'before', 'cut' and 'after'.
+    name: name of the method in titles; '' takes that of its file.
+    question: (result, network) -> the question that a run answers; `network` names the
+      network and its data.
     sentence: (result) -> a sentence about what was requested and decided. None for a
       cascade, about which the report has its own.
     defaults: fields of a run's config that suit the method: {'model': ..., ...}.
@@ -183,6 +186,10 @@ class Recipe(NamedTuple):
   description: str
   epochs: Mapping[str, Epochs]
   legend: str
+  name: str = ''
+  question: Callable[[Result, str], str] = lambda result, network: (
+    f'what is left of {network}?'
+  )
   sentence: Callable[[Result], str] | None = None
   defaults: Mapping[str, Any] = {}
   peaks: tuple[float, float] = (1.0, 1.0)

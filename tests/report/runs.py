@@ -28,6 +28,22 @@ WIDTHS = {
 }
 
 
+FLOPS = 5_071_360, 2_532_980
+
+
+def made_up_layers() -> dict:
+  """The layers that have the WIDTHS, which share the FLOPs by what they are wide."""
+  total = [sum(width[when] for width in WIDTHS.values()) for when in (0, 1)]
+  return {
+    f'params/{name.removesuffix(":3")}/kernel': {
+      'outputs': [3],
+      'width': width,
+      'flops': [FLOPS[when] * width[when] / total[when] for when in (0, 1)],
+    }
+    for name, width in WIDTHS.items()
+  }
+
+
 def made_up_result() -> dict:
   notes = [
     'stage1/block2/conv1:3: every channel closed, so stage1/block2/branch was removed',
@@ -52,7 +68,7 @@ def made_up_result() -> dict:
       'after': 0.9806,
     },
     'held_out': {'before': 0.9861, 'pruned': 0.9444, 'after': 0.9861},
-    'flops': {'before': 5_071_360, 'after': 2_532_980},
+    'flops': dict(zip(('before', 'after'), FLOPS)),
     'params': {'before': 272_474, 'after': 131_204},
     'latency_ms': {
       '1': {'before': 1.21, 'after': 0.96, 'speedup': 1.26, 'notes': []},
@@ -65,11 +81,20 @@ def made_up_result() -> dict:
     },
     'verify': {'difference': 4.1e-7, 'settled': 3.2e-3, 'moved': 0.4},
     'widths': WIDTHS,
+    'layers': made_up_layers(),
     'report': {
       'requested': {'target': 0.5, 'of': 'flops'},
       'peak_bytes': {'before': 32_768, 'after': 20_480},
       'branches': {'stage1/block1/branch': True, 'stage1/block2/branch': False},
       'kept': {name: list(range(after)) for name, (_, after) in WIDTHS.items()},
+      'tensors': {
+        f'params/{name.removesuffix(":3")}/kernel': {
+          'shape': [[3, 3, 16, before], [3, 3, 16, after]],
+          'kept': {'3': [0, 1, *range(before - after + 2, before)]},
+        }
+        for name, (before, after) in WIDTHS.items()
+        if after
+      },
       'notes': notes,
     },
   }
@@ -120,6 +145,7 @@ def depth_result(method: str, options: dict, rounds: list[dict]) -> dict:
     'config': {'method': method, 'options': options, 'seed': 0},
     'compile_s': {'before': 4.31, 'after': 0.982},
     'widths': {'stage1/block0/conv1:3': [16, 16], 'stage1/block1/conv1:3': [16, 0]},
+    'layers': {},
   }
   for cost in ('flops', 'params'):
     result[cost] = {

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from depthprune import methods
 from depthprune.report import charts, sentences, style
+from depthprune.report.names import spoken
 from depthprune.report.numbers import in_order
 from depthprune.report.run_files import FinishedRun, read
 from depthprune.train.recipe import Chart
@@ -42,7 +43,7 @@ def test_width_chart_has_a_bar_before_and_after_for_every_layer(result):
   (axes,) = charts.width_chart(widths).axes
   lengths = [bar.get_width() for bar in axes.patches]  # pyright: ignore[reportAttributeAccessIssue]
   assert lengths == [w[0] for w in widths.values()] + [w[1] for w in widths.values()]
-  assert labels(axes) == list(widths)
+  assert labels(axes) == [spoken(name) for name in widths]
   assert '16 → 0' in texts(axes.figure)  # pyright: ignore[reportArgumentType]
   assert axes.yaxis_inverted()
 
@@ -124,9 +125,11 @@ def test_what_a_method_wants_is_drawn_by_its_kind(kind):
   run = run_of(*made_up())
   chart = chart_of(run)
   assert chart.kind == kind
-  figure = charts.draw(chart, run)
-  assert figure is not None
-  assert style.svg(figure) == style.svg(expected(run))
+  draw = charts.drawing(chart, run)
+  assert draw is not None
+  svg = lambda figure: style.svg(figure, chart.title, chart.label)
+  assert svg(draw(style.WIDE)) == svg(expected(run))
+  assert draw(style.NARROW).get_figwidth() == style.NARROW
 
 
 def test_every_method_wants_charts_of_these_kinds():
@@ -140,7 +143,7 @@ def test_what_a_run_has_nothing_of_is_not_drawn(kind):
   for each in result['rounds']:
     each['learned'] = {}
   run = run_of(result, [{'step': 0, 'of_another_method': {}}])
-  assert charts.draw(chart_of(run), run) is None
+  assert charts.drawing(chart_of(run), run) is None
 
 
 @pytest.mark.parametrize(
@@ -154,12 +157,11 @@ def test_a_method_names_the_entry_that_is_drawn_and_its_scale(kind, key):
   renamed = [{**line, 'of_ones_own': line[key]} for line in gates]
   for each in result['rounds']:
     each['learned']['of_ones_own'] = each['learned'].get(key)
-  figure = charts.draw(chart, run_of(result, [{**l, key: {}} for l in renamed]))
-  assert figure is not None
-  axes, bar = figure.axes
-  expected = charts.draw(chart_of(run), run)
-  assert expected is not None
-  np.testing.assert_array_equal(values(axes), values(expected.axes[0]))
+  draw = charts.drawing(chart, run_of(result, [{**l, key: {}} for l in renamed]))
+  expected = charts.drawing(chart_of(run), run)
+  assert draw is not None and expected is not None
+  axes, bar = draw(style.WIDE).axes
+  np.testing.assert_array_equal(values(axes), values(expected(style.WIDE).axes[0]))
   assert bar.get_ylabel() == 'a scale'
 
 
@@ -219,9 +221,9 @@ def test_unit_map_ends_a_row_where_its_unit_was_erased(implosion):
   result, gates = implosion
   rounds = typed(result).rounds
   axes, _ = charts.unit_map(gates, rounds).axes
-  names, w = labels(axes), values(axes)
+  names, w = in_order(rounds[0].learned['priority']), values(axes)
   assert w.shape == (25, 60)
-  assert names == in_order(rounds[0].learned['priority'])
+  assert labels(axes) == [spoken(name) for name in names]
   drawn = dict(zip(names, (~np.isnan(w)).sum(1)))
   for number, round_ in enumerate(rounds, 1):
     assert {drawn[unit] for unit in round_.erased} == {20 * number}
@@ -234,7 +236,7 @@ def test_unit_map_crosses_out_every_erased_unit_once(implosion):
   rounds = typed(result).rounds
   axes, _ = charts.unit_map(gates, rounds).axes
   crosses = [line for line in axes.lines if line.get_marker() == 'x']
-  names = labels(axes)
+  names = in_order(rounds[0].learned['priority'])
   crossed = [[names[y] for y in np.asarray(line.get_ydata())] for line in crosses]
   assert crossed == [round_.erased for round_ in rounds]
   ends = [line.get_xdata()[0] for line in crosses]

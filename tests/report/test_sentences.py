@@ -140,31 +140,31 @@ def test_what_auxiliary_is_compared_with_is_the_network_alone(auxiliary):
   assert '--control measures it' in said()
   result['control'] = {'test': 0.9042, 'held_out': 0.9}
   assert '--control' not in said()
-  lead = sentences.lead(typed(result))
-  assert lead.endswith('Test accuracy 91.0 %, trained alone for as long 90.4 %.')
+  answer = sentences.answer(typed(result))
+  assert answer.endswith('test accuracy 91.0 %, trained alone for as long 90.4 %.')
   result |= {'control': {}, 'options': {'structure': 'none'}}
   assert '--control' not in said()
 
 
 def test_longer_training_is_said_where_there_was_any(implosion):
   result, _ = implosion
-  lead = lambda: sentences.lead(typed(result))
-  assert 'epoch' not in lead()
+  answer = lambda: sentences.answer(typed(result))
+  assert 'epoch' not in answer()
   result['epochs'] = {'before': 10, 'after': 16}
   longer = 'the network after was trained for 6 epochs more than that before'
   assert longer in sentences.all_of(typed(result))
-  assert lead().endswith(f'after. T{longer[1:]}.')
+  assert answer().endswith(f'after. T{longer[1:]}.')
   result['epochs']['after'] = 11
-  assert 'for 1 epoch more than' in lead()
+  assert 'for 1 epoch more than' in answer()
   result['epochs']['after'] = 10
-  assert 'epoch' not in lead()
+  assert 'epoch' not in answer()
 
 
-def test_the_lead_names_the_accuracy_of_the_first_weights(implosion):
+def test_the_answer_names_the_accuracy_of_the_first_weights(implosion):
   result, _ = implosion
   result['original'] = {'test': 0.9412}
-  lead = sentences.lead(typed(result))
-  assert lead.endswith(' after. At the start of the run it was 94.1 %.')
+  answer = sentences.answer(typed(result))
+  assert answer.endswith(' after. At the start of the run it was 94.1 %.')
 
 
 def test_the_largest_difference_is_said_and_so_is_its_absence(result):
@@ -213,6 +213,18 @@ def test_notes_are_of_surgery_and_of_timing(result):
   notes = sentences.notes(typed(result))
   assert len(notes) == 3
   assert notes[-1] == 'batch 128: a note about its timing'
+
+
+def test_the_page_asks_a_question_in_the_name_of_the_method(result, netcut):
+  assert sentences.question(typed(result)) == (
+    'Trainable gates: how accurate is resnet20 on digits with 50 % of its FLOPs?'
+  )
+  assert sentences.question(typed(netcut[0])) == (
+    'NetCut: how many of its layers does mlp20x200 on fashion_mnist need?'
+  )
+  assert sentences.answer(typed(result)).startswith(
+    'Requested 50.0 % of the FLOPs, reached 49.95 %; test accuracy 98.3 % before, 98.1'
+  )
 
 
 def test_a_run_without_a_seed_has_none_in_its_title(result):
@@ -357,11 +369,11 @@ def test_heads_that_were_cut_away_are_named(sidenet):
   assert 'Nobody leaves at exit1, exit2, which are cut away' in cut()
 
 
-def test_the_lead_tells_what_training_with_heads_did_to_the_network(sidenet):
-  after = 'Test accuracy: MainNet 93.87 %, cascade 93.56 %.'
-  assert sentences.lead(typed(sidenet)).endswith(after)
+def test_the_answer_tells_what_training_with_heads_did_to_the_network(sidenet):
+  after = '; test accuracy: MainNet 93.87 %, cascade 93.56 %.'
+  assert sentences.answer(typed(sidenet)).endswith(after)
   sidenet['cascade']['original'] = {'test': 0.9412}
   after = (
     'MainNet 93.87 % (94.12 % before it was trained with its heads), cascade 93.56 %.'
   )
-  assert sentences.lead(typed(sidenet)).endswith(after)
+  assert sentences.answer(typed(sidenet)).endswith(after)

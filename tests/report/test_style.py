@@ -8,16 +8,40 @@ from matplotlib.figure import Figure
 from depthprune.report import charts, style
 from tests.report.runs import typed
 
+SVG = '{http://www.w3.org/2000/svg}'
+
 
 def test_svg_is_well_formed_takes_the_page_s_colours_and_is_repeatable(result):
   widths = typed(result).widths
-  element = style.svg(charts.width_chart(widths))
+  draw = lambda: style.svg(charts.width_chart(widths), 'Widths < 9', 'before & after')
+  element = draw()
   assert ElementTree.fromstring(element).tag.endswith('svg')
   for colour in (style.INK, style.FIRST, style.FAINT):
     bare = element.replace(f'var(--{style.ROLES[colour]}, {colour})', '')
     assert colour not in bare
     assert bare != element
-  assert element == style.svg(charts.width_chart(widths))
+  assert element == draw()
+
+
+def test_a_chart_says_what_it_is_and_its_labels_have_the_names_of_the_program(result):
+  chart = charts.width_chart(typed(result).widths)
+  root = ElementTree.fromstring(style.svg(chart, 'Widths < 9', 'before & after'))
+  assert root.get('role') == 'img'
+  assert [child.text for child in root[:2]] == ['Widths < 9', 'before & after']
+  names = {
+    ''.join(group[1].itertext()): group[0].text
+    for group in root.iter(f'{SVG}g')
+    if len(group) > 1 and group[0].tag == f'{SVG}title'
+  }
+  assert names['stage 1, block 0, first convolution'] == 'stage1/block0/conv1:3'
+  assert not any(group.get('id') for group in root.iter(f'{SVG}g'))
+
+
+def test_long_names_have_two_lines_on_a_telephone(result):
+  chart = charts.width_chart(typed(result).widths, style.NARROW)
+  (axes,) = chart.axes
+  said = [label.get_text() for label in axes.get_yticklabels()]
+  assert said[:2] == ['stem convolution', 'stage 1, block 0,\nfirst convolution']
 
 
 def test_no_two_roles_share_a_colour():

@@ -43,7 +43,7 @@ def test_the_first_weights_and_the_network_alone_have_rows_of_their_own(result):
   assert found['accuracy, at the start'] == start
   assert found['accuracy, trained alone'][-1] == '+0.16 points'
   tile, *_ = tables.tiles(typed(result))
-  assert tile == ('98.1 %', 'accuracy, against it alone', '+0.16 points')
+  assert tile[:3] == ('98.1 %', 'accuracy, against it alone', '+0.16 points')
 
 
 def test_tasks_and_pixels_have_rows_of_their_own(result):
@@ -73,11 +73,11 @@ def test_a_network_that_had_to_be_compiled_says_how_long(netcut):
 
 def test_the_tiles_of_a_pruned_network_are_its_few_numbers(result):
   assert list(tables.tiles(typed(result))) == [
-    ('98.1 %', 'accuracy', '-0.27 points'),
-    ('49.9 %', 'FLOPs kept', '5.07 M → 2.53 M'),
-    ('48.2 %', 'parameters kept', '272 k → 131 k'),
-    ('1.26 ×', 'speed-up, batch 1', '1.21 → 0.960 ms'),
-    ('1.55 ×', 'speed-up, batch 128', '18.4 → 11.9 ms'),
+    ('98.1 %', 'accuracy', '-0.27 points', ''),
+    ('49.9 %', 'FLOPs kept', '5.07 M → 2.53 M', ''),
+    ('48.2 %', 'parameters kept', '272 k → 131 k', ''),
+    ('1.26 ×', 'speed-up, batch 1', '1.21 → 0.960 ms', ''),
+    ('1.55 ×', 'speed-up, batch 128', '18.4 → 11.9 ms', ''),
   ]
 
 
@@ -85,7 +85,18 @@ def test_a_tile_of_speed_has_the_interval_that_quartiles_allow(result):
   quartiles = {'before_quartiles': [18.0, 19.0], 'after_quartiles': [11.8, 12.0]}
   result['latency_ms']['128'] |= quartiles
   *_, tile = tables.tiles(typed(result))
-  assert tile[:2] == ('1.55 ×', 'speed-up (1.50 to 1.61), batch 128')
+  assert tile == (
+    *('1.55 ×', 'speed-up, batch 128', '18.4 → 11.9 ms', 'quartiles: 1.50–1.61'),
+  )
+
+
+def test_the_accuracy_of_examples_has_an_interval_and_that_of_pixels_has_none(result):
+  result['images'] = {'test': 360}
+  tile, *_ = tables.tiles(typed(result))
+  assert tile.interval == '95 %: 96.0–99.1 %'
+  result['scores'] = {'before': {}, 'after': {'miou': 0.5}}
+  tile, *_ = tables.tiles(typed(result))
+  assert tile.interval == ''
 
 
 def test_widths_are_of_note_where_a_width_changed(result, implosion):
@@ -182,10 +193,10 @@ def test_what_was_not_executed_is_left_out(sidenet):
 
 def test_the_tiles_of_a_cascade_are_its_few_numbers(sidenet):
   assert list(tables.tiles(typed(sidenet))) == [
-    ('93.56 %', 'accuracy', '-0.31 points'),
-    ('64.8 %', 'FLOPs kept, ideal', '251 M → 163 M'),
-    ('67.1 %', 'FLOPs kept, padded', '251 M → 169 M'),
-    ('1.39 ×', 'speed-up, batch 128', '84.9 → 61.2 ms'),
+    ('93.56 %', 'accuracy', '-0.31 points', '95 %: 92.85–94.21 %'),
+    ('64.8 %', 'FLOPs kept, ideal', '251 M → 163 M', ''),
+    ('67.1 %', 'FLOPs kept, padded', '251 M → 169 M', ''),
+    ('1.39 ×', 'speed-up, batch 128', '84.9 → 61.2 ms', ''),
   ]
 
 
