@@ -114,10 +114,22 @@ class Sweep:
 @dataclasses.dataclass(frozen=True)
 class Report:
   """Show what a finished run reached, and write its report.html again; or the front of
-  a sweep, and write its front.svg again."""
+  a sweep, and write its report.html and its front.svg again."""
 
   run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar='RUN')]
   """Directory that `depthprune run` or `depthprune sweep` wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+  """Write one page about several finished runs: accuracy against cost, a table that
+  sorts, and the charts of the runs side by side."""
+
+  runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], SEVERAL]
+  """Directories that `depthprune run` wrote, or `depthprune sweep` for all its runs."""
+
+  to: Path = Path('compare.html')
+  """File for the page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +195,7 @@ COMMANDS: dict[str, type] = {
   'run': Run,
   'sweep': Sweep,
   'report': Report,
+  'compare': Compare,
   'export': Export,
   'bench': Bench,
   'models': Models,
@@ -241,6 +254,8 @@ def _obey(words: Sequence[str]) -> None:
   command, *more = map(parsed, each)
   if isinstance(command, Report):
     _report(command.run)
+  elif isinstance(command, Compare):
+    _compare(command)
   elif isinstance(command, Export):
     _export(command)
   elif isinstance(command, Bench):
@@ -368,14 +383,15 @@ def _next(*commands: str) -> None:
 def _report(path: Path) -> None:
   import rich
 
-  from depthprune.report import page, run_files, screen, sweep
+  from depthprune.report import compare, page, run_files, screen, sweep
 
   if (path / sweep.SWEEP).exists():
     found = sweep.read(path)
     with run_files.fitting(path):
       shown, drawn = sweep.screen(found), sweep.draw(found, path)
+      written = compare.write_sweep(found, path)
     rich.print(shown)
-    print(f'\n  {drawn}')
+    print(f'\n  {drawn}\n  {written}')
     return
   run = run_files.read(path)
   written = page.write(path)
@@ -385,6 +401,12 @@ def _report(path: Path) -> None:
   for note in run.notes:
     print(note)
   print(f'\n  {written}')
+
+
+def _compare(command: Compare) -> None:
+  from depthprune.report import compare
+
+  print(f'  {compare.write(command.runs, command.to)}')
 
 
 def _export(command: Export) -> None:

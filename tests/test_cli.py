@@ -120,6 +120,7 @@ def test_help_reads_no_comments(capsys):
 
 
 def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):
+  from depthprune.report import compare
   from depthprune.report import sweep as front
   from depthprune.run import sweep
 
@@ -128,6 +129,7 @@ def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(front, 'read', lambda path: path)
   monkeypatch.setattr(front, 'screen', lambda found: f'screen of {found}')
   monkeypatch.setattr(front, 'draw', lambda found, path: path / 'front.svg')
+  monkeypatch.setattr(compare, 'write_sweep', lambda found, path: path / 'a.html')
   (tmp_path / 'sweep.json').touch()
   words = f'sweep gates --target 0.3 50% --at-once 3 --seed 0 1 --workdir {tmp_path}'
   assert cli.main(words.split()) == 0
@@ -135,10 +137,11 @@ def test_a_sweep_is_the_runs_of_all_combinations(monkeypatch, tmp_path, capsys):
   found = [(config.options.target, config.seed) for config in planned.runs]
   assert found == [(0.3, 0), (0.3, 1), (0.5, 0), (0.5, 1)]
   assert at_once == 3
-  assert 'front.svg' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'front.svg' in said and 'a.html' in said
 
 
-ONE_WORD = 'run', 'sweep', 'report', 'export', 'bench', 'models', 'data'
+ONE_WORD = 'run', 'sweep', 'report', 'compare', 'export', 'bench', 'models', 'data'
 COMMANDS = [[], *([word] for word in ONE_WORD), ['run', 'gates'], ['sweep', 'gates']]
 
 
@@ -307,12 +310,23 @@ def test_a_report_is_made_without_jax(tmp_path):
   assert loaded > DRAWING and loaded & (HEAVY - DRAWING) == set()
 
 
+def test_runs_are_compared_without_jax(tmp_path):
+  runs = [
+    str(write_run(tmp_path / name, made_up_result(), made_up_gates())) for name in 'ab'
+  ]
+  to = tmp_path / 'page.html'
+  loaded = loaded_by(words_of(['compare', *runs, '--to', str(to)]))
+  assert 'Which of 2 runs' in to.read_text()
+  assert loaded > DRAWING and loaded & (HEAVY - DRAWING) == set()
+
+
 def test_the_report_of_a_sweep_is_made_without_jax(tmp_path):
   run = SweptRun(folder='a', settings={'seed': 0}, result=None, refused='too small')
   sweep = {'config': default('gates').to_json(), 'swept': {'seed': [0]}, 'runs': [run]}
   (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
   loaded = loaded_by(words_of(['report', str(tmp_path)]))
   assert (tmp_path / 'front.svg').is_file()
+  assert (tmp_path / 'report.html').is_file()
   assert loaded & (HEAVY - DRAWING) == set()
 
 

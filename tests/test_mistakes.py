@@ -81,6 +81,7 @@ WRONG = {
   'export --onnx': ['export: expected one RUN, got none'],
   'export --onnx a b': ['export: expected one RUN, got a b'],
   'bench': ['expected a run or a saved network, got none'],
+  'compare': ['expected a run or a sweep, got none'],
   # twice
   # values out of range, and values that do not go together
   'run gates --target 1.5': ['--target: expected a fraction in (0, 1], got 1.5', GATES],
@@ -107,6 +108,7 @@ WRONG = {
   'models resnet2': ["no model 'resnet2'", 'resnet20'],
   'report /gone': ['/gone: expected the directory of a run, found nothing'],
   'export /gone': ['/gone: expected the directory of a finished run'],
+  'compare /gone': ['/gone: expected the directory of a run, found nothing'],
   'bench /gone': ['/gone: expected the directory of a finished run'],
 }
 
@@ -133,7 +135,12 @@ def test_every_option_of_a_method_is_known_to_what_explains(word):
 
 
 def test_what_is_right_is_not_explained(capsys):
-  for words in ('report x', 'export --onnx x', 'bench a b --batches 1 2', 'models mlp'):
+  for words in (
+    'report x',
+    'export --onnx x',
+    'bench a b --batches 1 2',
+    'compare a b',
+  ):
     assert cli.parsed(words.split()) is not None
   assert capsys.readouterr() == ('', '')
 

@@ -1,4 +1,4 @@
-"""The report of a sweep: a table of its settings, and a chart of the best of them."""
+"""The report of a sweep: its settings in a table, a chart, and a page with both."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from rich.console import Group
 from rich.text import Text
 
@@ -17,14 +17,15 @@ from depthprune.report.exit_charts import name_points
 from depthprune.report.numbers import NONE, count, percent, spread
 from depthprune.report.run_files import RunError
 from depthprune.report.screen import PLAIN, indented, titled_table
-from depthprune.report.style import FIRST, INK, LINE, MUTED, new_figure, save
+from depthprune.report.style import FIRST, INK, LINE, MUTED, WIDE, new_figure, save
+from depthprune.report.tables import Table
 from depthprune.run import config
 from depthprune.storage import files
 from depthprune.train.options import shown
 from depthprune.train.recipe import COSTS
 from depthprune.train.result import Accuracies, Latency, SweepResult, structured
 
-SWEEP, PLOT = 'sweep.json', 'front.svg'
+SWEEP, PLOT, PAGE = 'sweep.json', 'front.svg', 'report.html'
 FRONT = '★ on the front: no other setting costs less and is as good on held-out data'
 SEEDS = 'of several seeds, the mean ± standard deviation'
 
@@ -56,25 +57,27 @@ class SweptSetting(NamedTuple):
     results: results of the finished runs.
     runs: number of runs, finished or not.
     of: the cost that counts, 'flops' or 'params'.
+    label: a name of its own.
   """
 
   values: tuple[Any, ...]
   results: tuple[SweepResult, ...]
   runs: int
   of: str
+  label: str = ''
 
   @property
   def name(self) -> str:
-    return ' '.join(map(shown, self.values)) or 'all seeds'
+    return self.label or ' '.join(map(shown, self.values)) or 'all seeds'
 
   def mean(self, of: Callable[[SweepResult], float]) -> float:
     """Averages a value of every finished run."""
     return statistics.mean(map(of, self.results))
 
   @property
-  def share(self) -> float:
-    """Mean share of the cost that is left."""
-    return self.mean(lambda result: getattr(result, self.of).kept)
+  def cost(self) -> float:
+    """Mean cost that is left."""
+    return self.mean(lambda result: getattr(result, self.of).after)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -126,65 +129,95 @@ def front(swept: Iterable[SweptSetting]) -> list[SweptSetting]:
 
   They are sorted by falling cost.
   """
-  at = lambda s: (s.share, -s.mean(lambda r: _after(r.held_out)))
+  at = lambda s: (s.cost, -s.mean(lambda r: _after(r.held_out)))
   measured = [setting for setting in swept if setting.results]
   return efficient([s for s in measured if all(map(math.isfinite, at(s)))], at)
 
 
-def rows(sweep: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
-  """Returns the head and the rows of the table, with dashes for missing results."""
-  swept = settings(sweep)
+def swept_names(sweep: Mapping[str, Any]) -> list[str]:
+  """Returns the names of the options that were swept, without the seed."""
+  return [name.replace('_', ' ') for name in sweep['swept'] if name != 'seed']
+
+
+def table(names: Sequence[str], swept: Sequence[SweptSetting]) -> Table:
+  """Returns a row for every setting, with dashes for missing results.
+
+  Args:
+    names: names of the settings' values.
+    swept: the settings.
+  """
   best = front(swept)
-  options = [name.replace('_', ' ') for name in sweep['swept'] if name != 'seed']
-  head = (*options, *('test', 'held-out', 'FLOPs', 'params', 'speed'))
-  return (*head, 'runs', ''), [_row(s, '★' if s in best else '') for s in swept]
+  counts = any(s.runs > 1 or not s.results for s in swept)
+  head = (*names, *('test', 'held-out', 'FLOPs', 'params', 'speed'))
+  return Table(
+    (*head, *('runs',) * counts, ''),
+    [(*_row(s), *(_finished(s),) * counts, '★' if s in best else '') for s in swept],
+  )
 
 
 def screen(sweep: Mapping[str, Any]) -> Group:
   """Returns the table of a sweep and its notes for `rich.print`."""
-  head, lines = rows(sweep)
+  head, lines = table(swept_names(sweep), settings(sweep))
   first, swept = sweep['config'], sweep['swept']
   several = lambda key: ', '.join(map(str, swept.get(key, [first[key]])))
   title = f'{first["method"]}, {several("model")} on {several("data")}'
-  table = titled_table(title, **PLAIN)
+  cells = titled_table(title, **PLAIN)
   for name in head:
-    table.add_column(name, justify='right', no_wrap=True)
+    cells.add_column(name, justify='right', no_wrap=True)
   for line in lines:
-    table.add_row(*line)
-  refused = [f'{r["folder"]}: {r["refused"]}' for r in sweep['runs'] if r['refused']]
-  runs = max((len(s.results) for s in settings(sweep)), default=0)
-  notes = [FRONT * any('★' in line for line in lines), SEEDS * (runs > 1)]
-  return Group(table, Text(), *indented([*_before(sweep), *notes, *refused]))
+    cells.add_row(*line)
+  said = [*explained(settings(sweep)), *refused(sweep)]
+  return Group(cells, Text(), *indented(said))
 
 
-def chart(sweep: Mapping[str, Any]) -> Figure:
+def refused(sweep: Mapping[str, Any]) -> list[str]:
+  """Returns which runs were refused, and why."""
+  return [f'{r["folder"]}: {r["refused"]}' for r in sweep['runs'] if r['refused']]
+
+
+def explained(swept: Sequence[SweptSetting]) -> list[str]:
+  """Returns how to read the table: the network before, the front and the seeds."""
+  runs = max((len(s.results) for s in swept), default=0)
+  return [*_before(swept), FRONT * bool(front(swept)), SEEDS * (runs > 1)]
+
+
+def chart(swept: Sequence[SweptSetting], width: float = WIDE) -> Figure:
   """Draws test accuracy against the cost that is left: seeds, means and the front.
 
-  A line joins the settings of the front, and the network before pruning is dashed.
+  A line joins the settings of the front, and the network before pruning is dashed. Of
+  one network the cost is the share that is left, of several it is a number.
+
+  Args:
+    swept: the settings.
+    width: inches of the chart.
   """
-  measured = [setting for setting in settings(sweep) if setting.results]
-  best = front(measured)
-  with new_figure(3.4) as figure:
+  measured = [setting for setting in swept if setting.results]
+  best, alike = front(measured), len(networks_before(measured)) == 1
+  part = 'kept' if alike else 'after'
+  left = lambda s, r: getattr(getattr(r, s.of), part)
+  at = lambda s: (s.mean(lambda r: left(s, r)), s.mean(lambda r: _after(r.accuracy)))
+  with new_figure(3.4, width) as figure:
     axes = figure.subplots()
     for s in measured:
-      points = [(getattr(r, s.of).kept, _after(r.accuracy)) for r in s.results]
+      points = [(left(s, r), _after(r.accuracy)) for r in s.results]
       axes.plot(*zip(*points), '.', color=MUTED, ms=4, alpha=0.6)
-    at = lambda s: (s.share, s.mean(lambda r: _after(r.accuracy)))
     for s in measured:
       filled = FIRST if s in best else 'none'
       axes.plot(*at(s), 'o', color=FIRST, mfc=filled, ms=6)
     if best:
       axes.plot(*zip(*map(at, best)), color=FIRST, lw=1.5, label='front')
-      if len(networks_before(sweep)) == 1:
+      if alike:
         before = statistics.mean(s.mean(lambda r: r.accuracy.before) for s in measured)
         axes.axhline(before, color=MUTED, lw=1, ls=(0, (4, 3)), label='before')
       axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    axes.set_xlabel(
-      f'{COSTS[measured[0].of] if measured else "FLOPs"}, share that is left'
-    )
+    cost = COSTS[measured[0].of] if measured else 'FLOPs'
+    axes.set_xlabel(f'{cost}, share that is left' if alike else f'{cost} that are left')
     axes.set_ylabel('test accuracy', color=INK)
-    for axis in (axes.xaxis, axes.yaxis):
-      axis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(round(width), steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(
+      PercentFormatter(1) if alike else FuncFormatter(lambda x, _: count(x))
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(color=LINE, lw=0.5)
     figure.draw_without_rendering()  # lays out: names need to know where points are
     drawn = {s.name: at(s) for s in measured}
@@ -194,16 +227,15 @@ def chart(sweep: Mapping[str, Any]) -> Figure:
 
 def draw(sweep: Mapping[str, Any], path: Path) -> Path:
   """Writes the chart beside sweep.json, and returns its file."""
-  save(chart(sweep), path / PLOT)
+  save(chart(settings(sweep)), path / PLOT)
   return path / PLOT
 
 
-def _row(s: SweptSetting, mark: str) -> Sequence[str]:
+def _row(s: SweptSetting) -> Sequence[str]:
   of = lambda value, digits=2: (
     spread(map(value, s.results), digits) if s.results else NONE
   )
   times = [r.latency_ms['128'] for r in s.results if '128' in r.latency_ms]
-  finished = len(s.results)
   return (
     *map(shown, s.values),
     _accuracy([r.accuracy for r in s.results]),
@@ -211,17 +243,20 @@ def _row(s: SweptSetting, mark: str) -> Sequence[str]:
     of(lambda r: 100 * r.flops.kept, 1),
     of(lambda r: 100 * r.params.kept, 1),
     _speed(times),
-    f'{finished}' if finished == s.runs else f'{finished}/{s.runs}',
-    mark,
   )
 
 
-def _before(sweep: Mapping[str, Any]) -> Iterator[str]:
+def _finished(s: SweptSetting) -> str:
+  finished = len(s.results)
+  return f'{finished}' if finished == s.runs else f'{finished}/{s.runs}'
+
+
+def _before(swept: Sequence[SweptSetting]) -> Iterator[str]:
   """Yields sentences about the network before, and where speed was measured."""
-  results = [result for s in settings(sweep) for result in s.results]
+  results = [result for s in swept for result in s.results]
   if not results:
     return
-  before = networks_before(sweep)
+  before = networks_before(swept)
   if len(before) == 1:
     ((flops, params),) = before
     accuracy = percent(statistics.mean(r.accuracy.before for r in results), 2)
@@ -236,10 +271,9 @@ def _before(sweep: Mapping[str, Any]) -> Iterator[str]:
   yield f'All in %{speed * bool(timed)}'
 
 
-def networks_before(sweep: Mapping[str, Any]) -> set[tuple[float, float]]:
+def networks_before(swept: Iterable[SweptSetting]) -> set[tuple[float, float]]:
   """Returns (FLOPs, parameters) of the networks that the runs began with."""
-  results = [result for s in settings(sweep) for result in s.results]
-  return {(r.flops.before, r.params.before) for r in results}
+  return {(r.flops.before, r.params.before) for s in swept for r in s.results}
 
 
 def _accuracy(each: Sequence[Accuracies]) -> str:

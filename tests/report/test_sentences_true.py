@@ -59,14 +59,16 @@ def on_screen(result: Result) -> str:
 
 def on_page(result: Result) -> str:
   """The text of the page; charts, which take most of the time, are not drawn."""
-  with mock.patch.object(page, '_svg', lambda figure: None):
+  with mock.patch.object(page.Picture, 'svg', lambda picture, width: ''):
     return text_of(result)
 
 
 def text_of(result: Result, gates: Sequence[dict] = ()) -> str:
   text = page.page(FinishedRun(Path(), result, [], [*gates], []))
   drawn = re.findall('<text[^>]*>([^<]*)', text)
-  text = re.sub(r'(?s)<style.*?</style>|<pre.*?</pre>|<svg.*?</svg>', ' ', text)
+  text = re.sub(
+    r'(?s)<style.*?</style>|<pre.*?</pre>|<script.*?</script>|<svg.*?</svg>', ' ', text
+  )
   text += ' '.join(drawn)
   return ' '.join(re.sub('<[^>]*>', ' ', text).split())
 
@@ -210,10 +212,15 @@ def swept(*measured: Latency, **fields) -> dict:
   return {'config': default('gates').to_json(), 'swept': {'seed': seeds}, 'runs': runs}
 
 
+def cells_of(values: dict) -> tables.Table:
+  return sweep.table(sweep.swept_names(values), sweep.settings(values))
+
+
 def test_the_sweep_says_the_same_as_the_report():
-  column = lambda *each: dict(
-    zip(*(sweep.rows(swept(*each))[0], sweep.rows(swept(*each))[1][0]))
-  )
+  def column(*each: Latency) -> dict[str, str]:
+    head, (row,) = cells_of(swept(*each))
+    return dict(zip(head, row))
+
   equal = latency(2.0, 1.94, runs=50, faster=28)
   assert column(equal, equal)['speed'] == 'no difference'
   slower = latency(1.0, 2.0, runs=50, faster=0)
@@ -232,15 +239,15 @@ def test_an_accuracy_that_is_not_a_number_is_called_so():
   row = tables.costs(pruned(accuracy=Accuracies(0.98, NAN))).rows[0]
   assert row[1:] == ('98.00 %', '', 'not a number', '')
   (tile, *_) = tables.tiles(pruned(accuracy=Accuracies(0.98, NAN)))
-  assert tile == ('not a number', 'accuracy', '')
+  assert tile[:3] == ('not a number', 'accuracy', '')
 
 
 def test_an_accuracy_that_was_not_measured_is_not_zero():
   result = pruned(accuracy=Accuracies(0.98))
   (tile, *_) = tables.tiles(result)
-  assert tile == ('–', 'accuracy', '')
+  assert tile == ('–', 'accuracy', '', '')
   said = everywhere(result)
-  assert 'Test accuracy 98.0 % before, – after' in said
+  assert 'test accuracy 98.0 % before, – after' in said
   assert not re.search(r'\b0\.00? %|-98', said)
 
 
@@ -272,7 +279,7 @@ def test_percentages_are_those_of_the_file_rounded(fraction, other):
   result = pruned(
     accuracy=Accuracies(fraction, other), flops=Change(1e6, 1e6 * fraction)
   )
-  shown = [float(x) for x in re.findall(r'([\d.]+) %', sentences.lead(result))]
+  shown = [float(x) for x in re.findall(r'([\d.]+) %', sentences.answer(result))]
   before, after = shown[-2:]
   assert before == pytest.approx(100 * fraction, abs=0.051)
   assert after == pytest.approx(100 * other, abs=0.051)
@@ -521,7 +528,7 @@ def test_what_a_result_may_lack_is_not_made_up(method):
 def sweep_on_screen(values: dict) -> str:
   console = Console(width=400, record=True, file=io.StringIO())
   console.print(sweep.screen(values))
-  sweep.chart(values)
+  sweep.chart(sweep.settings(values))
   return ' '.join(console.export_text().split())
 
 
@@ -558,6 +565,6 @@ def test_a_sweep_without_a_front_or_a_time_does_not_explain_them():
 @pytest.mark.parametrize(('after', 'cell'), [(None, '–'), (NAN, 'not a number')])
 def test_an_unknown_accuracy_of_a_sweep_is_not_zero_and_not_on_the_front(after, cell):
   values = swept(FASTER, FASTER, after=after)
-  _, (row,) = sweep.rows(values)
+  _, (row,) = cells_of(values)
   assert row[:2] == (cell, cell) and row[-1] == ''
   assert not re.search(r'★|\bnan\b', sweep_on_screen(values))

@@ -3,11 +3,13 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from depthprune.report import sweep as front
 from depthprune.report.run_files import RunError
+from depthprune.report.tables import Table
 
 
 def run(target: float, seed: int, accuracy: float | None, held_out: float = 0) -> dict:
@@ -47,8 +49,12 @@ def sweep() -> dict:
   return {'config': config, 'swept': swept, 'runs': runs}
 
 
+def table(sweep: dict) -> Table:
+  return front.table(front.swept_names(sweep), front.settings(sweep))
+
+
 def test_a_line_is_a_setting_over_its_seeds_and_a_dash_what_is_not_there(sweep):
-  head, lines = front.rows(sweep)
+  head, lines = table(sweep)
   assert head == (
     *('target', 'test', 'held-out', 'FLOPs', 'params', 'speed', 'runs', ''),
   )
@@ -87,7 +93,7 @@ def test_the_screen_says_what_was_refused_and_fits(sweep):
 
 
 def test_the_chart_has_all_that_is_there_and_the_front_as_a_line(sweep, tmp_path):
-  figure = front.chart(sweep)
+  figure = front.chart(front.settings(sweep))
   (axes,) = figure.axes
   lines = {str(line.get_label()): line for line in axes.lines}
   assert lines['front'].get_xdata() == pytest.approx([0.8, 0.5])
@@ -100,8 +106,26 @@ def test_the_chart_has_all_that_is_there_and_the_front_as_a_line(sweep, tmp_path
 def test_a_sweep_without_a_result_yet_has_dashes_and_an_empty_chart(sweep):
   for row in sweep['runs']:
     row['result'] = None
-  assert {line[1] for line in front.rows(sweep)[1]} == {'–'}
-  assert front.chart(sweep).axes
+  assert {line[1] for line in table(sweep).rows} == {'–'}
+  assert front.chart(front.settings(sweep)).axes
+
+
+def test_single_runs_are_not_counted(sweep):
+  sweep['runs'] = [row for row in sweep['runs'] if row['result']][::2]
+  assert [setting.runs for setting in front.settings(sweep)] == [1, 1, 1]
+  assert table(sweep).head[-2:] == ('speed', '')
+
+
+def test_different_networks_are_compared_by_what_they_cost(sweep):
+  """A larger network has half of its FLOPs left, and costs more than 0.8 of another."""
+  large = sweep['runs'][0]
+  large['result']['flops'] = {'before': 2e7, 'after': 1e7}
+  sweep['runs'] = [large, sweep['runs'][4]]
+  (best,) = front.front(front.settings(sweep))
+  assert best.values == (0.8,)
+  (axes,) = front.chart(front.settings(sweep)).axes
+  assert axes.get_xlabel() == 'FLOPs that are left'
+  assert max(np.max(line.get_xdata()) for line in axes.lines) == 1e7
 
 
 def test_seeds_alone_are_one_setting(sweep):
