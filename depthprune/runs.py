@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from depthprune import methods
-from depthprune.report import charts, exit_charts, page, run_files, screen, tables
+from depthprune.report import charts, page, run_files, screen, style, tables
 from depthprune.run import rounds
 from depthprune.run.config import OPTIONS, Config, default
 from depthprune.train.options import ConfigError
@@ -43,7 +42,14 @@ class Run:
   @functools.cached_property
   def charts(self) -> dict[str, Figure]:
     """The charts of the run's report, matplotlib figures by their titles."""
-    return dict(_charts(run_files.read(self.path)))
+    run, cascade = run_files.read(self.path), self.result.cascade
+    pictures = [*page.pictures(run)]
+    if cascade:
+      pictures = [*page.cascade_pictures(self.result, cascade), *pictures]
+    figures = {picture.title: picture.draw(style.WIDE) for picture in pictures}
+    if tables.narrowed(self.result):
+      figures['Widths of the layers'] = charts.width_chart(self.result.widths)
+    return figures
 
 
 def run_method(method: str, show: bool = True, **options: Any) -> Run:
@@ -114,28 +120,3 @@ def configured(method: str, **options: Any) -> Config:
   chosen = {name: value for name, value in named.items() if name in own}
   rest = {name: value for name, value in named.items() if name not in own}
   return default(method, kind(**chosen), **rest)
-
-
-def _charts(run: run_files.FinishedRun) -> Iterator[tuple[str, Figure]]:
-  """Yields the titles and charts for which a run has data, as its page shows them."""
-  result, recipe = run.result, methods.recipe(run.result.method)
-  if cascade := result.cascade:
-    series = exit_charts.collect_series((cascade, result.accuracy, result.flops))
-    yield 'Accuracy against FLOPs', exit_charts.compute_curve({'': series})
-    if cascade.shares:
-      right = tables.accuracy_of_leavers(cascade)
-      yield 'Where examples leave', exit_charts.leaving(cascade.shares, right)
-  if recipe.erases_units and result.rounds:
-    points = [(each.units, each.held_out) for each in result.rounds]
-    curves = {'': charts.collect_curve(points)}
-    yield 'Accuracy by erased units', charts.erased_curve(curves, 'held-out accuracy')
-  for chart in recipe.charts:
-    figure = charts.draw(chart, run)
-    if figure is not None:
-      yield chart.title, figure
-  if tables.narrowed(result):
-    yield 'Widths of the layers', charts.width_chart(result.widths)
-  if run.history:
-    target = recipe.target(result.options)
-    fraction, cost = (target.fraction, target.cost) if target else (None, 'flops')
-    yield 'Training', charts.training_curves(run.history, fraction, cost)

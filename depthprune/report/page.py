@@ -170,36 +170,37 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     'wide numbers',
     small=[*said, sentences.reading(cascade)],
   )
-  series = exit_charts.collect_series((cascade, result.accuracy, result.flops))
-  yield alone(
-    Picture(
-      'Accuracy against FLOPs',
-      sentences.CURVE,
-      lambda width: exit_charts.compute_curve({'': series}, width),
-    )
-  )
+  curve, *others = cascade_pictures(result, cascade)
+  yield alone(curve)
   yield Section(
     'Exits',
     tables.exits(cascade),
     'wide numbers tap',
     small=[sentences.EXITS, sentences.cut_heads(cascade)],
   )
+  yield from map(alone, others)
+
+
+def cascade_pictures(result: Result, cascade: CascadeResult) -> Iterator[Picture]:
+  """Yields the charts of a cascade: accuracy against cost first, then its exits."""
+  series = exit_charts.collect_series((cascade, result.accuracy, result.flops))
+  yield Picture(
+    'Accuracy against FLOPs',
+    sentences.CURVE,
+    lambda width: exit_charts.compute_curve({'': series}, width),
+  )
   if cascade.shares:
     right = tables.accuracy_of_leavers(cascade)
-    yield alone(
-      Picture(
-        'Where examples leave',
-        sentences.LEAVING,
-        lambda width: exit_charts.leaving(cascade.shares, right, width),
-      )
+    yield Picture(
+      'Where examples leave',
+      sentences.LEAVING,
+      lambda width: exit_charts.leaving(cascade.shares, right, width),
     )
   if cascade.calibration:
-    yield alone(
-      Picture(
-        'Reliability',
-        sentences.RELIABILITY,
-        lambda width: exit_charts.reliability(cascade.calibration, width),
-      )
+    yield Picture(
+      'Reliability',
+      sentences.RELIABILITY,
+      lambda width: exit_charts.reliability(cascade.calibration, width),
     )
 
 
