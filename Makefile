@@ -6,7 +6,7 @@ TARGET ?= 0.5
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs package
+.PHONY: demo test lint format docs notebooks package
 
 demo: .venv/.library
 	$(BIN)/depthprune run gates --data $(DATA) --model $(MODEL) --target $(TARGET) \
@@ -25,6 +25,9 @@ docs: .venv/.docs
 
 package: .venv/.dev
 	.ci/package
+
+notebooks: .venv/.dev
+	$(BIN)/python colab/execute.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ class Run:
   result: Result
 
   def __str__(self) -> str:
-    console = Console(width=80, no_color=True, highlight=False)
-    with console.capture() as captured:
-      console.print(screen.screen(self.result))
-    return captured.get().rstrip()
+    text = io.StringIO()
+    Console(file=text, width=80, color_system=None, force_jupyter=False).print(
+      screen.screen(self.result)
+    )
+    lines = text.getvalue().splitlines()
+    return '\n'.join(line.rstrip() for line in lines).rstrip()
 
   @functools.cached_property
   def charts(self) -> dict[str, Figure]:
