@@ -48,13 +48,13 @@ def write(paths: Sequence[str | Path], to: str | Path) -> Path:
     for (name, run), values in zip(runs.items(), options.rows, strict=True)
   ]
   table = sweep.table(('run', *options.head), swept)
-  data = {run.result.data: None for run in runs.values()}
-  of_several = f'the runs are of different data, {", ".join(data)}: their accuracies '
+  data = list(dict.fromkeys(run.result.data for run in runs.values()))
+  warning = f'accuracies on different data cannot be compared: {", ".join(data)}'
   text = render(
     title=f'Which of {len(runs)} runs is worth having?',
     answer=_answer(swept),
     sections=[
-      *_sections(swept, table, [f'{of_several}do not compare'] * (len(data) > 1)),
+      *_sections(swept, table, [warning] * (len(data) > 1)),
       *_side_by_side(runs),
     ],
     facts={'runs': ', '.join(str(run.path) for run in runs.values())},
@@ -197,9 +197,11 @@ def _side_by_side(runs: Mapping[str, FinishedRun]) -> Iterator[Section]:
   drawn: dict[Picture, list[Drawn]] = {}
   titles: dict[str, Picture] = {}
   for name, run in runs.items():
-    for picture in (*_widths(run.result), *pictures(run)):
-      first = titles.setdefault(picture.title, picture)
-      drawn.setdefault(first, []).append(Drawn(picture.svg(style.NARROW), name=name))
+    with run_files.fitting(run.path):
+      for picture in (*_widths(run.result), *pictures(run)):
+        first = titles.setdefault(picture.title, picture)
+        chart = Drawn(picture.svg(style.NARROW), name=name)
+        drawn.setdefault(first, []).append(chart)
   for picture, charts_ in drawn.items():
     yield Section(picture.title, charts=charts_, small=[picture.description])
 
