@@ -44,7 +44,8 @@ def verdicts() -> str:
     ),
     gates(
       'Trainable gates are worth their training: a pretrained ResNet-20 at half of its '
-      'FLOPs, 15,000 images, above cuts by L1 norm with the same epochs and teacher',
+      'FLOPs, 15,000 images, above cuts by L1 norm with the same epochs, teacher and '
+      'refit',
       'resnet20_cifar10',
       full=False,
       target=0.5,

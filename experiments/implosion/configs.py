@@ -112,7 +112,7 @@ def resnet56_distilled(arguments: Arguments) -> list[Case]:
     batch=64,
     gate_epochs=0,
     finetune_epochs=45,
-    learning_rate=0.02,
+    learning_rate=0.01,
     distill=True,
   )
   small = {
