@@ -112,9 +112,11 @@ def trainable_gates(
       '50%'. Or {pattern: channels},
       as in `oneshot`: how many channels the matching arrays are to produce; the gates
       then learn which.
-    of: the cost: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', measured now
-      on this device for a batch of 128; for another batch
-      `milliseconds(coupling, batch, round_to=round_to)`.
+    of: the cost: 'flops' (1 MAC = 2 FLOPs), 'params', 'bytes' (of the variables and of
+      a cache with which the network was coupled), or 'milliseconds', measured now on
+      this device for a batch of 128; for another batch
+      `milliseconds(coupling, batch, round_to=round_to)`. Or a function of (coupling,
+      gates), as those in `cost` are: the larger of two costs, say.
     strength: weight of the squared distance to the target in the loss.
     gate_lr: learning rate of the gate weights.
     surrogate: derivative of a gate by its weight in the backward pass: 'constant' (1),

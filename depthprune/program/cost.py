@@ -81,6 +81,29 @@ def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
   )
 
 
+def stored_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
+  """Returns the bytes of the variables, and of what is carried from call to call.
+
+  That is what a network that writes keeps in memory: its weights, and a key/value cache
+  if it was coupled with one, of the batch and length of that cache.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    gates: what is kept: None, a keep tree or float gates, as in `flops`.
+
+  Returns:
+    An int for None or a keep tree; for float gates a float32 scalar that can be
+    differentiated.
+  """
+  view, count, alive = _reading(coupling, gates)
+  stored = {view.leaves[p]: dims for p, dims in coupling.axes.items()}
+  carried = {v: view.facts.dims[v] for v in view.carried}
+  return sum(
+    alive(v) * math.prod(map(count, dims)) * v.dtype.itemsize
+    for v, dims in {**stored, **carried}.items()
+  )
+
+
 def peak_bytes(coupling: Coupling, gates: Mapping | None = None) -> Any:
   """Returns the most bytes of inputs and intermediate values held at the same time.
 

@@ -90,9 +90,11 @@ def oneshot(
     scope: 'global' ranks all channels of the network together, after dividing the
       scores of each group by their mean (of their sizes, where some are negative);
       'uniform' keeps the same fraction of each group.
-    of: what is counted: 'flops' (1 MAC = 2 FLOPs), 'params', or 'milliseconds', which
-      are measured now, on this device, with a batch of 128. For another batch pass
-      `milliseconds(coupling, batch, round_to=round_to)`.
+    of: what is counted: 'flops' (1 MAC = 2 FLOPs), 'params', 'bytes' (of the variables
+      and of a cache with which the network was coupled), or 'milliseconds', which are
+      measured now, on this device, with a batch of 128. For another batch pass
+      `milliseconds(coupling, batch, round_to=round_to)`. Or a function of (coupling,
+      gates), as those in `cost` are; errors call it by its name.
     round_to: widths become multiples of this, and the target counts them so. 'auto'
       takes what this device is fast at: 8 on a CPU or GPU, 128 on a TPU, and less for
       groups with few channels (8 below 256 on a TPU; 4 below 32, 2 below 16, 1 below

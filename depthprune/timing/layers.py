@@ -47,7 +47,7 @@ SECONDS = 4.0  # spent on all calls together, though each has at least nine turn
 EVEN = (0, 0.25, 0.5, 0.75, 1)  # fractions of all widths; 0 is the least width
 # Fractions of the widths of a layer, by the number of its axes that can be cut.
 PARTS = {1: EVEN, 2: (0, 0.25, 0.5, 1), 3: (0, 0.5, 1), 4: (0, 1), 5: (0, 1)}
-COSTS = {'flops': cost.flops, 'params': cost.params}
+COSTS = {'flops': cost.flops, 'params': cost.params, 'bytes': cost.stored_bytes}
 TIME = 'milliseconds'
 
 CostFunction = Callable[[Coupling, Mapping | None], Any]
@@ -252,15 +252,19 @@ def counted(
 
   Args:
     coupling: of the network, made by `couple`.
-    of: 'flops', 'params', 'milliseconds' (which are measured now), or a cost function
-      such as `milliseconds(coupling, batch=8)` returns.
+    of: 'flops', 'params', 'bytes', 'milliseconds' (which are measured now), or a cost
+      function such as `milliseconds(coupling, batch=8)` returns. One of a user's own is
+      called by its own name.
     round_to: widths will be multiples of this, or 'auto'.
 
   Raises:
     ValueError: an unknown name, or one of the reasons of `milliseconds`.
   """
   if callable(of):
-    return next((name for name, known in COSTS.items() if known is of), TIME), of
+    if isinstance(of, Milliseconds):
+      return TIME, of
+    named = getattr(of, '__name__', '').replace('<lambda>', '') or 'cost'
+    return next((name for name, known in COSTS.items() if known is of), named), of
   if of == TIME:
     return of, milliseconds(coupling, round_to=round_to)
   if of not in COSTS:

@@ -268,3 +268,25 @@ def test_rounded_gates_count_what_is_built_and_pass_the_slope_through():
   assert math.isclose(count(gates), 16, rel_tol=1e-6)
   slope = jax.grad(count)(gates)['channels']['a']
   np.testing.assert_array_equal(slope, np.ones(32))
+
+
+def test_bytes_are_those_of_the_arrays_and_of_the_cache_that_is_left():
+  """Fewer groups of queries make the weights and the cache smaller, by hand."""
+  model = build('decoder_tiny')
+  tokens = jnp.zeros((2, 4), jnp.int32)
+  cache = model.empty_cache(batch=2, length=8)
+  variables = model.init(jax.random.key(0), tokens)
+  coupling = couple(model, variables, tokens, cache=cache)
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  whole = size(variables['params']) + size(cache)
+  assert cost.stored_bytes(coupling) == whole
+  without = couple(model, variables, tokens)
+  assert cost.stored_bytes(without) == size(variables['params'])
+  group = 'layer0/attention/query:1'
+  keep = {'channels': {group: np.array([True, False])}}
+  heads, width, per_head = 2, 16, 4
+  weights = (heads + 1 + 1 + heads) * width * per_head  # query, key, value, out
+  kept = 2 * 8 * (per_head + per_head)  # of the batch and the length of the cache
+  assert whole - cost.stored_bytes(coupling, keep) == 4 * (weights + kept)
+  gates = {'channels': {group: jnp.array([1.0, 0.0])}}
+  assert cost.stored_bytes(coupling, gates) == cost.stored_bytes(coupling, keep)

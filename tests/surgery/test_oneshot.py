@@ -219,7 +219,7 @@ def test_auto_is_what_it_stands_for_on_this_device(resnet20):
     ({'target': '10%', 'of': 'params'}, r'is 3 params.* the floor is 6 \(0.200 of 30'),
     ({'score': 'l3'}, 'score: expected one of l1, l2, random, taylor'),
     ({'scope': 'local'}, 'scope: expected one of global, uniform'),
-    ({'of': 'latency'}, 'of: expected one of flops, params, milliseconds'),
+    ({'of': 'latency'}, 'of: expected one of flops, params, bytes, milliseconds'),
     ({'score': 'random'}, "score='random' needs key"),
     ({'score': 'taylor'}, "which score='taylor' needs"),
   ],
@@ -428,3 +428,24 @@ def test_a_score_may_leave_out_what_is_excluded():
 def test_scores_of_ones_own_that_do_not_fit_are_refused(score, error, message):
   with pytest.raises(error, match=message):
     oneshot(COUPLING, ARRAYS, 0.5, score=score)
+
+
+def test_a_cost_of_ones_own_is_called_by_its_name():
+  """The larger of two costs, each as a part of what it may be: the tighter decides."""
+  coupling = COUPLING
+
+  def of_both(coupling, gates=None):
+    parts = {cost.flops: 0.7, cost.params: 0.6}
+    return max(of(coupling, gates) / of(coupling, None) / p for of, p in parts.items())
+
+  keep = oneshot(coupling, ARRAYS, 0.6, of=of_both)
+  shares = [of(coupling, keep) / of(coupling) for of in (cost.flops, cost.params)]
+  assert shares[0] < 0.7 and abs(shares[1] - 0.6) < 0.05  # one weight is 0.03
+  with pytest.raises(ValueError, match='of_both'):
+    oneshot(coupling, ARRAYS, 0.0001, of=of_both)
+
+
+def test_bytes_are_a_cost():
+  coupling = COUPLING
+  keep = oneshot(coupling, ARRAYS, '50%', of='bytes')
+  assert cost.stored_bytes(coupling, keep) <= 0.5 * cost.stored_bytes(coupling)
