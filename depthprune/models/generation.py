@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from depthprune.models.decoder import Decoder
+from depthprune.program import arguments
 
 
 def generate(
@@ -20,8 +21,10 @@ def generate(
   tokens: jax.Array,
   steps: int,
   cache: Mapping[str, Any] | None = None,
+  key: jax.Array | None = None,
+  temperature: float = 1.0,
 ) -> jax.Array:
-  """Continues texts with the most probable token, again and again.
+  """Continues texts with the most probable token, or one drawn by chance.
 
   The first call reads the prompts, and every later one a single token of each::
 
@@ -36,46 +39,65 @@ def generate(
     tokens: the prompts, int [batch, length], all of one length.
     steps: number of tokens to add, at least 1.
     cache: the empty cache, by default that of the Decoder at the length of the result.
+    key: jax random key. With one, tokens are drawn by their probabilities; without, the
+      most probable one is taken.
+    temperature: logits are divided by it before tokens are drawn; above 0.
 
   Returns:
     int [batch, length + steps], the prompts and what follows them.
 
   Raises:
-    ValueError: no step, or the result would be longer than the model's positions.
+    ValueError: no step, a temperature that is not above 0, or the result would be
+      longer than the model's positions.
     TypeError: a function without a cache.
   """
+  arguments.number('temperature', temperature, above=0)
   if steps < 1:
     raise ValueError(f'generate: steps: expected at least 1, got {steps}')
   if cache is None:
     if not isinstance(model, Decoder):
       raise TypeError('generate: cache: expected the empty cache of a function')
     cache = model.empty_cache(tokens.shape[0], tokens.shape[1] + steps)
-  return _generated(model, variables, tokens, cache, steps)
+  keys = None if key is None else jax.random.split(key, steps)
+  return _generated(model, variables, tokens, cache, steps, keys, temperature)
 
 
 @partial(jax.jit, static_argnames=('model', 'steps'))
-def _generated(model, variables, tokens, cache, steps: int) -> jax.Array:
-  first, cache = _following(model, variables, tokens, cache)
-  added, _ = _continued(model, variables, first[:, -1], cache, steps - 1)
-  return jnp.concatenate([tokens, first[:, -1:], added], 1)
+def _generated(
+  model, variables, tokens, cache, steps: int, keys, temperature
+) -> jax.Array:
+  first, rest = (None, None) if keys is None else (keys[0], keys[1:])
+  choose = partial(_following, model, variables, temperature=temperature)
+  token, cache = choose(tokens, cache, first)
+  added, _ = _continued(choose, token[:, -1], cache, steps - 1, rest)
+  return jnp.concatenate([tokens, token[:, -1:], added], 1)
 
 
-def _following(model, variables, tokens, cache) -> tuple[jax.Array, Any]:
-  """The most probable token behind each of `tokens`, and the cache with these."""
+def _following(
+  model, variables, tokens, cache, key=None, temperature=1.0
+) -> tuple[jax.Array, Any]:
+  """The token behind each of `tokens`, drawn by a key if any; the cache with these."""
   run: Any = model.apply if isinstance(model, Decoder) else model
   outputs = run(variables, tokens, cache=cache)
-  return outputs['main'].argmax(-1).astype(tokens.dtype), outputs['cache']
+  logits = outputs['main']
+  if key is None:
+    chosen = logits.argmax(-1)
+  else:
+    chosen = jax.random.categorical(key, logits / temperature)
+  return chosen.astype(tokens.dtype), outputs['cache']
 
 
-def _continued(model, variables, token, cache, steps: int) -> tuple[jax.Array, Any]:
+def _continued(
+  choose: Callable, token, cache, steps: int, keys=None
+) -> tuple[jax.Array, Any]:
   """The tokens [batch, steps] behind one [batch], and the cache without the last."""
 
-  def step(carry, _):
+  def step(carry, key):
     token, cache = carry
-    best, cache = _following(model, variables, token[:, None], cache)
-    return (best[:, 0], cache), best[:, 0]
+    chosen, cache = choose(token[:, None], cache, key)
+    return (chosen[:, 0], cache), chosen[:, 0]
 
-  (_, cache), added = jax.lax.scan(step, (token, cache), length=steps)
+  (_, cache), added = jax.lax.scan(step, (token, cache), keys, length=steps)
   return added.T, cache
 
 
@@ -150,10 +172,11 @@ def speculate(
 @partial(jax.jit, static_argnames=('models', 'steps', 'ahead'))
 def _speculated(models, variables, tokens, caches, steps: int, ahead: int):
   """The text, the number of checks, and how many drafted tokens stayed in all."""
-  (model, draft), (large, small) = models, variables
+  by_large = partial(_following, models[0], variables[0])
+  by_draft = partial(_following, models[1], variables[1])
   batch, length = tokens.shape
-  first, cache = _following(model, large, tokens, caches[0])
-  _, drafted = _following(draft, small, tokens, caches[1])
+  first, cache = by_large(tokens, caches[0])
+  _, drafted = by_draft(tokens, caches[1])
   text = jnp.zeros((batch, length + steps + ahead), tokens.dtype)
   text = jax.lax.dynamic_update_slice(text, tokens, (0, 0))
   text = jax.lax.dynamic_update_slice(text, first[:, -1:], (0, length))
@@ -162,9 +185,9 @@ def _speculated(models, variables, tokens, caches, steps: int, ahead: int):
     text, known, cache, drafted, checks, kept = carry
     last = jax.lax.dynamic_slice(text, (0, known - 1), (batch, 1))
     # One token more than is checked, so that the cache has seen all that may stay.
-    guess, drafted = _continued(draft, small, last[:, 0], drafted, ahead + 1)
+    guess, drafted = _continued(by_draft, last[:, 0], drafted, ahead + 1)
     guess = guess[:, :ahead]
-    best, cache = _following(model, large, jnp.concatenate([last, guess], 1), cache)
+    best, cache = by_large(jnp.concatenate([last, guess], 1), cache)
     agreed = jnp.cumprod(guess == best[:, :ahead], axis=1).sum(1).min()
     text = jax.lax.dynamic_update_slice(text, best, (0, known))
     seen = {'length': known + agreed}  # the rest is written over

@@ -64,6 +64,24 @@ def test_a_single_step_and_what_is_impossible(cut):
     generate(pruned.apply, pruned.variables, PROMPTS, 2)
 
 
+def test_tokens_are_drawn_by_their_probabilities(cut):
+  """One key gives one text; over many rows the first token comes as often as it is
+  probable, and hardly any warmth leaves the most probable one."""
+  variables, _ = cut
+  rows = jnp.tile(PROMPTS[:1], (4000, 1))
+  drawn = generate(MODEL, variables, rows, 2, key=jax.random.key(0), temperature=2.0)
+  again = generate(MODEL, variables, rows, 2, key=jax.random.key(0), temperature=2.0)
+  np.testing.assert_array_equal(drawn, again)
+  assert len({*np.asarray(drawn[:, -1]).tolist()}) > 1
+  logits = MODEL.apply(variables, PROMPTS[:1])['main'][0, -1]
+  found = np.bincount(drawn[:, PROMPTS.shape[1]], minlength=20) / 4000
+  np.testing.assert_allclose(found, jax.nn.softmax(logits / 2.0), atol=0.03)
+  cold = generate(MODEL, variables, PROMPTS, 6, key=jax.random.key(1), temperature=1e-4)
+  np.testing.assert_array_equal(cold, generate(MODEL, variables, PROMPTS, 6))
+  with pytest.raises(ValueError, match='temperature'):
+    generate(MODEL, variables, PROMPTS, 2, key=jax.random.key(0), temperature=0)
+
+
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('ahead', [1, 3])
 @pytest.mark.parametrize('by', ['itself', 'small', 'first layer', 'another'])
