@@ -73,7 +73,11 @@ BY_SIZE = tyro.conf.arg(
 )
 TRAIN = 'train'  # name of the first stage, which trains the network without a method
 # Fields on which no training depends, and those on which only later stages depend.
-UNRELATED = ('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers')
+LOGGED = ('tensorboard', 'wandb')
+UNRELATED = (
+  *('workdir', 'resume', 'checkpoint_every_s', 'mesh', 'remat', 'workers'),
+  *LOGGED,
+)
 LATER = ('options', 'gate_epochs', 'finetune_epochs', 'distill')
 O = TypeVar('O')
 
@@ -195,6 +199,12 @@ class Config(Generic[O]):
   workdir: Annotated[str | None, NAMED] = None
   """Where everything is written."""
 
+  tensorboard: bool = False
+  """Write event files for TensorBoard into RUN/tensorboard too."""
+
+  wandb: bool = False
+  """Send the curves to Weights & Biases too, as WANDB_PROJECT and WANDB_MODE say."""
+
   resume: bool = True
   """Continue where an earlier run in the same directory stopped."""
 
@@ -284,8 +294,9 @@ class Config(Generic[O]):
       f'{k}_file_sha256': own.digest(getattr(self, k)) for k in ('model', 'data')
     }
     values = {'method': self.method, **dataclasses.asdict(self)}
-    if not self.model_args:  # as in runs before there were any
-      del values['model_args']
+    for name in ('model_args', *LOGGED):  # as in runs before there were any
+      if not values[name]:
+        del values[name]
     values |= {k: v for k, v in hashes.items() if v is not None}
     return json.loads(json.dumps(values))  # where tuples are lists
 

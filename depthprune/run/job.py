@@ -3,7 +3,7 @@
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from depthprune.data.dataset import DataError, Dataset, count, epoch_steps
 from depthprune.program.rounding import AUTO, STEPS, RoundTo, Suited, suited
 from depthprune.run import interrupts
 from depthprune.run.config import Config, ConfigFile, continued, relevant
+from depthprune.run.curves import EVENTS, ID, Log
 from depthprune.run.data import checksums, read
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
@@ -38,7 +39,7 @@ from depthprune.train.task import Tree
 LINES = 50  # lines of history that a stage writes, at least
 CACHED = 'checkpoints', 'features'
 LOGS = 'history.jsonl', 'gates.jsonl', 'input.jsonl'
-WRITTEN = *LOGS, 'costs.json', 'rounding.json', 'result.json', 'report.html'
+WRITTEN = *LOGS, 'costs.json', 'rounding.json', 'result.json', 'report.html', ID
 
 
 class Job(NamedTuple):
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     task: the task of the data set.
     mesh: the devices.
     show: whether to draw progress bars.
+    logs: what gets the lines of history.jsonl besides.
   """
 
   config: Config
@@ -62,6 +64,7 @@ class Job(NamedTuple):
   task: tasks.Task
   mesh: Mesh
   show: bool = True
+  logs: tuple[Log, ...] = ()
 
   @property
   def inputs(self) -> tuple[jax.Array, ...]:
@@ -161,7 +164,7 @@ def prepare(config: Config, show: bool = True) -> Job:
   elif distributed.writes() and (folder / 'config.json').is_file():
     for name in WRITTEN:
       (folder / name).unlink(missing_ok=True)
-    for name in (*CACHED, 'cascade', 'pruned'):
+    for name in (*CACHED, 'cascade', 'pruned', EVENTS):
       shutil.rmtree(folder / name, ignore_errors=True)
   distributed.wait()
   return job
@@ -287,7 +290,7 @@ def stage(
     rates = throughput.measure(batch_at, job.train, step, state, key, taught)
     line = throughput.tell(rates, name, job.show)
     directory.append(job.folder / 'input.jsonl', line)
-  callbacks = [write_history(job.folder, name)]
+  callbacks = [write_history(job.folder, name, job.logs)]
   if state.theta:
     callbacks.append(write_learned(job.folder, name, method))
   try:
@@ -319,13 +322,16 @@ def stage(
 Callback = Callable[[State, Row], None]
 
 
-def write_history(folder: Path, stage: str) -> Callback:
-  """Returns a callback that writes a line of history.jsonl."""
+def write_history(folder: Path, stage: str, logs: Sequence[Log] = ()) -> Callback:
+  """Returns a callback that writes a line of history.jsonl, and passes it to logs."""
 
   def write(state: State, row: Row) -> None:
     del state
     line = {'stage': stage, 'flops': None, **row, 'step': int(row['step'])}
     directory.append(folder / 'history.jsonl', line)
+    values = {k: v for k, v in row.items() if k not in ('step', 'time')}
+    for log in logs:
+      log(stage, line['step'], values)
 
   return write
 

@@ -21,7 +21,7 @@ from depthprune.exports import networks
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.modules import runnable
 from depthprune.program.units import units
-from depthprune.run import early_exit, result
+from depthprune.run import curves, early_exit, result
 from depthprune.run.config import Config
 from depthprune.run.job import (
   Job,
@@ -131,10 +131,13 @@ def run(config: Config, show: bool = True) -> Result:
   """
   started = time.monotonic()
   network(config, classes=1)  # refuses an unknown name before the data is read
+  curves.check(config)
   distributed.join()
   with distributed.watched(), directory.held(config.path):
     job = prepare(config, show)
-    reached = early_exit.run(job) if config.recipe.cascade else _prune(job)
+    with curves.opened(config) as logs:
+      job = job._replace(logs=logs)
+      reached = early_exit.run(job) if config.recipe.cascade else _prune(job)
     values = {**to_json(reached), 'wall_seconds': time.monotonic() - started}
     values = distributed.gathered(values)[0]
     directory.write(job.folder / 'result.json', values)
