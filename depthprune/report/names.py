@@ -45,8 +45,8 @@ def spoken(name: str) -> str:
   if parts[-2:-1] == ['attention']:  # an array [input, head, position in the head]
     if axis == '1':
       said[-1] = 'attention heads'
-    elif axis == '2':
-      said[-1] += ', size of a head'
+    elif axis == '2':  # queries may be [input, group, head of the group, position]
+      said[-1] += ', axis 2' if parts[-1] == 'query' else ', size of a head'
   return ', '.join(said)
 
 
