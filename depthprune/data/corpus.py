@@ -167,7 +167,8 @@ def packed(
     raise DataError(f"data {name!r}: expected a split 'train', got {[*texts.splits]}")
   sizes = texts.train, texts.test
   rows = dataset.divide(name, sizes, seed, None, subset, 'texts', texts.validation)
-  end = next((tokenizer.token_to_id(t) for t in ENDS if tokenizer.token_to_id(t)), 0)
+  ends = map(tokenizer.token_to_id, ENDS)
+  end = next((number for number in ends if number is not None), 0)
   parts = ('train', rows.train), (rows.held_of, rows.held_out), (rows.of, rows.test)
 
   def split(of: str, chosen: np.ndarray) -> Split:

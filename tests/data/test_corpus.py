@@ -40,6 +40,15 @@ def test_rows_are_texts_one_after_the_other_and_what_follows():
   assert {*whole} <= {text.replace(' ', '') for text in TEXTS}
 
 
+def test_the_first_of_the_known_ends_is_taken_though_its_number_is_0():
+  tokenizer = characters()  # as that of SmolLM2, which has both
+  tokenizer.add_special_tokens(['<|im_end|>'])
+  made = corpus.packed('texts', texts(), tokenizer, 64, length=16)
+  assert tokenizer.token_to_id('<|endoftext|>') == 0
+  assert np.any(made.train['image'] == 0)
+  assert not np.any(made.train['image'] == tokenizer.token_to_id('<|im_end|>'))
+
+
 def test_no_text_is_in_two_splits_and_the_seed_chooses():
   tokenizer, seen = characters(), []
   made = packed()
