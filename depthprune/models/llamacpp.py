@@ -134,7 +134,7 @@ def tokenizer(path: str | Path) -> Any:
   listed = lambda name: reader.fields[f'tokenizer.ggml.{name}'].contents()
   kind = stated.get('tokenizer.ggml.model'), stated.get('tokenizer.ggml.pre', 'gpt-2')
   digits = {'smollm': True, 'gpt-2': False}
-  if kind[0] != 'gpt2' or kind[1] not in digits:
+  if kind[0] != 'gpt2' or kind[1] not in [*digits]:  # a list has no hash
     raise CheckpointError(
       f'{path}: its tokenizer is {kind[0]!r:.40} with the splits of {kind[1]!r:.40}, '
       "expected 'gpt2' with those of gpt-2 or smollm: read the tokenizer.json of the "
@@ -142,9 +142,13 @@ def tokenizer(path: str | Path) -> Any:
     )
   try:
     tokens, pairs = listed('tokens'), listed('merges')
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if strange := [pair for pair in pairs if pair.replace(' ', '') not in vocab]:
+      raise ValueError(f'{strange[0]!r} are merged to no token')  # where BPE panics
     merges = [tuple(pair.split(' ')) for pair in pairs]
-    made = lib.Tokenizer(lib.models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    special = [t for t, one in zip(tokens, listed('token_type')) if one == SPECIAL]
+    made = lib.Tokenizer(lib.models.BPE(vocab, merges))
+    types = zip(tokens, listed('token_type'), strict=True)
+    special = [token for token, one in types if one == SPECIAL]
   except Exception as error:  # a part is missing, or does not fit the others
     raise CheckpointError(
       f'{path}: its tokenizer cannot be read ({error!s:.200}); get the file again'

@@ -64,7 +64,10 @@ def written(tmp_path):
       writer.add_tensor(name, x, raw_dtype=kind_of)
     if texts:
       writer.add_tokenizer_model(texts['model'])
-      writer.add_tokenizer_pre(texts['pre'])
+      if isinstance(texts['pre'], str):
+        writer.add_tokenizer_pre(texts['pre'])
+      else:
+        writer.add_array('tokenizer.ggml.pre', texts['pre'])
       writer.add_token_list(texts['tokens'])
       writer.add_token_types(texts['types'])
       writer.add_token_merges(texts['merges'])
@@ -175,7 +178,13 @@ def test_digits_are_apart_where_the_network_has_learnt_them_so(written):
       "its tokenizer is 'llama' with the splits of 'smollm', expected",
     ),
     ({'pre': 'tekken'}, "with the splits of 'tekken', expected .* tokenizer.json"),
+    ({'pre': ['smollm']}, r"with the splits of \['smollm'\], expected"),
     ({'merges': ['t q']}, 'its tokenizer cannot be read'),
+    (
+      {'tokens': ['a', 'b'], 'types': [1, 1], 'merges': ['a b']},
+      r"its tokenizer cannot be read .*'a b' are merged to no token",
+    ),
+    ({'types': [1] * 258}, 'its tokenizer cannot be read .*shorter'),
   ],
 )
 def test_a_tokenizer_that_cannot_be_made(other, message, written):
