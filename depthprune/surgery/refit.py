@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from depthprune.program import arguments
 from depthprune.program import axes as ax
@@ -132,7 +133,11 @@ def refit(
       totals[path] = totals.get(path, 0) + np.asarray(G, float)
   leaves = paths_of(variables)
   for read in reads(coupling.view).values():
-    leaves[read.path] = _refitted(read, leaves[read.path], totals[read.path], ridge)
+    stored = leaves[read.path]
+    new = _refitted(read, stored, totals[read.path], ridge)
+    place = getattr(stored, 'sharding', None)
+    on_mesh = isinstance(place, NamedSharding)
+    leaves[read.path] = jax.device_put(new, place) if on_mesh else new
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 import depthprune as dp
 from depthprune.models.decoder import Decoder
@@ -174,6 +175,17 @@ def test_types_stay_and_a_whole_network_is_not_touched():
   assert np.any(new['b'] != p['b'])
   same = refit(coupling, p, {}, [x])
   jax.tree.map(np.testing.assert_array_equal, same, p)
+
+
+def test_what_lay_on_a_mesh_lies_on_it_again():
+  mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ('model',))
+  place = NamedSharding(mesh, PartitionSpec('model'))
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3)}
+  x, keep = uniform(2, 64, 5), {'channels': {'a:1': np.arange(8) > 2}}
+  coupling = dp.couple(mlp, p, x)
+  new = refit(coupling, jax.device_put(p, place), keep, [x])
+  assert new['b'].sharding == place
+  np.testing.assert_array_equal(new['b'], refit(coupling, p, keep, [x])['b'])
 
 
 def test_inputs_by_name():
