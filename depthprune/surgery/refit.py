@@ -100,7 +100,8 @@ def refit(
     The variables, of the same structure and shapes. What is refitted is every dense
     layer, einsum or convolution whose weight is stored as a variable, read once, and
     loses inputs; layers of a scan too. Grouped convolutions, weights of batched
-    products (experts) and shared ones are as they were.
+    products (experts), shared ones and those that are complex or integers are as they
+    were.
 
   Raises:
     KeyError: `keep` has a group, branch or exit that the network does not have.
@@ -166,7 +167,8 @@ def _reads(
       while uses[v] == 1 and v in made_by and made_by[v].name in MOVES:
         moves.insert(0, made_by[v])
         v = made_by[v].inputs[0]
-      if uses[v] == 1 and v in stored and mask.any() and not mask.all():
+      real = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (v, *e.outputs))
+      if real and uses[v] == 1 and v in stored and mask.any() and not mask.all():
         path, loops = stored[v]
         yield e, Read(path, loops, tuple(moves), source, over, summed, mask)
     if e.name == 'scan':

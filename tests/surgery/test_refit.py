@@ -177,6 +177,18 @@ def test_types_stay_and_a_whole_network_is_not_touched():
   jax.tree.map(np.testing.assert_array_equal, same, p)
 
 
+@pytest.mark.parametrize('kind', [jnp.complex64, jnp.int8])
+def test_weights_that_have_no_real_least_squares_are_as_they_were(kind):
+  p = {'a': uniform(0, 5, 8).astype(kind), 'b': (9 * uniform(1, 8, 3)).astype(kind)}
+  net = lambda p, x: jnp.abs(
+    jnp.tanh(x @ p['a'].astype(x.dtype)) @ p['b'].astype(x.dtype)
+  )
+  x = uniform(2, 64, 5).astype(jnp.complex64 if kind == jnp.complex64 else jnp.float32)
+  keep = {'channels': {'a:1': np.arange(8) > 2}}
+  new = refit(dp.couple(net, p, x), p, keep, [x])
+  jax.tree.map(np.testing.assert_array_equal, new, p)
+
+
 def test_what_lay_on_a_mesh_lies_on_it_again():
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ('model',))
   place = NamedSharding(mesh, PartitionSpec('model'))
