@@ -39,6 +39,7 @@ from experiments.result_files import (
   Row,
   files_with,
   link,
+  notes,
   path_of,
   percent,
   read,
@@ -293,7 +294,7 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     f'{config["model"]} on {config["data"]}{_training(config)}, '
     f'{counted(len(unpruned), "seed")}, accuracy in % on {part}test images; unpruned '
     f'{percent(unpruned.values())}; FLOPs reached by gates: {reached or "–"} % '
-    f'({link(path)}):\n\n'
+    f'({link(path)}).{notes(content)}\n\n'
     + table(['FLOPs kept', *(f'{100 * t:g} %' for t in targets)], lines)
   )
 
