@@ -114,9 +114,11 @@ def source(path: str, suffixes: Sequence[str]) -> TextSource:
     DataError: there is no such file, or no text in it.
   """
   folder = Path(path)
-  files = [f for f in sorted(folder.rglob('*')) if f.suffix.lower() in suffixes]
+  hidden = lambda f: any(part[0] == '.' for part in f.relative_to(folder).parts)
+  of_text = lambda f: f.suffix.lower() in suffixes and f.is_file() and not hidden(f)
+  files = sorted(filter(of_text, folder.rglob('*')))
   try:
-    read = [file.read_text(errors='replace') for file in files or [folder]]
+    read = [f.read_text('utf-8-sig', errors='replace') for f in files or [folder]]
   except OSError as error:
     raise DataError(
       f'data {path}: cannot be read as text ({error.strerror})'

@@ -88,11 +88,21 @@ def test_files_and_folders(tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'in' / 'b.md').write_text('third\n\nwhole')
   (tmp_path / 'in' / 'c.bin').write_bytes(b'\xff')
+  for hidden in ('.checkpoints', 'folder.txt'):
+    (tmp_path / hidden).mkdir()
+  (tmp_path / '.checkpoints' / 'a.txt').write_text('first')
   read = lambda path: (made := corpus.source(str(path), ('.txt', '.md'))).read(
     'train', np.arange(made.train)
   )[0]
   assert read(tmp_path / 'a.txt') == ['first', 'second']
   assert read(tmp_path) == ['first\n\nsecond\n\n\n', 'third\n\nwhole']
+
+
+def test_texts_are_utf_8_wherever_they_are_read(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_bytes('\ufeffé 日本'.encode())
+  found = corpus.source(str(path), ('.txt',)).read('train', np.arange(1))
+  assert found[0] == ['é 日本']
 
 
 @pytest.mark.parametrize(
