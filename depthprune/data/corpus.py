@@ -171,17 +171,21 @@ def packed(
   rows = dataset.divide(name, sizes, seed, None, subset, 'texts', texts.validation)
   ends = map(tokenizer.token_to_id, ENDS)
   end = next((number for number in ends if number is not None), 0)
-  parts = ('train', rows.train), (rows.held_of, rows.held_out), (rows.of, rows.test)
 
-  def split(of: str, chosen: np.ndarray) -> Split:
+  def split(part: str, of: str, chosen: np.ndarray) -> Split:
     read, _ = texts.read(of, chosen)
     joined = [text if isinstance(text, str) else ' '.join(text) for text in read]
-    return pack(_encoded(tokenizer, joined), length, end)
+    try:
+      return pack(_encoded(tokenizer, joined), length, end)
+    except ValueError as error:
+      raise DataError(
+        f'data {name!r}: the {part} split has {len(chosen)} whole texts (paragraphs '
+        f'of a file, files of a folder): {error}'
+      ) from error
 
-  try:
-    train, held_out, test = (split(*part) for part in parts)
-  except ValueError as error:
-    raise DataError(f'data {name!r}: {error}') from error
+  train = split('training', 'train', rows.train)
+  held_out = split('held-out', rows.held_of, rows.held_out)
+  test = split('test', rows.of, rows.test)
   return Corpus(name, train, held_out, test, vocab, length, None, texts.notes)
 
 

@@ -132,6 +132,12 @@ def test_what_does_not_fit(vocab, length, message):
     corpus.packed('texts', texts(), characters(), vocab, length=length)
 
 
+def test_one_long_text_is_not_divided():
+  few = texts()._replace(train=1)
+  with pytest.raises(DataError, match=r'held-out split has 0 whole texts \(para'):
+    corpus.packed('texts', few, characters(), 64, length=16)
+
+
 def test_a_set_without_training_texts():
   with pytest.raises(DataError, match="expected a split 'train', got"):
     corpus.packed('texts', texts()._replace(train=0, test=5), characters(), 64)
