@@ -117,6 +117,8 @@ def source(path: str, suffixes: Sequence[str]) -> TextSource:
   hidden = lambda f: any(part[0] == '.' for part in f.relative_to(folder).parts)
   of_text = lambda f: f.suffix.lower() in suffixes and f.is_file() and not hidden(f)
   files = sorted(filter(of_text, folder.rglob('*')))
+  if folder.is_dir() and not files:
+    raise DataError(f'data {path}: has no file of text ({", ".join(suffixes)})')
   try:
     read = [f.read_text('utf-8-sig', errors='replace') for f in files or [folder]]
   except OSError as error:

@@ -120,6 +120,12 @@ def test_there_is_nothing_to_read(content, message, tmp_path):
     corpus.source(str(path), ('.txt',))
 
 
+def test_a_folder_of_other_files(tmp_path):
+  (tmp_path / 'a.png').write_bytes(b'')
+  with pytest.raises(DataError, match=r'has no file of text \(\.txt, \.md\)'):
+    corpus.source(str(tmp_path), ('.txt', '.md'))
+
+
 @pytest.mark.parametrize(
   ('vocab', 'length', 'message'),
   [
