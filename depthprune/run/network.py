@@ -337,7 +337,8 @@ def heads_of(path: str | Path) -> tuple[str, ...]:
 
 
 def _heads(stored: Mapping[str, Any]) -> tuple[str, ...]:
-  return tuple(stored.get('fields', {}).get('heads', ()))
+  heads = stored.get('fields', {}).get('heads', ())
+  return () if isinstance(heads, int) else tuple(heads)  # those of an attention
 
 
 def _compact(record: Mapping[str, Any]) -> tuple[Mapping, Mapping[str, int], str]:

@@ -82,6 +82,15 @@ def test_a_method_that_weighs_exits_puts_its_own_on_that_network(saved, tmp_path
   jax.tree.map(np.testing.assert_array_equal, trunk, expected)
 
 
+def test_the_heads_of_an_attention_are_no_exits(tmp_path):
+  small = cut(models.build('decoder_tiny'), np.zeros((1, 8), np.int32), '60%')
+  dp.save(tmp_path / 'pruned', small)
+  config = dataclasses.replace(
+    default('gates'), model='decoder_tiny', pretrained=str(tmp_path / 'pruned')
+  )
+  assert network(config, classes=64) == small.model
+
+
 def test_a_network_without_normalisation_has_that_of_the_data(tmp_path):
   dp.save(tmp_path / 'pruned', cut(models.build('mlp'), EXAMPLE))
   config = config_of(tmp_path / 'pruned', tmp_path, model='mlp')
