@@ -149,9 +149,14 @@ def speculate(
     The Speculated texts.
 
   Raises:
+    TypeError: a network is no Decoder.
     ValueError: no step, nothing ahead, networks of different tokens, or a network whose
       positions end before the prompts and `steps + ahead` more tokens do.
   """
+  for name, network in (('model', model), ('draft', draft)):
+    if not isinstance(network, Decoder):
+      kind = type(network).__name__
+      raise TypeError(f'speculate: {name}: expected a Decoder, got a {kind}')
   for name, count in (('steps', steps), ('ahead', ahead)):
     if count < 1:
       raise ValueError(f'speculate: {name}: expected at least 1, got {count}')

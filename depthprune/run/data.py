@@ -59,7 +59,7 @@ def read(config: Config) -> Dataset:
     CheckpointError: the pretrained network's folder holds no network.
   """
   if isinstance(model := build.alone(config, classes=1), Decoder):
-    return _corpus(config, model.vocab)
+    return _corpus(config, model)
   source = _own(config.data, config.resize)
   if source is not None and not isinstance(source, ImageSource | TextSource):
     return _ready(config, source)
@@ -103,8 +103,13 @@ def read(config: Config) -> Dataset:
   )
 
 
-def _corpus(config: Config, vocab: int) -> Corpus:
-  """Reads texts for a network that writes, of so many different tokens."""
+def _corpus(config: Config, model: Decoder) -> Corpus:
+  """Reads texts for a network that writes."""
+  if config.length > model.positions:
+    raise DataError(
+      f'length: expected at most {model.positions} tokens, as many as '
+      f'{own.word(config.model)} has positions for, got {config.length}'
+    )
   for_others = 'resize', 'mixup', 'randaugment', 'stream', 'workers'
   others = [name for name in for_others if getattr(config, name) is not None]
   if others:
@@ -129,7 +134,7 @@ def _corpus(config: Config, vocab: int) -> Corpus:
     config.data,
     source,
     made,
-    vocab,
+    model.vocab,
     seed=config.seed,
     subset=config.subset,
     length=config.length,

@@ -41,7 +41,7 @@ from depthprune.program.trace import View, paths_of, remembered, split_arrays
 from depthprune.surgery.activations import calls
 from depthprune.surgery.settle import settle
 
-MOVES = frozenset(('convert_element_type', 'reshape', 'squeeze', 'transpose'))
+MOVES = frozenset(('convert_element_type', 'reshape', 'rev', 'squeeze', 'transpose'))
 TINY = 1e-30  # keeps layers solvable that read nothing but zeros
 
 
@@ -105,8 +105,9 @@ def refit(
 
   Raises:
     KeyError: `keep` has a group, branch or exit that the network does not have.
-    ValueError: ridge is not above 0; no batches, or one that is not like the inputs
-      with which the network was coupled.
+    ValueError: ridge is not above 0; no batches, one that is not like the inputs with
+      which the network was coupled, or one on which a layer reads numbers that are not
+      finite.
 
   Memory: a square matrix for every layer that is refitted, of its number of inputs, for
   a convolution times its window.
@@ -135,6 +136,9 @@ def refit(
   leaves = paths_of(variables)
   for read in reads(coupling.view).values():
     stored = leaves[read.path]
+    if not np.isfinite(totals[read.path]).all():
+      has = f'what {read.path} reads is not finite'
+      raise arguments.wrong('batches', has, 'look at the inputs and the variables')
     new = _refitted(read, stored, totals[read.path], ridge)
     place = getattr(stored, 'sharding', None)
     on_mesh = isinstance(place, NamedSharding)
@@ -259,6 +263,8 @@ def _refitted(read: Read, stored: Any, G: np.ndarray, ridge: float) -> jax.Array
   for move in read.moves:
     if move.name == 'transpose':
       w = w.transpose(move.params['permutation'])
+    elif move.name == 'rev':
+      w = np.flip(w, move.params['dimensions'])
     w = w.reshape(move.outputs[0].shape)
   front = range(len(read.summed))
   w = np.moveaxis(w, read.summed, front)
@@ -272,5 +278,7 @@ def _refitted(read: Read, stored: Any, G: np.ndarray, ridge: float) -> jax.Array
   for move in reversed(read.moves):
     if move.name == 'transpose':
       w = w.transpose(np.argsort(move.params['permutation']))
+    elif move.name == 'rev':
+      w = np.flip(w, move.params['dimensions'])
     w = w.reshape(move.inputs[0].shape)
   return jnp.asarray(w.astype(stored.dtype))

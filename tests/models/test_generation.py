@@ -112,6 +112,12 @@ def test_a_draft_that_is_never_right_costs_a_check_per_token():
   assert (found.accepted, found.checks) == (0, 3)
 
 
+def test_speculation_by_a_function_is_refused(cut):
+  variables, pruned = cut
+  with pytest.raises(TypeError, match='draft: expected a Decoder, got a function'):
+    speculate(MODEL, variables, pruned.apply, pruned.variables, PROMPTS, 2)
+
+
 @pytest.mark.parametrize(
   ('draft', 'more', 'message'),
   [

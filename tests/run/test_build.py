@@ -88,7 +88,7 @@ def test_a_gguf_file_brings_its_tokenizer(folder, monkeypatch):
       'metric, class_weights: for classes, these are texts',
     ),
     ({'model': 'resnet8'}, DataError, 'expected'),
-    ({'length': 5000}, DataError, 'expected more than 5000 tokens'),
+    ({'length': 33}, DataError, 'length: expected at most 32 tokens, as many as dec'),
   ],
 )
 def test_what_does_not_suit_texts_to_write(more, error, message, folder):

@@ -100,6 +100,24 @@ def test_several_axes_are_fitted_together_however_the_weight_is_stored():
   )
 
 
+def test_a_kernel_that_is_turned_around_is_turned_back():
+  def net(p, x):
+    h = jax.nn.relu(x @ p['a'])
+    return jax.lax.conv_transpose(
+      h, p['b'], (2,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'),
+      transpose_kernel=True,
+    )  # fmt: skip
+
+  p = {'a': doubled(uniform(0, 3, 4), 1), 'b': uniform(1, 3, 2, 4)}
+  x = uniform(2, 8, 6, 3)
+  keep = {'channels': {'a:1': np.arange(4) % 2 == 0}}
+  coupling = dp.couple(net, p, x)
+  new = refit(coupling, p, keep, [x], ridge=1e-6)
+  small = dp.prune(net, new, keep, x, coupling=coupling)
+  np.testing.assert_allclose(small.apply(small.variables, x), net(p, x), atol=1e-2)
+  assert np.any(new['b'] != p['b'])
+
+
 def doubled(p, axis):
   """Every second slice is the one before it."""
   return jnp.repeat(jnp.take(p, np.arange(0, p.shape[axis], 2), axis), 2, axis)
@@ -218,6 +236,7 @@ def test_inputs_by_name():
     ([], 1e-4, 'expected at least one batch'),
     ([np.ones((2, 3, 5), np.float32)], 1e-4, 'expected batches like the inputs'),
     ([np.ones((2, 5), np.float32)], 0, 'ridge'),
+    ([np.full((2, 5), np.nan, np.float32)], 1e-4, 'what b reads is not finite'),
   ],
 )
 def test_wrong_calls(batches, ridge, message):
