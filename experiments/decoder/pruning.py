@@ -155,10 +155,12 @@ def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]
     if anew:
       break
   small = dp.prune(model, variables, {'branches': gone}, tokens[0][:1])
-  shorter = network._replace(model=small.model, variables=small.variables)
-  if size({'branches': gone}) > count:
-    return _shallower(shorter, count, anew)
-  return small.model, small.variables
+  if size({'branches': gone}) <= count:
+    return small.model, small.variables
+  gates = jax.eval_shape(small.model.init, jax.random.key(0), tokens[0])['branches']
+  opened = jax.tree.map(lambda gate: np.ones(gate.shape, gate.dtype), gates)
+  again = {**small.variables, 'branches': opened}  # a cut folds the gates that stay
+  return _shallower(network._replace(model=small.model, variables=again), count, anew)
 
 
 def pruning_tables() -> str:
