@@ -58,7 +58,8 @@ def read(config: Config) -> Dataset:
       tokenizer, or an option does not suit the data.
     CheckpointError: the pretrained network's folder holds no network.
   """
-  if isinstance(model := build.alone(config, classes=1), Decoder):
+  ours = not own.is_object(config.model)  # any other is built later, once
+  if ours and isinstance(model := build.alone(config, classes=1), Decoder):
     return _corpus(config, model)
   source = _own(config.data, config.resize)
   if source is not None and not isinstance(source, ImageSource | TextSource):

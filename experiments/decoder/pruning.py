@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
@@ -29,6 +30,8 @@ from depthprune.models.decoder import Decoder
 from depthprune.storage.files import CheckpointError
 from depthprune.train.evaluate import evaluator
 from depthprune.train.importance import taylor
+from depthprune.train.rounds import carried
+from depthprune.train.step import branches_of
 from depthprune.train.task import Tree
 from experiments.result_files import Case, Row, Rows, files_with, link, path_of, table
 from experiments.run import Arguments, fill
@@ -157,9 +160,7 @@ def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]
   small = dp.prune(model, variables, {'branches': gone}, tokens[0][:1])
   if size({'branches': gone}) <= count:
     return small.model, small.variables
-  gates = jax.eval_shape(small.model.init, jax.random.key(0), tokens[0])['branches']
-  opened = jax.tree.map(lambda gate: np.ones(gate.shape, gate.dtype), gates)
-  again = {**small.variables, 'branches': opened}  # a cut folds the gates that stay
+  again = carried(small, branches_of(variables), jnp.asarray(tokens[0]))
   return _shallower(network._replace(model=small.model, variables=again), count, anew)
 
 
