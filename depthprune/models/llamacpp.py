@@ -84,10 +84,9 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     ModuleNotFoundError: the package gguf is missing.
   """
   gguf, kind, stated, reader = _opened(Path(path))
-  heads = {
-    f'attn_{part}': stated.get(f'{kind}.attention.{key}') or 0
-    for part, key in (('q', 'head_count'), ('k', 'head_count_kv'))
-  }
+  heads = stated.get(f'{kind}.attention.head_count') or 0
+  groups = stated.get(f'{kind}.attention.head_count_kv') or heads
+  counts = {'attn_q': heads, 'attn_k': groups}
   tensors = {}
   for tensor in reader.tensors:
     try:
@@ -100,7 +99,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     module = tensor.name.split('.')[-2] if '.' in tensor.name else ''
     if kind == 'gemma' and module.endswith('norm'):
       x = x - 1
-    if kind == 'llama' and (count := heads.get(module)) and len(x) % (2 * count) == 0:
+    if kind == 'llama' and (count := counts.get(module)) and len(x) % (2 * count) == 0:
       pairs = x.reshape(count, len(x) // count // 2, 2, *x.shape[1:])
       x = pairs.swapaxes(1, 2).reshape(x.shape)
     tensors[_name(tensor.name)] = x

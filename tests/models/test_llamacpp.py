@@ -58,7 +58,7 @@ def written(tmp_path):
         x = x + 1
       for part, key in (('q', 'num_attention_heads'), ('k', 'num_key_value_heads')):
         if kind == 'llama' and f'{part}_proj' in name:
-          x = paired(x, config[key])
+          x = paired(x, config[key] or config['num_attention_heads'])
       writer.add_tensor(own_name(name), x)
     for name, x, kind_of in tensors:
       writer.add_tensor(name, x, raw_dtype=kind_of)
@@ -87,6 +87,12 @@ def test_a_file_holds_the_network_that_was_converted(kind, written):
   variables = pretrained.load(path, model)
   logits = m.quick(model.apply)(variables, jnp.asarray(GOLDEN['tokens']))['main']
   np.testing.assert_allclose(logits, known['logits'], rtol=0, atol=1e-4)
+
+
+def test_without_a_number_of_keys_every_head_has_one(written):
+  read = llamacpp.read(written('llama', num_key_value_heads=None))
+  name = 'model.layers.0.self_attn.k_proj.weight'
+  np.testing.assert_array_equal(read[name], drawn(name, read[name].shape))
 
 
 def test_blocks_are_dequantised_and_left_over_tensors_named(written):
