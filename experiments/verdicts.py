@@ -18,6 +18,7 @@ from experiments.result_files import (
   read,
   table,
 )
+from experiments.trainable_gates.comparison import NAMES
 
 NOT_RUN = 'not run'
 
@@ -167,17 +168,16 @@ def _compared(
 def gates(
   claim: str, name: str, full: bool, target: float, goal: float | None = None
 ) -> Line:
-  """Gates beside the better of the cuts by L1 norm, at one target."""
+  """Gates beside the best of the cuts without training, at one target."""
   rows, source = rows_of('trainable_gates', name, full)
   rows = at(rows, target)
-  own = {m: [r for r in rows if r['method'] == m] for m in ('gates', 'l1', 'global')}
+  own = {m: [r for r in rows if r['method'] == m] for m in NAMES}
   trained = own['gates']
   if not trained:
     return Line(claim)
-  controls = {m: own[m] for m in ('l1', 'global') if own[m]}
-  names = {'l1': 'uniform L1', 'global': 'global L1'}
+  controls = {m: own[m] for m in ('l1', 'global', 'torch_pruning') if own[m]}
   best = max(controls, key=lambda m: mean_of(controls[m]), default='')
-  beside = [f'{names[m]} {accuracy(controls[m])}' for m in controls]
+  beside = [f'{NAMES[m]} {accuracy(own[m])}' for m in (*controls, 'uncut') if own[m]]
   verdict = [at_least([r['accuracy'] for r in trained], goal)] if goal else []
   if best:
     by_seed = {r['seed']: r['accuracy'] for r in controls[best]}

@@ -5,6 +5,8 @@
             same rates, refitted and towards the same teacher if the gates are
   global    the same by the L1 norm over all layers
   random    uniform random channels, fine-tuned as long in total
+  torch_pruning  the same by Torch-Pruning's default scores; see torch_pruned.py
+  uncut     the whole network, trained as long in total and towards the same teacher
   scratch   the shape that the gates found, trained from scratch for all epochs together
 
 Every (seed, target, method) is one row. The network that is cut is trained once for
@@ -54,14 +56,16 @@ from experiments.run import (
   sized,
   within,
 )
+from experiments.trainable_gates import torch_pruned
 
-METHODS = ('gates', 'l1', 'random', 'scratch')
 FEW = 512  # held-out images on which the stages of a run are measured
 NAMES = {
   'gates': 'trainable gates',
   'l1': 'uniform L1',
   'global': 'global L1',
   'random': 'uniform random',
+  'torch_pruning': 'Torch-Pruning, L2',
+  'uncut': 'not cut, trained as long',
   'scratch': 'same shape from scratch',
 }
 
@@ -95,7 +99,7 @@ def run(
     full: The config for an accelerator.
     small: What differs from `full` at the size for a CPU.
     targets: Fractions of the FLOPs.
-    methods: Those of METHODS that are compared.
+    methods: Those of NAMES that are compared.
     arguments: What the experiment is asked.
   """
   path, config = sized('trainable_gates', name, full, small, arguments)
@@ -208,7 +212,7 @@ def _cut_row(job: Job, base: Base, method: str) -> Row:
   if method == 'gates':
     build = functools.partial(methods.build, job.config.options)
   else:
-    build = _oneshot(job, base.variables, method)
+    build = _control(job, base.variables, method)
   shrunk = rounds.shrink(job, base.model, base.variables, build)
   report = shrunk.pruned.report
   return {
@@ -222,22 +226,28 @@ def _cut_row(job: Job, base: Base, method: str) -> Row:
   }
 
 
-def _oneshot(job: Job, variables: Tree, name: str) -> Callable[..., Method]:
+def _control(job: Job, variables: Tree, name: str) -> Callable[..., Method]:
   """A control, as a method that decides without training."""
-  score, scope = ('l1', 'global') if name == 'global' else (name, 'uniform')
 
   def build(coupling, steps, scores, whole) -> Method:
     del steps, scores, whole
-    keep = dp.oneshot(
-      coupling,
-      variables,
-      job.config.options.target,
-      score=score,
-      scope=scope,
-      of=job.config.options.of,
-      round_to=job.config.options.round_to,
-      key=job.key('random'),
-    )
+    options = job.config.options
+    if name == 'uncut':
+      keep = {}
+    elif name == 'torch_pruning':
+      keep = torch_pruned.keep(coupling, variables, options.target)
+    else:
+      score, scope = ('l1', 'global') if name == 'global' else (name, 'uniform')
+      keep = dp.oneshot(
+        coupling,
+        variables,
+        options.target,
+        score=score,
+        scope=scope,
+        of=options.of,
+        round_to=options.round_to,
+        key=job.key('random'),
+      )
     return Method(decide=lambda theta, stats, evaluate: keep)
 
   return build

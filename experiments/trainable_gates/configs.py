@@ -1,12 +1,14 @@
 """The experiments of trainable gates (arXiv 1904.10921), one function each."""
 
 import dataclasses
+from importlib.util import find_spec
 
 from depthprune.methods.trainable_gates import GateOptions
 from depthprune.run.config import Config
 from experiments.run import Arguments, Case
 from experiments.trainable_gates import ablation, comparison
 
+HAS_TORCH = find_spec('torch_pruning') is not None
 WEIGHTS = '../shared/data/checkpoints/{}_cifar10.npz'
 RESNET20 = Config(
   GateOptions(round_to=1, frozen=True),
@@ -20,6 +22,7 @@ RESNET20 = Config(
   learning_rate=0.02,
   distill=True,
 )
+METHODS = ('gates', 'l1', 'global', 'uncut', *('torch_pruning',) * HAS_TORCH)
 CHANGES = {  # each differs from the base, which is the first, in one thing
   'nothing': {},
   'weights learn with the gates': {'frozen': False},
@@ -75,7 +78,7 @@ def fashion_mnist(arguments: Arguments) -> list[Case]:
     finetune_epochs=3,
   )
   targets = 0.75, 0.5, 0.25
-  methods = comparison.METHODS
+  methods = 'gates', 'l1', 'random', 'scratch'
   return comparison.run('fashion_mnist', config, {}, targets, methods, arguments)
 
 
@@ -86,9 +89,10 @@ def resnet56_cifar10(arguments: Arguments) -> list[Case]:
   second half of them, which is the one that reports. Gates learn on frozen weights. All
   networks, also those of the controls, are refitted by least squares at the cut, and
   learn from the uncut one besides the labels. `--full` has 1 epoch with gates and 44
-  after the cut; the controls cut by uniform and global L1 norm and are fine-tuned for
-  45 (the control of arXiv 2301.05219, and more). The size for a CPU: 2.1 times fewer,
-  10,000 images, 0.5 + 1.5 epochs.
+  after the cut; the controls cut by uniform L1 norm (that of arXiv 2301.05219), by
+  global L1 norm and, where it is installed, by Torch-Pruning, and are fine-tuned for
+  45, as the network is that is not cut. The size for a CPU: 2.1 times fewer, 10,000
+  images, 0.5 + 1.5 epochs.
 
     TFDS_DATA_DIR=../shared/data/tfds \
       python -m experiments.run trainable_gates.resnet56_cifar10 --seeds 0
@@ -108,8 +112,7 @@ def resnet56_cifar10(arguments: Arguments) -> list[Case]:
   )
   small = {'subset': 10_000, 'gate_epochs': 0.5, 'finetune_epochs': 1.5}
   targets = [round(1 / 2.1, 4)] + [round(1 / 2.57, 4)] * arguments.full
-  methods = 'gates', 'l1', 'global'
-  return comparison.run('resnet56_cifar10', full, small, targets, methods, arguments)
+  return comparison.run('resnet56_cifar10', full, small, targets, METHODS, arguments)
 
 
 def resnet20_cifar10(arguments: Arguments) -> list[Case]:
@@ -127,9 +130,8 @@ def resnet20_cifar10(arguments: Arguments) -> list[Case]:
   config = dataclasses.replace(
     RESNET20, subset=15_000, gate_epochs=0.5, finetune_epochs=3.5
   )
-  methods = 'gates', 'l1', 'global'
   about = 'resnet20_cifar10', config, {}, (0.5, 0.73)
-  return comparison.run(*about, methods, arguments)
+  return comparison.run(*about, METHODS, arguments)
 
 
 def resnet20_ablation(arguments: Arguments) -> list[Case]:
