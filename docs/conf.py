@@ -1,7 +1,9 @@
-"""Sphinx: `make docs` builds docs/_build with warnings as errors."""
+"""Sphinx: `make docs` builds docs/_build/html with warnings as errors."""
 
 import contextlib
 import re
+import shutil
+from pathlib import Path
 
 from etils import epy
 
@@ -13,17 +15,28 @@ from depthprune.version import __version__  # noqa: E402
 project = 'depthprune'
 release = __version__
 extensions = [
-  'myst_parser',
+  'myst_nb',
   'sphinx.ext.autodoc',
   'sphinx.ext.autosummary',
   'sphinx.ext.napoleon',
 ]
+nb_execution_mode = 'off'  # `make notebooks` stores what they show
+html_extra_path = ['groups_light.svg', 'groups_dark.svg']  # named in HTML, not Markdown
 html_theme = 'furo'
 html_title = f'depthprune {release}'
 exclude_patterns = ['_build', 'recipes']
 autosummary_imported_members = True
 autodoc_typehints = 'none'
 myst_heading_anchors = 3
+
+# Sphinx reads pages below this folder only.
+ROOT = Path(__file__).parents[1]
+shutil.copytree(
+  ROOT / 'colab',
+  ROOT / 'docs' / 'notebooks',
+  ignore=shutil.ignore_patterns('*.py', '.*'),
+  dirs_exist_ok=True,
+)
 
 
 def as_rst(app, what, name, obj, options, lines: list[str]) -> None:
