@@ -65,6 +65,7 @@ CPU_ONLY = (
   'trainable_gates.resnet20_cifar10',
   'trainable_gates.resnet20_ablation',
   'decoder.smollm2',
+  'decoder.healing',
   'decoder.speculation',
   'sidenet.composed',
   'sidenet.resnet56_heads',

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.auxiliary.comparison import auxiliary_tables
 from experiments.auxiliary.two_methods import two_methods_tables
+from experiments.decoder.healing import healing_tables
 from experiments.decoder.pruning import pruning_tables
 from experiments.decoder.speculation import speculation_tables
 from experiments.implosion.oneshot import oneshot_tables
@@ -61,6 +62,7 @@ def text() -> str:
     two_methods_tables,
     auxiliary_bench,
     pruning_tables,
+    healing_tables,
     speculation_tables,
     waiting_bench,
     progress_table,

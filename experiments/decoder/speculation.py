@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import depthprune as dp
-from experiments.decoder.pruning import cut, whole
+from experiments.decoder.pruning import NETWORK, cut, whole
 from experiments.result_files import Case, Row, Rows, files_with, link, path_of, table
 from experiments.run import Arguments, fill
 
@@ -31,7 +31,7 @@ DRAFTS = {
 
 def run(name: str, arguments: Arguments) -> list[Case]:
   """Fills the result file of an experiment and returns the cases that are left."""
-  config = {'network': 'SmolLM2-135M-Instruct', 'prompts': PROMPTS, 'length': LENGTH}
+  config = {'network': NETWORK, 'prompts': PROMPTS, 'length': LENGTH}
   config |= {'steps': STEPS, 'ahead': AHEAD}
   rows = Rows(path_of('decoder', name, arguments.full), config, ('draft',))
   cases = [{'draft': draft} for draft in DRAFTS]
