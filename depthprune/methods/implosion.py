@@ -230,7 +230,8 @@ def _reachable(
     stay = [f'{unit.name}: {unit.why_not}' for unit in present if unit.why_not]
     none = (
       'it has no branch gates. `dp.trunk` puts one on each residual unit x + F(x) that '
-      'it finds outside of scans; in your own modules write x + dp.branch(self, F(x))'
+      'it finds, those of the layers of a scan too; in your own modules write '
+      'x + dp.branch(self, F(x))'
     )
     none = 'units and exclude leave none of them' if present else none
     raise arguments.brief(

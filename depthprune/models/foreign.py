@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
@@ -21,11 +23,13 @@ from jax.typing import DTypeLike
 
 from depthprune.models.arch import Arch, complete
 from depthprune.models.layers import Pool
+from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program import modules
+from depthprune.program import modules, rules
 from depthprune.program.arguments import listed
 from depthprune.program.carriers import carries
 from depthprune.program.deadcode import simplify
+from depthprune.program.resize import rebound
 from depthprune.program.taps import Inside, gated, inside
 from depthprune.program.trace import abstract, is_array, split_arrays
 
@@ -53,7 +57,8 @@ def trunk(
   In training, call it with train=True, `mutable` for running statistics and rngs={
   'dropout': key} for all that is random, as `make_step` does; `net.original(variables)`
   gives trained arrays back in the form of `model`. `net.units` names the residual units
-  x + F(x) that were found; each has a gate, variables['branches'][UNIT]['branch'].
+  x + F(x) that were found; each has a gate, variables['branches'][UNIT]['branch'], of
+  shape () or, in the body of a scan over layers, [layers].
 
   Args:
     model: a network of any kind, as for `couple`.
@@ -111,8 +116,8 @@ class Program(NamedTuple):
 
   Attributes:
     program: (gates, arrays, inputs, key) -> outputs, taps and updates.
-    gates: the program's first inputs, by path: scalars that the network does not have
-      and that scale the branches of its units.
+    gates: the program's first inputs, by path: scalars, [layers] in a scan, that the
+      network does not have and that scale the branches of its units.
     arrays: the program's input for each array, by path.
     returns: what each output of the program is: ('output', name), ('tap', name) or
       ('update', path).
@@ -171,24 +176,34 @@ class Network:
 
   @functools.cached_property
   def gates(self) -> dict[str, tuple[str, ...]]:
-    """The paths of the scalars whose product scales the branch of each unit.
+    """The paths of the gates whose product scales the branch of each unit.
 
     The first is the gate that is trained, and closed. A cut multiplies its value into
-    the arrays of the branch, or into a second scalar where none of them can carry it.
+    the arrays of the branch, or into a second gate where none of them can carry it.
     A network that has gates of its own (`gates.branch`) gets no others.
     """
     if mine := [path for path in self.arrays if path.startswith('branches/')]:
-      scalars = [path for path in mine if self.arrays[path].shape == ()]
+      scalars = [path for path in mine if len(self.arrays[path].shape) < 2]
       names = [path.removeprefix('branches/') for path in scalars]
       return {n.removesuffix('/branch'): (path,) for n, path in zip(names, scalars)}
     program, *_, found = self._example
     weights = set(program.inputs[: len(self.arrays)])
     paths = {}
-    for unit, (e, side) in found.units.items():
-      carried = carries(program, e.inputs[side], weights)
+    for unit, (e, side, scan) in found.units.items():
+      carried = carries(program, e.inputs[side], weights, scan)
       scale = () if carried else (f'constants/{unit}/scale',)
       paths[unit] = (f'branches/{unit}/branch', *scale)
     return paths
+
+  @functools.cached_property
+  def layers(self) -> dict[str, int]:
+    """By the path of a gate that is trained, for how many layers it is."""
+    shapes = {path: x.shape for path, x in self.arrays.items()}
+    found = self.inside.units
+    return {
+      path: math.prod(shapes[path] if path in shapes else found[unit].shape)
+      for unit, (path, *_) in self.gates.items()
+    }
 
   @functools.cached_property
   def _programs(self) -> dict[Any, Program]:
@@ -249,18 +264,15 @@ class Network:
     program = dataclasses.replace(traced.program, outputs=outputs)
 
     def run(gates, flat):
-      factors = {
-        u: functools.reduce(jnp.multiply, [gates[p] for p in self.gates[u]])
-        for u in units
-      }
+      factors = {u: [gates[path] for path in self.gates[u]] for u in units}
       values = jx.interpret(program, flat, gated(units, factors))
       axes = traced.inside.channels
       last = lambda x: jnp.moveaxis(x, axes.get(x.ndim, -1), -1)
       return [last(x) if r[0] == 'tap' else x for x, r in zip(values, returns)]
 
     flat = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in program.inputs]
-    paths = sorted(path for unit in units for path in self.gates[unit])
-    gates = {path: jax.ShapeDtypeStruct((), jnp.float32) for path in paths}
+    shapes = {path: units[u].shape for u in units for path in self.gates[u]}
+    gates = {p: jax.ShapeDtypeStruct(shapes[p], jnp.float32) for p in sorted(shapes)}
     full = jx.trace(run, (gates, flat)).program
     ins = iter(full.inputs)
     return Program(full, dict(zip(gates, ins)), dict(zip(self.arrays, ins)), returns)
@@ -320,11 +332,11 @@ class Trunk(nn.Module):
   @property
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
-    paths = (path.removeprefix('branches/') for path, *_ in self.network.gates.values())
-    return dict.fromkeys(paths, 1)
+    layers = self.network.layers
+    return {path.removeprefix('branches/'): n for path, n in layers.items()}
 
   @property
-  def _scalars(self) -> list[str]:
+  def _gates(self) -> list[str]:
     """The paths of all gates."""
     return [path for paths in self.network.gates.values() for path in paths]
 
@@ -343,12 +355,16 @@ class Trunk(nn.Module):
     arch = complete(self.arch, self.widths, 'Trunk')
     key = self.make_rng('dropout') if train and self.has_rng('dropout') else None
     at = self.network.at(inputs, train, key)
-    scalars = {**at.arrays, **at.gates}
-    gates = {path: scalars[path] for path in self._scalars}
-    gone = [name for name, left in arch.items() if not left]
-    erased = {gates[f'branches/{name}']: 0 for name in gone}
+    arguments = {**at.arrays, **at.gates}
+    gates = {path: arguments[path] for path in self._gates}
+    left = {gates[f'branches/{name}']: n for name, n in arch.items()}
+    erased = {v: 0 for v, n in left.items() if not n}
+    dims, kept = _sizes(at, left)
+    masks = {v: [ax.mask(d, kept) for d in dims[v]] for v in arguments.values() if kept}
+    gone = {v for v, own in masks.items() if not all(m.any() for m in own)}
     if self.is_initializing():
-      self._fill(at, erased, until)
+      sized = lambda x, v: x[np.ix_(*masks[v])] if kept else x
+      self._fill(at, erased, until, gone, sized)
     own = {'/'.join(p): x for p, x in flatten_dict(dict(self.variables)).items()}
     known = {v: 1 for path, v in gates.items() if path not in own} | erased
     updates = [
@@ -361,10 +377,19 @@ class Trunk(nn.Module):
     _, needed = jx.live(program)
     arrays = [own.get(path) for path in at.arrays]
     for (path, v), x in zip(at.arrays.items(), arrays):
-      if v in needed and x is None:
+      if v in needed - gone and x is None:
         raise ValueError(f'{path}: missing in the variables of {self.network.foreign}')
     flat = [*map(own.get, at.gates), *arrays, *split_arrays((inputs, key))[0]]
-    results = dict(zip(returns, jx.run(program, flat), strict=True))
+    if kept:  # fewer layers than were traced
+      facts = ax.Facts()
+      rules.infer(facts, program, [dims[v] for v in program.inputs])
+      here: dict[ax.Var, np.ndarray] = {}
+      for axis, layers in kept.items():
+        ax.assign(axis, layers, here)
+      values = rebound(facts, here)(program, flat)
+    else:
+      values = jx.run(program, flat)
+    results = dict(zip(returns, values, strict=True))
     new = {path: x for (what, path), x in results.items() if what == 'update'}
     if not self.is_initializing():
       self._put({**own, **new}, new)
@@ -395,21 +420,32 @@ class Trunk(nn.Module):
         )
     return self.network.joined({**self.network.arrays, **own})
 
-  def _fill(self, at: Program, erased: Mapping[jx.Value, int], until: str) -> None:
-    """Creates the variables that the outputs need, with the arrays of the network."""
+  def _fill(
+    self, at: Program, erased: Mapping[jx.Value, int], until: str,
+    gone: Collection[jx.Value], sized: Callable,
+  ) -> None:  # fmt: skip
+    """Creates the variables that the outputs need, with the arrays of the network.
+
+    Those that are `gone` have no layers, and `sized(x, v)` cuts the array of a value to
+    the layers that are left.
+    """
     _, needed = jx.live(_reduced(at, erased, until)[0])
+    needed -= {*gone}
     draw, held = self.network.draw, self.network.arrays
     own = [path for path, v in at.arrays.items() if v in needed]
     # Training updates the average of a module with others beside it, such as a counter.
     updated = {_parent(path) for path in own if not path.startswith('params/')}
+    filled = lambda x: (
+      jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+    )
     arrays: dict[str, Any] = {
-      path: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+      path: sized(filled(x), at.arrays[path])
       for path, x in (held if draw is None else draw(self.make_rng('params'))).items()
       if path in own or _parent(path) in updated
     }
     for path, v in at.gates.items():
       if v in needed and v not in erased:
-        arrays[path] = jnp.ones(())
+        arrays[path] = sized(jnp.ones(v.shape), v)
     self._put(arrays, arrays)
 
   def _put(self, arrays: Mapping[str, Any], changed: Collection[str]) -> None:
@@ -417,6 +453,42 @@ class Trunk(nn.Module):
     nested = unflatten_dict({tuple(path.split('/')): x for path, x in arrays.items()})
     for collection, name in sorted({tuple(path.split('/')[:2]) for path in changed}):
       self.put_variable(collection, name, nested[collection][name])
+
+
+def _sizes(
+  at: Program, left: Mapping[jx.Value, int]
+) -> tuple[dict[jx.Value, ax.Dims], ax.Keep]:
+  """Returns the axes of the inputs of a program, and which slices of them are left.
+
+  Args:
+    at: the whole program.
+    left: how many layers are left for each gate; gates with none have no say.
+
+  Raises:
+    ValueError: gates of one scan leave different numbers of layers, or the scan is
+      also over an input.
+  """
+  if all(n == math.prod(v.shape) for v, n in left.items()):
+    return {}, {}
+  own = {*at.arrays.values(), *at.gates.values()}
+  pin = lambda v: None if v in own else 'input'
+  dims = {v: ax.fresh(v.shape, pin(v)) for v in at.program.inputs}
+  rules.infer(ax.Facts(), at.program, [*dims.values()])
+  loops: dict[ax.Axis, set[int]] = {}
+  for v, n in left.items():
+    if v.shape:
+      loops.setdefault(ax.norm(dims[v][0]), set()).add(n)
+  kept: dict[ax.Var, np.ndarray] = {}
+  for loop, counts in loops.items():
+    most = max(counts)
+    if uneven := counts - {0, most}:
+      numbers = ' and '.join(map(str, sorted({*uneven, most})))
+      raise ValueError(f'Trunk: arch leaves {numbers} layers of one scan')
+    if most < loop.size:
+      if any(axis.pins for axis in ax.leaves(loop)):
+        raise ValueError('Trunk: arch leaves fewer layers of a scan over an input')
+      ax.assign(loop, np.arange(loop.size) < most, kept)
+  return dims, kept
 
 
 def _reduced(

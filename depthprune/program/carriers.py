@@ -13,15 +13,24 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.deadcode import LAYOUT, SUMS
 
 
-def carries(program: jx.Program, v: jx.Value, variables: set[jx.Value]) -> bool:
+def carries(
+  program: jx.Program,
+  v: jx.Value,
+  variables: set[jx.Value],
+  scan: jx.Equation | None = None,
+) -> bool:
   """Whether variables can be scaled to scale v by any factor, also a negative one.
 
   Args:
     program: the program that computes v.
     v: a value in it that is read once.
     variables: the inputs of the program that may be scaled.
+    scan: the equation in whose body v is; the factor is another one for every layer.
   """
   _, made_by, uses = _used(program)
+  if scan is not None:
+    variables = _within(scan, variables, uses, per_layer=True)
+    _, made_by, uses = _used(scan.bodies[0])
   return _absorb(v, made_by, uses, variables, False) is not None
 
 
@@ -60,17 +69,24 @@ def carriers_of(
     return None
   (e,) = readers
   at = dict(zip(e.bodies[0].inputs, e.inputs, strict=True))
-  consts, _, xs = jx.scan_parts(e, list(at))
-  # With a gate per layer, an array that all layers share cannot carry it.
-  per_layer = gate in (at[v] for v in xs)
-  inside = {
-    v
-    for v in (xs if per_layer else [*consts, *xs])
-    if at[v] in variables and uses[at[v]] == 1
-  }
+  per_layer = gate in jx.scan_parts(e, e.inputs)[2]
+  inside = _within(e, variables, uses, per_layer)
   within = next(v for v in at if at[v] is gate)
   inner = carriers_of(e.bodies[0], within, inside, positive)
   return None if inner is None else {at[v] for v in inner}
+
+
+def _within(
+  e: jx.Equation, variables: set[jx.Value], uses: Counter, per_layer: bool
+) -> set[jx.Value]:
+  """The inputs of the body of a scan that are variables which it alone reads.
+
+  With a factor per layer, an array that all layers share cannot carry it.
+  """
+  pairs = [*zip(e.bodies[0].inputs, e.inputs, strict=True)]
+  consts, _, xs = jx.scan_parts(e, pairs)
+  among = xs if per_layer else [*consts, *xs]
+  return {v for v, outer in among if outer in variables and uses[outer] == 1}
 
 
 def _used(program: jx.Program) -> tuple[list[jx.Equation], dict, Counter]:

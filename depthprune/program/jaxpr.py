@@ -358,7 +358,7 @@ def bind(e: Equation, ins: Sequence, params: dict, run: Callable, derive=None) -
       is called only where a function with its own derivative rule changes size.
   """
   if e.name == 'scan':
-    return _scan(e, ins, params, run)
+    return scan_with(e, ins, params, lambda body, ins, _: (run(body, ins), None))[0]
   if e.name == 'while':
     return _while(e, ins, run)
   if e.name == 'cond':
@@ -373,24 +373,39 @@ def bind(e: Equation, ins: Sequence, params: dict, run: Callable, derive=None) -
   return list(outputs) if e.primitive.multiple_results else [outputs]
 
 
-def _scan(e, ins, params, run):
+def scan_with(
+  e: Equation, ins: Sequence, params: dict, run: Callable, along: Any = None
+) -> tuple[list, Any]:
+  """Runs a scan over further arrays, and returns more than the scan itself does.
+
+  Args:
+    e: the equation of the scan.
+    ins: its inputs.
+    params: its parameters, which may be for another length than was traced.
+    run: (body, inputs, slices of `along`) -> (outputs, what else is to be stacked).
+    along: a tree of arrays [length, ...].
+
+  Returns:
+    The outputs of the scan, and the tree of what else was stacked, [length, ...].
+  """
   (body,) = e.bodies
   consts, carry, xs = scan_parts(e, ins)
   n = len(carry)
 
-  def step(carry, xs):
-    outputs = run(body, [*consts, *carry, *xs])
-    return outputs[:n], outputs[n:]
+  def step(carry, slices):
+    xs, more = slices
+    outputs, stacked = run(body, [*consts, *carry, *xs], more)
+    return outputs[:n], (outputs[n:], stacked)
 
-  carry, ys = jax.lax.scan(
+  carry, (ys, stacked) = jax.lax.scan(
     step,
     carry,
-    xs,
+    (xs, along),
     length=params['length'],
     reverse=params['reverse'],
     unroll=params['unroll'],
   )
-  return [*carry, *ys]
+  return [*carry, *ys], stacked
 
 
 def _while(e, ins, run):

@@ -11,7 +11,8 @@ plain functions) the paths of the arrays that are read say which module computes
                    that value
   block1:1         the second call of a module that is called several times
 
-A residual unit is a sum x + F(x), where F reads a layer's arrays.
+A residual unit is a sum x + F(x), where F reads a layer's arrays. In the body of a scan
+over layers, whose arrays are stacked, it is a unit of every layer.
 """
 
 from __future__ import annotations
@@ -77,10 +78,22 @@ class Taps(tuple[Tap, ...]):
 
 
 class Branch(NamedTuple):
-  """The branch F of a residual unit x + F(x): an input of the equation of the sum."""
+  """The branch F of a residual unit x + F(x): an input of the equation of the sum.
+
+  Attributes:
+    sum: that equation.
+    side: which of its inputs.
+    scan: the scan over layers in whose body it is, or None.
+  """
 
   sum: jx.Equation
   side: int
+  scan: jx.Equation | None = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of its gate: (), or [layers] in a scan."""
+    return () if self.scan is None else (self.scan.params['length'],)
 
 
 class Inside(NamedTuple):
@@ -116,8 +129,8 @@ def taps(model: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Taps:
       say train=True, which every kind of network understands.
 
   Returns:
-    The Taps. Values inside a scan are not among them, and residual units inside it have
-    no gates: unroll the loop, or scan in segments, each of which ends in a tap.
+    The Taps. Values inside a scan are not among them: unroll the loop, or scan in
+    segments, each of which ends in a tap.
   """
   modules.checked_call(model, variables, inputs)
   shapes, call = modules.collected(model, variables), modules.updating(model, variables)
@@ -164,7 +177,11 @@ def inside(program: jx.Program, leaves: Mapping[str, jx.Value]) -> Inside:
     leaves: the program's input for every variable, by path, 'params/MODULE/kernel'. All
       other inputs but random keys are data.
   """
-  flow = _flow(jx.lean(program), leaves)
+  program = jx.lean(program)
+  fed = {v: frozenset((path,)) for path, v in leaves.items()}
+  is_key = lambda v: jnp.issubdtype(v.dtype, jax.dtypes.prng_key)
+  data = {v for v in program.inputs if v not in fed and not is_key(v)}
+  flow = _flow(program, fed, data, set())
   places, written = _places(flow)
   units, hidden = _units(flow)
   narrow = [each for each in _narrow(flow) if flow.made[each[2]] not in hidden]
@@ -207,6 +224,8 @@ class _Flow(NamedTuple):
     features: values that are computed from data and variables.
     reads: by equation, the paths of the variables that meet data there.
     last_use: index of the last equation that reads a feature.
+    fed: the paths of the variables that a value without data is computed from.
+    data: values that are computed from data.
   """
 
   program: jx.Program
@@ -214,6 +233,8 @@ class _Flow(NamedTuple):
   features: set[jx.Value]
   reads: tuple[frozenset[str], ...]
   last_use: dict[jx.Value, float]
+  fed: dict[jx.Value, frozenset[str]]
+  data: set[jx.Value]
 
   def owner(self, i: int) -> Place:
     """The path of the module whose arrays equation i reads, () if none."""
@@ -227,12 +248,15 @@ class _Flow(NamedTuple):
     return bool(self.reads[i]) and (e.name in LAYERS or bool(e.bodies))
 
 
-def _flow(program: jx.Program, leaves: Mapping[str, jx.Value]) -> _Flow:
-  fed = {v: frozenset((path,)) for path, v in leaves.items()}
-  is_key = lambda v: jnp.issubdtype(v.dtype, jax.dtypes.prng_key)
-  data = {v for v in program.inputs if v not in fed and not is_key(v)}
+def _flow(
+  program: jx.Program,
+  fed: Mapping[jx.Value, frozenset[str]],
+  data: Collection[jx.Value],
+  features: Collection[jx.Value],
+) -> _Flow:
+  """Follows what is known of the inputs of a program through it."""
+  fed, data, features = dict(fed), set(data), set(features)
   made = dict.fromkeys(program.inputs, -1)
-  features: set[jx.Value] = set()
   reads, last_use = [], {}
   for i, e in enumerate(program.equations):
     made.update(dict.fromkeys(e.outputs, i))
@@ -249,7 +273,26 @@ def _flow(program: jx.Program, leaves: Mapping[str, jx.Value]) -> _Flow:
   last_use.update(
     dict.fromkeys((v for v in program.outputs if v in features), math.inf)
   )
-  return _Flow(program, made, features, tuple(reads), last_use)
+  return _Flow(program, made, features, tuple(reads), last_use, fed, data)
+
+
+def _body_flow(flow: _Flow, scan: jx.Equation) -> tuple[_Flow, frozenset[str]]:
+  """How data and variables flow through the body of a scan.
+
+  Also returns the paths of the variables that it is scanned over.
+  """
+  (body,) = scan.bodies
+  pairs = [*zip(body.inputs, scan.inputs, strict=True)]
+  _, carry, scanned = jx.scan_parts(scan, pairs)
+  state = [v for v, _ in carry]
+  fed = {v: flow.fed[outer] for v, outer in pairs if outer in flow.fed}
+  data = {v for v, outer in pairs if outer in flow.data}.union(state)
+  # What a layer returns is a feature for the next one, whatever the first one is given.
+  features = {v for v, outer in pairs if outer in flow.features}
+  results = zip(state, scan.outputs)
+  features |= {v for v, after in results if after in flow.features}
+  inner = _flow(body, {v: p for v, p in fed.items() if v not in data}, data, features)
+  return inner, frozenset().union(*(fed.get(v, ()) for v, _ in scanned))
 
 
 def _places(flow: _Flow) -> tuple[list[Place | None], bool]:
@@ -362,11 +405,57 @@ def _channels(flow: _Flow) -> dict[int, int]:
 # ---- residual units ------------------------------------------------------------------
 
 
+class _Found(NamedTuple):
+  """A residual unit in a program or in the body of a scan in it.
+
+  Attributes:
+    branch: its branch.
+    flow: through the program or the body.
+    within: indices of the layers in its branch.
+  """
+
+  branch: Branch
+  flow: _Flow
+  within: Sequence[int]
+
+  @property
+  def owners(self) -> set[Place]:
+    return {*map(self.flow.owner, self.within)}
+
+
 def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
   """The residual units by the common path of the layers in their branches.
 
   Also returns the indices of the equations beside their shortcuts.
   """
+  in_order = {unit.branch.sum: [unit] for unit in _sums(flow)}
+  for e in flow.program.equations:
+    if e.name == 'scan':
+      body, layers = _body_flow(flow, e)
+      in_order[e] = [
+        unit._replace(branch=unit.branch._replace(scan=e))
+        for unit in _sums(body)
+        if any(body.reads[i] & layers for i in unit.within)
+      ]
+  found = [u for e in flow.program.equations for u in in_order.get(e, ())]
+  names = [_common(unit.flow, unit.within) for unit in found]
+  units: dict[str, Branch] = {}
+  hidden: set[int] = set()
+  for (branch, own, within), name, owners in zip(
+    found, names, [unit.owners for unit in found], strict=True
+  ):
+    alike = (unit.owners for unit, other in zip(found, names) if other == name)
+    if not name or any(of != owners for of in alike):
+      name = _common(own, within[-1:])  # one of several units of a module
+    number = next(n for n in range(len(found)) if _numbered(name, n) not in units)
+    units[_numbered(name, number)] = branch
+    if own is flow:
+      hidden.update(range(within[0], flow.made[branch.sum.outputs[0]]))
+  return units, hidden
+
+
+def _sums(flow: _Flow) -> list[_Found]:
+  """The sums x + F(x) of a program, without those inside of its scans."""
   program = flow.program
   count, layers = len(program.equations), []
   # Bit i says that equation i is among what a value is computed from; inputs follow.
@@ -374,8 +463,7 @@ def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
   own = {v: 1 << (count + j) for j, v in enumerate(program.inputs)}
   above, near = dict(own), dict(own)
   made_by: dict[jx.Value, jx.Equation] = {}
-  found: list[tuple[Branch, Sequence[int]]] = []
-  hidden: set[int] = set()
+  found: list[_Found] = []
   for i, e in enumerate(program.equations):
     up, close = (
       functools.reduce(int.__or__, (seen.get(v, 0) for v in e.inputs), 0)
@@ -400,21 +488,16 @@ def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
       bits = (own[v] for v in _summands(shortcut, made_by) if v in own)
       read = (bit for bit in bits if any(close & bit for _, _, close in inner))
       if bit := next(read, 0):
-        found.append((Branch(e, side), [k for k, up, _ in inner if up & bit]))
+        within = [k for k, up, _ in inner if up & bit]
+        found.append(_Found(Branch(e, side), flow, within))
         break
-  names = [_common(flow, within) for _, within in found]
-  owners = [{*map(flow.owner, within)} for _, within in found]
-  units: dict[str, Branch] = {}
-  for (branch, within), name, own_modules in zip(found, names, owners):
-    if not name and any({*w} < {*within} for _, w in found):
-      continue  # a shortcut around the whole network is no unit of it
-    alike = (of for other, of in zip(names, owners) if other == name)
-    if not name or any(of != own_modules for of in alike):
-      name = _common(flow, within[-1:])  # one of several units of a module
-    number = next(n for n in range(len(found)) if _numbered(name, n) not in units)
-    units[_numbered(name, number)] = branch
-    hidden.update(range(within[0], flow.made[branch.sum.outputs[0]]))
-  return units, hidden
+  # A shortcut around the whole network is no unit of it.
+  spans = [{*unit.within} for unit in found]
+  return [
+    unit
+    for unit, span in zip(found, spans)
+    if _common(flow, unit.within) or not any(other < span for other in spans)
+  ]
 
 
 def _common(flow: _Flow, layers: Sequence[int]) -> str:
@@ -445,18 +528,26 @@ def _replaces(branch: jx.Value, shortcut: jx.Value, made_by: Mapping) -> bool:
   return e is not None and e.name == 'sub' and e.inputs[1] is shortcut
 
 
-def gated(units: Mapping[str, Branch], gates: Mapping[str, Any]) -> Callable:
+def gated(units: Mapping[str, Branch], gates: Mapping[str, Sequence[Any]]) -> Callable:
   """Returns execute(equation, inputs), which scales the branches of residual units.
 
   Args:
     units: the units of the program.
-    gates: scalars by the name of the unit.
+    gates: the factors of every unit by its name, each of the shape of its gate.
   """
-  sides = {branch.sum: (branch.side, gates[name]) for name, branch in units.items()}
+  sides = {b.sum: (b.side, gates[u]) for u, b in units.items() if b.scan is None}
+  stacks: dict[jx.Equation, dict[str, Branch]] = {}
+  for name, branch in units.items():
+    if branch.scan is not None:
+      stacks.setdefault(branch.scan, {})[name] = branch._replace(scan=None)
 
   def execute(e: jx.Equation, ins: list) -> list:
+    if inner := stacks.get(e):
+      layer = lambda body, ins, own: (jx.interpret(body, ins, gated(inner, own)), None)
+      return jx.scan_with(e, ins, e.params, layer, {u: gates[u] for u in inner})[0]
     if e in sides:
-      side, gate = sides[e]
+      side, factors = sides[e]
+      gate = functools.reduce(jnp.multiply, factors)
       ins = list(ins)
       ins[side] = ins[side] * gate.astype(ins[side].dtype)
     return jx.bind(e, ins, e.params, jx.run)

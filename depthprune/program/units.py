@@ -87,7 +87,8 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
     branches = tuple(branch for branch, _ in met)
     name = branches[0].removesuffix('/branch')
     if len(branches) > 1:
-      name = os.path.commonpath(branches) or '+'.join(branches)
+      names = [branch.removesuffix('/branch') for branch in branches]
+      name = os.path.commonpath(names) or '+'.join(names)
     reasons = (m.why_not for _, ends in met for m in ends if m.why_not)
     why_not = next((f'{reason} ({name})' for reason in reasons), '')
     if not isinstance(key, tuple):
@@ -144,8 +145,8 @@ def _meetings(program: jx.Program, zeros: Collection[jx.Value]) -> Iterator[Meet
     elif e.name == 'scan' and 0 not in jx.scan_parts(e, known)[1]:
       stacked = 0 in jx.scan_parts(e, known)[2]
       inside = {v for v, k in zip(e.bodies[0].inputs, known, strict=True) if k == 0}
-      for at, deeper, why_not, *_ in _meetings(e.bodies[0], inside):
-        yield Meeting((i, *at), stacked or deeper, why_not)
+      for met in _meetings(e.bodies[0], inside):
+        yield met._replace(at=(i, *met.at), stacked=stacked or met.stacked)
     else:
       why_not = f'{e.where} reads its branch before a shortcut is added to it'
       yield Meeting((i,), False, why_not)

@@ -42,6 +42,9 @@ def block_influence(
     least = min(influence, key=influence.get)
     keep = {'branches': {branch: np.asarray(False) for branch in blocks[least]}}
 
+  A block of branches in a scan over layers, with gates [layers], is a block of every
+  layer, by the names 'NAME[0]', 'NAME[1]', ...
+
   Args:
     coupling: of the network, made by `couple` in the mode that is to be measured.
     variables: its arrays.
@@ -56,7 +59,8 @@ def block_influence(
 
   Raises:
     KeyError: there is no such branch.
-    ValueError: a branch that lies in a scan or is added to nothing, or no batches.
+    ValueError: a branch that is added to nothing, a block of which only a part lies in
+      a scan, or no batches.
   """
   arguments.coupling(coupling).fits(variables)
   if blocks is None:
@@ -72,25 +76,55 @@ def block_influence(
     kwargs = {**coupling.kwargs, **named}
     view = views(inputs, kwargs)
     ends = {name: _ends(view, branches) for name, branches in blocks.items()}
-    wanted = {v for pair in ends.values() for v in pair}
-    seen: dict[jx.Value, jax.Array] = {}
-
-    def execute(e: jx.Equation, ins: list) -> list:
-      outs = jx.bind(e, ins, e.params, run)
-      values = zip((*e.inputs, *e.outputs), (*ins, *outs), strict=True)
-      seen.update((v, x) for v, x in values if v in wanted)
-      return outs
-
-    def run(program: jx.Program, args: Sequence) -> list:
-      return jx.interpret(program, args, execute)
-
     arrays, _ = split_arrays((inputs, kwargs))
-    run(view.program, [*jax.tree.leaves(variables), *arrays])
-    return {name: _changes(seen[x], seen[y]) for name, (x, y) in ends.items()}
+    flat = [*jax.tree.leaves(variables), *arrays]
+    _, changes = _measure(view.program, flat, ends)
+    if apart := ends.keys() - changes.keys():
+      name = min(apart)
+      what = f'blocks: {name}: {arguments.listed(blocks[name])} begin or end in a scan'
+      raise ValueError(f'{what} that the others are not in; take them one by one')
+    return changes
 
   parts = [measured(variables, *call) for call in calls(coupling, batches)]
-  changes = {n: np.concatenate([part[n].ravel() for part in parts]) for n in blocks}
-  return {name: float(each.mean(dtype=float)) for name, each in changes.items()}
+  influence = {}
+  for name, branches in blocks.items():
+    layers = coupling.branch_shape(branches[0])
+    rows = [part[name].reshape(*layers[:1], -1) for part in parts]
+    mean = np.concatenate(rows, -1).mean(-1, dtype=float)
+    named = {name: mean}
+    if layers:
+      named = {f'{name}[{i}]': each for i, each in enumerate(mean)}
+    influence |= {key: float(each) for key, each in named.items()}
+  return influence
+
+
+def _measure(
+  program: jx.Program, args: Sequence, ends: Mapping[str, tuple[jx.Value, jx.Value]]
+) -> tuple[list, dict[str, jax.Array]]:
+  """Runs a program; returns its outputs, and what changes between the ends of blocks.
+
+  For a block in a scan these are the changes in every iteration, along axis 0.
+  """
+  wanted = {v for pair in ends.values() for v in pair}
+  seen: dict[jx.Value, jax.Array] = {}
+  changes: dict[str, jax.Array] = {}
+
+  def execute(e: jx.Equation, ins: list) -> list:
+    if e.name == 'scan':
+      layer = lambda body, ins, _: _measure(body, ins, ends)
+      outs, inside = jx.scan_with(e, ins, e.params, layer)
+      changes.update(inside)
+    else:
+      outs = jx.bind(e, ins, e.params, jx.run)
+    values = zip((*e.inputs, *e.outputs), (*ins, *outs), strict=True)
+    seen.update((v, x) for v, x in values if v in wanted)
+    return outs
+
+  outputs = jx.interpret(program, args, execute)
+  here = {n: pair for n, pair in ends.items() if seen.keys() >= {*pair}}
+  return outputs, changes | {
+    n: _changes(seen[x], seen[y]) for n, (x, y) in here.items()
+  }
 
 
 def _ends(view: View, branches: Sequence[str]) -> tuple[jx.Value, jx.Value]:
@@ -99,10 +133,7 @@ def _ends(view: View, branches: Sequence[str]) -> tuple[jx.Value, jx.Value]:
   for branch in branches:
     first, *_ = [*meetings(view.program, view.leaves[f'branches/{branch}']), None]
     if first is None or first.shortcut is None or first.total is None:
-      raise ValueError(
-        f'{branch}: it lies in a scan, or nothing is added to it; unroll the network '
-        '(scan=False) to measure its blocks'
-      )
+      raise ValueError(f'{branch}: nothing is added to it')
     met.append((first.shortcut, first.total))
   return met[0][0], met[-1][1]
 

@@ -64,7 +64,32 @@ def test_what_cannot_be_measured_is_refused(variables, coupling):
     block_influence(coupling, variables, [X], {'layer3': ['layer3/x']})
   with pytest.raises(ValueError, match='at least one batch'):
     block_influence(coupling, variables, [])
-  stacked = MODEL.clone(scan=True)
-  arrays = stacked.init(jax.random.key(0), X)
-  with pytest.raises(ValueError, match=r'layers0/attention/branch: it lies in a scan'):
-    block_influence(couple(stacked, arrays, X), arrays, [X])
+  with pytest.raises(ValueError, match=r'layer: .*layers1/mlp/branch begin or end in'):
+    blocks = {'layer': ['layers0/attention/branch', 'layers1/mlp/branch']}
+    stacked = MODEL.clone(scan=True, segments=3)
+    arrays = stacked.init(jax.random.key(0), X)
+    block_influence(couple(stacked, arrays, X), arrays, [X], blocks)
+
+
+def test_layers_of_a_scan_have_the_influence_that_they_have_without_it(
+  variables, coupling
+):
+  """In two batches, of two branches together and of each alone."""
+  layers = [{n: c[f'layer{i}'] for n, c in variables.items()} for i in range(3)]
+  stack = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+  whole = {n: {k: v for k, v in c.items() if 'layer' not in k}
+           for n, c in variables.items()}  # fmt: skip
+  arrays = {n: {**whole[n], 'layers0': stack[n]} for n in whole}
+  stacked = couple(MODEL.clone(scan=True), arrays, X[:1])
+  both = {'layers0': [f'layers0/{part}/branch' for part in ('attention', 'mlp')]}
+  got = block_influence(stacked, arrays, [X[:1], X[1:]], both)
+  assert [*got] == [f'layers0[{i}]' for i in range(3)]
+  expected = block_influence(coupling, variables, [X], BLOCKS)
+  np.testing.assert_allclose([*got.values()], [*expected.values()], rtol=1e-4)
+  alone = block_influence(stacked, arrays, [X])
+  assert [*alone][2:4] == ['layers0/attention[2]', 'layers0/mlp[0]']
+  unrolled = block_influence(coupling, variables, [X])
+  for i in range(3):
+    for part in ('attention', 'mlp'):
+      got, want = alone[f'layers0/{part}[{i}]'], unrolled[f'layer{i}/{part}']
+      assert got == pytest.approx(want, rel=1e-4)
