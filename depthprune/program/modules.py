@@ -64,9 +64,15 @@ def runnable(model: Any) -> Callable:
     return call_module
   apply = getattr(model, 'apply', model)
   if is_transformers(model):
-    return lambda variables, *inputs, **kwargs: model(
-      *inputs, params=variables, **accepted(kwargs, names)
-    )
+
+    def call_transformers(variables, *inputs, **kwargs):
+      outputs = model(*inputs, params=variables, **accepted(kwargs, names))
+      # A cache that is no field of the class of outputs is not among their leaves.
+      if isinstance(outputs, Mapping) and carried_names(kwargs, outputs):
+        return dict(outputs)
+      return outputs
+
+    return call_transformers
   if is_haiku(model):
     return _transformed(apply)
   exits = getattr(model, 'exits', None)

@@ -1,9 +1,13 @@
 """What a network carries from call to call, such as a cache, is cut with it."""
 
+from collections import OrderedDict
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import depthprune as dp
 from tests import masking as m
@@ -135,3 +139,137 @@ def test_an_array_by_keyword_is_an_input_as_before():
   both = lambda v, x, mask: {'main': (x * mask[..., None]) @ v, 'mask': mask}
   coupling = dp.couple(both, jnp.ones((6, 2)), X, mask=jnp.ones((2, 8)))
   assert coupling.carried == {} and coupling.exits == ('mask', 'main')
+
+
+# ---- caches of libraries -------------------------------------------------------------
+
+
+class Writer(nnx.Module):
+  """A decoder of one layer, whose attention keeps its cache in the module."""
+
+  def __init__(self, decode):
+    rngs = nnx.Rngs(0)
+    self.embed = nnx.Embed(20, 8, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(
+      num_heads=4, in_features=8, qkv_features=12, decode=decode, rngs=rngs
+    )
+    self.up, self.down = nnx.Linear(8, 10, rngs=rngs), nnx.Linear(10, 8, rngs=rngs)
+    self.head = nnx.Linear(8, 20, rngs=rngs)
+    if decode:
+      self.attention.init_cache((2, 9, 8))
+
+  def __call__(self, tokens):
+    x = self.embed(tokens)
+    mask = None if self.attention.decode else nnx.make_causal_mask(tokens)
+    x = x + self.attention(x, mask=mask)
+    return self.head(x + self.down(nnx.relu(self.up(x))))
+
+
+TOKENS = jnp.asarray(DRAW.integers(0, 20, (2, 9)), jnp.int32)
+HEADS = {
+  'attention/query:1': np.array([True, False, True, True]),
+  'attention/query:2': np.array([True, False, True]),
+  'attention/value:2': np.array([False, False, True]),
+  'up:1': np.arange(10) % 3 == 0,
+}
+
+
+def test_one_token_of_a_module_that_holds_its_cache_has_the_groups_of_all_tokens():
+  """And the cache, which is among its variables, is cut with them."""
+  (whole, step), sizes = (Writer(False), Writer(True)), []
+  for net, tokens in ((whole, TOKENS), (step, TOKENS[:, :1])):
+    coupling = dp.couple(net, nnx.state(net), tokens)
+    sizes.append({name: group.size for name, group in coupling.groups.items()})
+  assert sizes[0] == sizes[1] and {*HEADS} < {*sizes[0]}
+  keep = {'channels': HEADS}
+  small = dp.prune(step, nnx.state(step), keep, TOKENS[:, :1])
+  assert small.variables['attention']['cached_key'].get_value().shape == (2, 9, 3, 2)
+  assert small.variables['attention']['cached_value'].get_value().shape == (2, 9, 3, 1)
+
+
+def test_a_module_that_holds_its_cache_writes_after_a_cut():
+  """The cache is an argument, so it is carried; the text is that of the masked one."""
+  graph, params, cache = nnx.split(Writer(True), nnx.Param, ...)
+
+  def step(params, tokens, cache):
+    net = nnx.merge(graph, params, cache)
+    return {'main': net(tokens), 'cache': nnx.state(net, nnx.Not(nnx.Param))}
+
+  net = Writer(False)
+  plain = dp.couple(net, nnx.state(net), TOKENS)
+  coupling = dp.couple(step, params, TOKENS[:, :1], cache=cache)
+  assert coupling.groups == plain.groups and len(coupling.carried) == 3
+  keep = {'channels': HEADS}
+  small = dp.prune(step, params, keep, TOKENS[:, :1], cache=cache, coupling=coupling)
+  masked = m.zeroed(coupling, params, keep)
+  whole = dp.prune(net, nnx.state(net), keep, TOKENS, coupling=plain)
+  parts, carried = [], cache
+  for i in range(9):
+    outputs = small.apply(small.variables, TOKENS[:, i : i + 1], cache=carried)
+    carried = outputs['cache']
+    parts.append(outputs['main'])
+  assert carried['attention']['cached_key'].get_value().shape == (2, 9, 3, 2)
+  logits = jnp.concatenate(parts, 1)
+  assert m.difference(whole.apply(whole.variables, TOKENS), logits) <= 1e-5
+  text = dp.generate(small.apply, small.variables, TOKENS[:, :1], 6, cache=cache)
+  expected = dp.generate(step, masked, TOKENS[:, :1], 6, cache=cache)
+  np.testing.assert_array_equal(text, expected)
+
+
+class Logits(OrderedDict):
+  """Outputs of transformers: a cache may be an entry without being a field."""
+
+
+jax.tree_util.register_pytree_node(
+  Logits, lambda x: ((x['logits'],), None), lambda _, x: Logits(logits=x[0])
+)
+
+
+class Attention(nn.Module):
+  """`network`, with its cache in a collection."""
+
+  @nn.compact
+  def __call__(self, x):
+    params = {n: self.param(n, nn.initializers.normal(), s) for n, s in SHAPES.items()}
+    cache = self.variable('cache', 'layer', empty)
+    variables = {'params': params, 'branches': V['branches']}
+    outputs = network(variables, x, cache.value)
+    cache.value = outputs['cache']
+    return outputs['main']
+
+
+class Wrapped:
+  """What the Flax models of transformers are: a linen module and its call."""
+
+  def __init__(self):
+    self.module, self.params = Attention(), V['params']
+
+  def __call__(self, x, params, past_key_values):
+    variables = {'params': params, 'cache': {'layer': past_key_values}}
+    logits, new = self.module.apply(variables, x, mutable=['cache'])
+    outputs = Logits(logits=logits)
+    outputs['past_key_values'] = new['cache']['layer']
+    return outputs
+
+
+@pytest.mark.parametrize('tokens', [1, 5])
+def test_a_cache_that_is_no_field_of_the_outputs_is_carried(tokens):
+  model, x = Wrapped(), X[:, :tokens]
+  coupling = dp.couple(model, model.params, x, past_key_values=empty())
+  plain = dp.couple(network, V, X)
+  names = lambda coupling: {n: group.size for n, group in coupling.groups.items()}
+  assert names(coupling) == names(plain) and coupling.exits == ('logits',)
+  assert len(coupling.carried) == 3
+  keep = m.random_keep(coupling, gated=True)
+  small = dp.prune(
+    model, model.params, keep, x, coupling=coupling, past_key_values=empty()
+  )
+
+  def run(variables, x, cache):
+    outputs = small.apply(variables, x, past_key_values=cache)
+    return {'main': outputs['logits'], 'cache': outputs['past_key_values']}
+
+  got, cache = step_by_step(run, small.variables, empty())
+  zeroed = {**V, 'params': m.zeroed(coupling, model.params, keep)}
+  assert m.difference(network(zeroed, X)['main'], got) <= 1e-5
+  assert cache['layer']['key'].shape == (2, 8, 2, 1)
