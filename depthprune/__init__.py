@@ -8,6 +8,7 @@ from etils import epy as _epy
 with _epy.lazy_api_imports(globals()):
   from depthprune import models
   from depthprune.cascades.cascade import cascade
+  from depthprune.cascades.generation import exit_predictions, generate_early
   from depthprune.exports.networks import load, load_cascade, save, save_cascade
   from depthprune.exports.stablehlo import export
   from depthprune.gates import branch, straight_through
@@ -72,9 +73,11 @@ __all__ = [
   'cost',
   'couple',
   'distill',
+  'exit_predictions',
   'export',
   'fit',
   'generate',
+  'generate_early',
   'implosion',
   'init_state',
   'judge',

@@ -21,7 +21,9 @@ ALLOWED = {
   'models': ('gates', 'program', 'storage'),
   'data': ('program', 'storage', 'distributed'),
   'train': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),
-  'cascades': ('program', 'surgery', 'timing', 'storage', 'distributed', 'data'),
+  'cascades': (
+    *('program', 'surgery', 'timing', 'storage', 'distributed', 'data', 'models'),
+  ),
   'methods': ('train', 'program', 'timing', 'gates'),
   'exports': ('program', 'surgery', 'models', 'storage', 'distributed', 'cascades'),
   'run': (

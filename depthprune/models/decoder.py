@@ -125,7 +125,7 @@ class DecoderAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, where: Place, cache: Cache | None
+    self, x: jax.Array, where: Place, cache: Cache | None, skip: bool = False
   ) -> tuple[jax.Array, Cache | None]:
     groups, heads = self.arch['groups'], self.arch['heads']
     dense = partial(nn.DenseGeneral, kernel_init=normal, dtype=self.dtype)
@@ -145,6 +145,8 @@ class DecoderAttention(nn.Module):
         for name, new in (('key', k), ('value', v))
       )
       cache = {'key': k, 'value': v}
+    if skip:
+      return x, cache
     scores = jnp.einsum('btghd,bkgd->bghtk', q * self.size**-0.5, k)
     lowest = jnp.finfo(jnp.float32).min
     weights = jnp.where(where.seen, scores.astype(jnp.float32), lowest)
@@ -182,12 +184,12 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, where: Place, cache: Cache | None = None
+    self, x: jax.Array, where: Place, cache: Cache | None = None, skip: bool = False
   ) -> tuple[jax.Array, Cache | None]:
     attention, mlp = within(self.arch, 'attention'), within(self.arch, 'mlp')
     if attention['branch']:
-      x, cache = self.attention(arch=attention, name='attention')(x, where, cache)
-    if mlp['branch']:
+      x, cache = self.attention(arch=attention, name='attention')(x, where, cache, skip)
+    if mlp['branch'] and not skip:
       x = self.mlp(arch=mlp, name='mlp')(x)
     return x, cache
 
@@ -284,6 +286,29 @@ class Decoder(stages.Stacks, nn.Module):
       widths |= beneath(unit, name)
     return widths
 
+  def first(self, depth: int) -> 'Decoder':
+    """Returns the network of the first layers, which has no variables of its own.
+
+    It takes those of the whole network, before and after a cut, such as to draft for
+    it::
+
+      dp.speculate(model, variables, model.first(8), variables, prompts, steps=50)
+
+    Args:
+      depth: how many layers it has, those that a cut has emptied counted too.
+
+    Raises:
+      ValueError: it has no such number of layers, or they are stacks.
+    """
+    if self.scan or depth not in range(1, self.depth + 1):
+      raise ValueError(
+        f'Decoder: expected 1 to {self.depth} first layers and scan=False, got {depth} '
+        f'and scan={self.scan}'
+      )
+    known = self.clone(depth=depth, arch={}).widths
+    arch = {key: n for key, n in self.arch.items() if key in known}
+    return self.clone(depth=depth, arch=arch)
+
   @property
   def _counts(self) -> tuple[str, str]:
     """The keys of the numbers of groups and of heads in each, of an attention."""
@@ -329,40 +354,56 @@ class Decoder(stages.Stacks, nn.Module):
     train: bool = False,
     until: str = '',
     cache: Cache | None = None,
+    since: str = '',
+    skip: bool = False,
   ) -> dict[str, Any]:
-    """Computes the features and logits of texts.
+    """Computes the features and logits of texts, or a part of the way there.
 
     Args:
-      tokens: int [batch, length].
+      tokens: int [batch, length]; with `since`, features [batch, length, width].
       train: changes nothing, since there is no dropout.
       until: the last tap to compute; '' for all outputs.
       cache: the tokens before these, as `empty_cache` or an earlier call returned it.
+      since: the tap whose features are given instead of tokens; '' for none. What
+        follows it is computed. Behind the last one these are the logits alone.
+      skip: whether features pass the layers unchanged. A cache gets the keys and values
+        that the layers make of them, for the tokens that follow.
+
+    Returns:
+      The outputs by name, and the 'cache' if one was given, whose layers are those that
+      were computed.
 
     Raises:
-      ValueError: texts longer than `positions`, or a cache for stacks of layers.
+      ValueError: texts longer than `positions`, a cache for stacks of layers, or taps
+        that there are not or that follow each other the wrong way round.
     """
     del train
     arch = complete(self.arch, self.widths, 'Decoder')
-    if until:
-      stages.check_tap(until, self.taps)
-    if tokens.ndim != 2 or tokens.shape[1] > self.positions:
+    for tap in filter(None, (since, until)):
+      stages.check_tap(tap, self.taps)
+    first = self.taps.index(since) + 1 if since else 0
+    if until and self.taps.index(until) < first:
+      raise ValueError(f'Decoder: until: expected a tap behind {since}, got {until}')
+    if tokens.ndim != 2 + bool(since) or tokens.shape[1] > self.positions:
+      what = f'features of {since}' if since else 'tokens'
+      shape = '[batch, length, width]' if since else '[batch, length]'
       raise ValueError(
-        f'Decoder: expected tokens [batch, length] of at most {self.positions} '
-        f'positions, got {tokens.shape}'
+        f'Decoder: expected {what} {shape} of at most {self.positions} positions, got '
+        f'{tokens.shape}'
       )
     if self.scan and cache is not None:
       raise ValueError('Decoder: a cache needs scan=False')
     table = DecoderTable(self.vocab, arch['embed'], name='embed')
-    x = table(tokens).astype(self.dtype)
-    x = x * self.width**0.5 if self.scaled else x
+    x = tokens if since else table(tokens).astype(self.dtype)
+    x = x * self.width**0.5 if self.scaled and not since else x
     where, kept = self._place(tokens.shape[1], cache)
     outputs: dict[str, Any] = {}
-    for name, tap, _ in self.parts:
-      x, new = self._layer(name, arch, x, where, (cache or {}).get(name))
+    for name, tap, _ in self.parts[first:]:
+      x, new = self._layer(name, arch, x, where, (cache or {}).get(name), skip)
       outputs[tap] = x
       kept |= {} if new is None else {name: new}
       if tap == until:
-        return outputs
+        return outputs if cache is None else {**outputs, 'cache': kept}
     x = self._norm(self.width, name='norm')(x).astype(jnp.float32)
     head = nn.Dense(self.vocab, use_bias=False, kernel_init=normal, name='head')
     outputs['main'] = table.logits(x) if self.tied else head(x)
@@ -384,7 +425,7 @@ class Decoder(stages.Stacks, nn.Module):
     return place(start, count, keys, self), {'length': start + count}
 
   def _layer(
-    self, name: str, arch: Arch, x: jax.Array, where: Place, cache: Cache | None
+    self, name: str, arch: Arch, x: jax.Array, where: Place, cache, skip: bool
   ) -> tuple[jax.Array, Cache | None]:
     """Runs tokens through a layer or a stack of layers."""
     part = within(arch, name)
@@ -401,8 +442,8 @@ class Decoder(stages.Stacks, nn.Module):
     mlp = partial(DecoderPerceptron, activation=self.activation, **both)
     layer = DecoderLayer(attention, mlp, FrozenDict(part), name=name)
     if not self.scan:
-      return layer(x, where, cache)
-    run = lambda layer, x, where: layer(x, where)[0]
+      return layer(x, where, cache, skip)
+    run = lambda layer, x, where: layer(x, where, None, skip)[0]
     times = stages.layers_left(name, part)
     return stages.repeat(layer, x, times, where, call=run), None
 

@@ -133,7 +133,7 @@ def speculate(
   first layers of the large one::
 
     text = dp.speculate(model, variables, cut.model, cut.variables, prompts, steps=50)
-    draft = model.clone(depth=8)  # has no variables of its own
+    draft = model.first(8)  # layers, which have no variables of their own
     text = dp.speculate(model, variables, draft, variables, prompts, steps=50)
 
   Args:

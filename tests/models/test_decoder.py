@@ -56,6 +56,37 @@ def test_a_cache_changes_nothing_but_the_work(name):
   assert m.difference(whole, parts) <= 1e-5
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_a_part_of_the_way_after_the_other_is_the_whole_way(name):
+  """With a cache, whose layers come from the parts; `skip` changes no features."""
+  model = MODELS[name]
+  variables, cache = arrays(model), model.empty_cache(2, 10)
+  run = jax.jit(model.apply, static_argnames=('since', 'until', 'skip'))
+  whole = run(variables, X, cache=cache)
+  start = run(variables, X, until='layer0', cache=cache)
+  assert {*start} == {'layer0', 'cache'}
+  rest = run(variables, start['layer0'], since='layer0', cache=cache)
+  assert m.difference(whole['main'], rest['main']) <= 1e-6
+  caches = {**start['cache'], **rest['cache']}
+  assert m.difference(whole['cache'], caches) <= 1e-6
+  passed = run(variables, start['layer0'], since='layer0', skip=True, cache=cache)
+  np.testing.assert_array_equal(passed['layer1'], start['layer0'])
+  assert m.difference(whole['cache']['layer1'], passed['cache']['layer1']) <= 1e-6
+
+
+def test_parts_that_there_are_not_are_refused():
+  model = MODELS['llama']
+  variables = arrays(model)
+  with pytest.raises(ValueError, match="no tap 'layer7'"):
+    model.apply(variables, X, since='layer7')
+  with pytest.raises(
+    ValueError, match='until: expected a tap behind layer1, got layer'
+  ):
+    model.apply(variables, jnp.zeros((2, 3, 8)), since='layer1', until='layer0')
+  with pytest.raises(ValueError, match=r'features of layer0 \[batch, length, width\]'):
+    model.apply(variables, X, since='layer0')
+
+
 def test_a_token_sees_those_before_it_and_no_others():
   model = MODELS['llama']
   variables = arrays(model)

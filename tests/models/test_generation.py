@@ -92,7 +92,7 @@ def test_speculation_writes_what_the_large_network_writes(by, ahead, batch, cut)
   draft, arrays = {
     'itself': (model, variables),
     'small': (pruned.model.clone(positions=24), pruned.variables),
-    'first layer': (model.clone(depth=1), variables),
+    'first layer': (model.first(1), variables),
     'another': (model, other),
   }[by]
   prompts = PROMPTS[:batch]
@@ -110,6 +110,18 @@ def test_a_draft_that_is_never_right_costs_a_check_per_token():
   wrong = {'params': {**variables['params'], 'norm': {'scale': -norm}}}
   found = speculate(MODEL, variables, MODEL, wrong, PROMPTS[:1], 4, ahead=2)
   assert (found.accepted, found.checks) == (0, 3)
+
+
+def test_the_first_layers_of_a_cut_network_draft_for_it(cut):
+  _, pruned = cut
+  model = pruned.model.clone(positions=24)
+  draft = model.first(1)
+  assert draft.depth == 1 and draft.arch and not any('layer1' in k for k in draft.arch)
+  found = speculate(model, pruned.variables, draft, pruned.variables, PROMPTS, 12)
+  expected = generate(model, pruned.variables, PROMPTS, 12)
+  np.testing.assert_array_equal(found.tokens, expected)
+  with pytest.raises(ValueError, match='1 to 2 first layers and scan=False, got 3'):
+    model.first(3)
 
 
 def test_speculation_by_a_function_is_refused(cut):

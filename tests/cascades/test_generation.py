@@ -1,0 +1,237 @@
+"""Early exits of a decoder that writes, by the same rule without cache and loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprune.cascades import confidence as confidences
+from depthprune.cascades import thresholds
+from depthprune.cascades.generation import exit_predictions, generate_early
+from depthprune.models import decoder
+from depthprune.models.decoder import Decoder
+from depthprune.models.generation import generate
+from depthprune.program.coupling import couple
+from depthprune.surgery.prune import prune
+from tests import masking as m
+from tests import zoo
+
+MODEL = Decoder(
+  vocab=20, positions=16, width=8, depth=3, heads=4, groups=2, size=4, inner=6
+)
+PROMPTS = zoo.tokens(3, 5)
+VARIABLES = zoo.randomised(jax.eval_shape(MODEL.init, jax.random.key(0), PROMPTS))
+VARIABLES['params']['norm']['scale'] *= 4  # which makes answers surer
+for unit in (VARIABLES['params'][f'layer{i}']['attention'] for i in range(3)):
+  unit['query']['kernel'] *= 3  # tokens attend to few others, and to much of them
+  unit['out']['kernel'] *= 4
+SURE = {'layer0': 0.5, 'layer1': 0.6}  # some tokens leave at each, some at none
+
+
+@pytest.fixture(scope='module')
+def cut():
+  """Without the middle layer, and half as wide elsewhere."""
+  coupling = couple(MODEL, VARIABLES, PROMPTS)
+  gone = {f'layer1/{unit}/branch': np.array(False) for unit in ('attention', 'mlp')}
+  keep = {**m.random_keep(coupling), 'branches': gone}
+  return prune(MODEL, VARIABLES, keep, PROMPTS, coupling=coupling)
+
+
+def features(text, left):
+  """The tokens of one text behind every layer; `left` [length]: where each stops."""
+  run = lambda x, **kw: MODEL.apply(VARIABLES, x, **kw)
+  found = [run(text, until='layer0')['layer0']]
+  for i in (1, 2):
+    x = found[-1]  # keys and values of what has stopped are those of its features
+    further = run(x, since=f'layer{i - 1}', until=f'layer{i}')[f'layer{i}']
+    found.append(jnp.where((left > i)[None, :, None], further, x))
+  return found
+
+
+def check(text, layers, exits, kind):
+  """Every token of a text [length] left where its confidence says, with its answer."""
+  prompt = PROMPTS.shape[1]
+  left = jnp.asarray([*[3] * (prompt - 1), *layers])
+  behind = features(text[None, :-1], left)
+  read = lambda x: MODEL.apply(VARIABLES, x, since='layer2')['main'][0]
+  logits = [read(x) for x in behind]
+  memory = confidences.start(len(left))
+  scores = []
+  for tap in exits:
+    at = logits[int(tap.removeprefix('layer'))]
+    score, memory = confidences.score(kind, at, memory)
+    scores.append(score)
+  for p in range(prompt, len(left)):  # the token at p - 1 wrote that at p
+    sure = [int(t[-1]) + 1 for t, s in zip(exits, scores) if s[p] > exits[t]]
+    assert left[p] == (sure or [3])[0]
+  for p in range(prompt - 1, len(left)):
+    assert logits[int(left[p]) - 1][p].argmax() == text[p + 1]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'exits'),
+  [
+    ('probability', SURE),
+    ('margin', {'layer1': 0.3}),
+    ('patience', {'layer0': 0.5, 'layer1': 0.5}),
+  ],
+)
+def test_tokens_leave_where_they_are_sure_and_copy_their_state(kind, exits):
+  found = generate_early(MODEL, VARIABLES, PROMPTS, 10, exits, kind)
+  layers = np.asarray(found.layers)
+  assert len({*layers.ravel().tolist()}) > 1
+  for text, its in zip(found.tokens, layers):
+    check(text, its, exits, kind)
+  assert found.executed == pytest.approx(layers.max(0).mean() / 3)
+
+
+def test_every_text_of_a_batch_is_written_as_if_it_were_alone():
+  whole = generate_early(MODEL, VARIABLES, PROMPTS, 10, SURE)
+  for i in range(3):
+    alone = generate_early(MODEL, VARIABLES, PROMPTS[i : i + 1], 10, SURE)
+    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[i])
+    np.testing.assert_array_equal(alone.layers[0], whole.layers[i])
+    assert alone.executed <= whole.executed
+
+
+def test_nobody_leaves_above_every_score_and_all_below():
+  never = generate_early(MODEL, VARIABLES, PROMPTS, 6, {'layer0': 1.0, 'layer1': 1.5})
+  np.testing.assert_array_equal(never.tokens, generate(MODEL, VARIABLES, PROMPTS, 6))
+  assert never.executed == 1 and (np.asarray(never.layers) == 3).all()
+  always = generate_early(MODEL, VARIABLES, PROMPTS, 6, {'layer1': 0})
+  assert always.layers.tolist() == [[3, 2, 2, 2, 2, 2]] * 3
+  assert always.executed == pytest.approx(13 / 18)
+  unused = generate_early(MODEL, VARIABLES, PROMPTS, 6, {'layer0': np.inf})
+  np.testing.assert_array_equal(unused.tokens, never.tokens)
+  one = generate_early(MODEL, VARIABLES, PROMPTS, 1, {'layer0': 0})
+  np.testing.assert_array_equal(one.tokens, generate(MODEL, VARIABLES, PROMPTS, 1))
+
+
+def test_tokens_are_drawn_as_without_exits():
+  draw = {'key': jax.random.key(3), 'temperature': 1.5}
+  found = generate_early(MODEL, VARIABLES, PROMPTS, 6, {'layer1': 2}, **draw)
+  np.testing.assert_array_equal(
+    found.tokens, generate(MODEL, VARIABLES, PROMPTS, 6, **draw)
+  )
+
+
+def test_layers_behind_an_exit_are_not_executed(monkeypatch):
+  """Counted while the program runs: a token that leaves behind the first layer runs
+  both branches of that one alone."""
+  ran = []
+  add = decoder.add_branch
+
+  def counted(module, x, y):
+    jax.debug.callback(lambda: ran.append(module.path[0]))
+    return add(module, x, y)
+
+  monkeypatch.setattr(decoder, 'add_branch', counted)
+  model = MODEL.clone(epsilon=2e-5)  # is compiled anew
+  found = generate_early(model, VARIABLES, PROMPTS, 5, {'layer0': 0})
+  jax.effects_barrier()
+  assert found.layers[0].tolist() == [3, 1, 1, 1, 1]
+  counts = {name: ran.count(name) for name in ran}
+  assert counts == {'layer0': 2 * 5, 'layer1': 2, 'layer2': 2}
+
+
+def test_a_cut_network_counts_the_layers_that_are_left(cut):
+  model, variables = cut.model, cut.variables
+  never = generate_early(model, variables, PROMPTS, 6, {'layer1': 2})
+  np.testing.assert_array_equal(never.tokens, generate(model, variables, PROMPTS, 6))
+  assert (np.asarray(never.layers) == 2).all() and never.executed == 1
+  early = generate_early(model, variables, PROMPTS, 6, {'layer1': 0})
+  assert early.layers.tolist() == [[2, 1, 1, 1, 1, 1]] * 3
+
+
+def test_a_token_leaves_behind_a_first_layer_that_is_empty():
+  """It has gone through no layer at all."""
+  gone = {f'layer0/{unit}/branch': 0 for unit in ('attention', 'mlp')}
+  model = MODEL.clone(arch=gone)
+  early = generate_early(model, VARIABLES, PROMPTS, 3, {'layer0': 0})
+  assert early.layers.tolist() == [[2, 0, 0]] * 3
+
+
+# ---- thresholds ----------------------------------------------------------------------
+
+
+def test_predictions_are_those_of_the_whole_vocabulary():
+  texts, labels = np.asarray(zoo.tokens(5, 9)), np.array(zoo.tokens(5, 9))[:, ::-1]
+  labels = np.where(labels == 3, -1, labels)
+  seen = exit_predictions(
+    MODEL, VARIABLES, texts, ['layer1', 'layer0'], labels, batch=2
+  )
+  told = labels.ravel() >= 0
+  assert seen.exits == ('layer0', 'layer1', 'main') and (~told).sum() > 0
+  outputs = MODEL.apply(VARIABLES, texts)
+  for k, tap in enumerate(('layer0', 'layer1', 'layer2')):
+    logits = MODEL.apply(VARIABLES, outputs[tap], since='layer2')['main']
+    logits = np.asarray(logits).reshape(-1, 20)[told]
+    right = logits.argmax(-1) == labels.ravel()[told]
+    np.testing.assert_array_equal(seen.logits[k].argmax(-1) == seen.labels, right)
+    if k < 2:
+      expected = jax.nn.softmax(logits).max(-1)
+      np.testing.assert_allclose(seen.scores[k], expected, rtol=1e-5)
+
+
+def test_costs_are_counted_by_hand():
+  """Of a token behind 8 others: q, k, v, out, 9 keys, the perceptron and the logits."""
+  layer = 2 * (8 * 16 + 2 * 8 * 8 + 16 * 8 + 2 * 9 * 16 + 3 * 8 * 6)
+  copied, logits = 2 * (2 * 8 * 8), 2 * 8 * 20
+  seen = exit_predictions(MODEL, VARIABLES, zoo.tokens(1, 9), ['layer0', 'layer1'])
+  assert seen.cost.tolist() == [
+    layer + logits + 2 * copied,
+    2 * (layer + logits) + copied,
+    3 * (layer + logits),
+  ]
+  assert seen.whole == 3 * layer + logits
+
+
+def test_thresholds_are_chosen_by_agreement_or_by_a_budget():
+  texts = np.random.default_rng(1).integers(0, 20, (20, 9))
+  seen = exit_predictions(MODEL, VARIABLES, texts, ['layer0', 'layer1'])
+  own = thresholds.measured(np.full(2, np.inf), seen)
+  assert own.accuracy == 1 and own.cost == seen.cost[-1]
+  chosen = thresholds.for_drop(seen, 10.0, least=5)
+  assert 0.9 <= chosen.held_out.accuracy < 1
+  found = generate_early(MODEL, VARIABLES, PROMPTS, 8, chosen)
+  limits = dict(zip(('layer0', 'layer1'), chosen.thresholds.tolist()))
+  again = generate_early(MODEL, VARIABLES, PROMPTS, 8, limits)
+  np.testing.assert_array_equal(found.tokens, again.tokens)
+  cheap = thresholds.for_budget(seen, 0.8 * seen.cost[-1], least=5)
+  assert cheap.held_out.cost <= 0.8 * seen.cost[-1]
+  assert cheap.held_out.accuracy < chosen.held_out.accuracy
+
+
+@pytest.mark.parametrize(
+  ('more', 'error', 'message'),
+  [
+    ({'exits': {'layer2': 0.5}}, ValueError, "some of layer0, layer1, got 'layer2'"),
+    ({'exits': {'layer0': np.nan}}, ValueError, r"exits\['layer0'\]: expected a num"),
+    ({'exits': 0.5}, TypeError, 'exits: expected {tap: threshold}, got the number'),
+    ({'confidence': 'learned'}, ValueError, "entropy, margin, patience, got 'learned'"),
+    ({'steps': 0}, ValueError, 'steps: expected a whole number of 1 or more, got'),
+    ({'steps': 12}, ValueError, 'at most 16 positions, got .* length 17'),
+    ({'temperature': 0}, ValueError, 'temperature'),
+    ({'model': MODEL.apply}, TypeError, 'model: expected a Decoder'),
+  ],
+)
+def test_writing_that_is_impossible_is_refused(more, error, message):
+  given = {'model': MODEL, 'variables': VARIABLES, 'tokens': PROMPTS, 'steps': 2}
+  with pytest.raises(error, match=message):
+    generate_early(**{**given, 'exits': {'layer0': 0.5}, **more})
+
+
+@pytest.mark.parametrize(
+  ('more', 'message'),
+  [
+    ({'exits': []}, 'exits: expected some of layer0, layer1'),
+    ({'exits': ['layer9']}, "got 'layer9'"),
+    ({'tokens': PROMPTS[0]}, r'tokens: expected int \[texts, length\]'),
+    ({'labels': PROMPTS[:, 1:]}, r'labels: expected int \[3, 5\]'),
+    ({'batch': 0}, 'batch: expected a whole number of 1'),
+  ],
+)
+def test_predictions_that_are_impossible_are_refused(more, message):
+  given = {'tokens': PROMPTS, 'exits': ['layer0'], **more}
+  with pytest.raises(ValueError, match=message):
+    exit_predictions(MODEL, VARIABLES, **given)
