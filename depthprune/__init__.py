@@ -46,6 +46,7 @@ with _epy.lazy_api_imports(globals()):
     spare_closed,
   )
   from depthprune.train.rounds import shrink
+  from depthprune.train.search import search
   from depthprune.train.step import init_state, make_step
   from depthprune.train.task import (
     classification,
@@ -100,6 +101,7 @@ __all__ = [
   'run_method',
   'save',
   'save_cascade',
+  'search',
   'segmentation',
   'shrink',
   'sidenet',

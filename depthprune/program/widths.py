@@ -100,6 +100,24 @@ def ranges(
   return found
 
 
+def produced(
+  coupling: Coupling, patterns: str | Sequence[str], argument: str
+) -> set[str]:
+  """Returns the groups of the channels that arrays produce.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    patterns: of groups, arrays and modules.
+    argument: that they are of, for errors.
+
+  Raises:
+    ValueError: a pattern that matches nothing, with the nearest names.
+  """
+  patterns = [patterns] if isinstance(patterns, str) else patterns
+  groups = {g.name: g for g in coupling.groups.values() if not g.ungated}
+  return {*_by_group(coupling, groups, dict.fromkeys(patterns, 1), argument)}
+
+
 def allowed(
   sizes: Mapping[str, int], round_to: RoundTo, limits: Mapping[str, Range] | None
 ) -> dict[str, list[int]]:

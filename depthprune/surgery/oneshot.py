@@ -8,8 +8,8 @@ Taylor is the first-order change of a loss when a gate closes (Molchanov et al.,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from depthprune.program.coupling import WHY, Coupling, Group
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of
 from depthprune.program.widths import (
-  Count,
   Counts,
   Range,
   allowed,
@@ -29,8 +28,15 @@ from depthprune.program.widths import (
   nearest,
   ranges,
 )
-from depthprune.surgery.plan import widest
-from depthprune.timing.layers import TIME, CostFunction, counted
+from depthprune.surgery.budget import (
+  Constraint,
+  constraints,
+  fitting,
+  met,
+  reachable,
+)
+from depthprune.surgery.plan import complete, widest
+from depthprune.timing.layers import COSTS, TIME, CostFunction
 
 SCORES = ('l1', 'l2', 'random', 'taylor')
 SCOPES = ('global', 'uniform')
@@ -44,7 +50,7 @@ returns that."""
 def oneshot(
   coupling: Coupling,
   variables: Any,
-  target: float | str | Mapping[str, Count],
+  target: float | str | Mapping[Any, Any],
   score: Score = 'l1',
   scope: str = 'global',
   of: str | CostFunction = 'flops',
@@ -54,6 +60,7 @@ def oneshot(
   exclude: str | Sequence[str] = (),
   at_least: Counts | None = None,
   at_most: Counts | None = None,
+  branches: Mapping[str, Any] | None = None,
 ) -> dict:
   """Decides which channels to keep so that the network costs what is asked for.
 
@@ -80,9 +87,11 @@ def oneshot(
     coupling: of the network, made by `couple`.
     variables: its arrays.
     target: what the network may cost: a fraction of its cost in (0, 1], a percentage
-      such as '50%', or an absolute number above 1. Or {pattern: channels}, how many
-      channels the matching arrays are to produce, as near as the other arguments
-      allow: then nothing else is cut, and no cost is counted.
+      such as '50%', or an absolute number above 1, met as nearly as channels allow. Or
+      several costs at once, {'params': '80%', 'flops': '70%'}, none of which is
+      exceeded: each is one that `of` may be, and `of` does not count. Or {pattern:
+      channels}, how many channels the matching arrays are to produce, as near as the
+      other arguments allow: then nothing else is cut, and no cost is counted.
     score: what decides which channels stay. 'l1' and 'l2' are norms of the kernels,
       'random' needs `key`, 'taylor' needs `grads`. Or a score of your own, higher for
       what should stay: {group: [slices]}, as `activations` returns, or a function of
@@ -107,92 +116,151 @@ def oneshot(
       arrays' output.
     at_most: most channels, in the same way. Of a floor and a ceiling that contradict
       each other, one with a pattern goes before one for every group.
+    branches: {path: bool}, branches that are closed already. Costs are counted without
+      all that goes with them.
 
   Returns:
-    {'channels': {group: bool [slices]}} for `prune`. Groups that cannot be gated are
-    whole, and every other group keeps at least one slice.
+    {'channels': {group: bool [slices]}} for `prune`, with `branches` beside it if these
+    were given. Groups that cannot be gated, or go with a branch, are whole, and every
+    other group keeps at least one slice.
 
   Raises:
+    KeyError: a branch that there is not.
     ValueError: an unknown score, scope or cost; a missing `grads` or `key`; a target
       that cannot be reached; scores that are missing, not one per slice, or not
       finite; a pattern that matches nothing, with the nearest names; a floor above the
       ceiling; or a network of which no group can be gated.
   """
   arguments.coupling(coupling).fits(variables)
-  _check(score, scope, grads, key)
-  gates = coupling.gates()['channels']
-  if not gates:
+  check(score, scope, grads, key)
+  if not coupling.gates()['channels']:
     raise ValueError(f'no group of this network can be gated; {WHY}')
-  ratios = target if isinstance(target, Mapping) else None
-  limits = ranges(coupling, round_to, exclude, at_least, at_most, ratios)
+  closed = closing(coupling, branches)
+  several = isinstance(target, Mapping) and any(map(_is_cost, target))
+  ratios = target if isinstance(target, Mapping) and not several else None
+  limits = left_by(
+    coupling, ranges(coupling, round_to, exclude, at_least, at_most, ratios), closed
+  )
   scores = rank(coupling, variables, score, grads, key, limits)
-  whole = {group: gate > 0 for group, gate in gates.items()}
-  decision = lambda kept: {'channels': {**whole, **kept}}
-  if isinstance(target, Mapping):
-    return decision({g: _best(s, limits[g].most) for g, s in scores.items()})
-  name, cost_of = counted(coupling, of, round_to)
-  total = cost_of(coupling, None)
-  goal = absolute(target, total)
-  price = lambda keep: cost_of(coupling, {'channels': keep})
-  plan = _uniform if scope == 'uniform' else _global
-  fits = lambda keep: cost_of(coupling, keep) <= goal
-  limits = in_multiples(coupling, round_to, limits, fits)
-  keep_at, steps = plan(scores, limits, round_to)
-  ceiling, floor = price(keep_at(0)), price(keep_at(steps))
-  if goal < floor:
-    least = 'at least one slice per group'
-    least = 'what exclude and at_least keep' if exclude or at_least else least
+  if ratios is not None:
+    kept = {g: _best(s, limits[g].most) for g, s in scores.items()}
+    return complemented(coupling, closed, kept)
+  targets = [*target.items()] if several else [(of, target)]
+  asked = constraints(coupling, targets, round_to, closed)
+  least = 'at least one slice per group'
+  least = 'what exclude and at_least keep' if exclude or at_least else least
+  keep_at, steps, limits = narrowing(
+    coupling, scores, limits, asked, scope, round_to, closed
+  )
+  reachable(coupling, asked, keep_at(steps), least)
+  first = fitting(coupling, asked, keep_at, steps)
+  if several:
+    return keep_at(first)
+  (one,) = asked
+  price = lambda keep: one.cost(coupling, keep)
+  ceiling = price(keep_at(0))
+  if one.goal > ceiling:
+    left = 'at_most and branches leave' if branches else 'at_most leaves'
     raise ValueError(
-      f'oneshot: target {target} is {goal:.4g} {name}; with {least} the '
-      f'floor is {floor:.4g} ({floor / total:.3f} of {total:.4g}): raise the target'
+      f'target {target} is {one.goal:.4g} {one.name}; with what {left} the ceiling is '
+      f'{ceiling:.4g} ({ceiling / one.total:.3f} of {one.total:.4g}): lower the target'
     )
-  if goal > ceiling:
-    raise ValueError(
-      f'target {target} is {goal:.4g} {name}; with what at_most leaves the '
-      f'ceiling is {ceiling:.4g} ({ceiling / total:.3f} of {total:.4g}): lower the '
-      'target'
-    )
-  low, high = 0, steps  # bisection: price(low) >= goal >= price(high)
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if price(keep_at(middle)) >= goal else (low, middle)
   # Milliseconds fall in steps too large to take the nearest, so they stay below.
-  if name == TIME and price(keep_at(low)) > goal:
-    return decision(keep_at(high))
-  ends = keep_at(low), keep_at(high)
-  keep = min(ends, key=lambda keep: abs(price(keep) - goal))
-  if name == TIME or round_to == 1:
-    return decision(keep)
+  if one.name == TIME:
+    return keep_at(first)
+  ends = keep_at(max(first - 1, 0)), keep_at(first)
+  keep = min(ends, key=lambda keep: abs(price(keep) - one.goal))
+  if round_to == 1:
+    return keep
   choices = allowed({g: s.size for g, s in scores.items()}, round_to, limits)
-  best = lambda widths: {g: _best(scores[g], n) for g, n in widths.items()}
-  off = lambda widths: (price(best(widths)) - goal) / total
-  built = {g: int(kept.sum()) for g, kept in keep.items()}
-  return decision(best(nearest(built, choices, off, TOLERANCE)))
+  best = lambda widths: complemented(
+    coupling, closed, {g: _best(scores[g], n) for g, n in widths.items()}
+  )
+  off = lambda widths: (price(best(widths)) - one.goal) / one.total
+  built = {g: int(keep['channels'][g].sum()) for g in scores}
+  return best(nearest(built, choices, off, TOLERANCE))
 
 
-def absolute(target: float | str, total: float) -> float:
-  """Returns a target as an absolute cost.
+# ---- widths that a budget leaves -----------------------------------------------------
+
+
+def narrowing(
+  coupling: Coupling,
+  scores: Mapping[str, np.ndarray],
+  limits: Mapping[str, Range],
+  asked: Sequence[Constraint],
+  scope: str,
+  round_to: RoundTo,
+  closed: Mapping,
+) -> tuple[Callable[[int], dict], int, Mapping[str, Range]]:
+  """Returns ever narrower networks, from the widest to the narrowest.
 
   Args:
-    target: a fraction in (0, 1], a percentage such as '50%', or an absolute number.
-    total: cost of the whole network.
+    coupling: of the network, made by `couple`.
+    scores: {group: float [slices]}, of the groups that may be cut.
+    limits: {group: Range}, of the same groups.
+    asked: the constraints, which decide whether widths of 'auto' stay in multiples.
+    scope: one of SCOPES.
+    round_to: widths are multiples of this, or 'auto'.
+    closed: the decision on branches that is counted, as `closing` returns it.
+
+  Returns:
+    (number, from 0 to the last) -> decision; the last number; and the limits, in
+    multiples if the constraints allow that.
+  """
+  keep = partial(complemented, coupling, closed)
+  fits = lambda least: met(coupling, asked, keep(least['channels']))
+  limits = in_multiples(coupling, round_to, limits, fits)
+  kept_at, steps = PLANS[scope](scores, limits, round_to)
+  return lambda k: keep(kept_at(k)), steps, limits
+
+
+def complemented(
+  coupling: Coupling, closed: Mapping, kept: Mapping[str, np.ndarray]
+) -> dict:
+  """Returns a decision on branches and on the channels of some groups.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    closed: the decision on branches, as `closing` returns it.
+    kept: {group: bool [slices]}; other groups are whole.
+  """
+  whole = {g: gate > 0 for g, gate in coupling.gates()['channels'].items()}
+  return {**closed, 'channels': {**whole, **closed['channels'], **kept}}
+
+
+def closing(coupling: Coupling, branches: Mapping[str, Any] | None) -> dict:
+  """Returns a decision about branches alone, with the layers of stacks that they take.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    branches: {path: bool}; None for no decision.
+
+  Returns:
+    {'channels': {group of layers: bool [layers]}, 'branches': {path: bool}}.
 
   Raises:
-    ValueError: the target is none of these, or above the total.
+    KeyError: no such branch.
+    ValueError: an entry has the wrong shape or is not bool.
   """
-  text = str(target).strip()
-  try:
-    number = float(text[:-1]) / 100 if text.endswith('%') else float(text)
-  except ValueError:
-    number = math.nan
-  if 0 < number <= 1:
-    return number * total
-  if text.endswith('%') or not 1 < number <= total:
-    expected = (
-      f'a fraction in (0, 1], a percentage such as "50%", or a number up to {total:.4g}'
-    )
-    raise arguments.refused('target', expected, target, kind=ValueError)
-  return number
+  if not branches:
+    return {'channels': {}}
+  channels, kept, _ = complete(coupling, {'branches': branches})
+  stacks = {g: x for g, x in channels.items() if coupling.groups[g].kind == 'layer'}
+  return {'channels': stacks, 'branches': {b: kept[b] for b in branches}}
+
+
+def left_by(
+  coupling: Coupling, limits: Mapping[str, Range], closed: Mapping
+) -> dict[str, Range]:
+  """Returns the limits of the groups that do not go with the branches of a decision."""
+  dead = coupling.decision(closed).dead
+  members = {g: {path for path, _ in coupling.groups[g].members} for g in limits}
+  return {g: limit for g, limit in limits.items() if members[g] - dead}
+
+
+def _is_cost(key: Any) -> bool:
+  return callable(key) or key == TIME or key in COSTS
 
 
 def rank(
@@ -302,7 +370,15 @@ def _check_scores(group: Group, score: Score, scores: np.ndarray | None):
     )
 
 
-def _check(score, scope, grads, key):
+def check(
+  score: Score, scope: str, grads: Mapping | None = None, key: jax.Array | None = None
+) -> None:
+  """Checks the arguments of `oneshot` that say how channels are ranked.
+
+  Raises:
+    TypeError: `key` is no random key.
+    ValueError: an unknown score or scope, or `grads` or `key` is missing.
+  """
   own = callable(score) or isinstance(score, Mapping)
   if not own and not (isinstance(score, str) and score in SCORES):
     raise arguments.refused(
@@ -387,3 +463,6 @@ def _best(scores: np.ndarray, width: int) -> np.ndarray:
   kept = np.zeros(scores.size, bool)
   kept[np.argsort(-scores, kind='stable')[:width]] = True
   return kept
+
+
+PLANS = {'global': _global, 'uniform': _uniform}

@@ -1,4 +1,8 @@
-"""Cutting variables and optimizer state by one plan: the slices that stay of each."""
+"""Cutting variables and optimizer state by one plan: the slices that stay of each.
+
+A decision says what stays of groups, branches and exits; `complete` fills in what it
+does not name, and `index_plan` reads off it what stays of every array.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,67 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, SequenceKey
 
+from depthprune.program import arguments
 from depthprune.program import axes as ax
+from depthprune.program.arguments import listed
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import GONE, paths_of, without
 
 IndexPlan = Mapping[str, tuple[np.ndarray, ...]]  # path: bool mask of each axis
 BOX = '/value'  # ends the path of an array within an `nnx.Variable`
+
+
+def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
+  """Returns channels, branches and exits with every entry present, as bool arrays.
+
+  A layer of a scan is kept where any of its branch gates is.
+
+  Raises:
+    KeyError: an unknown group, branch or exit.
+    ValueError: an entry has the wrong shape or is not bool, or no exit is left.
+  """
+  arguments.parts('keep', keep, known=('exits',))
+  channels = {g.name: np.ones(g.size, bool) for g in coupling.groups.values()}
+  for name, kept in keep.get('channels', {}).items():
+    coupling.axis(name)
+    path, axis = coupling.groups[name].members[0]
+    shape = channels[name].shape
+    channels[name] = _entry(name, kept, shape, where=f' ({path}, axis {axis})')
+  shapes = {b: coupling.branch_shape(b) for b in coupling.branches}
+  branches = {b: np.ones(shape, bool) for b, shape in shapes.items()}
+  for name, kept in keep.get('branches', {}).items():
+    if name not in branches:
+      raise KeyError(f'keep: no branch {name!r}; there are: {listed(branches)}')
+    branches[name] = _entry(name, kept, shapes[name])
+  exits = dict.fromkeys(coupling.exits, True)
+  for name, kept in keep.get('exits', {}).items():
+    if name not in exits:
+      raise KeyError(f'keep: no exit {name!r}; there are: {listed(exits)}')
+    exits[name] = bool(kept)
+  if exits and not any(exits.values()):
+    raise ValueError(f'keep: all exits are dropped ({listed(exits)}); keep one')
+  for name, group in coupling.groups.items():
+    if group.kind == 'layer':
+      axis = coupling.axis(name)
+      gates = [
+        kept
+        for b, kept in branches.items()
+        if kept.ndim and ax.norm(coupling.axes[f'branches/{b}'][0]) is axis
+      ]
+      if gates:
+        channels[name] = channels[name] & np.any(gates, axis=0)
+  return channels, branches, exits
+
+
+def _entry(name: str, kept: Any, shape: tuple, where: str = '') -> np.ndarray:
+  kept = np.asarray(kept)
+  if kept.dtype != bool:
+    has = f'{name}: keep has dtype {kept.dtype}, expected bool'
+    raise arguments.wrong('', has, 'write gate > 0, or astype(bool)')
+  if kept.shape != shape:
+    has = f'{name}: keep has shape {kept.shape}, its axis {shape}{where}'
+    raise arguments.wrong('', has)
+  return kept.copy()
 
 
 def index_plan(coupling: Coupling, keep: Mapping) -> IndexPlan:

@@ -15,8 +15,8 @@ from depthprune.program.resize import slim
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of, several
 from depthprune.surgery.fold import fold, fold_channels
-from depthprune.surgery.plan import IndexPlan, cut, cut_optimizer, index_plan
-from depthprune.surgery.settle import complete, settle
+from depthprune.surgery.plan import IndexPlan, complete, cut, cut_optimizer, index_plan
+from depthprune.surgery.settle import settle
 from depthprune.surgery.verify import Verdict, agrees, verify
 
 

@@ -114,12 +114,40 @@ def refit(
 
   Source: Chee, Flynn, Damle, De Sa, arXiv 2108.00065.
   """
-  arguments.coupling(coupling).fits(variables)
   arguments.number('ridge', ridge, above=0)
+  measured = moments(coupling, variables, batches, keep)
+  return refitted(coupling, variables, keep, measured, ridge)
+
+
+def moments(
+  coupling: Coupling,
+  variables: Any,
+  batches: Iterable[Any],
+  keep: Mapping | None = None,
+) -> dict[str, np.ndarray]:
+  """Measures what layers read over a calibration set, for any number of decisions.
+
+  Args:
+    coupling: of the network, made by `couple` in evaluation mode.
+    variables: its arrays.
+    batches: the calibration set, as `refit` takes it.
+    keep: the decision that will be cut; None for all that there may be.
+
+  Returns:
+    {path: float64 [inputs, inputs], in a scan [layers, inputs, inputs]}: the sum of
+    x x' of what the weight reads, for every weight that loses inputs.
+
+  Raises:
+    ValueError: no batches, one that is not like the inputs with which the network was
+      coupled, or one on which a layer reads numbers that are not finite.
+  """
+  arguments.coupling(coupling).fits(variables)
+  if keep is None:  # every group loses a slice, so every weight that can be cut is
+    groups = coupling.gates()['channels']
+    keep = {
+      'channels': {g: np.arange(x.size) > 0 for g, x in groups.items() if x.size > 1}
+    }
   settled, _ = settle(coupling, keep, variables)
-  reads = lambda view: dict(
-    _reads(view, view.program, _stored(view), decided(view, settled))
-  )
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
 
   @jax.jit
@@ -127,23 +155,58 @@ def refit(
     kwargs = {**coupling.kwargs, **named}
     view = views(inputs, kwargs)
     arrays, _ = split_arrays((inputs, kwargs))
-    return _moments(view.program, reads(view), [*jax.tree.leaves(variables), *arrays])
+    reads = _reads_of(view, settled)
+    return _moments(view.program, reads, [*jax.tree.leaves(variables), *arrays])
 
   totals: dict[str, np.ndarray] = {}
   for inputs, named in calls(coupling, batches):
     for path, G in measured(variables, inputs, named).items():
       totals[path] = totals.get(path, 0) + np.asarray(G, float)
-  leaves = paths_of(variables)
-  for read in reads(coupling.view).values():
-    stored = leaves[read.path]
-    if not np.isfinite(totals[read.path]).all():
-      has = f'what {read.path} reads is not finite'
+  for path, G in totals.items():
+    if not np.isfinite(G).all():
+      has = f'what {path} reads is not finite'
       raise arguments.wrong('batches', has, 'look at the inputs and the variables')
-    new = _refitted(read, stored, totals[read.path], ridge)
+  return totals
+
+
+def refitted(
+  coupling: Coupling,
+  variables: Any,
+  keep: Mapping,
+  moments: Mapping[str, np.ndarray],
+  ridge: float = 1e-4,
+) -> Any:
+  """Refits weights as `refit` does, from what `moments` has measured.
+
+  Args:
+    coupling: of the network.
+    variables: its arrays.
+    keep: the decision that will be cut.
+    moments: by the path of every weight that loses inputs.
+    ridge: as for `refit`.
+
+  Returns:
+    The variables, of the same structure and shapes.
+
+  Raises:
+    KeyError: `keep` has a group, branch or exit that the network does not have.
+    ValueError: ridge is not above 0.
+  """
+  arguments.number('ridge', ridge, above=0)
+  settled, _ = settle(coupling, keep, variables)
+  leaves = paths_of(variables)
+  for read in _reads_of(coupling.view, settled).values():
+    stored = leaves[read.path]
+    new = _refitted(read, stored, moments[read.path], ridge)
     place = getattr(stored, 'sharding', None)
     on_mesh = isinstance(place, NamedSharding)
     leaves[read.path] = jax.device_put(new, place) if on_mesh else new
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+
+
+def _reads_of(view: View, settled: Mapping) -> dict[jx.Equation, Read]:
+  """The equations of a network whose weights can be refitted after a decision."""
+  return dict(_reads(view, view.program, _stored(view), decided(view, settled)))
 
 
 def _stored(view: View) -> dict[jx.Value, tuple[str, int]]:

@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.program import arguments, rounding
-from depthprune.program import axes as ax
-from depthprune.program.arguments import listed
+from depthprune.program import rounding
 from depthprune.program.coupling import Coupling
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import Decision, paths_of
 from depthprune.surgery.oneshot import norms
-from depthprune.surgery.plan import index_plan
+from depthprune.surgery.plan import complete, index_plan
 
 
 class Settled(NamedTuple):
@@ -67,59 +65,6 @@ def settle(
     elif group.kind == 'channel':
       channels[name] = _round(coupling, name, channels[name], leaves, round_to, notes)
   return Settled(settled, tuple(notes))
-
-
-def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
-  """Returns channels, branches and exits with every entry present, as bool arrays.
-
-  A layer of a scan is kept where any of its branch gates is.
-
-  Raises:
-    KeyError: an unknown group, branch or exit.
-    ValueError: an entry has the wrong shape or is not bool, or no exit is left.
-  """
-  arguments.parts('keep', keep, known=('exits',))
-  channels = {g.name: np.ones(g.size, bool) for g in coupling.groups.values()}
-  for name, kept in keep.get('channels', {}).items():
-    coupling.axis(name)
-    path, axis = coupling.groups[name].members[0]
-    shape = channels[name].shape
-    channels[name] = _entry(name, kept, shape, where=f' ({path}, axis {axis})')
-  shapes = {b: coupling.branch_shape(b) for b in coupling.branches}
-  branches = {b: np.ones(shape, bool) for b, shape in shapes.items()}
-  for name, kept in keep.get('branches', {}).items():
-    if name not in branches:
-      raise KeyError(f'keep: no branch {name!r}; there are: {listed(branches)}')
-    branches[name] = _entry(name, kept, shapes[name])
-  exits = dict.fromkeys(coupling.exits, True)
-  for name, kept in keep.get('exits', {}).items():
-    if name not in exits:
-      raise KeyError(f'keep: no exit {name!r}; there are: {listed(exits)}')
-    exits[name] = bool(kept)
-  if exits and not any(exits.values()):
-    raise ValueError(f'keep: all exits are dropped ({listed(exits)}); keep one')
-  for name, group in coupling.groups.items():
-    if group.kind == 'layer':
-      axis = coupling.axis(name)
-      gates = [
-        kept
-        for b, kept in branches.items()
-        if kept.ndim and ax.norm(coupling.axes[f'branches/{b}'][0]) is axis
-      ]
-      if gates:
-        channels[name] = channels[name] & np.any(gates, axis=0)
-  return channels, branches, exits
-
-
-def _entry(name: str, kept: Any, shape: tuple, where: str = '') -> np.ndarray:
-  kept = np.asarray(kept)
-  if kept.dtype != bool:
-    has = f'{name}: keep has dtype {kept.dtype}, expected bool'
-    raise arguments.wrong('', has, 'write gate > 0, or astype(bool)')
-  if kept.shape != shape:
-    has = f'{name}: keep has shape {kept.shape}, its axis {shape}{where}'
-    raise arguments.wrong('', has)
-  return kept.copy()
 
 
 def _close_empty(coupling, channels, branches, exits, leaves, notes):

@@ -173,6 +173,16 @@ class Judge:
     scores = self._scores('one', exits, _rows(decisions, 0))
     return {name: float(value) for name, value in scores.items()}
 
+  def of(self, variables: Tree) -> Judge:
+    """Returns the judge of the network with other arrays, such as refitted ones.
+
+    Nothing is compiled anew. Branch gates stay those of the state.
+
+    Args:
+      variables: the arrays, of the structure and shapes of those of the state.
+    """
+    return dataclasses.replace(self, network=self.network.of(variables))
+
   def each(self, keeps: Tree) -> dict[str, np.ndarray]:
     """Scores n decisions in one compiled program.
 
@@ -327,6 +337,7 @@ class Masked(NamedTuple):
     fits: (gates, n) -> None; raises where they are no n decisions on its gates.
     stats: the batch statistics that the network has, {} if none.
     scores: (sums of all batches) -> {'loss', 'accuracy', ...}, the task's.
+    of: (variables) -> the same programs over other arrays of the network.
   """
 
   measure: Callable[..., Tree]
@@ -335,6 +346,7 @@ class Masked(NamedTuple):
   fits: Callable[[Tree, int], None]
   stats: Tree
   scores: Callable[[Tree], dict[str, np.ndarray]]
+  of: Callable[[Tree], Masked]
 
 
 def masked_programs(
@@ -381,14 +393,19 @@ def masked_programs(
 
   measure = jax.jit(measure, static_argnames=('how', 'exits'))
   statistics = jax.jit(statistics, static_argnames='how')
-  return Masked(
-    measure=partial(measure, variables, gates, state.theta),
-    statistics=partial(statistics, variables, gates),
-    fits=fits,
-    outputs=lambda *inputs: as_dict(run(variables, gates, *inputs, train=False)),
-    stats=variables.get(COLLECTION, {}),
-    scores=task.scores,
-  )
+
+  def programs(variables):
+    return Masked(
+      measure=partial(measure, variables, gates, state.theta),
+      statistics=partial(statistics, variables, gates),
+      outputs=lambda *inputs: as_dict(run(variables, gates, *inputs, train=False)),
+      fits=fits,
+      stats=variables.get(COLLECTION, {}),
+      scores=task.scores,
+      of=programs,
+    )
+
+  return programs(variables)
 
 
 def _over(how: str, one: Callable[[Decisions], Tree], decisions: Decisions) -> Tree:

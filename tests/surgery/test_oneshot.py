@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from depthprune import models
+from depthprune.models.decoder import Decoder
 from depthprune.program import cost
 from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
@@ -449,3 +450,71 @@ def test_bytes_are_a_cost():
   coupling = COUPLING
   keep = oneshot(coupling, ARRAYS, '50%', of='bytes')
   assert cost.stored_bytes(coupling, keep) <= 0.5 * cost.stored_bytes(coupling)
+
+
+def test_several_costs_are_all_met_and_one_of_them_barely():
+  """30 parameters, 60 FLOPs and units that cost: a unit of A weighs more in 'heavy'."""
+
+  def heavy(coupling, gates=None):
+    kept = gates['channels'] if gates else {'a:1': np.ones(4), 'b:1': np.ones(3)}
+    return 10 * int(kept['a:1'].sum()) + int(kept['b:1'].sum())
+
+  for target, expected in (
+    ({'params': 15, 'flops': 60}, {'a:1': 2, 'b:1': 2}),  # 14; one more unit is 19
+    ({'params': 30, 'flops': 38}, {'a:1': 3, 'b:1': 2}),
+    ({'flops': 45, heavy: 22}, {'a:1': 2, 'b:1': 2}),
+    ({'flops': 27, heavy: 43}, {'a:1': 1, 'b:1': 2}),
+    ({'params': '100%', 'flops': 1.0}, {'a:1': 4, 'b:1': 3}),
+    ({'flops': 27}, {'a:1': 1, 'b:1': 2}),  # alone, 28 is nearer
+  ):
+    assert widths(oneshot(COUPLING, ARRAYS, target)) == expected
+  assert widths(oneshot(COUPLING, ARRAYS, 27)) == {'a:1': 2, 'b:1': 2}
+
+
+@pytest.mark.parametrize(
+  ('target', 'message'),
+  [
+    (
+      {'params': '90%', 'flops': '10%'},
+      r'target flops=10% is 6 flops; .* the floor is 12 \(0.200 of 60\)',
+    ),
+    ({'params': 5, 'flops': 60}, 'target params=5 is 5 params; .* the floor is 6 '),
+    ({'params': 2.0, 'flops': 61}, r"target\['flops'\]: expected .* up to 60"),
+    ({'params': 0.5, 'a': 2}, 'of: expected one of flops, params, bytes, mill.*'),
+  ],
+)
+def test_the_cost_that_cannot_be_met_is_named(target, message):
+  with pytest.raises(ValueError, match=message):
+    oneshot(COUPLING, ARRAYS, target)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_closed_branches_are_counted_with_all_that_goes(scan):
+  """The target is that of the small network, in a stack with a layer less too."""
+  model = Decoder(
+    vocab=20, positions=8, width=8, depth=3, heads=4, groups=2, size=4, inner=12,
+    scan=scan,
+  )  # fmt: skip
+  tokens = zoo.tokens(4)[:, :8]
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), tokens))
+  coupling = couple(model, variables, tokens)
+  layer, gone = ('layers0', [True, False, True]) if scan else ('layer1', False)
+  branches = {f'{layer}/{part}/branch': np.array(gone) for part in ('attention', 'mlp')}
+  keep = oneshot(
+    coupling, variables, {'params': '50%'}, branches=branches, exclude='embed'
+  )
+  assert keep['branches'].keys() == branches.keys()
+  small = prune(model, variables, keep, tokens)
+  left = sum(x.size for x in jax.tree.leaves(small.variables['params']))
+  whole = cost.params(coupling)
+  assert cost.params(coupling, keep) == left
+  assert 0.45 * whole < left <= 0.5 * whole
+  if not scan:
+    assert all(keep['channels'][g].all() for g in keep['channels'] if layer in g)
+  with pytest.raises(ValueError, match='what at_most and branches leave the ceiling'):
+    oneshot(coupling, variables, '99%', of='params', branches=branches)
+  with pytest.raises(KeyError, match='no branch'):
+    oneshot(coupling, variables, '99%', branches={'layer9/mlp/branch': np.array(False)})
+  with pytest.raises(ValueError, match='milliseconds know the widths of layers alone'):
+    measured = layers.Milliseconds(1, (), (), (np.zeros(2), np.zeros(2)), 1.0)
+    oneshot(coupling, variables, 0.5, of=measured, branches=branches)
