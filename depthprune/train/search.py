@@ -212,7 +212,10 @@ def search(
         key = count, *(kept.tobytes() for kept in keep['channels'].values())
         if key not in judged:
           with_these = whole if read is None else whole.of(refitted_for(keep))
-          judged[key] = space.candidate(count, keep, with_these(keep))
+          # Layers of stacks have no gates of their own: their branches are closed.
+          gated = {g: keep['channels'][g] for g in space.limits}
+          scores = with_these({**keep, 'channels': gated})
+          judged[key] = space.candidate(count, keep, scores)
 
   counts = np.unique(np.linspace(fewest, most, splits).round().astype(int))
   for count in counts:
@@ -250,7 +253,8 @@ class Space(NamedTuple):
   Attributes:
     coupling: of the network.
     asked: the constraints.
-    blocks: {block: its branches}, of the least influence first.
+    blocks: {block: (branch, layer in its scan) of its branches}, of the least influence
+      first; the layer is ... outside of scans.
     scores: {group: float [slices]}, of the groups that may be cut.
     limits: {group: Range}, of the same groups.
     kinds: {kind: its groups}.
@@ -260,7 +264,7 @@ class Space(NamedTuple):
 
   coupling: Coupling
   asked: list[Constraint]
-  blocks: dict[str, Sequence[str]]
+  blocks: dict[str, Sequence[tuple[str, Any]]]
   scores: Mapping[str, np.ndarray]
   limits: Mapping[str, Range]
   kinds: dict[str, set[str]]
@@ -280,11 +284,11 @@ class Space(NamedTuple):
       (number, from 0 to the last) -> decision, which names all branches; the last.
     """
     gates = self.coupling.gates()['branches'] if self.blocks else {}
-    gone = {b for block in [*self.blocks][:count] for b in self.blocks[block]}
-    closed = closing(
-      self.coupling,
-      {b: np.full(gate.shape, b not in gone) for b, gate in gates.items()},
-    )
+    branches = {b: np.ones(gate.shape, bool) for b, gate in gates.items()}
+    for block in [*self.blocks][:count]:
+      for branch, layer in self.blocks[block]:
+        branches[branch][layer] = False
+    closed = closing(self.coupling, branches)
     free = set[str]().union(*(self.kinds[kind] for kind in kinds))
     limits = {
       g: limit if g in free else limit._replace(least=limit.most)
@@ -339,26 +343,28 @@ def _ordered(
   coupling: Coupling,
   influence: Mapping[str, float],
   blocks: Mapping[str, Sequence[str]] | None,
-) -> dict[str, Sequence[str]]:
-  """{block: its branches}, of the least influence first."""
+) -> dict[str, Sequence[tuple[str, Any]]]:
+  """{block: (branch, layer) of its branches}, of the least influence first."""
   expected = '{block: influence}, as block_influence returns it'
   arguments.kind_of('influence', influence, Mapping, expected)
   if blocks is None:
     blocks = {b.removesuffix('/branch'): [b] for b in coupling.branches}
+  there: dict[str, Sequence[tuple[str, Any]]] = {}
+  for name, branches in blocks.items():
+    for branch in branches:
+      if branch not in coupling.branches:
+        known = arguments.listed(coupling.branches)
+        what = f'no branch {branch!r}; there are: {known}'
+        raise arguments.wrong('blocks', what, kind=KeyError)
+    layers = coupling.branch_shape(branches[0])[:1]
+    for i in range(*layers) if layers else [...]:
+      there[name if i is ... else f'{name}[{i}]'] = [(b, i) for b in branches]
   for block in influence:
     arguments.number(f'influence[{block!r}]', influence[block])
-    if block not in blocks:
-      there = f'no block {block!r}; there are: {arguments.listed(blocks)}'
-      raise arguments.wrong('influence', there, kind=KeyError)
-    for branch in blocks[block]:
-      if branch not in coupling.branches:
-        there = (
-          f'no branch {branch!r}; there are: {arguments.listed(coupling.branches)}'
-        )
-        raise arguments.wrong('blocks', there, kind=KeyError)
-  return {
-    block: blocks[block] for block in sorted(influence, key=influence.__getitem__)
-  }
+    if block not in there:
+      what = f'no block {block!r}; there are: {arguments.listed(there)}'
+      raise arguments.wrong('influence', what, kind=KeyError)
+  return {block: there[block] for block in sorted(influence, key=influence.__getitem__)}
 
 
 def _kinds(

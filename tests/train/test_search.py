@@ -19,6 +19,7 @@ from depthprune.program import cost
 from depthprune.program.coupling import couple
 from depthprune.surgery.activations import activations
 from depthprune.surgery.influence import block_influence
+from depthprune.surgery.oneshot import closing
 from depthprune.surgery.prune import prune
 from depthprune.train.evaluate import evaluate
 from depthprune.train.language import language_model
@@ -328,3 +329,35 @@ def test_any_network_with_branches_can_be_searched(model, data):
   )  # fmt: skip
   assert best.costs['params'] <= 0.7 * cost.params(coupling) and second.pruned is None
   assert best.healed['loss'] == pytest.approx(best.scores['loss'], rel=1e-3)
+
+
+def test_layers_of_a_scan_are_searched_by_number():
+  """Those whose weights write zeros go, and the stack is shorter."""
+  model = Decoder(
+    vocab=32, positions=8, width=16, depth=4, heads=2, groups=1, size=8, inner=8,
+    scan=True,
+  )  # fmt: skip
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (8, 8)), jnp.int32)
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), tokens))
+  layers = variables['params']['layers0']
+  for part, name in (('attention', 'out'), ('mlp', 'down')):
+    kernel = layers[part][name]['kernel']
+    layers[part][name]['kernel'] = kernel.at[jnp.asarray([0, 2])].set(0)
+  coupling = couple(model, variables, tokens)
+  blocks = {'layers0': [*coupling.branches]}
+  influence = block_influence(coupling, variables, [tokens], blocks)
+  assert {*influence} == {f'layers0[{i}]' for i in range(4)}
+  held_out = {'image': tokens[:, :-1], 'label': tokens[:, 1:]}
+  without = {b: np.asarray([False, True, False, True]) for b in coupling.branches}
+  target = cost.params(coupling, closing(coupling, without))
+  (best, *_) = search(
+    coupling, variables, target, influence, blocks=blocks, exclude='*',
+    task=language_model(), held_out=held_out,
+  )  # fmt: skip
+  assert {*best.blocks} == {'layers0[0]', 'layers0[2]'}
+  small = prune(model, variables, best.keep, tokens)
+  assert small.variables['params']['layers0']['mlp']['up']['kernel'].shape[0] == 2
+  np.testing.assert_allclose(
+    small.apply(small.variables, tokens)['main'],
+    model.apply(variables, tokens)['main'], rtol=1e-5, atol=1e-5,
+  )  # fmt: skip
