@@ -235,7 +235,7 @@ class Decoder(stages.Stacks, nn.Module):
       and keys cannot change.
     dtype: type of the computation; parameters and logits are float32.
     scan: whether the layers are stacks of arrays, 'layers0', 'layers1', ..., that
-      compile once; each has a tap at its end. A stack takes no cache.
+      compile once; each has a tap at its end, and its part of a cache is stacked too.
     segments: number of stacks; it divides the depth.
   """
 
@@ -325,25 +325,27 @@ class Decoder(stages.Stacks, nn.Module):
     Returns:
       {'length': int32 (), the number of tokens in it, 'layer0': {'key': [batch, length,
       groups, size], 'value': [batch, length, groups, value]}, ...}, at the sizes of
-      `arch`, without the layers whose attention is removed.
+      `arch`, without the layers whose attention is removed. That of a stack, 'layers0',
+      has the layers as the first axis of its arrays.
 
     Raises:
-      ValueError: the layers are stacks, or the length exceeds `positions`.
+      ValueError: the length exceeds `positions`.
     """
-    if self.scan or length > self.positions:
+    if length > self.positions:
       raise ValueError(
-        f'Decoder: expected scan=False and at most {self.positions} positions, got '
-        f'scan={self.scan} and a cache of length {length}'
+        f'Decoder: expected at most {self.positions} positions, got a cache of length '
+        f'{length}'
       )
     arch = complete(self.arch, self.widths, 'Decoder')
     cache: dict[str, Any] = {'length': jnp.zeros((), jnp.int32)}
     for name, *_ in self.parts:
       attention = within(arch, f'{name}/attention')
       sizes = {'key': self.size, 'value': attention['value']}
-      if attention['branch']:
+      if layers := attention['branch']:
+        shape = (batch, length, attention[self._counts[0]])
+        shape = (layers, *shape) if self.scan else shape
         cache[name] = {
-          part: jnp.zeros((batch, length, attention['query:1'], n), self.dtype)
-          for part, n in sizes.items()
+          part: jnp.zeros((*shape, n), self.dtype) for part, n in sizes.items()
         }
     return cache
 
@@ -374,8 +376,8 @@ class Decoder(stages.Stacks, nn.Module):
       were computed.
 
     Raises:
-      ValueError: texts longer than `positions`, a cache for stacks of layers, or taps
-        that there are not or that follow each other the wrong way round.
+      ValueError: texts longer than `positions`, or taps that there are not or that
+        follow each other the wrong way round.
     """
     del train
     arch = complete(self.arch, self.widths, 'Decoder')
@@ -391,8 +393,6 @@ class Decoder(stages.Stacks, nn.Module):
         f'Decoder: expected {what} {shape} of at most {self.positions} positions, got '
         f'{tokens.shape}'
       )
-    if self.scan and cache is not None:
-      raise ValueError('Decoder: a cache needs scan=False')
     table = DecoderTable(self.vocab, arch['embed'], name='embed')
     x = tokens if since else table(tokens).astype(self.dtype)
     x = x * self.width**0.5 if self.scaled and not since else x
@@ -420,7 +420,7 @@ class Decoder(stages.Stacks, nn.Module):
     if cache is None:
       return place(jnp.zeros((), jnp.int32), count, count, self), {}
     layers = [layer for name, layer in cache.items() if name != 'length']
-    keys = layers[0]['key'].shape[1] if layers else count
+    keys = layers[0]['key'].shape[-3] if layers else count
     start = cache['length']
     return place(start, count, keys, self), {'length': start + count}
 
@@ -443,9 +443,9 @@ class Decoder(stages.Stacks, nn.Module):
     layer = DecoderLayer(attention, mlp, FrozenDict(part), name=name)
     if not self.scan:
       return layer(x, where, cache, skip)
-    run = lambda layer, x, where: layer(x, where, None, skip)[0]
+    run = lambda layer, x, cache, where: layer(x, where, cache, skip)
     times = stages.layers_left(name, part)
-    return stages.repeat(layer, x, times, where, call=run), None
+    return stages.repeat_with(layer, x, cache, times, where, call=run)
 
 
 def small() -> tuple[Decoder, jax.ShapeDtypeStruct]:

@@ -7,7 +7,7 @@ is a tap. A network that is a single chain says 'layer' instead of 'block'.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -126,14 +126,34 @@ def repeat(
   the shape of `x`; `args` are its further arguments, the same in every call. `call`
   says how a block is applied.
   """
+  run = lambda block, x, _, *args: (call(block, x, *args), None)
+  return repeat_with(block, x, None, times, *args, call=run)[0]
+
+
+def repeat_with(
+  block: nn.Module, x: jax.Array, states: Any, times: int, *args, call: Callable
+) -> tuple[jax.Array, Any]:
+  """Runs `x` through blocks as `repeat` does, each of which has a state of its own.
+
+  Args:
+    block: the block.
+    x: what goes through the blocks.
+    states: a tree of arrays [times, ...], or None.
+    times: number of blocks.
+    *args: further arguments of the block, the same in every call.
+    call: (block, x, state of this block, *args) -> (x, its new state).
+
+  Returns:
+    x, and the new states [times, ...].
+  """
   scan = nn.scan(
-    lambda block, x, *args: (call(block, x, *args), None),
+    call,
     variable_axes={'params': 0, 'batch_stats': 0, 'branches': 0},
     split_rngs={'params': True, 'dropout': True},
-    in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+    in_axes=(0, *[nn.broadcast] * len(args)),
     length=times,
   )
-  return scan(block, x, *args)[0] if times else x
+  return scan(block, x, states, *args) if times else (x, states)
 
 
 def layers_left(name: str, arch: Arch) -> int:

@@ -415,8 +415,7 @@ def _unread(
   unread, size = set(carried.values()) - gone, -1
   while size != len(unread):  # what is read keeps alive what it is computed from
     size = len(unread)
-    left = (v for i, v in enumerate(program.outputs) if i not in unread | gone)
-    _, needed = jx.live(dataclasses.replace(program, outputs=tuple(left)))
+    _, needed = jx.live(simplify(program, {}, unread | gone))
     unread -= {i for v, i in carried.items() if v in needed}
   return unread
 

@@ -19,7 +19,7 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.gating import plug
 from depthprune.program.resize import slim
-from depthprune.program.trace import paths_of, split_arrays
+from depthprune.program.trace import GONE, paths_of, split_arrays
 from depthprune.surgery.plan import take, widest
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
@@ -355,7 +355,8 @@ def _cut_outputs(coupling: Coupling, outputs: Any, keep: Mapping) -> Any:
     take(x, tuple(ax.mask(d, kept) for d in coupling.view.facts.dims[v]))
     for x, v in zip(jax.tree.leaves(outputs), coupling.view.program.outputs)
   ]
-  return coupling.view.outputs_left(coupling.decision(keep), leaves)
+  left = [GONE if 0 in np.shape(x) else x for x in leaves]  # as `slim` returns them
+  return coupling.view.outputs_left(coupling.decision(keep), left)
 
 
 def _blame(

@@ -233,9 +233,3 @@ def test_impossible_networks_and_texts_are_refused(fields, message):
 def test_impossible_caches_are_refused():
   with pytest.raises(ValueError, match='at most 12 positions, got .* of length 13'):
     MODELS['llama'].empty_cache(1, 13)
-  stacked = MODELS['llama'].clone(scan=True)
-  with pytest.raises(ValueError, match='scan=False'):
-    stacked.empty_cache(1, 9)
-  with pytest.raises(ValueError, match='a cache needs scan=False'):
-    cache = MODELS['llama'].empty_cache(2, 9)
-    jax.eval_shape(lambda: stacked.init(jax.random.key(0), X, cache=cache))
