@@ -14,12 +14,12 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from depthprune.report import charts, exit_charts, sentences, style, tables
+from depthprune.report import charts, exit_charts, layer_map, sentences, style, tables
 from depthprune.report.layers import LayerView, layers
 from depthprune.report.run_files import FinishedRun, fitting, read
 from depthprune.report.tables import Table, Tile
 from depthprune.storage import directory
-from depthprune.train.result import CascadeResult, Result
+from depthprune.train.result import CascadeResult, Result, Sample
 
 
 class Drawn(NamedTuple):
@@ -36,6 +36,13 @@ class Drawn(NamedTuple):
   name: str = ''
 
 
+class Continued(NamedTuple):
+  """The beginning of a text, and {network: what it writes behind it}."""
+
+  prompt: str
+  texts: Mapping[str, str]
+
+
 class Section(NamedTuple):
   """A section of the page.
 
@@ -45,6 +52,7 @@ class Section(NamedTuple):
     kind: class of the table in the style sheet.
     charts: a chart, or several side by side.
     layers: layers whose facts are shown when they are pointed at.
+    samples: texts, each continued by several networks.
     notes: items of a list.
     text: a paragraph.
     small: sentences in small print that explain the rest.
@@ -55,6 +63,7 @@ class Section(NamedTuple):
   kind: str = 'wide'
   charts: Sequence[Drawn] = ()
   layers: Sequence[LayerView] = ()
+  samples: Sequence[Continued] = ()
   notes: Sequence[str] = ()
   text: str = ''
   small: Sequence[str] = ()
@@ -150,6 +159,8 @@ def _sections(run: FinishedRun) -> Iterator[Section]:
     yield Section('Rounds', rounds, 'wide last-names', small=[sentences.ROUNDS])
   if result.cascade is not None:
     yield from _cascade(result, result.cascade)
+  if result.samples:
+    yield _samples(result.samples)
   if shown := layers(result):
     removed = sentences.removed(result) if tables.narrowed(result) else ()
     yield Section(
@@ -159,6 +170,18 @@ def _sections(run: FinishedRun) -> Iterator[Section]:
       small=[sentences.LAYERS],
     )
   yield from map(alone, pictures(run))
+
+
+def _samples(samples: Sequence[Sample]) -> Section:
+  names = {'whole': 'whole', 'cut': 'cut', 'healed': 'trained after the cut'}
+  shown = [
+    Continued(
+      each.prompt,
+      {said: text for name, said in names.items() if (text := getattr(each, name))},
+    )
+    for each in samples
+  ]
+  return Section('Samples of text', samples=shown, small=[sentences.SAMPLES])
 
 
 def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
@@ -205,8 +228,14 @@ def cascade_pictures(result: Result, cascade: CascadeResult) -> Iterator[Picture
 
 
 def pictures(run: FinishedRun) -> Iterator[Picture]:
-  """Yields the charts of training, and of what the run's method learnt."""
+  """Yields the charts of what is left, of training, and of what the method learnt."""
   result, recipe = run.result, sentences.recipe_of(run.result)
+  if (drawn := layer_map.layer_map(result)) is not None:
+    yield Picture(
+      'What is left of every layer',
+      sentences.LAYER_MAP,
+      lambda width: layer_map.chart(drawn, width),
+    )
   if recipe.erases_units and result.rounds:
     points = [(each.units, each.held_out) for each in result.rounds]
     curves = {'': charts.collect_curve(points)}

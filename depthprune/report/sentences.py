@@ -33,6 +33,14 @@ LAYERS = (
   'keyboard, for what was kept of it; FLOPs are those of one example, 1 MAC = 2. '
   'Indices of every tensor are in result.json, "report".'
 )
+LAYER_MAP = (
+  'A row is a layer, a column a part of it; the colour is the share that is left, and '
+  'the numbers are heads, groups or channels after the cut. A layer that is gone is 0.'
+)
+SAMPLES = (
+  'How texts that training has not seen begin, and what the networks find most '
+  'probable behind them, token by token.'
+)
 ERASED = (
   'Held-out accuracy against the number of residual units that are erased: right after '
   'erasing, dashed, and retrained.'

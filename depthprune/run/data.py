@@ -126,15 +126,10 @@ def _corpus(config: Config, model: Decoder) -> Corpus:
       f'data {config.data!r}: {own.word(config.model)} writes texts: expected a file '
       f'or a folder of text ({", ".join(own.TEXTS)}), or a data set of texts'
     )
-  weights = config.pretrained
-  if config.tokenizer is None and weights and Path(weights).suffix == '.gguf':
-    made = llamacpp.tokenizer(weights)
-  else:
-    made = tokens.read(tokenizer(config))
   return corpus.packed(
     config.data,
     source,
-    made,
+    writing(config),
     model.vocab,
     seed=config.seed,
     subset=config.subset,
@@ -246,6 +241,20 @@ def normalisation(path: str) -> Normalisation | None:
   if stored is None:
     return None
   return Normalisation(tuple(stored['mean']), tuple(stored['std']), stored['scale'])
+
+
+def writing(config: Config) -> Any:
+  """Returns the `tokenizers.Tokenizer` of a network that writes.
+
+  It is that of a GGUF file, if the pretrained weights are one and no other is given.
+
+  Raises:
+    DataError: there is none, or it cannot be read.
+  """
+  weights = config.pretrained
+  if config.tokenizer is None and weights and Path(weights).suffix == '.gguf':
+    return llamacpp.tokenizer(weights)
+  return tokens.read(tokenizer(config))
 
 
 def tokenizer(config: Config) -> Path:

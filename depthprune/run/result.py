@@ -13,6 +13,7 @@ from depthprune.program.modules import runnable
 from depthprune.program.rounding import Suited, step
 from depthprune.run import own
 from depthprune.run.job import Job, rounding, surroundings
+from depthprune.run.samples import samples
 from depthprune.timing import latency
 from depthprune.train.result import Result, from_json
 from depthprune.train.task import as_dict
@@ -69,7 +70,7 @@ def measure(
   values = {
     **described(job),
     **{name: cost(name) for name in ('flops', 'params', 'peak_bytes')},
-    **(_times(job, model, small) if distributed.writes() else {}),
+    **(_told(job, model, small) if distributed.writes() else {}),
     'accuracy': accuracies(test),
     'held_out': accuracies(held_out),
     'scores': {when: finite(test[when]) for when in ('before', 'after')},
@@ -84,6 +85,11 @@ def measure(
     'control': dict(control),
   }
   return from_json(values)
+
+
+def _told(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
+  """What one process finds out for all: times, and samples of text."""
+  return {**_times(job, model, small), 'samples': samples(job, model, small)}
 
 
 def _multiples(job: Job, widths: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -385,6 +385,23 @@ class CascadeResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+  """A held-out text, and the most probable tokens that networks write behind it.
+
+  Attributes:
+    prompt: how the text begins.
+    whole: what the network before the cut writes.
+    cut: what is written right after the cut.
+    healed: what is written after further training; '' where there was none.
+  """
+
+  prompt: str
+  whole: str
+  cut: str
+  healed: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
   """Everything that is known about a finished run.
 
@@ -411,6 +428,7 @@ class Result:
       where the network before was trained further.
     control: accuracy on 'test' and 'held_out' of the network that was trained for
       comparison, where there was one.
+    samples: texts of a network that writes.
   """
 
   method: str
@@ -436,6 +454,7 @@ class Result:
   epochs: Change | None = None
   original: dict[str, float] = dataclasses.field(default_factory=dict)
   control: dict[str, float] = dataclasses.field(default_factory=dict)
+  samples: list[Sample] = dataclasses.field(default_factory=list)
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
   seed: int | None = None
   device: str | None = None

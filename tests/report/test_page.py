@@ -81,8 +81,8 @@ def charts(html: str) -> int:
   return html.count('<figure>')
 
 
-def test_it_draws_curves_and_gates(html):
-  assert charts(html) == 2
+def test_it_draws_layers_curves_and_gates(html):
+  assert charts(html) == 3
   assert all(f'<h2>{name}</h2>' in html for name in ('Training', 'Gates over time'))
 
 
@@ -91,12 +91,13 @@ def test_every_chart_has_a_role_a_title_and_a_description(html):
   drawn = [
     svg for figure in figures for svg in re.findall('<svg.*?</svg>', figure, re.S)
   ]
-  assert len(drawn) == 4
+  assert len(drawn) == 6
   for svg in drawn:
     said = re.match(
       '<svg role="img"[^>]*><title>(.+?)</title><desc>(.+?)</desc>', svg, re.DOTALL
     )
-    assert said and said[1] in ('Training', 'Gates over time') and len(said[2]) > 40
+    assert said and len(said[2]) > 40
+    assert said[1] in ('What is left of every layer', 'Training', 'Gates over time')
 
 
 def test_a_layer_has_a_name_for_people_and_that_of_the_program_in_its_tooltip(html):
@@ -116,7 +117,22 @@ def test_the_facts_of_a_layer_can_be_read_without_a_script(html):
 def test_charts_without_data_are_left_out(run_directory):
   for name in ('history', 'gates'):
     (run_directory / f'{name}.jsonl').write_text('')
-  assert charts(page.write(run_directory).read_text()) == 0
+  assert charts(page.write(run_directory).read_text()) == 1  # of the layers
+
+
+def test_texts_are_shown_side_by_side_as_they_were_written(run_directory, result):
+  said = {'whole': ' a <i>statement</i>\n', 'cut': 'the </dd> &amp; the', 'healed': 'a'}
+  result['samples'] = [{'prompt': 'if <b> is', **said}, {**said, 'prompt': 'p'}]
+  result['samples'][1].pop('healed')
+  (run_directory / 'result.json').write_text(json.dumps(result))
+  html = page.write(run_directory).read_text(encoding='utf-8')
+  reader = read(html)
+  texts = [text for text in reader.text if text.strip()]
+  start = texts.index('Samples of text')
+  first = ['whole', said['whole'], 'cut', said['cut'], 'trained after the cut', 'a']
+  assert texts[start + 1 : start + 8] == ['if <b> is …', *first]
+  assert texts[start + 8 : start + 13] == ['p …', *first[:4]]
+  assert '<i>' not in html[html.index('Samples of text') :].split('</section>')[0]
 
 
 def test_names_cannot_break_the_page(run_directory, result):

@@ -56,6 +56,10 @@ def test_a_network_that_writes_is_trained_cut_and_reported(method, folder, tmp_p
   assert before and after and 1 < after < before < 64
   names = [row[0] for row in tables.costs(result).rows]
   assert names[0] == 'perplexity, test'
+  assert len(result.samples) == 3 and set(result.samples[0].healed.split()) <= {
+    '<|endoftext|>',
+    *WORDS,
+  }
 
 
 def test_weights_say_the_sizes(folder, tmp_path):
