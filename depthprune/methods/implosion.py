@@ -22,6 +22,10 @@ in a normalisation, w repeats its scale. So there are other measures of importan
   drop       the held-out loss without unit l, batch statistics measured anew; where
              the task decides by a metric of its own, minus that metric
   greedy     drop, scored again after every single erasure: drops do not add up
+  influence  1 - E[cos(x_l, x_l + w_l F_l(x_l))] over held-out inputs, which needs no
+             labels: Men et al., arXiv 2403.03853 (ShortGPT), who measure whole layers.
+             The attention and the perceptron of a transformer's layer are two units
+             here, and each is measured by itself.
   random     a fixed number per name, the control
 
 The loss of all candidates is found in one compiled call; `greedy` uses the same program
@@ -55,7 +59,7 @@ with epy.lazy_imports():
   from depthprune.train.result import Result
   from depthprune.train.task import Tree
 
-Importance = Literal['priority', 'drop', 'greedy', 'random']
+Importance = Literal['priority', 'drop', 'greedy', 'influence', 'random']
 
 
 def implosion(
@@ -84,7 +88,10 @@ def implosion(
     importance: which units go first. 'priority': those of the smallest |w|, the
       paper's measure (of a layer with several branches their mean). 'drop': those
       whose absence costs the least held-out loss. 'greedy': as 'drop', but measured
-      again after every erasure. 'random': a fixed number for every name, the control.
+      again after every erasure. 'influence': those that turn what goes through them the
+      least on held-out inputs, whose labels are not read (see `block_influence`); the
+      attention and the perceptron of a transformer's layer are a unit each. 'random': a
+      fixed number for every name, the control.
     units: names of those that may be erased; by default all that can be. (After a cut,
       the layers of a scanned stack are numbered anew.)
     seed: of 'random'.
@@ -112,6 +119,12 @@ def implosion(
   kept = _matching(present, exclude)
   among = erasable if units is None else _erasable(present, units)
   among = tuple(unit for unit in among if unit.name not in kept)
+  stacked = [unit.name for unit in among if unit.layer is not None]
+  if importance == 'influence' and stacked:
+    raise ValueError(
+      f"importance='influence': {stacked[0]} lies in a scan, within which nothing can "
+      'be measured: unroll the network (scan=False), or choose by drop'
+    )
   excess = len(present) - _reachable(depth, present, among)
   k = min(per_round, excess)
   with_priority = {b for unit in erasable for b in unit.branches}
@@ -161,7 +174,7 @@ def erasure(
   Args:
     coupling: of the network. among: units that can be erased.
     importance: as for `implosion`. theta: with the priorities.
-    evaluate: a Judge; only 'drop' and 'greedy' ask it. seed: of 'random'.
+    evaluate: a Judge; 'drop', 'greedy' and 'influence' ask it. seed: of 'random'.
     gone: units that are closed already.
   """
   order, at_once = [*gone], 1 if importance == 'greedy' else count
@@ -171,6 +184,9 @@ def erasure(
       scores = [float(priority(unit, theta)) for unit in left]
     elif importance == 'random':
       scores = [_drawn(unit.name, seed) for unit in left]
+    elif importance == 'influence':
+      found = evaluate.influence({unit.name: unit.branches for unit in left})
+      scores = [found[unit.name] for unit in left]
     else:
       keeps = [unit_search.closing((*order, unit), coupling) for unit in left]
       keeps = jax.tree.map(lambda *kept: np.stack(kept), *keeps)
@@ -286,9 +302,10 @@ class ImplosionOptions:
   per_round: int = 1
   """Units erased between two retrainings."""
 
-  importance: Literal['priority', 'drop', 'greedy', 'random'] = 'priority'
+  importance: Importance = 'priority'
   """priority: |w| of a unit (the paper's). drop: held-out loss without it. greedy:
-  drop, scored again after every erasure. random: the control."""
+  drop, scored again after every erasure. influence: how much it turns what goes through
+  it, on held-out inputs. random: the control."""
 
   units: Annotated[tuple[str, ...], ANY] = ()
   """Units that may be erased, such as stage1/block3."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,6 +23,8 @@ from depthprune.data import batches
 from depthprune.data.dataset import inputs_of
 from depthprune.program import arguments
 from depthprune.program.arguments import listed
+from depthprune.program.gating import with_branches
+from depthprune.surgery.influence import block_influence
 from depthprune.train import labels
 from depthprune.train.evaluate import COLLECTION, add_up, recalibrate, totals
 from depthprune.train.method import Method, checked
@@ -206,6 +208,28 @@ class Judge:
     scores = [self._scores(how, exits, _rows(decisions, r)) for r in rows]
     return {k: np.concatenate([s[k] for s in scores])[:n] for k in scores[0]}
 
+  def influence(self, blocks: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Measures how much blocks change what goes through them, on held-out inputs.
+
+    No label is read. The branch gates are those that were trained.
+
+    Args:
+      blocks: {name: the branches of a block, first to last}.
+
+    Returns:
+      {name: influence} as `surgery.influence.block_influence` defines it.
+
+    Raises:
+      ValueError: the judge was made without a coupling, or a branch lies in a scan.
+    """
+    parts = []
+    for batch in self.held_out:
+      inputs = inputs_of(batch)
+      if 'weight' in batch:  # other rows pad the batch
+        inputs = _rows(inputs, np.flatnonzero(batch['weight']))
+      parts.append(inputs)
+    return self.network.influence(blocks, parts)
+
   def _read(self, keeps: Tree, n: int) -> tuple[Decisions, tuple[str, ...]]:
     """Returns (decisions, names of the exits that answer in any of them)."""
     closes = np.zeros(n, bool)
@@ -338,6 +362,7 @@ class Masked(NamedTuple):
     stats: the batch statistics that the network has, {} if none.
     scores: (sums of all batches) -> {'loss', 'accuracy', ...}, the task's.
     of: (variables) -> the same programs over other arrays of the network.
+    influence: (blocks, inputs of batches) -> influences by the names of the blocks.
   """
 
   measure: Callable[..., Tree]
@@ -347,6 +372,7 @@ class Masked(NamedTuple):
   stats: Tree
   scores: Callable[[Tree], dict[str, np.ndarray]]
   of: Callable[[Tree], Masked]
+  influence: Callable[[Mapping, Sequence[tuple]], dict[str, float]]
 
 
 def masked_programs(
@@ -391,6 +417,13 @@ def masked_programs(
           has = f'{name}: has shape {np.shape(value)[1:]}, its gate {own}'
           raise arguments.wrong('keep', has)
 
+  def influence(variables, blocks, inputs):
+    if coupling is None:
+      write = 'write judge(..., coupling=couple(model, variables, example))'
+      raise arguments.wrong('coupling', 'expected one to measure influences', write)
+    arrays = with_branches(variables, own.get('branches', {}))
+    return block_influence(coupling, arrays, inputs, blocks)
+
   measure = jax.jit(measure, static_argnames=('how', 'exits'))
   statistics = jax.jit(statistics, static_argnames='how')
 
@@ -402,6 +435,7 @@ def masked_programs(
       fits=fits,
       stats=variables.get(COLLECTION, {}),
       scores=task.scores,
+      influence=partial(influence, variables),
       of=programs,
     )
 

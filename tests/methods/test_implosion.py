@@ -1,5 +1,7 @@
 """Which units go, in which order, and what becomes of their priorities in training."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,9 +218,8 @@ def four_units(variables, x, train=False):
   return {'main': x}
 
 
-@pytest.mark.parametrize('importance', ['drop', 'greedy'])
-def test_the_order_is_that_of_real_losses(importance):
-  """Against one candidate after the other, through the judge itself."""
+def four_judged(importance):
+  """A method for a network of four units, its state and a judge."""
   rng = np.random.default_rng(0)
   noise = lambda *shape: rng.normal(size=shape).astype(np.float32)
   variables = {
@@ -229,7 +230,14 @@ def test_the_order_is_that_of_real_losses(importance):
   method = implosion(coupling, depth=2, per_round=2, importance=importance)
   state = init_state(four_units, method, optax.sgd(0.1), variables, coupling)
   batches = [{'image': noise(6, 3), 'label': np.arange(6) % 3}]
-  evaluate = judge(four_units, method, classification(3), state, batches)
+  task = classification(3)
+  return method, state, judge(four_units, method, task, state, batches, (), coupling)
+
+
+@pytest.mark.parametrize('importance', ['drop', 'greedy'])
+def test_the_order_is_that_of_real_losses(importance):
+  """Against one candidate after the other, through the judge itself."""
+  method, state, evaluate = four_judged(importance)
   names_ = [f'unit{i}' for i in range(4)]
   loss = lambda *gone: evaluate({'branches': {n: n not in gone for n in names_}})[
     'loss'
@@ -238,6 +246,31 @@ def test_the_order_is_that_of_real_losses(importance):
   rest = [n for n in names_ if n != first]
   second = min(rest, key=loss if importance == 'drop' else lambda n: loss(first, n))
   assert closed(method.decide(state.theta, {}, evaluate)) == {first, second}
+
+
+def test_the_order_by_influence_is_that_of_the_angles():
+  """By hand, of what enters and leaves every unit at the gates that were trained."""
+  method, state, evaluate = four_judged('influence')
+  gates = {f'unit{i}': np.float32(w) for i, w in enumerate((0.6, -1.2, 0.2, 2.0))}
+  state = dataclasses.replace(state, theta={'branches': gates})
+  batch = evaluate.held_out[0]
+  coupling = couple(four_units, state.variables, batch['image'])
+  evaluate = judge(
+    four_units, method, classification(3), state, [batch], coupling=coupling
+  )
+  x, angles = batch['image'].astype(float), {}
+  for i, (name, w) in enumerate(gates.items()):
+    y = x + w * np.maximum(x @ np.asarray(state.params[f'w{i}'], float), 0)
+    cos = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+    x, angles[name] = y, 1 - cos.mean()
+  expected = sorted(angles, key=angles.get)
+  assert expected != sorted(gates, key=lambda name: abs(gates[name]))
+  assert closed(method.decide(state.theta, {}, evaluate)) == {*expected[:2]}
+
+
+def test_the_influence_of_layers_in_a_scan_is_refused_before_training():
+  with pytest.raises(ValueError, match=r'stage1/blocks\[0\] lies in a scan'):
+    implosion(STACKED, importance='influence')
 
 
 # ---- training ------------------------------------------------------------------------
@@ -392,7 +425,7 @@ def test_layers_of_a_stack_are_named_for_one_round_alone():
     ({'depth': 7, 'units': ['stage1/block1']}, '1 of which may .* expected 8 to 9'),
     ({'units': ['stage2/block0']}, 'stage2/block0 cannot be erased: its shortcut'),
     ({'units': ['stage1/blok1']}, "no unit 'stage1/blok1'; nearest: stage1/block1"),
-    ({'importance': 'size'}, 'expected one of priority, drop, greedy, random'),
+    ({'importance': 'size'}, 'one of priority, drop, greedy, influence, random'),
     ({'per_round': 0}, 'per_round: expected a whole number of 1 or more'),
     ({'units': []}, 'no unit .* can be erased'),
     (

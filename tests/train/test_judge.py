@@ -18,6 +18,7 @@ from depthprune.models.heads import Head, WithHeads
 from depthprune.models.mlp import MLP
 from depthprune.models.resnet import ResNet
 from depthprune.program.coupling import couple
+from depthprune.surgery.influence import block_influence
 from depthprune.surgery.prune import prune
 from depthprune.train import judge as judging
 from depthprune.train.evaluate import evaluate, recalibrate
@@ -355,3 +356,23 @@ def test_arrays_and_batches_of_unlike_sizes_are_scored_alike():
   ):
     found = judged(held_out=held_out, **more)({})
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+# ---- influence -----------------------------------------------------------------------
+
+
+def test_influence_is_that_of_held_out_examples_without_padding():
+  """At the gates as trained."""
+  blocks = {'first': ['unit0/branch'], 'rest': ['unit1/branch', 'unit2/branch']}
+  found = judged().influence(blocks)
+  measured = lambda rows, variables: block_influence(
+    COUPLING, variables, [batch['image'][:rows] for batch in HELD_OUT], blocks
+  )
+  assert found == pytest.approx(measured(4, with_trained_gates(STATE)))
+  assert found != pytest.approx(measured(6, with_trained_gates(STATE)))
+  assert found != pytest.approx(measured(4, STATE.variables))
+
+
+def test_influence_needs_a_coupling():
+  with pytest.raises(ValueError, match='coupling: expected one to measure influences'):
+    judged(coupling=None).influence({'first': ['unit0/branch']})
