@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -153,10 +153,32 @@ def layers(coupling: Coupling, keep: Mapping | None = None) -> dict[str, Layer]:
     {path: layer}, in the order in which they are first called.
   """
   view, count, alive = _reading(coupling, keep)
-  arrays = sources(view)
   found: dict[str, Layer] = {}
+  for name, outputs, e, times in contractions(coupling, keep):
+    width = math.prod(count(coupling.axes[name][i]) for i in outputs)
+    flops = times * _of_equation(view, e, count, alive)
+    before = found[name].flops if name in found else 0
+    found[name] = Layer(outputs, width, before + flops)
+  return found
 
-  def walk(program: jx.Program, times: int):
+
+def contractions(
+  coupling: Coupling, keep: Mapping | None = None
+) -> Iterator[tuple[str, tuple[int, ...], jx.Equation, int]]:
+  """Yields the convolutions and products that are left, those of bodies too.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    keep: a keep tree of bool arrays; None is the whole network.
+
+  Yields:
+    (path of the layer, its output axes, equation, how often it is called), as in
+    `layers`, in the order of the calls.
+  """
+  view, count, alive = _reading(coupling, keep)
+  arrays = sources(view)
+
+  def walk(program: jx.Program, times: int) -> Iterator:
     for e in program.equations:
       if not any(map(alive, e.outputs)):
         continue
@@ -164,16 +186,12 @@ def layers(coupling: Coupling, keep: Mapping | None = None) -> dict[str, Layer]:
       if e.name == 'cond':
         bodies = [max(bodies, key=lambda body: _flops(view, body, count, alive))]
       for body in bodies:
-        walk(body, times * (count(view.facts.hidden[e]) if e.name == 'scan' else 1))
+        inside = count(view.facts.hidden[e]) if e.name == 'scan' else 1
+        yield from walk(body, times * inside)
       if e.name in CONTRACTIONS:
-        name, outputs = _array_of(e, arrays)
-        width = math.prod(count(coupling.axes[name][i]) for i in outputs)
-        flops = times * _of_equation(view, e, count, alive)
-        before = found[name].flops if name in found else 0
-        found[name] = Layer(outputs, width, before + flops)
+        yield *_array_of(e, arrays), e, times
 
-  walk(view.program, 1)
-  return found
+  yield from walk(view.program, 1)
 
 
 def _array_of(

@@ -1,11 +1,11 @@
-"""What became of every layer: its width, the channels that are left, and its FLOPs."""
+"""What became of every layer: its width, its channels, its FLOPs and its time."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from depthprune.report.names import spoken_apart
-from depthprune.report.numbers import count, kept, percent
+from depthprune.report.numbers import count, kept, milliseconds, percent
 from depthprune.train.result import Change, LayerReport, Result
 
 
@@ -107,6 +107,13 @@ def _facts(layer: LayerReport, result: Result) -> Iterator[tuple[str, str]]:
     yield 'of all FLOPs', f'{before} → {after}'
   else:
     yield 'FLOPs', f'{count(flops.before)} before, {before} of all'
+  if layer.ms is not None:
+    took = Change(*layer.ms)
+    if width.after:
+      change = f'{milliseconds(took.before).removesuffix(" ms")} → '
+      yield 'time', f'{change}{milliseconds(took.after)} ({kept(took.kept)})'
+    else:
+      yield 'time', f'{milliseconds(took.before)} before'
 
 
 def _strips(path: str, layer: LayerReport, result: Result) -> Iterator[Strip]:

@@ -167,7 +167,7 @@ def _sections(run: FinishedRun) -> Iterator[Section]:
       'Layers',
       text=f'Removed: {", ".join(removed)}.' if removed else '',
       layers=shown,
-      small=[sentences.LAYERS],
+      small=[sentences.LAYERS, sentences.layers_timed(result)],
     )
   yield from map(alone, pictures(run))
 

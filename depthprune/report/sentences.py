@@ -215,6 +215,17 @@ def measured_on(result: Result) -> str:
   return f'measured on {device}' if measured and device else ''
 
 
+def layers_timed(result: Result) -> str:
+  """Returns what the times of the layers are, '' where they were not measured."""
+  if result.layers_batch is None:
+    return ''
+  return (
+    'Time: the convolution or product of a layer alone, a median, in a batch of '
+    f'{result.layers_batch:,}. What surrounds it is not in it, so the layers do not '
+    'add up to the latency.'
+  )
+
+
 def removed(result: Result) -> list[str]:
   """Returns the names of the branches and exits that were removed."""
   parts = {**result.report.branches, **result.report.exits}

@@ -9,12 +9,15 @@ import jax
 
 from depthprune import distributed
 from depthprune.data.dataset import count
+from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
 from depthprune.program.rounding import Suited, step
+from depthprune.program.trace import batched
 from depthprune.run import own
 from depthprune.run.job import Job, rounding, surroundings
 from depthprune.run.samples import samples
 from depthprune.timing import latency
+from depthprune.timing.alone import milliseconds_alone
 from depthprune.train.result import Result, from_json
 from depthprune.train.task import as_dict
 
@@ -67,10 +70,11 @@ def measure(
     }
     for path, layer in first.get('layers', {}).items()
   }
+  # One process finds this out for all.
+  told = _told(job, model, small, layers) if distributed.writes() else {}
   values = {
     **described(job),
     **{name: cost(name) for name in ('flops', 'params', 'peak_bytes')},
-    **(_told(job, model, small) if distributed.writes() else {}),
     'accuracy': accuracies(test),
     'held_out': accuracies(held_out),
     'scores': {when: finite(test[when]) for when in ('before', 'after')},
@@ -83,13 +87,16 @@ def measure(
     'epochs': dataclasses.asdict(small.epochs),
     'original': job.accuracies(model, small.original) if small.original else {},
     'control': dict(control),
+    **told,
   }
   return from_json(values)
 
 
-def _told(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
-  """What one process finds out for all: times, and samples of text."""
-  return {**_times(job, model, small), 'samples': samples(job, model, small)}
+def _told(
+  job: Job, model: Any, small: 'Shrunk', layers: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Times, and samples of text."""
+  return {**_times(job, model, small, layers), 'samples': samples(job, model, small)}
 
 
 def _multiples(job: Job, widths: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -122,8 +129,13 @@ def finite(scores: dict[str, float]) -> dict[str, float | None]:
   return {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
 
 
-def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
-  """Measures milliseconds of an answer and seconds to compile, before and after."""
+def _times(
+  job: Job, model: Any, small: 'Shrunk', layers: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Measures milliseconds of an answer and seconds to compile, before and after.
+
+  Of a network that was cut, every layer is timed, too.
+  """
   networks = (
     latency.Network(_answering(model, small.answer), small.before),
     latency.Network(_answering(small.model, job.task.answer), small.variables),
@@ -144,6 +156,19 @@ def _times(job: Job, model: Any, small: 'Shrunk') -> dict[str, Any]:
     values['latency_ms'][str(asked)]['notes'] += missed
     medians = {'before': here.before.median, 'after': here.after.median}
     values['milliseconds'] = {'batch': asked, **medians}
+  if any(before != after for before, after in (x['width'] for x in layers.values())):
+    batch = max(batches)
+    inputs = batched(tuple(job.inputs), batch)
+    before, after = milliseconds_alone(
+      [couple(network.apply, network.variables, *inputs) for network in networks]
+    )
+    values['layers_batch'] = batch
+    values['layers'] = {
+      path: {**layer, 'ms': [before[path], after.get(path, 0.0)]}
+      if path in before
+      else layer
+      for path, layer in layers.items()
+    }
   return values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from depthprune.program import arguments
 from depthprune.program.coupling import Coupling
@@ -32,15 +32,17 @@ class Constraint(NamedTuple):
 
 def constraints(
   coupling: Coupling,
-  targets: Sequence[tuple[str | CostFunction, float | str]],
+  target: float | str | Mapping[Any, Any],
+  of: str | CostFunction,
   round_to: RoundTo = 1,
   closed: Mapping | None = None,
 ) -> list[Constraint]:
-  """Returns the constraints that targets are, in their order.
+  """Returns the constraints that a target is, in their order.
 
   Args:
     coupling: of the network, made by `couple`.
-    targets: (cost, target) pairs, both as `oneshot` takes them.
+    target: one target, or {cost: target}, as `oneshot` takes them.
+    of: the cost of a single target.
     round_to: widths will be multiples of this, or 'auto'.
     closed: a decision on branches that will be counted.
 
@@ -48,17 +50,18 @@ def constraints(
     ValueError: an unknown cost, a target that is none, or milliseconds where branches
       are closed, which they do not count.
   """
+  several = [*target.items()] if isinstance(target, Mapping) else [(of, target)]
   found = []
-  for of, target in targets:
-    timed = of == TIME or isinstance(of, Milliseconds)
+  for key, part in several:
+    timed = key == TIME or isinstance(key, Milliseconds)
     if timed and (closed or {}).get('branches'):
       what = 'milliseconds know the widths of layers alone, and branches are closed'
       raise arguments.wrong('target', what, 'cut these first, or count flops')
-    name, cost = counted(coupling, of, round_to)
+    name, cost = counted(coupling, key, round_to)
     total = cost(coupling, None)
-    where = 'target' if len(targets) == 1 else f'target[{name!r}]'
-    goal = absolute(target, total, where)
-    asked = str(target) if len(targets) == 1 else f'{name}={target}'
+    where = 'target' if len(several) == 1 else f'target[{name!r}]'
+    goal = absolute(part, total, where)
+    asked = str(part) if len(several) == 1 else f'{name}={part}'
     found.append(Constraint(name, cost, asked, goal, total))
   return found
 

@@ -145,8 +145,7 @@ def oneshot(
   if ratios is not None:
     kept = {g: _best(s, limits[g].most) for g, s in scores.items()}
     return complemented(coupling, closed, kept)
-  targets = [*target.items()] if several else [(of, target)]
-  asked = constraints(coupling, targets, round_to, closed)
+  asked = constraints(coupling, target, of, round_to, closed)
   least = 'at least one slice per group'
   least = 'what exclude and at_least keep' if exclude or at_least else least
   keep_at, steps, limits = narrowing(

@@ -135,11 +135,13 @@ class LayerReport:
     width: number of slices of what it returns; 0 after where the layer is gone.
     flops: FLOPs of all its calls.
     outputs: the axes of its array that have these slices.
+    ms: milliseconds of all its calls, timed alone; None where they were not measured.
   """
 
   width: tuple[int, int]
   flops: tuple[float, float]
   outputs: list[int] = dataclasses.field(default_factory=list)
+  ms: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,6 +416,7 @@ class Result:
     widths: {group: (width before, width after)}.
     layers: the layers by the path of their array, before all cuts and after them; {} in
       files that were written before there was such an entry.
+    layers_batch: examples in a call in which the layers were timed, where they were.
     multiples: {group: what its width is a multiple of}, where that was chosen for the
       device of the run.
     latency_ms: latency by batch size.
@@ -444,6 +447,7 @@ class Result:
   scores: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
   peak_bytes: Change | None = None
   layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
+  layers_batch: int | None = None
   multiples: dict[str, int] = dataclasses.field(default_factory=dict)
   latency_ms: dict[str, Latency] = dataclasses.field(default_factory=dict)
   milliseconds: TimeReached | None = None

@@ -184,10 +184,9 @@ def search(
   calibration = batches.full(calibration, batch)
   order = _ordered(coupling, influence, blocks)
   limits = ranges(coupling, round_to, exclude, at_least, at_most)
-  targets = [*target.items()] if isinstance(target, Mapping) else [(of, target)]
   space = Space(
     coupling=coupling,
-    asked=constraints(coupling, targets, round_to, {'branches': order}),
+    asked=constraints(coupling, target, of, round_to, {'branches': order}),
     blocks=order,
     scores=rank(coupling, variables, score, among=limits),
     limits=limits,

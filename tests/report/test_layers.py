@@ -1,5 +1,6 @@
 """What the page shows of every layer."""
 
+from depthprune.report import sentences
 from depthprune.report.layers import Strip, layers
 from tests.report.runs import made_up_implosion, typed
 
@@ -25,6 +26,22 @@ def test_a_layer_that_is_gone_says_so_and_has_no_channels(result):
   assert layer.facts == [
     *(('width', '16 before'), ('FLOPs', '181 k before, 3.6 % of all')),
   ]
+
+
+def test_the_time_of_a_layer_is_shown_where_it_was_measured(result):
+  assert 'time' not in dict(by_path(result)['params/stem/conv/kernel'].facts)
+  for path, ms in (('stem/conv', [2.0, 0.514]), ('stage1/block2/conv1', [0.75, 0.0])):
+    result['layers'][f'params/{path}/kernel']['ms'] = ms
+  result['layers_batch'] = 128
+  found = by_path(result)
+  facts = dict(found['params/stem/conv/kernel'].facts)
+  assert facts['time'] == '2.00 → 0.514 ms (25.7 % kept)'
+  assert dict(found['params/stage1/block2/conv1/kernel'].facts)['time'] == (
+    '0.750 ms before'
+  )
+  assert 'a median, in a batch of 128. ' in sentences.layers_timed(typed(result))
+  del result['layers_batch']
+  assert sentences.layers_timed(typed(result)) == ''
 
 
 def test_a_whole_layer_keeps_all_and_the_one_that_saved_most_is_open(result):

@@ -67,6 +67,9 @@ def test_a_run_reaches_its_target_and_keeps_its_accuracy(finished):
   assert result['verify']['difference'] <= 1e-5
   assert result['widths']['layer0/dense:1'][0] == 200
   assert set(result['latency_ms']) == {'1', '128'}
+  assert result['layers_batch'] == 128
+  for layer in result['layers'].values():
+    assert len(layer['ms']) == 2 and min(layer['ms']) > 0
 
 
 def test_frozen_weights_rest_until_the_cut_and_are_refitted(tmp_path, monkeypatch):
