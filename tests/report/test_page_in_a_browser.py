@@ -95,7 +95,7 @@ def pages(tmp_path_factory) -> list[str]:
 def test_the_pages_fit_and_no_chart_is_empty(width, pages, tmp_path):
   seen = look(pages, width, tmp_path)
   assert [each['overflow'] for each in seen] == [0] * 6
-  assert [each['charts'] for each in seen] == [2, 2, 3, 2, 4, 15]
+  assert [each['charts'] for each in seen] == [3, 2, 3, 2, 4, 16]
   assert [each['empty'] for each in seen] == [[]] * 6
 
 
