@@ -100,7 +100,7 @@ def search(
   at_least: Counts | None = None,
   at_most: Counts | None = None,
   splits: int = 5,
-  refit: Iterable[Any] = (),
+  refit: Iterable[Any] | None = None,
   heal: Callable[[Pruned], Any] | None = None,
   finalists: int = 3,
   calibration: Any = (),
@@ -169,8 +169,8 @@ def search(
 
   Raises:
     KeyError: a block, branch or group that there is not.
-    ValueError: a target that no candidate meets, with the name of that cost; nothing
-      that can be removed; or what `oneshot` and `judge` refuse.
+    ValueError: a target that no candidate meets, with the name of that cost; or what
+      `oneshot` and `judge` refuse.
   """
   arguments.coupling(coupling).fits(variables)
   check(score, scope)
@@ -195,7 +195,8 @@ def search(
     round_to=round_to,
   )
   fewest, most = space.reach()
-  model, read = coupling.model, moments(coupling, variables, refit) if refit else None
+  model = coupling.model
+  read = None if refit is None else moments(coupling, variables, refit)
   state = init_state(model, plain(), optax.identity(), variables)
   whole = judge(
     model, plain(), task, state, held_out, calibration, coupling, batch=batch
@@ -222,11 +223,11 @@ def search(
   stride = int(np.diff(counts).max(initial=1))
   while stride > 1:
     stride = (stride + 1) // 2
-    best, *_ = min(judged, key=lambda key: judged[key].loss)
+    best, *_ = min(judged, key=lambda key: _rank(judged[key]))
     for count in best - stride, best + stride:
       if fewest <= count <= most:
         try_without(count)
-  ranked = sorted(judged.values(), key=lambda candidate: candidate.loss)
+  ranked = sorted(judged.values(), key=_rank)
   if heal is None:
     return ranked
   example = _example(coupling, held_out[0])
@@ -242,7 +243,7 @@ def search(
     scores = evaluate(network, small.variables, held_out, task)
     return candidate._replace(pruned=small, healed=scores)
 
-  first = sorted(map(healed, ranked[:finalists]), key=lambda candidate: candidate.loss)
+  first = sorted(map(healed, ranked[:finalists]), key=_rank)
   return [*first, *ranked[finalists:]]
 
 
@@ -389,6 +390,11 @@ def _mixes(kinds: Sequence[str]) -> list[tuple[str, ...]]:
   """All kinds, one alone, and all but one, each once."""
   rest = [tuple(k for k in kinds if k != kind) for kind in kinds]
   return [*dict.fromkeys((tuple(kinds), *((kind,) for kind in kinds), *rest))]
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float]:
+  """By the loss, with one that is not a number behind all others."""
+  return bool(np.isnan(candidate.loss)), candidate.loss
 
 
 def _example(coupling: Coupling, batch: Tree) -> tuple:
