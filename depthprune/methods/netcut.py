@@ -385,6 +385,7 @@ RECIPE = Recipe(
   },
   decides_only=('tolerance', 'force'),
   heads=lambda o, network, heads: heads.every_tap(network, pool=o.pool),
+  tells_tokens=True,
   own_exits=True,
   deepest_answers=True,
   name='NetCut',

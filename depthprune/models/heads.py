@@ -1,6 +1,6 @@
 """Heads on the taps of a trunk: early exits, several tasks, auxiliary paths."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from depthprune.models.arch import Arch, beneath, complete, within
 from depthprune.models.auxiliary_path import Auxiliary as Auxiliary
 from depthprune.models.auxiliary_path import AuxiliaryPath
 from depthprune.models.auxiliary_path import beside as beside
+from depthprune.models.decoder import Decoder
 from depthprune.models.layers import (
   Classes,
   Pool,
@@ -70,6 +71,34 @@ class Head:
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold within the head, with its full value."""
     return {'hidden': self.hidden} if self.hidden else {}
+
+
+@dataclass(frozen=True)
+class Unembedding:
+  """An exit of a decoder that shares its last normalisation and its logits.
+
+  Nothing is added but the question at this layer: the features [batch, length, width]
+  of a tap become logits [batch, length, vocab] of the token that follows each. Source:
+  Elhoushi et al., arXiv 2404.16710 (LayerSkip).
+
+  Attributes:
+    tap: name of the features that it reads.
+  """
+
+  tap: str
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """The taps that the head reads."""
+    return (self.tap,)
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """Every key that `arch` may hold within the head: none."""
+    return {}
+
+
+AnyHead = Head | Unembedding | Auxiliary
 
 
 class HeadPerceptron(nn.Module):
@@ -149,7 +178,8 @@ class WithHeads(nn.Module):
 
   Attributes:
     trunk: a model of this package, whose `arch` is taken over.
-    heads: a `Head`, or an `Auxiliary` path, for every exit besides 'main', by name.
+    heads: a `Head`, an `Unembedding` of a decoder, or an `Auxiliary` path, for every
+      exit besides 'main', by name.
     arch: what pruning changed, by key 'trunk/...', 'head_NAME/...' and 'exit/NAME'; see
       `depthprune.models.arch`. The value 0 drops an exit with its head; without 'main',
       the trunk ends with the last tap that is read.
@@ -160,7 +190,7 @@ class WithHeads(nn.Module):
   """
 
   trunk: Any
-  heads: Mapping[str, Head | Auxiliary]
+  heads: Mapping[str, AnyHead]
   arch: Arch = FrozenDict()
 
   def __post_init__(self):
@@ -209,9 +239,13 @@ class WithHeads(nn.Module):
     outputs = self._run_trunk(inputs, train)
     mask, dtype = outputs.get('mask'), self.trunk.dtype
     paths = {k: h for k, h in self._kept.items() if isinstance(h, Auxiliary)}
-    heads = {k: h for k, h in self._kept.items() if k not in paths}
+    heads = {k: h for k, h in self._kept.items() if isinstance(h, Head)}
     taps = {name: outputs[head.tap] for name, head in heads.items()}
     answers = _answers(heads, arch, dtype, taps, train, mask)
+    for name, head in self._kept.items():
+      if isinstance(head, Unembedding):
+        shared = self.trunk(outputs[head.tap], since=self.taps[-1])
+        answers[name] = shared['main']
     # A class of every pixel is as large as the network's own answer, or the image.
     images = jax.tree.leaves((outputs.get('main'), inputs))
     size = next((jnp.shape(x)[1:-1] for x in images if jnp.ndim(x) > 2), ())
@@ -230,10 +264,11 @@ class WithHeads(nn.Module):
     arrays of the heads are not read.
 
     Raises:
-      ValueError: the network has an auxiliary path, which reads several taps.
+      ValueError: the network has an auxiliary path, which reads several taps, or an
+        exit that shares the logits of the network.
     """
-    if paths := [k for k, h in self._kept.items() if isinstance(h, Auxiliary)]:
-      raise ValueError(f'features: {paths[0]} is an auxiliary path, no head on a tap')
+    if others := [k for k, h in self._kept.items() if not isinstance(h, Head)]:
+      raise ValueError(f'features: {others[0]} is no head on a tap with its own arrays')
     outputs = self._run_trunk(inputs, train=False)
     read = {
       name: pooled(outputs[head.tap], head.pool, outputs.get('mask'))
@@ -256,7 +291,7 @@ class WithHeads(nn.Module):
     return self.trunk(*inputs, train=train, until=until)
 
 
-def _line(heads: Mapping[str, Head | Auxiliary], name: str) -> list[str]:
+def _line(heads: Mapping[str, AnyHead], name: str) -> list[str]:
   """Returns a head and those that it comes after, one after the other.
 
   It is longer than all heads together where a head comes after itself.
@@ -280,7 +315,7 @@ def _values(trunk: Any) -> tuple[str, ...]:
   return getattr(trunk, 'values', trunk.taps)
 
 
-def hidden_widths(heads: Mapping[str, Head | Auxiliary]) -> dict[str, int]:
+def hidden_widths(heads: Mapping[str, AnyHead]) -> dict[str, int]:
   """Returns the keys that heads have in `arch`, with their full values."""
   keys = [beneath(head.widths, f'head_{name}') for name, head in heads.items()]
   return {key: width for part in keys for key, width in part.items()}
@@ -312,7 +347,7 @@ def every_tap(
       model.exits  # ('exit01', 'exit02', ..., 'exit20')
 
   Numbers are padded with zeros, so that names sort by depth. The trunk's own head is
-  dropped.
+  dropped. The exits of a decoder share its logits, see `Unembedding`.
 
   Args:
     trunk: a model of this package.
@@ -320,18 +355,24 @@ def every_tap(
     pool: how features become a vector, see `Head`; `trunk.pool` by default.
 
   Raises:
-    ValueError: the trunk has no taps.
+    ValueError: the trunk has no taps, or classes or a pool are asked of a decoder.
 
   Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172.
   """
   taps = _taps(trunk, 'every_tap')
-  head = partial(Head, classes=classes or trunk.classes, pool=pool or trunk.pool)
+  if isinstance(trunk, Decoder):
+    if classes or pool:
+      given = f'classes={classes}, pool={pool}'
+      raise ValueError(f'every_tap: {given}: a decoder tells the tokens that follow')
+    head: Callable[[str], Head | Unembedding] = Unembedding
+  else:
+    head = partial(Head, classes=classes or trunk.classes, pool=pool or trunk.pool)
   digits = len(str(len(taps)))
   heads = {f'exit{i:0{digits}}': head(tap) for i, tap in enumerate(taps, 1)}
   return WithHeads(trunk, heads, FrozenDict({'exit/main': 0}))
 
 
-def add_heads(network: Any, heads: Mapping[str, Head | Auxiliary]) -> WithHeads:
+def add_heads(network: Any, heads: Mapping[str, AnyHead]) -> WithHeads:
   """Adds heads to a network, or to the trunk of a network that has heads already.
 
   Args:

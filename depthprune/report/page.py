@@ -176,7 +176,7 @@ def _samples(samples: Sequence[Sample]) -> Section:
   names = {'whole': 'whole', 'cut': 'cut', 'healed': 'trained after the cut'}
   shown = [
     Continued(
-      each.prompt,
+      each.prompt.strip(),
       {said: text for name, said in names.items() if (text := getattr(each, name))},
     )
     for each in samples

@@ -32,6 +32,7 @@ from depthprune.run.job import Job
 from depthprune.storage import checkpoint, directory
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.train.options import ConfigError
+from depthprune.train.recipe import Recipe
 from depthprune.train.task import Tree, as_dict
 
 
@@ -80,13 +81,15 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
       f'{config.pretrained}: expected a network that {config.method} can put exits on, '
       f'got one that has {", ".join(model.exits)}'
     )
-  if config.recipe.heads is None:
-    return model
-  if isinstance(model, Decoder):
+  if isinstance(model, Decoder) and not _writes(config.recipe):
+    able = [methods.word(k) for k, each in methods.all().items() if _writes(each)]
     raise ConfigError(
       f'model: {config.model} writes texts, and the exits of {config.method} tell '
-      'classes: cut it with gates or implosion'
+      f'classes: cut it with {", ".join(able)}; dp.generate_early lets tokens leave a '
+      'network early that is trained already'
     )
+  if config.recipe.heads is None:
+    return model
   return config.recipe.heads(config.options, model, heads)
 
 
@@ -163,6 +166,11 @@ def check_answer(job: Job, model: Any) -> None:
       f'{own.word(config.model)} answers {wrong}: give their number with --model-args, '
       'or leave it out there'
     )
+
+
+def _writes(recipe: Recipe) -> bool:
+  """Whether a method can be used on a network that writes texts."""
+  return not recipe.cascade and (recipe.heads is None or recipe.tells_tokens)
 
 
 def _is_cut(path: str, model: Any) -> bool:

@@ -160,6 +160,7 @@ class Recipe(NamedTuple):
     check: (config) -> None; raises ConfigError if the method cannot use the config.
     heads: (options, network, depthprune.models.heads) -> the network with the exits
       that it is trained with; None if the method needs none.
+    tells_tokens: whether these exits can also be those of a network that writes texts.
     own_exits: whether the method puts exits on the network that answer, so that a
       network with several exits of its own (for several tasks, say) cannot be used.
     deepest_answers: whether the deepest exit answers in the uncut network.
@@ -196,6 +197,7 @@ class Recipe(NamedTuple):
   decides_only: tuple[str, ...] = ()
   check: Callable[[Any], None] = lambda config: None
   heads: Callable[[Any, Any, Any], Any] | None = None
+  tells_tokens: bool = False
   own_exits: bool = False
   deepest_answers: bool = False
   cascade: Callable[[Any], CascadePlan] | None = None

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprune.models import build
+from depthprune.exports import networks
+from depthprune.models import build, small
 from depthprune.models.heads import Head, WithHeads, every_tap, multitask
 from depthprune.models.layers import pooled
+from depthprune.surgery.prune import prune
+from tests import zoo
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 TRUNK = build('resnet14', width=4)
@@ -223,6 +226,38 @@ def test_every_tap_pools_as_the_trunk_says_unless_told(name, pool):
   assert {head.pool for head in every_tap(trunk).heads.values()} == {pool}
   told = every_tap(trunk, classes=3, pool='grid4').heads['exit1']
   assert told == Head(trunk.taps[0], 3, pool='grid4')
+
+
+def test_the_exits_of_a_decoder_share_its_logits(tmp_path):
+  """They have no arrays; cut to one of them, it is the network of its first layers."""
+  trunk, tokens = small('decoder')[0], zoo.tokens(2)
+  model = every_tap(trunk)
+  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), tokens))
+  assert set(variables['params']) == {'trunk'}
+  outputs = model.apply(variables, tokens)
+  own = {name: tree['trunk'] for name, tree in variables.items()}
+  for i in (1, 2, 3):
+    first = trunk.first(i).apply(own, tokens)['main']
+    np.testing.assert_allclose(outputs[f'exit{i}'], first, rtol=1e-5, atol=1e-5)
+  keep = {'exits': {f'exit{i}': i == 2 for i in (1, 2, 3)}}
+  cut = prune(model, variables, keep, tokens)
+  assert set(cut.variables['params']['trunk']) == {'embed', 'layer0', 'layer1', 'norm'}
+  networks.save(tmp_path / 'cut', cut)
+  again = networks.load(tmp_path / 'cut')
+  assert again.model.exits == ('exit2',)
+  found = again.apply(again.variables, tokens)['exit2']
+  np.testing.assert_allclose(found, outputs['exit2'], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_decoder_has_no_use_for_is_refused():
+  trunk = small('decoder')[0]
+  with pytest.raises(ValueError, match='classes=3, pool=None: a decoder tells the tok'):
+    every_tap(trunk, classes=3)
+  model = every_tap(trunk)
+  tokens = zoo.tokens(1)
+  variables = model.init(jax.random.key(0), tokens)
+  with pytest.raises(ValueError, match='features: exit1 is no head on a tap with its'):
+    model.apply(variables, tokens, method='features')
 
 
 def test_every_tap_of_a_model_without_taps_is_refused():
