@@ -472,13 +472,14 @@ def _sizes(
     return {}, {}
   own = {*at.arrays.values(), *at.gates.values()}
   pin = lambda v: None if v in own else 'input'
-  dims = {v: ax.fresh(v.shape, pin(v)) for v in at.program.inputs}
+  dims: dict[jx.Value, ax.Dims] = {}
+  dims |= {v: ax.fresh(v.shape, pin(v)) for v in at.program.inputs}
   rules.infer(ax.Facts(), at.program, [*dims.values()])
   loops: dict[ax.Axis, set[int]] = {}
   for v, n in left.items():
     if v.shape:
       loops.setdefault(ax.norm(dims[v][0]), set()).add(n)
-  kept: dict[ax.Var, np.ndarray] = {}
+  kept: dict[ax.Var, Any] = {}
   for loop, counts in loops.items():
     most = max(counts)
     if uneven := counts - {0, most}:

@@ -150,7 +150,7 @@ def repeat_with(
     call,
     variable_axes={'params': 0, 'batch_stats': 0, 'branches': 0},
     split_rngs={'params': True, 'dropout': True},
-    in_axes=(0, *[nn.broadcast] * len(args)),
+    in_axes=(0, *[nn.broadcast] * len(args)),  # pyright: ignore[reportArgumentType]
     length=times,
   )
   return scan(block, x, states, *args) if times else (x, states)

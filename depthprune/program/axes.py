@@ -345,6 +345,12 @@ class Facts:
       length of a scan.
     unknown: names of the primitives for which there is no rule.
     counted: integers that number the slices of an axis, with this axis.
+    made: the equation that makes a value.
+    routers: contractions after which slices compete, with the position of their axis in
+      what is made.
+    chosen: integers that number slices that were chosen among those of an axis, with
+      this axis.
+    picks: axes of which slices are chosen, and how many.
     activations: values that depend on data, not on variables and constants alone.
     magnitudes: values that say how large an activation is, with their degree
       (magnitudes.py).
@@ -358,6 +364,10 @@ class Facts:
   hidden: dict[jx.Equation, Axis] = dataclasses.field(default_factory=dict)
   unknown: set[str] = dataclasses.field(default_factory=set)
   counted: dict[jx.Value, Axis] = dataclasses.field(default_factory=dict)
+  made: dict[jx.Value, jx.Equation] = dataclasses.field(default_factory=dict)
+  routers: dict[jx.Equation, int] = dataclasses.field(default_factory=dict)
+  chosen: dict[jx.Value, Axis] = dataclasses.field(default_factory=dict)
+  picks: list[tuple[Axis, int]] = dataclasses.field(default_factory=list)
   activations: Collection[jx.Value] = frozenset()
   magnitudes: dict[jx.Value, int] = dataclasses.field(default_factory=dict)
   varying: Collection[jx.Value] = frozenset()

@@ -314,6 +314,10 @@ def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> A
     (contracting, _), _ = e.params['dimension_numbers']
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
     return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
+  if e.name == 'ragged_dot_general':  # every row meets the slice of one group
+    (contracting, _), _ = e.params['ragged_dot_dimension_numbers'].dot_dimension_numbers
+    lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
+    return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
   if e.name == 'conv_general_dilated':
     return _of_convolution(e, dims, count)
   inside = [_flops(view, body, count, alive) for body in e.bodies]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from depthprune.program import arguments, cost, modules, rules
+from depthprune.program import arguments, cost, modules, routing, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.trace import (
@@ -45,7 +45,8 @@ class Group(NamedTuple):
     name: path of the first kernel that produces the axis, and which axis of it.
     size: number of slices.
     members: (path, axis) of every variable that has these slices.
-    kind: 'channel', or 'layer' for the layer axis of scanned parameters.
+    kind: 'channel', 'layer' for the layer axis of scanned parameters, or 'expert' where
+      slices compete by the logits of a router.
     ungated: why the slices cannot be multiplied by a gate; '' where they can.
   """
 
@@ -334,10 +335,11 @@ class Coupling:
       ValueError: the mode or the shapes of the view forbid it.
     """
     for group in groups:
-      if self.groups[group].ungated:
+      expert = self.groups[group].kind == 'expert'
+      if self.groups[group].ungated and not expert:
         continue
       for v in ax.leaves(view.groups[group]):
-        if reasons := v.pins - {ax.UNIT} | v.notes:
+        if reasons := v.pins - {ax.UNIT} | (set() if expert else v.notes):
           raise ValueError(
             f'{group}: {"; ".join(sorted(reasons))}, which was not so where the '
             'function was coupled; couple() it in this mode and at these shapes'
@@ -460,6 +462,7 @@ def _groups(
     for k, axis in side
     for v in ax.leaves(view.facts.dims[e.inputs[k]][axis])
   }
+  competing = routing.experts(view.facts)
   named: dict[str, tuple[Group, ax.Var]] = {}
   for v, where in members.items():
     if all(first[path] == math.inf for path, _ in where):
@@ -467,6 +470,8 @@ def _groups(
     reason = '' if v in contracted else 'no weight reads it'
     ungated = '; '.join(sorted(v.notes)) or reason
     kind = 'layer' if rules.LAYER in v.notes else 'channel'
+    if v in competing:
+      kind, ungated = 'expert', routing.EXPERT
     name = _name(v, where, dims, first, named)
     named[name] = Group(name, v.size, tuple(where), kind, ungated), v
   order = lambda item: min(first[p] for p, _ in item[1][0].members)

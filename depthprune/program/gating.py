@@ -46,7 +46,9 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     f(variables, gates, *inputs, **kwargs), for every input shape and mode of the model.
     Its outputs are those of the model, without taps that no exit needs. `gates` is
     {'channels': {group: [slices]}, 'branches': {path: () or [layers]}}. Groups that are
-    missing are open, and branch gates replace those in the variables. It raises
+    missing are open, and branch gates replace those in the variables. Those of experts
+    (groups of the kind 'expert') are either 0 or 1: where they are 0, the router's
+    logit is -inf. It raises
     KeyError for an unknown or pinned group or branch, and ValueError for a group that
     cannot be gated, a gate of the wrong shape, or a mode with other groups.
   """
@@ -65,8 +67,10 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     view = views(inputs, kwargs)
     coupling.check_view(view, channels)
     weights: dict[ax.Axis, jax.Array] = {}
+    experts: dict[ax.Axis, jax.Array] = {}
     for group, gate in channels.items():
-      place(group, view.groups[group], gate, weights)
+      gates = experts if coupling.groups[group].kind == 'expert' else weights
+      place(group, view.groups[group], gate, gates)
 
     def run(program: jx.Program, args: Sequence) -> list:
       return jx.interpret(program, args, execute)
@@ -80,12 +84,25 @@ def plug(model: Any, coupling: Coupling) -> Callable:
           ins[k] = ins[k] * scale.astype(ins[k].dtype).reshape(shape)
       if e.name == 'sqrt' and e.inputs[0] in view.facts.magnitudes:
         return [root(*ins)]
-      return jx.bind(e, ins, e.params, run)
+      outs = jx.bind(e, ins, e.params, run)
+      if e in view.facts.routers:
+        outs = [_routed(outs[0], view.facts, e, experts)]
+      return outs
 
     arrays, _ = split_arrays((inputs, kwargs))
     return view.unpack(run(view.program, [*jax.tree.leaves(variables), *arrays]))
 
   return gated
+
+
+def _routed(logits: jax.Array, facts: ax.Facts, e: jx.Equation, gates: Mapping):
+  """The logits of a router, -inf for the experts whose gate is 0."""
+  axis = facts.routers[e]
+  gate = expand(facts.dims[e.outputs[0]][axis], gates)
+  if gate is None:
+    return logits
+  shape = [-1 if i == axis else 1 for i in range(logits.ndim)]
+  return jnp.where(gate.reshape(shape) > 0, logits, -jnp.inf)
 
 
 def check(coupling: Coupling, channels: Mapping):
@@ -98,7 +115,7 @@ def check(coupling: Coupling, channels: Mapping):
   for name, gate in channels.items():
     coupling.axis(name)
     group = coupling.groups[name]
-    if group.ungated:
+    if group.ungated and group.kind != 'expert':
       raise ValueError(f'{name}: this group cannot be gated: {group.ungated}')
     coupling.has_size(name, gate)
 

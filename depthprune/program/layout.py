@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
+from depthprune.program import routing
 
 
 def rev(facts, e, x):
@@ -171,7 +172,12 @@ def gather(facts, e, x, idx):
   )
   for i, j in batching.items():
     ax.unify(x[i], idx[j], e)
+  chosen = routing.addressed(facts, e)
+  if chosen is not None:
+    ax.unify(x[chosen], facts.chosen[e.inputs[1]], e)
   for i, n in enumerate(sizes):
+    if i == chosen:
+      continue
     # A window over all of an axis starts at its beginning, whatever the index says.
     if i in dn.collapsed_slice_dims or (i not in batching and n != x[i].size):
       ax.pin(x[i], 'indexed')
@@ -195,8 +201,12 @@ def scatter(facts, e, x, idx, updates):
   )
   for i, j in batching.items():
     ax.unify(x[i], idx[j], e)
+  chosen = routing.addressed(facts, e)
+  if chosen is not None:
+    ax.unify(x[chosen], facts.chosen[e.inputs[1]], e)
   for i in dn.inserted_window_dims:
-    ax.pin(x[i], 'indexed')
+    if i != chosen:
+      ax.pin(x[i], 'indexed')
   windows = [i for i in range(len(x)) if i not in {*dn.inserted_window_dims, *batching}]
   for i, k in zip(windows, dn.update_window_dims, strict=True):
     _same_or_pin(x[i], updates[k], e)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program import arguments, rules
+from depthprune.program import arguments, routing, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
@@ -194,6 +194,7 @@ def rebound(
     written: values that replace those of some literals.
   """
   derived: dict[jx.Equation, Callable] = {}
+  renumbered = routing.experts(facts)  # those that are left are numbered anew
 
   def masks(v: jx.Value) -> list[np.ndarray]:
     return [ax.mask(d, kept) for d in facts.dims[v]]
@@ -212,8 +213,9 @@ def rebound(
     if e.name == 'iota' and not outs[0][k := params['dimension']].all():
       sizes = list(params['shape'])
       sizes[k] = len(outs[0][k])
-      (full,) = jx.bind(e, ins, {**params, 'shape': tuple(sizes)}, run)
-      return [jnp.take(full, np.flatnonzero(outs[0][k]), axis=k)]
+      if ax.norm(facts.dims[e.outputs[0]][k]) not in renumbered:
+        (full,) = jx.bind(e, ins, {**params, 'shape': tuple(sizes)}, run)
+        return [jnp.take(full, np.flatnonzero(outs[0][k]), axis=k)]
     if e.name == 'scan' and params['length'] == 0:  # all layers are gone
       _, carry, _ = jx.scan_parts(e, ins)
       empty = zip(e.outputs[len(carry) :], outs[len(carry) :], strict=True)

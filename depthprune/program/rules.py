@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program import layout
+from depthprune.program import layout, routing
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
@@ -70,7 +70,9 @@ def infer(
 
   for e in program.equations:
     outs = rule_of(e.name)(facts, e, *(read(v) for v in e.inputs))
+    facts.made.update(dict.fromkeys(e.outputs, e))
     _follow_counts(facts, e)
+    routing.follow(facts, e)
     for v, dims in zip(e.outputs, outs, strict=True):
       if tuple(d.size for d in dims) != v.shape:
         raise AssertionError(
@@ -78,6 +80,9 @@ def infer(
           f'expected {v.shape}'
         )
       env[v] = dims
+  for v in program.outputs:
+    if v in facts.chosen:
+      ax.pin(facts.chosen[v], 'numbers of its slices are returned')
   return [read(v) for v in program.outputs]
 
 
@@ -101,7 +106,8 @@ def _follow_counts(facts: ax.Facts, e: jx.Equation) -> None:
   """
   for axis in [facts.counted[v] for v in e.inputs if v in facts.counted]:
     if e.name not in COUNTING:
-      ax.pin(axis, 'iota')
+      if e.name != 'eq' or not any(v in facts.chosen for v in e.inputs):
+        ax.pin(axis, 'iota')
       continue
     for v in e.outputs:
       if not jx.differentiable(v):
@@ -191,7 +197,11 @@ def sort(facts, e, *ins):
 
 def top_k(facts, e, x):
   axis = e.params.get('axis', -1) % len(x)
-  ax.pin(x[axis], 'top_k')
+  if routing.compete(facts, e.inputs[0], axis):
+    facts.chosen[e.outputs[1]] = x[axis]
+    facts.picks.append((x[axis], e.outputs[0].shape[axis]))
+  else:
+    ax.pin(x[axis], 'top_k')
   last = ax.fresh([e.outputs[0].shape[axis]], 'top_k')
   return [[*x[:axis], *last, *x[axis + 1 :]]] * len(e.outputs)
 
@@ -206,6 +216,23 @@ def dot_general(facts, e, lhs, rhs):
   free_lhs = [d for i, d in enumerate(lhs) if i not in {*lc, *lb}]
   free_rhs = [d for i, d in enumerate(rhs) if i not in {*rc, *rb}]
   return [[lhs[i] for i in lb] + free_lhs + free_rhs]
+
+
+def ragged_dot_general(facts, e, lhs, rhs, *sizes):
+  """States the same for runs of rows, each of which meets a group's slice of rhs."""
+  dn = e.params['ragged_dot_dimension_numbers']
+  (lc, rc), (batch, _) = dn.dot_dimension_numbers
+  rows, groups = {*dn.lhs_ragged_dimensions}, {*dn.rhs_group_dimensions}
+  if batch or rows & {*lc} or len(groups) != 1 or [len(d) for d in sizes] != [1]:
+    return ax.opaque(facts, e, lhs, rhs, *sizes)
+  for i, j in zip(lc, rc, strict=True):
+    ax.unify(lhs[i], rhs[j], e)
+  for i in rows:
+    ax.pin(lhs[i], 'cut into runs')
+  for i in groups:
+    ax.unify(rhs[i], sizes[0][0], e)
+  free_lhs = [d for i, d in enumerate(lhs) if i not in {*lc}]
+  return [free_lhs + [d for i, d in enumerate(rhs) if i not in {*rc} | groups]]
 
 
 def conv_general_dilated(facts, e, lhs, rhs):
@@ -234,6 +261,8 @@ def conv_general_dilated(facts, e, lhs, rhs):
 
 def reduce(facts, e, *ins):
   axes = e.params['axes']
+  if (logits := routing.softmax_input(facts, e)) is not None:
+    routing.compete(facts, logits, axes[0])
   for x in ins:
     for i in axes:
       if contracted(facts, e):
@@ -245,7 +274,10 @@ def reduce(facts, e, *ins):
 
 def argreduce(facts, e, x):
   for i in e.params['axes']:
-    ax.pin(x[i], e.name)
+    if e.name == 'argmax' and routing.compete(facts, e.inputs[0], i):
+      facts.chosen[e.outputs[0]] = x[i]
+    else:
+      ax.pin(x[i], e.name)
   return reduce(facts, e, x)
 
 
@@ -312,6 +344,9 @@ def contracted(facts: ax.Facts, e: jx.Equation) -> list[list[tuple[int, int]]]:
   if e.name == 'dot_general':
     (lhs, rhs), _ = e.params['dimension_numbers']
     return [[(0, i) for i in lhs], [(1, i) for i in rhs]]
+  if e.name == 'ragged_dot_general':
+    (lhs, rhs), _ = e.params['ragged_dot_dimension_numbers'].dot_dimension_numbers
+    return [[(0, i) for i in lhs], [(1, i) for i in rhs]]
   if e.name == 'conv_general_dilated':
     return [[(1, e.params['dimension_numbers'].rhs_spec[1])]]
   if e.name in NORMS and e.inputs[0] in facts.magnitudes:
@@ -330,7 +365,8 @@ RULES = {
   'dynamic_update_slice': layout.dynamic_update_slice,
   'fft': layout.fft, 'gather': layout.gather, 'iota': layout.iota,
   'optimization_barrier': unchanged,
-  'pad': layout.pad, 'reshape': layout.reshape, 'rev': layout.rev, 'scan': scan,
+  'pad': layout.pad, 'ragged_dot_general': ragged_dot_general,
+  'reshape': layout.reshape, 'rev': layout.rev, 'scan': scan,
   'slice': layout.slice_rule, 'sort': sort, 'split': layout.split_rule,
   'squeeze': layout.squeeze, 'stack': layout.stack, 'tile': layout.tile, 'top_k': top_k,
   'transpose': layout.transpose, 'unstack': layout.unstack, 'while': while_rule,

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
-from depthprune.program import rules
+from depthprune.program import routing, rules
 from depthprune.program.arguments import listed, wrong
 from depthprune.program.deadcode import dependent, simplify
 from depthprune.program.magnitudes import degrees
@@ -206,6 +206,7 @@ def solve(
     if i in outputs:
       for a, b in zip(facts.dims[v], facts.dims[outputs[i]], strict=True):
         ax.unify(a, b)
+  routing.close(facts)
   normalised = {v for axis in facts.normalised for v in ax.leaves(axis)}
   for axis, why in facts.written:  # a norm would see it in the slices that are closed
     for v in normalised.intersection(ax.leaves(axis)):

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, SequenceKey
 
-from depthprune.program import arguments
+from depthprune.program import arguments, routing
 from depthprune.program import axes as ax
 from depthprune.program.arguments import listed
 from depthprune.program.coupling import Coupling
@@ -42,6 +42,10 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     path, axis = coupling.groups[name].members[0]
     shape = channels[name].shape
     channels[name] = _entry(name, kept, shape, where=f' ({path}, axis {axis})')
+    least = routing.experts(coupling.view.facts).get(coupling.axis(name), 0)
+    if 0 < (left := int(channels[name].sum())) < least:
+      has = f'{name}: keep leaves {left} experts, and {least} are chosen at a time'
+      raise arguments.wrong('', has)
   shapes = {b: coupling.branch_shape(b) for b in coupling.branches}
   branches = {b: np.ones(shape, bool) for b, shape in shapes.items()}
   for name, kept in keep.get('branches', {}).items():

@@ -60,7 +60,7 @@ def settle(
   settled = {'channels': channels, 'branches': branches, 'exits': exits}
   left = index_plan(coupling, settled)
   for name, group in coupling.groups.items():
-    if group.kind == 'channel' and not any(path in left for path, _ in group.members):
+    if group.kind != 'layer' and not any(path in left for path, _ in group.members):
       del channels[name]
     elif group.kind == 'channel':
       channels[name] = _round(coupling, name, channels[name], leaves, round_to, notes)

@@ -326,6 +326,8 @@ def _mask(
     group: np.asarray(soft.get(group, gate), np.float32)
     for group, gate in open_['channels'].items()
   }
+  experts = (g for g in coupling.groups.values() if g.kind == 'expert')
+  channels |= {group.name: np.ones(group.size, np.float32) for group in experts}
   zeroed: dict[ax.Var, np.ndarray] = {}
   for name, kept in keep['channels'].items():
     if name in channels:

@@ -160,7 +160,7 @@ REFUSED = {
   'the same, broadcast': lambda h: NORMS['l2'](
     h + jnp.broadcast_to(h[..., :1], h.shape)
   ),
-  'softmax': jax.nn.softmax,
+  'softmax': lambda h: jax.nn.softmax(jnp.sin(h)),  # -inf would close it, without sine
   'smallest': lambda h: h / (-0.5 * jnp.abs(h)).max(-1, keepdims=True),
   'mean': lambda h: h * h.mean(-1, keepdims=True),
 }  # fmt: skip

@@ -1,0 +1,147 @@
+"""Experts: slices of an axis that compete for every token, by the logits of a router.
+
+A router is a contraction [tokens, width] x [width, experts] after which the experts are
+told apart: by top_k, argmax or a softmax. To be without an expert is to have -inf as
+its logit: it is chosen for no token, a softmax gives it 0, and the shares of the others
+are what they are without it. So its column of the router is cut with its weights,
+though a sum and a maximum over the experts are taken.
+
+The numbers of those that were chosen are followed to where they are compared (one-hot
+codes), looked up, counted or sorted by. After a cut they number the experts that are
+left, on both sides.
+"""
+
+from __future__ import annotations
+
+from depthprune.program import axes as ax
+from depthprune.program import jaxpr as jx
+
+EXPERT = 'its slices compete for every token: they are closed by -inf in the router'
+FOLLOWED = frozenset(  # element by element, from what is chosen among to the router
+  """add add_any convert_element_type copy div exp logistic max min mul reduce_precision
+  select_n stop_gradient sub tanh""".split()
+)
+MOVES = frozenset('broadcast_in_dim copy reshape slice squeeze transpose'.split())
+WRAPS = frozenset(('lt', 'ge'))  # comparisons with 0, as indexing from the end has them
+
+
+def compete(facts: ax.Facts, v: jx.Value, axis: int) -> bool:
+  """States that slices compete along an axis, whose routers are found and recorded.
+
+  Returns whether all of the slices' values come from routers.
+  """
+  target = ax.norm(facts.dims[v][axis])
+  if not isinstance(target, ax.Var) or target.pins:
+    return False
+  routers, queue = {}, [v]
+  while queue:
+    v = queue.pop()
+    at = [i for i, d in enumerate(facts.dims[v]) if ax.norm(d) is target]
+    if not at or v not in facts.activations:
+      continue  # a statistic of all slices, or a bias
+    e = facts.made.get(v)
+    if e is not None and e.name == 'dot_general' and len(at) == 1:
+      routers[e] = at[0]
+    elif e is not None and e.name == 'eq' and any(u in facts.chosen for u in e.inputs):
+      continue  # a code of those that were chosen before
+    elif e is not None and e.name in FOLLOWED | MOVES:
+      queue += e.inputs
+    else:
+      return False
+  facts.routers.update(routers)
+  return bool(routers)
+
+
+def softmax_input(facts: ax.Facts, e: jx.Equation) -> jx.Value | None:
+  """Returns the logits of a softmax whose sum is this equation, or None."""
+  exp = facts.made.get(e.inputs[0])
+  if e.name != 'reduce_sum' or len(e.params['axes']) != 1 or exp is None:
+    return None
+  shifted = facts.made.get(exp.inputs[0]) if exp.name == 'exp' else None
+  return None if shifted is None or shifted.name != 'sub' else shifted.inputs[0]
+
+
+def follow(facts: ax.Facts, e: jx.Equation):
+  """Follows the numbers of chosen slices; other uses of them pin the axis."""
+  for v in e.inputs:
+    axis = facts.chosen.get(v)
+    if axis is None:
+      continue
+    others = [u for u in e.inputs if u is not v]
+    numbers = not jx.differentiable(e.outputs[0])
+    if e.name == 'eq' and others and others[0] in facts.counted:
+      counted = facts.counted[others[0]]
+      if counted.size == axis.size and _is_count(facts, others[0]):
+        ax.unify(axis, counted, e)
+        continue
+      ax.pin(counted, 'iota')
+    elif e.name in MOVES | {'convert_element_type'} and numbers:
+      facts.chosen[e.outputs[0]] = axis
+      continue
+    elif e.name in WRAPS and _are(facts, others, 0):
+      continue
+    elif (e.name == 'max' and _are(facts, others, 0)) or (
+      # The number from the end, where it is negative: it never is.
+      e.name == 'add' and _are(facts, others, axis.size)
+    ):
+      facts.chosen[e.outputs[0]] = axis
+      continue
+    elif e.name == 'sort':  # the order is the same for those that are left
+      facts.chosen[e.outputs[e.inputs.index(v)]] = axis
+      continue
+    elif e.name == 'select_n' and all(
+      facts.chosen.get(u) is axis for u in e.inputs[1:]
+    ):
+      facts.chosen[e.outputs[0]] = axis
+      continue
+    elif e.inputs.index(v) == 1 and addressed(facts, e) is not None:
+      continue
+    ax.pin(axis, f'its chosen slices are told apart by {e.where}')
+
+
+def addressed(facts: ax.Facts, e: jx.Equation) -> int | None:
+  """Which axis a gather or scatter addresses by the numbers of chosen slices alone."""
+  if e.name != 'gather' and not e.name.startswith('scatter'):
+    return None
+  dn, axis = e.params['dimension_numbers'], facts.chosen.get(e.inputs[1])
+  if e.name == 'gather':
+    at, alone = dn.start_index_map, dn.collapsed_slice_dims
+  else:
+    at, alone = dn.scatter_dims_to_operand_dims, dn.inserted_window_dims
+  if axis is None or len(at) != 1 or tuple(at) != tuple(alone):
+    return None
+  return at[0] if e.inputs[0].shape[at[0]] == axis.size else None
+
+
+def close(facts: ax.Facts):
+  """Pins what is chosen among, but was found to be more than one axis."""
+  for axis in experts(facts):
+    if not isinstance(axis, ax.Var):
+      ax.pin(axis, 'parts of it are chosen')
+
+
+def _is_count(facts: ax.Facts, v: jx.Value) -> bool:
+  """Whether integers are 0, 1, 2, ... along their axis, not computed from these."""
+  e = facts.made[v]
+  while e.name in MOVES - {'slice'} | {'convert_element_type'}:
+    e = facts.made[e.inputs[0]]
+  return e.name == 'iota'
+
+
+def _are(facts: ax.Facts, values: list[jx.Value], number: int) -> bool:
+  """Whether values are this number, of whatever type."""
+  made = (facts.made.get(v) for v in values)
+  casts = [
+    e.inputs[0] if e and e.name == 'convert_element_type' else None for e in made
+  ]
+  sources = [cast or v for cast, v in zip(casts, values, strict=True)]
+  return all(isinstance(v, jx.Literal) and v.val == number for v in sources)
+
+
+def experts(facts: ax.Facts) -> dict[ax.Axis, int]:
+  """Returns the axes whose slices compete, and how many of them have to be left."""
+  at = (facts.dims[e.outputs[0]][i] for e, i in facts.routers.items())
+  least = dict.fromkeys(map(ax.norm, at), 1)
+  for axis, count in facts.picks:
+    least[ax.norm(axis)] = max(count, least.get(ax.norm(axis), 1))
+  return least
