@@ -104,10 +104,10 @@ def chart(drawn: LayerMap, width: float = WIDE) -> Figure:
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
     size = 7 if width == WIDE else 6
     if height > 1.5 * THINNEST:
-      for (row, column), share in np.ndenumerate(drawn.left):
-        colour = '#ffffff' if share < 0.6 else '#000000'
-        text = drawn.texts[row][column]
-        axes.text(column, row, text, ha='center', va='center', color=colour, size=size)
+      at = {'ha': 'center', 'va': 'center', 'size': size}
+      for row, (shares, texts) in enumerate(zip(drawn.left, drawn.texts, strict=True)):
+        for column, (share, text) in enumerate(zip(shares, texts, strict=True)):
+          axes.text(column, row, text, color='white' if share < 0.6 else 'black', **at)
     name_rows(axes, drawn.layers, every)
     axes.xaxis.tick_top()
     axes.set_xticks(range(count), lines, fontsize=size, color=INK, linespacing=1.0)
