@@ -55,7 +55,7 @@ LEARNED = {
   'units': 'Weight of every residual unit over training, until it is erased.',
   'connections': 'A disc is an open connection from a tap to a stage, a ring a closed.',
 }
-ROUNDS = 'Accuracy of held-out images; FLOPs as part of the whole network.'
+ROUNDS = 'Accuracy on held-out examples; FLOPs as part of the whole network.'
 
 
 def recipe_of(result: Result) -> Recipe:
