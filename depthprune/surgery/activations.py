@@ -155,7 +155,7 @@ def _sums(
 
   def run(program: jx.Program, args: Sequence) -> list:
     """The outputs of a program, followed by its sums and numbers."""
-    seen = [jnp.zeros(size), jnp.zeros(size)]
+    seen = [jnp.zeros(size), np.zeros(size, np.float32)]
 
     def execute(e: jx.Equation, ins: list) -> list:
       for k, axis in _activations_read(view, e):
@@ -166,7 +166,7 @@ def _sums(
         outputs = jx.bind(e, ins, e.params, run)
       own, inner = outputs[: len(e.outputs)], outputs[len(e.outputs) :]
       for i, more in enumerate(inner):
-        seen[i] += more.sum(0) if e.name == 'scan' else more
+        seen[i] = seen[i] + (more.sum(0) if e.name == 'scan' else more)
       return own
 
     outputs = jx.interpret(program, args, execute)
@@ -180,7 +180,9 @@ def _sums(
         at = ax.index_of(dims, v)
         slot = np.asarray(slots[v])[at[at >= 0]]
         seen[0] = seen[0].at[slot].add(each[at >= 0])
-        seen[1] = seen[1].at[slot].add(x.size / x.shape[axis])
+        numbers = np.zeros(size, np.float32)  # in numpy: XLA is slow to fold them
+        np.add.at(numbers, slot, x.size / x.shape[axis])
+        seen[1] = seen[1] + numbers
 
   return run(view.program, args)[-2:]
 
