@@ -8,6 +8,7 @@ while gates close channels, and after. docs/concepts.md has the kernels of its e
 """
 
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,7 +71,7 @@ def groups(ink: str, open_: str, closed: str) -> Figure:
   A stripe along an axis has the colour of its group, and so has a slice that goes.
   """
   model, x = Example(), jnp.ones((1, 5))
-  variables = model.init(jax.random.key(0), x)
+  variables: Any = model.init(jax.random.key(0), x)
   coupling = dp.couple(model, variables, x)
   keep = dp.oneshot(coupling, variables, '50%')['channels']
   colours = dict(zip(coupling.groups, (style.SECOND, open_), strict=True))
@@ -86,7 +87,7 @@ def groups(ink: str, open_: str, closed: str) -> Figure:
     left = 0
     for layer, arrays in variables['params'].items():
       path, shape = f'params/{layer}/kernel', arrays['kernel'].shape
-      names = [group_of.get((path, axis)) for axis in (0, 1)]
+      names = [group_of.get((path, axis), '') for axis in (0, 1)]
       stays = [kept.get(g, np.ones(n, bool)) for g, n in zip(names, shape)]
       height, width = map(len, stays)
       cells = np.full((height, width, 3), to_rgb(closed))
