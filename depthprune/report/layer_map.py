@@ -54,15 +54,15 @@ def layer_map(result: Result) -> LayerMap | None:
   layers, or of one that is not narrower anywhere.
   """
   cells: dict[str, dict[str, Change]] = {}
+  flops: dict[str, list[tuple[float, float]]] = {}
+  for path, report in result.layers.items():  # in the order of the network
+    if (place := _place(path)) is not None:
+      flops.setdefault(place[0], []).append(report.flops)
+      cells.setdefault(place[0], {})
   for group, (before, after) in result.widths.items():
     if (place := _place(group)) is not None:
       layer, part = place
       cells.setdefault(layer, {})[part] = Change(before, after)
-  flops: dict[str, list[tuple[float, float]]] = {}
-  for path, report in result.layers.items():
-    if (place := _place(path)) is not None:
-      flops.setdefault(place[0], []).append(report.flops)
-      cells.setdefault(place[0], {})
   grouped = _grouped(result.layers)
   cells = {layer: dict(_named(parts, grouped)) for layer, parts in cells.items()}
   every = [part for parts in cells.values() for part in parts]

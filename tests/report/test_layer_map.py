@@ -111,3 +111,15 @@ def test_many_layers_are_as_tall_as_any_chart():
   axes = layer_map.chart(layer_map.layer_map(result(widths))).axes[0]
   assert axes.figure.get_figheight() <= 80 * style.THINNEST + 1.5
   assert not axes.texts and 10 < len(axes.get_yticklabels()) < 80
+
+
+def test_layers_are_in_the_order_of_the_network_where_only_some_have_a_width():
+  widths = {'sep0/conv1:3': (8, 4), 'sep2/conv1:3': (8, 8)}
+  layers = {
+    f'params/sep{i}/conv{j}/kernel': LayerReport((8, 4), (10, 5), [3])
+    for i in range(4)
+    for j in range(2)
+  }
+  drawn = layer_map.layer_map(result(widths, layers))
+  assert drawn.layers == ['sep0', 'sep1', 'sep2', 'sep3']
+  assert np.isnan(drawn.left[[1, 3], 0]).all()
