@@ -20,7 +20,7 @@ from depthprune.cascades import executor
 from depthprune.cascades.confidence import KINDS, Kind, scores
 from depthprune.cascades.executor import Answer, Settings
 from depthprune.cascades.predictions import Predictions
-from depthprune.cascades.thresholds import Choice
+from depthprune.cascades.thresholds import Choice, above
 from depthprune.program import arguments, modules
 from depthprune.program.stages import Stages, split
 
@@ -84,6 +84,13 @@ class Cascade:
   def exits(self) -> tuple[str, ...]:
     """The names of the exits in order; the last is the network's own."""
     return self.stages.exits
+
+  def __repr__(self) -> str:
+    flops = ' -> '.join(f'{each:,.0f}' for each in self.stages.flops)
+    return (
+      f'Cascade: {above(self.exits, self.thresholds)}; score: {self.confidence}\n'
+      f'  FLOPs up to each exit: {flops}; of the network alone: {self.stages.whole:,.0f}'
+    )
 
   def __call__(self, *inputs: Any, last: str | None = None) -> Answer:
     """Answers a batch.

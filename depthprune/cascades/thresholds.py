@@ -4,7 +4,7 @@ The number is a threshold, a mean cost, a drop in accuracy, or a level of risk t
 then certified. What the choice reaches is measured on test data, which never chooses.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,21 @@ class Choice(NamedTuple):
   held_out: Measured
   risk: Certificate | None
   rows: np.ndarray
+
+  def __repr__(self) -> str:
+    exits = zip(self.exits, self.held_out.exits, strict=True)
+    shares = ', '.join(f'{100 * share:.1f} % at {name}' for name, share in exits)
+    return (
+      f'Choice: {above(self.exits, self.thresholds)}; {self.kind} {self.requested:g}\n'
+      f'  held out: accuracy {100 * self.held_out.accuracy:.2f} %, mean cost '
+      f'{self.held_out.cost:,.6g}; {shares}'
+    )
+
+
+def above(exits: Sequence[str], thresholds: np.ndarray) -> str:
+  """Returns `early above 0.9, late above 0.8, main`."""
+  pairs = zip(exits[:-1], thresholds.tolist(), strict=True)
+  return ', '.join([*(f'{name} above {t:.4g}' for name, t in pairs), exits[-1]])
 
 
 class Intervals(NamedTuple):

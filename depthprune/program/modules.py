@@ -13,7 +13,8 @@ None of these libraries is imported: their networks are known by their shape.
 
 All of them understand `train=True` and `train=False`: it becomes the flag that the
 network has (`FLAGS`), or the mode of an NNX module without a flag, and is left out
-where there is nothing to set.
+where there is nothing to set. An NNX module draws from `rngs={'dropout': key}` where it
+is given, in place of its own keys.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def runnable(model: Any) -> Callable:
       module = rebuilt(model, variables)
       if 'train' in kwargs:
         set_mode(module, kwargs['train'])
+      if is_nnx(model) and kwargs.get('rngs'):
+        reseed(module, kwargs['rngs'])
       return module(*inputs, **accepted(kwargs, names))
 
     return call_module
@@ -442,6 +445,17 @@ def joined(
       value = jax.random.fold_in(key, i)
     full.append((path, variable.replace(value)))  # the call may change its copy
   return nnx.from_flat_state(full)
+
+
+def reseed(module: Any, rngs: Mapping[str, jax.Array]):
+  """Gives an NNX module other random keys, made of that for dropout or the first."""
+  nnx: Any = sys.modules['flax.nnx']
+  key = rngs.get('dropout', next(iter(rngs.values())))
+  if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key)
+  keys = [*nnx.to_flat_state(nnx.state(module, nnx.RngKey))]
+  drawn = [(p, v.replace(jax.random.fold_in(key, i))) for i, (p, v) in enumerate(keys)]
+  nnx.update(module, nnx.from_flat_state(drawn))
 
 
 def _nnx_named(state: Any) -> Iterator[tuple[tuple, str, Any]]:

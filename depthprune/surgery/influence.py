@@ -65,6 +65,9 @@ def block_influence(
   arguments.coupling(coupling).fits(variables)
   if blocks is None:
     blocks = {b.removesuffix('/branch'): [b] for b in coupling.branches}
+  if not blocks:
+    write = 'dp.trunk(model, variables, *inputs) puts one on every residual unit'
+    raise arguments.wrong('coupling', 'the network has no branches to score', write)
   for branch in (b for branches in blocks.values() for b in branches):
     if branch not in coupling.branches:
       there = arguments.listed(coupling.branches)

@@ -184,13 +184,16 @@ def prune(
     notes += anew
   apply = slim(model, coupling, settled)
   native, arch = _native(model, coupling, plan, settled, small, notes)
+  kind = in_kind(model, coupling, apply, small) if native is None else native
+  if kind is None and modules.is_module(model):
+    notes.append('`model` is None, as its code states sizes: run it through `apply`')
   return Pruned(
     apply=apply,
     variables=small,
     opt_state=opt_state,
     arch=arch,
     report=_report(coupling, variables, keep, settled, plan, verdict, notes),
-    model=in_kind(model, coupling, apply, small) if native is None else native,
+    model=kind,
     keep=settled,
     coupling=coupling,
   )

@@ -76,6 +76,12 @@ def test_executed_is_simulated_at_any_threshold_and_batch(batch, thresholds, see
   _cost_is_what_was_executed(answer, batch)
 
 
+def test_a_cascade_says_where_examples_leave_and_what_that_costs():
+  shown = repr(made((0.5, 0.25)))
+  assert 'above 0.5' in shown and 'above 0.25' in shown and 'array' not in shown
+  assert f'{made().stages.whole:,.0f}' in shown
+
+
 def _cost_is_what_was_executed(answer, batch):
   """Every stage ran on the smallest size that holds those who reached it."""
   left, steps = np.asarray(answer.exit), np.array(sizes(batch, 8))

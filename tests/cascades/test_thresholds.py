@@ -19,6 +19,13 @@ def test_a_fixed_threshold_is_that_of_every_exit():
   assert (chosen.kind, chosen.requested) == ('fixed', 0.8)
 
 
+def test_a_choice_says_what_it_is_and_reaches_without_its_arrays():
+  first, second = repr(choice := thresholds.fixed(P, 0.8)).splitlines()
+  assert first.startswith('Choice: ') and first.count('above 0.8') == 2
+  assert first.endswith('fixed 0.8') and 'held out: accuracy' in second
+  assert 'array' not in repr(choice)
+
+
 def test_above_one_never_exits_and_costs_the_heads():
   chosen = thresholds.fixed(P, 1.01)
   assert chosen.held_out.exits == (0, 0, 1)

@@ -319,3 +319,39 @@ def test_a_module_keeps_the_mode_that_it_had():
   run(net, X, train=False)
   assert not net.drop.deterministic
   assert not net.norm.use_running_average
+
+
+def test_an_nnx_module_draws_from_the_keys_that_are_given():
+  """Before and after a cut, and under jit; without keys from its own."""
+  net = Plain(nnx.Rngs(0))
+  state = nnx.state(net)
+  coupling = dp.couple(net, state, X, train=False)
+  keep = dp.oneshot(coupling, state, '50%')
+  small = dp.prune(net, state, keep, X, train=False)
+  gated = dp.plug(net, coupling)
+  for apply in (
+    lambda **kwargs: small.apply(small.variables, X, **kwargs),
+    lambda **kwargs: gated(state, coupling.gates(), X, **kwargs),
+  ):
+    drawn = jax.jit(lambda key, apply=apply: apply(train=True, rngs={'dropout': key}))
+    first, again, other = map(drawn, map(jax.random.key, (1, 1, 2)))
+    assert (first == again).all() and (first != other).any()
+    assert (drawn(jax.random.PRNGKey(1)) == first).all()
+    assert (apply(train=True) == apply(train=True)).all()
+
+
+def test_a_module_whose_code_states_sizes_is_none_and_the_report_says_so():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.a = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+      self.norm = nnx.GroupNorm(16, num_groups=4, rngs=rngs)
+      self.b = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+      return self.b(nnx.relu(self.norm(self.a(x))).mean((1, 2)))
+
+  net, x = Net(nnx.Rngs(0)), jnp.ones((1, 8, 8, 3))
+  state = nnx.state(net)
+  keep = dp.oneshot(dp.couple(net, state, x), state, '70%')
+  small = dp.prune(net, state, keep, x)
+  assert small.model is None and '`model` is None' in repr(small)

@@ -64,6 +64,8 @@ def test_what_cannot_be_measured_is_refused(variables, coupling):
     block_influence(coupling, variables, [X], {'layer3': ['layer3/x']})
   with pytest.raises(ValueError, match='at least one batch'):
     block_influence(coupling, variables, [])
+  with pytest.raises(ValueError, match='no branches to score; dp.trunk'):
+    block_influence(couple(lambda v, x: x @ v, X, X.T), X, [X.T])
   with pytest.raises(ValueError, match=r'layer: .*layers1/mlp/branch begin or end in'):
     blocks = {'layer': ['layers0/attention/branch', 'layers1/mlp/branch']}
     stacked = MODEL.clone(scan=True, segments=3)
