@@ -1,8 +1,8 @@
 """Early exits of a causal language model: easy tokens skip the last layers.
 
-Sources: Schuster et al., arXiv 2207.07061 (CALM), for exits by confidence and for what
-later tokens see of the layers that were skipped, the keys and values of the features
-that left ("state copying"). Elhoushi et al., arXiv 2404.16710 (LayerSkip), for exits
+Sources: Schuster et al., arXiv 2207.07061 (CALM), for exits by confidence and for
+"state copying": skipped layers compute the keys and values that later tokens attend to
+from the features at the exit. Elhoushi et al., arXiv 2404.16710 (LayerSkip), for exits
 that share the last normalisation and the logits of the network.
 """
 
@@ -28,11 +28,11 @@ KINDS = tuple(kind for kind in get_args(Kind) if kind != 'learned')
 
 
 class EarlyText(NamedTuple):
-  """Texts of which every token has left a network at some layer.
+  """Texts, and after how many layers each new token left the network.
 
   Attributes:
     tokens: int [batch, length + steps], the prompts and what follows them.
-    layers: int [batch, steps], how many layers each new token has gone through.
+    layers: int [batch, steps], how many layers each new token went through.
     executed: share of the layers that were executed, the mean over the new tokens. With
       several texts a layer is executed for all of them until the last one has left.
   """
@@ -46,8 +46,8 @@ class Exits(NamedTuple):
   """How tokens leave a network; the same for all of them, so that it compiles once.
 
   Attributes:
-    taps: the layers that they may leave behind, in order.
-    layers: how many layers of the network come before each, and in all [taps + 1].
+    taps: where tokens may leave, in order.
+    layers: [taps + 1], how many layers end at each of them, and how many there are.
     confidence: the kind of score.
   """
 
@@ -66,9 +66,9 @@ def generate_early(
   key: jax.Array | None = None,
   temperature: float = 1.0,
 ) -> EarlyText:
-  """Continues texts as `generate` does; a token that is easy to foresee skips layers.
+  """Continues texts as `generate` does; a token that is easy to predict skips layers.
 
-  Behind a layer with an exit, the last normalisation and the logits of the network are
+  After a layer with an exit, the last normalisation and the logits of the network are
   applied to its features. Where the confidence in the answer is above the threshold of
   the exit, it is the next token, and the layers that follow are not executed: they only
   compute keys and values of these features, which later tokens attend to::
@@ -76,7 +76,7 @@ def generate_early(
     text = dp.generate_early(model, variables, prompts, 20, {'layer9': 0.9})
 
     seen = dp.exit_predictions(model, variables, held_out_tokens, ['layer9', 'layer19'])
-    chosen = thresholds.for_drop(seen, 2.0)  # at most 2 % of the tokens become others
+    chosen = thresholds.for_drop(seen, 2.0)  # at most 2 % of the tokens change
     text = dp.generate_early(model, variables, prompts, 20, chosen)
 
   `thresholds` is the module `depthprune.cascades.thresholds`.
@@ -86,8 +86,8 @@ def generate_early(
   while the layers run for the others. So layers are saved where all have left; texts
   that are written one by one save most.
 
-  An exit costs the logits of all tokens of the vocabulary, as much as several layers
-  where a network is small: a few exits save more than one behind every layer.
+  Every exit computes the logits of the whole vocabulary, which cost as much as several
+  layers of a small network: a few exits save more than one after every layer.
 
   Args:
     model: the network, before or after a cut.
@@ -108,8 +108,8 @@ def generate_early(
 
   Raises:
     TypeError: the network is no Decoder.
-    ValueError: no step, a layer that the network does not have or that is its last, a
-      threshold that is no number, an unknown confidence, or the result would be longer
+    ValueError: `steps` is below 1, an exit is no layer of the network or its last one,
+      a threshold is no number, the confidence is unknown, or the result would be longer
       than the model's positions.
   """
   if isinstance(exits, Choice):
@@ -142,19 +142,18 @@ def exit_predictions(
   confidence: Kind = 'probability',
   batch: int = 4,
 ) -> Predictions:
-  """Computes what exits foresee of held-out texts, by which thresholds are chosen.
+  """Computes what exits predict on held-out texts, so that thresholds can be chosen.
 
-  All layers are executed for all tokens. Behind an exit, later tokens will see copied
-  keys and values instead, so a text that is generated may differ from what thresholds
-  promise here.
+  Here all layers are executed for all tokens. When text is generated, tokens that left
+  early have copied keys and values, so it may differ from what thresholds promise here.
 
   Args:
     model: the network, before or after a cut.
     variables: its arrays.
     tokens: int [texts, length].
-    exits: the layers behind which tokens may leave, such as ['layer9', 'layer19'].
+    exits: the layers after which tokens may leave, such as ['layer9', 'layer19'].
     labels: int [texts, length], the token that follows each; negative ones are left
-      out. Without, what the network itself answers, so that the accuracy is the share
+      out. None for the answers of the network itself, so that the accuracy is the share
       of the tokens that stay the same.
     confidence: the kind of score, see `generate_early`.
     batch: how many texts are computed at a time.
@@ -162,8 +161,8 @@ def exit_predictions(
   Returns:
     The `Predictions` that the functions of `cascades.thresholds` take. Samples are
     tokens. Classes are the answers of the exits and the label, in the order of their
-    numbers, since all other logits change nothing. Costs are FLOPs of a token that is
-    written behind `length` others, with all exits on its way.
+    numbers, since all other logits change nothing. Costs are the FLOPs of one token
+    after `length` others, with the logits of every exit that it reaches.
 
   Raises:
     TypeError: the network is no Decoder.
@@ -207,7 +206,7 @@ def exit_predictions(
 
 
 def _checked(model: Any, exits: Sequence[str], confidence: str) -> None:
-  """Raises an error unless tokens can leave a network behind these layers."""
+  """Raises an error unless tokens can leave a network after these layers."""
   expected = 'a Decoder, which runs layer by layer'
   arguments.kind_of('model', model, Decoder, expected)
   for tap in exits:
@@ -220,9 +219,10 @@ def _checked(model: Any, exits: Sequence[str], confidence: str) -> None:
 
 
 def _exits(model: Decoder, taps: Sequence[str], confidence: Kind) -> Exits:
+  """The exits at these taps, with the numbers of layers that a cut has left."""
   arch = complete(model.arch, model.widths, 'Decoder')
   count, reached = 0, {}
-  for name, tap, _ in model.parts:  # a layer that a cut has emptied is none
+  for name, tap, _ in model.parts:  # a layer without branches is not counted
     count += bool(arch[f'{name}/attention/branch'] or arch[f'{name}/mlp/branch'])
     reached[tap] = count
   return Exits(tuple(taps), (*(reached[tap] for tap in taps), count), confidence)
@@ -285,7 +285,7 @@ def _written(
   token: jax.Array,
   cache: Any,
 ) -> tuple[jax.Array, jax.Array, Any]:
-  """The token behind each of `token` [batch], its number of layers, and the cache."""
+  """The token after each of `token` [batch], its number of layers, and the cache."""
   run: Any = partial(model.apply, variables)
   logits = lambda x: _logits(model, variables, x)[:, 0]
   start, taps = cache['length'], (*setup.taps, model.taps[-1])
@@ -299,8 +299,8 @@ def _written(
       cache = {**cache, **outputs['cache'], 'length': start}
     return x, cache
 
-  def behind(index, x, cache, token, layers, memory):
-    """What follows an exit, or the last layer; -1 `layers` of what has not left."""
+  def after(index, x, cache, token, layers, memory):
+    """The result from an exit or the end on; `layers` is -1 until a text has left."""
     left = layers >= 0
     if index == len(setup.taps):
       token = jnp.where(left, token, choose(logits(x)))
@@ -318,7 +318,7 @@ def _written(
 
     def stay(x, cache, memory):
       x, cache = through(x, cache, layers >= 0, taps[index], taps[index + 1])
-      return behind(index + 1, x, cache, token, layers, memory)
+      return after(index + 1, x, cache, token, layers, memory)
 
     return lax.cond((layers >= 0).all(), leave, stay, x, cache, memory)
 
@@ -326,7 +326,7 @@ def _written(
   cache = {**cache, **outputs['cache'], 'length': start}
   stays = jnp.full_like(token, -1, jnp.int32)
   memory = confidences.start(len(token))
-  return behind(0, outputs[taps[0]], cache, token, stays, memory)
+  return after(0, outputs[taps[0]], cache, token, stays, memory)
 
 
 # ---- predictions ---------------------------------------------------------------------

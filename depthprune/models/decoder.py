@@ -287,18 +287,18 @@ class Decoder(stages.Stacks, nn.Module):
     return widths
 
   def first(self, depth: int) -> 'Decoder':
-    """Returns the network of the first layers, which has no variables of its own.
+    """Returns the network of the first layers, before or after a cut.
 
-    It takes those of the whole network, before and after a cut, such as to draft for
-    it::
+    It has no variables of its own: call it with those of the whole network, for which
+    it can draft, for example::
 
       dp.speculate(model, variables, model.first(8), variables, prompts, steps=50)
 
     Args:
-      depth: how many layers it has, those that a cut has emptied counted too.
+      depth: how many layers it has. Layers that a cut has emptied count too.
 
     Raises:
-      ValueError: it has no such number of layers, or they are stacks.
+      ValueError: the network has fewer layers, or its layers are stacks.
     """
     if self.scan or depth not in range(1, self.depth + 1):
       raise ValueError(
@@ -366,18 +366,18 @@ class Decoder(stages.Stacks, nn.Module):
       train: changes nothing, since there is no dropout.
       until: the last tap to compute; '' for all outputs.
       cache: the tokens before these, as `empty_cache` or an earlier call returned it.
-      since: the tap whose features are given instead of tokens; '' for none. What
-        follows it is computed. Behind the last one these are the logits alone.
+      since: the tap whose features are given instead of tokens; '' for none. Only what
+        follows this tap is computed: after the last one, the logits alone.
       skip: whether features pass the layers unchanged. A cache gets the keys and values
         that the layers make of them, for the tokens that follow.
 
     Returns:
-      The outputs by name, and the 'cache' if one was given, whose layers are those that
+      The outputs by name, and if a cache was given the 'cache', with the layers that
       were computed.
 
     Raises:
-      ValueError: texts longer than `positions`, or taps that there are not or that
-        follow each other the wrong way round.
+      ValueError: texts longer than `positions`, an unknown tap, or an `until` that does
+        not follow `since`.
     """
     del train
     arch = complete(self.arch, self.widths, 'Decoder')
@@ -425,7 +425,13 @@ class Decoder(stages.Stacks, nn.Module):
     return place(start, count, keys, self), {'length': start + count}
 
   def _layer(
-    self, name: str, arch: Arch, x: jax.Array, where: Place, cache, skip: bool
+    self,
+    name: str,
+    arch: Arch,
+    x: jax.Array,
+    where: Place,
+    cache: Cache | None,
+    skip: bool,
   ) -> tuple[jax.Array, Cache | None]:
     """Runs tokens through a layer or a stack of layers."""
     part = within(arch, name)

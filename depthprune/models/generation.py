@@ -76,7 +76,7 @@ def _generated(
 def _following(
   model, variables, tokens, cache, key=None, temperature=1.0
 ) -> tuple[jax.Array, Any]:
-  """The token behind each of `tokens`, drawn by a key if any; the cache with these."""
+  """The token after each of `tokens`, drawn by a key if any; the cache with these."""
   run: Any = model.apply if isinstance(model, Decoder) else model
   outputs = run(variables, tokens, cache=cache)
   logits = outputs['main']
@@ -90,7 +90,7 @@ def _following(
 def _continued(
   choose: Callable, token, cache, steps: int, keys=None
 ) -> tuple[jax.Array, Any]:
-  """The tokens [batch, steps] behind one [batch], and the cache without the last."""
+  """The tokens [batch, steps] after one [batch], and the cache without the last."""
 
   def step(carry, key):
     token, cache = carry
@@ -133,7 +133,7 @@ def speculate(
   first layers of the large one::
 
     text = dp.speculate(model, variables, cut.model, cut.variables, prompts, steps=50)
-    draft = model.first(8)  # layers, which have no variables of their own
+    draft = model.first(8)  # the first 8 layers read the variables of `model`
     text = dp.speculate(model, variables, draft, variables, prompts, steps=50)
 
   Args:

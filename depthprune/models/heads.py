@@ -77,9 +77,9 @@ class Head:
 class Unembedding:
   """An exit of a decoder that shares its last normalisation and its logits.
 
-  Nothing is added but the question at this layer: the features [batch, length, width]
-  of a tap become logits [batch, length, vocab] of the token that follows each. Source:
-  Elhoushi et al., arXiv 2404.16710 (LayerSkip).
+  It has no arrays of its own. The features [batch, length, width] of a tap become
+  logits [batch, length, vocab] of the token that follows each. Source: Elhoushi et al.,
+  arXiv 2404.16710 (LayerSkip).
 
   Attributes:
     tap: name of the features that it reads.
@@ -355,7 +355,7 @@ def every_tap(
     pool: how features become a vector, see `Head`; `trunk.pool` by default.
 
   Raises:
-    ValueError: the trunk has no taps, or classes or a pool are asked of a decoder.
+    ValueError: the trunk has no taps, or `classes` or `pool` is given for a decoder.
 
   Source: Wójcik, Wołczyk, Bałazy, Tabor, arXiv 2004.08172.
   """
