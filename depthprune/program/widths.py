@@ -103,12 +103,12 @@ def ranges(
 def produced(
   coupling: Coupling, patterns: str | Sequence[str], argument: str
 ) -> set[str]:
-  """Returns the groups of the channels that arrays produce.
+  """Returns the groups of the channels that the matching arrays produce.
 
   Args:
     coupling: of the network, made by `couple`.
     patterns: of groups, arrays and modules.
-    argument: that they are of, for errors.
+    argument: name of the argument that holds them, for errors.
 
   Raises:
     ValueError: a pattern that matches nothing, with the nearest names.

@@ -1,4 +1,4 @@
-"""What a network may cost: one constraint or several, of which none is exceeded."""
+"""Constraints on what a network costs, one or several, none of which is exceeded."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def constraints(
   round_to: RoundTo = 1,
   closed: Mapping | None = None,
 ) -> list[Constraint]:
-  """Returns the constraints that a target is, in their order.
+  """Returns a target as a list of constraints.
 
   Args:
     coupling: of the network, made by `couple`.
     target: one target, or {cost: target}, as `oneshot` takes them.
     of: the cost of a single target.
     round_to: widths will be multiples of this, or 'auto'.
-    closed: a decision on branches that will be counted.
+    closed: a decision on branches, which will be counted.
 
   Raises:
-    ValueError: an unknown cost, a target that is none, or milliseconds where branches
-      are closed, which they do not count.
+    ValueError: an unknown cost, a target that `absolute` refuses, or milliseconds where
+      branches are closed: milliseconds do not count these.
   """
   several = [*target.items()] if isinstance(target, Mapping) else [(of, target)]
   found = []
@@ -100,7 +100,7 @@ def met(coupling: Coupling, asked: Iterable[Constraint], keep: Mapping) -> bool:
 def reachable(
   coupling: Coupling, asked: Iterable[Constraint], smallest: Mapping, least: str
 ) -> None:
-  """Checks that the smallest network that there is meets all constraints.
+  """Checks that the smallest possible network meets all constraints.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -109,7 +109,7 @@ def reachable(
     least: what it keeps, for errors.
 
   Raises:
-    ValueError: it does not; the message names the first constraint that is not met.
+    ValueError: it does not; the message names the first constraint that it exceeds.
   """
   for one in asked:
     floor = one.cost(coupling, smallest)
@@ -127,13 +127,16 @@ def fitting(
   keep_at: Callable[[int], Mapping],
   steps: int,
 ) -> int:
-  """Returns the first of some ever smaller decisions that meets all constraints.
+  """Finds by bisection the first of ever smaller decisions that meets all constraints.
 
   Args:
     coupling: of the network, made by `couple`.
     asked: the constraints.
     keep_at: (number of the decision, from 0 to `steps`) -> the decision.
-    steps: the last of them, which is taken to meet the constraints.
+    steps: number of the last decision, which is assumed to meet the constraints.
+
+  Returns:
+    Its number.
   """
   low, high = -1, steps
   while high - low > 1:

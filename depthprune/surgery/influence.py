@@ -42,8 +42,8 @@ def block_influence(
     least = min(influence, key=influence.get)
     keep = {'branches': {branch: np.asarray(False) for branch in blocks[least]}}
 
-  A block of branches in a scan over layers, with gates [layers], is a block of every
-  layer, by the names 'NAME[0]', 'NAME[1]', ...
+  Where the branches of a block lie in a scan over layers, with gates [layers], every
+  layer is scored as a block of its own, 'NAME[0]', 'NAME[1]', ...
 
   Args:
     coupling: of the network, made by `couple` in the mode that is to be measured.
@@ -104,9 +104,9 @@ def block_influence(
 def _measure(
   program: jx.Program, args: Sequence, ends: Mapping[str, tuple[jx.Value, jx.Value]]
 ) -> tuple[list, dict[str, jax.Array]]:
-  """Runs a program; returns its outputs, and what changes between the ends of blocks.
+  """Runs a program; returns its outputs and {block: changes between its ends}.
 
-  For a block in a scan these are the changes in every iteration, along axis 0.
+  Of a block in a scan, the first axis of the changes is that of the layers.
   """
   wanted = {v for pair in ends.values() for v in pair}
   seen: dict[jx.Value, jax.Array] = {}

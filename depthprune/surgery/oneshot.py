@@ -89,7 +89,7 @@ def oneshot(
     target: what the network may cost: a fraction of its cost in (0, 1], a percentage
       such as '50%', or an absolute number above 1, met as nearly as channels allow. Or
       several costs at once, {'params': '80%', 'flops': '70%'}, none of which is
-      exceeded: each is one that `of` may be, and `of` does not count. Or {pattern:
+      exceeded: their names are those that `of` takes, and `of` is ignored. Or {pattern:
       channels}, how many channels the matching arrays are to produce, as near as the
       other arguments allow: then nothing else is cut, and no cost is counted.
     score: what decides which channels stay. 'l1' and 'l2' are norms of the kernels,
@@ -116,16 +116,16 @@ def oneshot(
       arrays' output.
     at_most: most channels, in the same way. Of a floor and a ceiling that contradict
       each other, one with a pattern goes before one for every group.
-    branches: {path: bool}, branches that are closed already. Costs are counted without
-      all that goes with them.
+    branches: {path: bool}, a decision on branches that is made already. Costs leave
+      out the closed ones and all that goes with them.
 
   Returns:
-    {'channels': {group: bool [slices]}} for `prune`, with `branches` beside it if these
-    were given. Groups that cannot be gated, or go with a branch, are whole, and every
-    other group keeps at least one slice.
+    {'channels': {group: bool [slices]}} for `prune`, and with `branches` those too. The
+    decision keeps groups whole that cannot be gated or go with a branch, and at least
+    one slice of every other group.
 
   Raises:
-    KeyError: a branch that there is not.
+    KeyError: an unknown branch.
     ValueError: an unknown score, scope or cost; a missing `grads` or `key`; a target
       that cannot be reached; scores that are missing, not one per slice, or not
       finite; a pattern that matches nothing, with the nearest names; a floor above the
@@ -198,10 +198,10 @@ def narrowing(
     coupling: of the network, made by `couple`.
     scores: {group: float [slices]}, of the groups that may be cut.
     limits: {group: Range}, of the same groups.
-    asked: the constraints, which decide whether widths of 'auto' stay in multiples.
+    asked: the constraints; with 'auto', widths stay multiples if these can be met so.
     scope: one of SCOPES.
     round_to: widths are multiples of this, or 'auto'.
-    closed: the decision on branches that is counted, as `closing` returns it.
+    closed: the decision on branches, as `closing` returns it.
 
   Returns:
     (number, from 0 to the last) -> decision; the last number; and the limits, in
@@ -217,7 +217,7 @@ def narrowing(
 def complemented(
   coupling: Coupling, closed: Mapping, kept: Mapping[str, np.ndarray]
 ) -> dict:
-  """Returns a decision on branches and on the channels of some groups.
+  """Returns the decision on all channels and on branches, from that on some groups.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -229,7 +229,7 @@ def complemented(
 
 
 def closing(coupling: Coupling, branches: Mapping[str, Any] | None) -> dict:
-  """Returns a decision about branches alone, with the layers of stacks that they take.
+  """Returns a decision on branches alone, with the layers of stacks that it removes.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -239,7 +239,7 @@ def closing(coupling: Coupling, branches: Mapping[str, Any] | None) -> dict:
     {'channels': {group of layers: bool [layers]}, 'branches': {path: bool}}.
 
   Raises:
-    KeyError: no such branch.
+    KeyError: an unknown branch.
     ValueError: an entry has the wrong shape or is not bool.
   """
   if not branches:

@@ -33,7 +33,8 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
 
   Raises:
     KeyError: an unknown group, branch or exit.
-    ValueError: an entry has the wrong shape or is not bool, or no exit is left.
+    ValueError: an entry has the wrong shape or is not bool, fewer experts are left than
+      are chosen at a time, or no exit is left.
   """
   arguments.parts('keep', keep, known=('exits',))
   channels = {g.name: np.ones(g.size, bool) for g in coupling.groups.values()}

@@ -131,11 +131,11 @@ def moments(
     coupling: of the network, made by `couple` in evaluation mode.
     variables: its arrays.
     batches: the calibration set, as `refit` takes it.
-    keep: the decision that will be cut; None for all that there may be.
+    keep: the decision that will be cut; None to measure for any decision.
 
   Returns:
-    {path: float64 [inputs, inputs], in a scan [layers, inputs, inputs]}: the sum of
-    x x' of what the weight reads, for every weight that loses inputs.
+    {path: float64 [inputs, inputs], in a scan [layers, inputs, inputs]}, for every
+    weight that loses inputs: the sum of x x' over what it reads.
 
   Raises:
     ValueError: no batches, one that is not like the inputs with which the network was
@@ -182,7 +182,8 @@ def refitted(
     coupling: of the network.
     variables: its arrays.
     keep: the decision that will be cut.
-    moments: by the path of every weight that loses inputs.
+    moments: {path: [inputs, inputs]} of every weight that loses inputs, as `moments`
+      returns them.
     ridge: as for `refit`.
 
   Returns:

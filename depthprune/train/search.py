@@ -14,8 +14,8 @@ closed form. The number of blocks is searched from coarse to fine.
 
 Sources: Muralidharan et al., arXiv 2407.14679 (Minitron), for candidates over depth,
 heads, inner and hidden width that are judged, healed briefly and judged again.
-Bercovich et al., arXiv 2411.19146 (Puzzle), for several constraints at once. The way
-through the splits of the budget is ours.
+Bercovich et al., arXiv 2411.19146 (Puzzle), for several constraints at once. The order
+in which splits of the budget are tried is our own.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ class Candidate(NamedTuple):
   Attributes:
     keep: the decision, for `prune`.
     blocks: names of the blocks that go.
-    kinds: {kind of channels: the part that is kept of those in blocks that stay}.
+    kinds: {kind of channels: the share that is kept, of the blocks that stay}.
     costs: {name: cost} of the constraints.
-    scores: of the task on the held-out examples, of the network as it is cut, before
-      it is healed.
+    scores: of the task on the held-out examples, before the network is healed.
     pruned: the small network with healed variables; None where nothing was healed.
     healed: its scores on the held-out examples.
   """
@@ -207,8 +206,8 @@ def search(
   judged: dict[tuple, Candidate] = {}  # by number of blocks and all that is kept
 
   def try_without(count: int) -> None:
-    for kinds in _mixes([*space.kinds]):
-      if keep := space.widest(count, kinds):
+    for mix in _mixes([*space.kinds]):
+      if keep := space.widest(count, mix):
         key = count, *(kept.tobytes() for kept in keep['channels'].values())
         if key not in judged:
           with_these = whole if read is None else whole.of(refitted_for(keep))
@@ -248,7 +247,7 @@ def search(
 
 
 class Space(NamedTuple):
-  """The candidates that there are under some constraints.
+  """The decisions that `search` chooses among, under some constraints.
 
   Attributes:
     coupling: of the network.
@@ -274,10 +273,10 @@ class Space(NamedTuple):
   def narrowing(
     self, count: int, kinds: Iterable[str]
   ) -> tuple[Callable[[int], dict], int]:
-    """Returns ever narrower networks without the first blocks, as decisions.
+    """Returns ever narrower networks without the least influential blocks.
 
     Args:
-      count: number of blocks that are gone.
+      count: number of blocks that are removed.
       kinds: the kinds of channels that become narrower.
 
     Returns:
@@ -301,14 +300,17 @@ class Space(NamedTuple):
     return keep_at, steps
 
   def widest(self, count: int, kinds: Iterable[str]) -> dict | None:
-    """Returns the widest of these networks that meets all constraints, if one does."""
+    """Returns the first decision of `narrowing` that meets all constraints, or None."""
     keep_at, steps = self.narrowing(count, kinds)
     if not met(self.coupling, self.asked, keep_at(steps)):
       return None
     return keep_at(fitting(self.coupling, self.asked, keep_at, steps))
 
   def reach(self) -> tuple[int, int]:
-    """Returns the fewest blocks that have to go, and the most that may have to.
+    """Returns the fewest and the most blocks that candidates remove.
+
+    The fewest meet the constraints with all kinds of channels as narrow as they can be,
+    the most without narrowing any, or they are all blocks.
 
     Raises:
       ValueError: the constraints cannot be met.
@@ -393,7 +395,7 @@ def _mixes(kinds: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:
-  """By the loss, with one that is not a number behind all others."""
+  """Sorts by the loss; one that is not a number comes last."""
   return bool(np.isnan(candidate.loss)), candidate.loss
 
 
