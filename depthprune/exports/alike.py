@@ -30,7 +30,7 @@ def alike(
     model: the Decoder, whose `arch` gives all layers that are left the same sizes.
       Layers without both branches are left out.
     variables: its arrays. Gates of branches are 1, as `prune` leaves them.
-    reader: who will read it, for errors.
+    reader: name of the program that will read them, for errors.
 
   Returns:
     (Decoder, {path: array}), with layers that are no stacks, 'params/layer0/...'.
@@ -43,10 +43,11 @@ def alike(
   arch = complete(model.arch, model.widths, 'Decoder')
   plain, origins = _plain(model, arch, reader)
   leaves = _checked(model, variables)
-  return plain, {
-    path: _scaled(path, _taken(leaves, origin), plain, model.width)
-    for path, origin in origins.items()
-  }
+  arrays = {}
+  for path, (origin, layer) in origins.items():
+    x = leaves[origin] if layer is None else leaves[origin][layer]
+    arrays[path] = _scaled(path, x, plain, model.width)
+  return plain, arrays
 
 
 Origin = tuple[str, int | None]  # path of a leaf, and the layer of the stack that it is
@@ -113,7 +114,7 @@ def _plain(
 
 
 def _shared(part: Mapping[str, int], scan: bool) -> dict[str, int]:
-  """The sizes of a layer that others have to share, by the keys of one that is none."""
+  """The sizes of a layer that others have to share, by their keys without a stack."""
   later = {f'attention/query:{i}': f'attention/query:{i + scan}' for i in (1, 2)}
   return {key: part[later.get(key, key)] for key in SHARED}
 
@@ -132,11 +133,6 @@ def _checked(model: Decoder, variables: Mapping[str, Any]) -> dict[str, np.ndarr
     if want != got:
       raise ValueError(f'{path}: expected shape {want}, got {got}')
   return {path: np.asarray(x) for path, x in leaves.items()}
-
-
-def _taken(leaves: Mapping[str, np.ndarray], origin: Origin) -> np.ndarray:
-  path, layer = origin
-  return leaves[path] if layer is None else leaves[path][layer]
 
 
 def _scaled(path: str, x: np.ndarray, plain: Decoder, width: int) -> np.ndarray:

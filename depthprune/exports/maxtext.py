@@ -14,9 +14,9 @@ for all layers, the layer on axis 1, in a tree of orbax:
   decoder/decoder_norm/scale                               [width]
   decoder/logits_dense/kernel, where it is not tied        [width, vocab]
 
-Its attention does not divide by √size: the kernel of the queries is stored divided.
-Rotations pair the two halves of a head, as here. Layers have one size, so a network is
-written only if its layers are alike.
+Its attention does not divide by √size: the stored kernel of the queries is divided
+already. Rotations pair the two halves of a head, as here. Layers have one size, so a
+network is written only if its layers are alike.
 """
 
 import json
@@ -75,7 +75,7 @@ def save(path: str | Path, model: Decoder, variables: Mapping[str, Any]) -> None
       maxtext.save('small', small.model, small.variables)
 
   Give MaxText `load_parameters_path=small/0/items` and the entries of
-  small/maxtext.yml, of which max_target_length may be less. The folder appears at once
+  small/maxtext.yml; you may lower max_target_length. The folder appears at once
   and complete. The tokenizer is not written.
 
   Args:
@@ -86,7 +86,7 @@ def save(path: str | Path, model: Decoder, variables: Mapping[str, Any]) -> None
 
   Raises:
     ValueError: sizes that differ between layers, half of a layer that is gone, a width
-      of values that is not that of keys, options that Llama has not, arrays that are
+      of values that is not that of keys, options that Llama lacks, arrays that are
       not those of the model, or gates that are not 1. The message says which.
     CheckpointError: there is something at the path already.
     WriteError: the disk is full.
@@ -98,7 +98,7 @@ def save(path: str | Path, model: Decoder, variables: Mapping[str, Any]) -> None
   others = {k: getattr(model, k) for k in (*PLAIN, 'window')}
   others = {k: v for k, v in others.items() if v != {**PLAIN, 'window': 0}[k]}
   if others:
-    raise ValueError(f'expected the options of Llama, which has not {others}')
+    raise ValueError(f'expected the options of Llama, which lacks {others}')
   tree: dict[str, Any] = {}
   for place, (leaves, shape) in _by_place(plain).items():
     *inside, last = place.split('/')
@@ -155,7 +155,7 @@ def load(
 
   Raises:
     CheckpointError: there is no checkpoint or config, an entry is missing or of another
-      type, an architecture that is not that of Llama, or arrays that it has not.
+      type, the architecture is not that of Llama, or arrays are missing or unexpected.
   """
   path = Path(arguments.path('path', path))
   where = Path(path / CONFIG if config is None else arguments.path('config', config))
@@ -207,7 +207,7 @@ def _by_place(model: Decoder) -> dict[str, tuple[list[str], tuple[int, ...]]]:
 
 
 def _written(value: Any) -> str:
-  """A value as YAML has it, where a float needs a dot: 1.0e-05."""
+  """A value in YAML, which reads 1e-05 as a text: a float needs a dot, 1.0e-05."""
   text = json.dumps(value)
   is_bare = isinstance(value, float) and '.' not in text
   return text.replace('e', '.0e') if is_bare else text

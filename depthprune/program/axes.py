@@ -345,12 +345,11 @@ class Facts:
       length of a scan.
     unknown: names of the primitives for which there is no rule.
     counted: integers that number the slices of an axis, with this axis.
-    made: the equation that makes a value.
-    routers: contractions after which slices compete, with the position of their axis in
-      what is made.
-    chosen: integers that number slices that were chosen among those of an axis, with
-      this axis.
-    picks: axes of which slices are chosen, and how many.
+    made: by value, the equation that makes it.
+    routers: contractions that make the logits of experts (routing.py), with the
+      position of the axis of the experts in their output.
+    chosen: integers that are indices of chosen slices of an axis, with this axis.
+    picks: axes of which slices are chosen, and how many at a time.
     activations: values that depend on data, not on variables and constants alone.
     magnitudes: values that say how large an activation is, with their degree
       (magnitudes.py).

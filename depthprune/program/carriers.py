@@ -25,7 +25,7 @@ def carries(
     program: the program that computes v.
     v: a value in it that is read once.
     variables: the inputs of the program that may be scaled.
-    scan: the equation in whose body v is; the factor is another one for every layer.
+    scan: the equation in whose body v is; every layer has a factor of its own.
   """
   _, made_by, uses = _used(program)
   if scan is not None:

@@ -165,7 +165,7 @@ def layers(coupling: Coupling, keep: Mapping | None = None) -> dict[str, Layer]:
 def contractions(
   coupling: Coupling, keep: Mapping | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], jx.Equation, int]]:
-  """Yields the convolutions and products that are left, those of bodies too.
+  """Yields the convolutions and products that are left, also those in loops.
 
   Args:
     coupling: of the network, made by `couple`.

@@ -46,11 +46,11 @@ def plug(model: Any, coupling: Coupling) -> Callable:
     f(variables, gates, *inputs, **kwargs), for every input shape and mode of the model.
     Its outputs are those of the model, without taps that no exit needs. `gates` is
     {'channels': {group: [slices]}, 'branches': {path: () or [layers]}}. Groups that are
-    missing are open, and branch gates replace those in the variables. Those of experts
-    (groups of the kind 'expert') are either 0 or 1: where they are 0, the router's
-    logit is -inf. It raises
-    KeyError for an unknown or pinned group or branch, and ValueError for a group that
-    cannot be gated, a gate of the wrong shape, or a mode with other groups.
+    missing are open, and branch gates replace those in the variables. Gates of experts
+    (groups of the kind 'expert') are 0 or 1: where one is 0, the router's logit is
+    -inf. It raises KeyError for an unknown or pinned group or branch, and ValueError
+    for a group that cannot be gated, a gate of the wrong shape, or a mode with other
+    groups.
   """
   fn = runnable(model)
   arguments.coupling(coupling)

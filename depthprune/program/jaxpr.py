@@ -376,17 +376,17 @@ def bind(e: Equation, ins: Sequence, params: dict, run: Callable, derive=None) -
 def scan_with(
   e: Equation, ins: Sequence, params: dict, run: Callable, along: Any = None
 ) -> tuple[list, Any]:
-  """Runs a scan over further arrays, and returns more than the scan itself does.
+  """Runs a scan that also reads further arrays and stacks further results.
 
   Args:
     e: the equation of the scan.
     ins: its inputs.
     params: its parameters, which may be for another length than was traced.
-    run: (body, inputs, slices of `along`) -> (outputs, what else is to be stacked).
+    run: (body, inputs, slices of `along`) -> (outputs, a tree of further results).
     along: a tree of arrays [length, ...].
 
   Returns:
-    The outputs of the scan, and the tree of what else was stacked, [length, ...].
+    The outputs of the scan, and the tree of further results, stacked [length, ...].
   """
   (body,) = e.bodies
   consts, carry, xs = scan_parts(e, ins)

@@ -1,14 +1,14 @@
 """Experts: slices of an axis that compete for every token, by the logits of a router.
 
-A router is a contraction [tokens, width] x [width, experts] after which the experts are
-told apart: by top_k, argmax or a softmax. To be without an expert is to have -inf as
-its logit: it is chosen for no token, a softmax gives it 0, and the shares of the others
-are what they are without it. So its column of the router is cut with its weights,
-though a sum and a maximum over the experts are taken.
+A router is a contraction [tokens, width] x [width, experts] whose results, the logits,
+are compared by top_k, argmax or a softmax. Removing an expert is the same as setting
+its logit to -inf: no token chooses it, a softmax gives it 0, and the shares of the
+others are what they are without it. So its column of the router is cut with its
+weights, although sums and maxima over the experts are taken.
 
-The numbers of those that were chosen are followed to where they are compared (one-hot
-codes), looked up, counted or sorted by. After a cut they number the experts that are
-left, on both sides.
+The indices of chosen experts are followed to where they are compared (one-hot codes),
+looked up, counted or sorted by. After a cut both sides number the experts that are
+left.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 
 EXPERT = 'its slices compete for every token: they are closed by -inf in the router'
-FOLLOWED = frozenset(  # element by element, from what is chosen among to the router
+FOLLOWED = frozenset(  # element by element, back from what is compared to the router
   """add add_any convert_element_type copy div exp logistic max min mul reduce_precision
   select_n stop_gradient sub tanh""".split()
 )
 MOVES = frozenset('broadcast_in_dim copy reshape slice squeeze transpose'.split())
-WRAPS = frozenset(('lt', 'ge'))  # comparisons with 0, as indexing from the end has them
+WRAPS = frozenset(('lt', 'ge'))  # comparisons with 0, for indices from the end
 
 
 def compete(facts: ax.Facts, v: jx.Value, axis: int) -> bool:
-  """States that slices compete along an axis, whose routers are found and recorded.
+  """Finds and records the routers whose logits compete along an axis of a value.
 
-  Returns whether all of the slices' values come from routers.
+  Returns whether the whole value comes from routers.
   """
   target = ax.norm(facts.dims[v][axis])
   if not isinstance(target, ax.Var) or target.pins:
@@ -62,7 +62,7 @@ def softmax_input(facts: ax.Facts, e: jx.Equation) -> jx.Value | None:
 
 
 def follow(facts: ax.Facts, e: jx.Equation):
-  """Follows the numbers of chosen slices; other uses of them pin the axis."""
+  """Follows the indices of chosen slices; other uses of them pin the axis."""
   for v in e.inputs:
     axis = facts.chosen.get(v)
     if axis is None:
@@ -78,11 +78,11 @@ def follow(facts: ax.Facts, e: jx.Equation):
     elif e.name in MOVES | {'convert_element_type'} and numbers:
       facts.chosen[e.outputs[0]] = axis
       continue
-    elif e.name in WRAPS and _are(facts, others, 0):
+    elif e.name in WRAPS and _equal(facts, others, 0):
       continue
-    elif (e.name == 'max' and _are(facts, others, 0)) or (
-      # The number from the end, where it is negative: it never is.
-      e.name == 'add' and _are(facts, others, axis.size)
+    elif (e.name == 'max' and _equal(facts, others, 0)) or (
+      # Where an index is negative, it counts from the end: it never is.
+      e.name == 'add' and _equal(facts, others, axis.size)
     ):
       facts.chosen[e.outputs[0]] = axis
       continue
@@ -100,7 +100,7 @@ def follow(facts: ax.Facts, e: jx.Equation):
 
 
 def addressed(facts: ax.Facts, e: jx.Equation) -> int | None:
-  """Which axis a gather or scatter addresses by the numbers of chosen slices alone."""
+  """Which axis a gather or scatter addresses by the indices of chosen slices alone."""
   if e.name != 'gather' and not e.name.startswith('scatter'):
     return None
   dn, axis = e.params['dimension_numbers'], facts.chosen.get(e.inputs[1])
@@ -114,22 +114,22 @@ def addressed(facts: ax.Facts, e: jx.Equation) -> int | None:
 
 
 def close(facts: ax.Facts):
-  """Pins what is chosen among, but was found to be more than one axis."""
+  """Pins axes with chosen slices that later equations have split into several."""
   for axis in experts(facts):
     if not isinstance(axis, ax.Var):
       ax.pin(axis, 'parts of it are chosen')
 
 
 def _is_count(facts: ax.Facts, v: jx.Value) -> bool:
-  """Whether integers are 0, 1, 2, ... along their axis, not computed from these."""
+  """Whether integers are 0, 1, 2, ... along their axis, and not computed from these."""
   e = facts.made[v]
   while e.name in MOVES - {'slice'} | {'convert_element_type'}:
     e = facts.made[e.inputs[0]]
   return e.name == 'iota'
 
 
-def _are(facts: ax.Facts, values: list[jx.Value], number: int) -> bool:
-  """Whether values are this number, of whatever type."""
+def _equal(facts: ax.Facts, values: list[jx.Value], number: int) -> bool:
+  """Whether all values are this constant, of whatever type."""
   made = (facts.made.get(v) for v in values)
   casts = [
     e.inputs[0] if e and e.name == 'convert_element_type' else None for e in made
@@ -139,7 +139,7 @@ def _are(facts: ax.Facts, values: list[jx.Value], number: int) -> bool:
 
 
 def experts(facts: ax.Facts) -> dict[ax.Axis, int]:
-  """Returns the axes whose slices compete, and how many of them have to be left."""
+  """Returns the axes whose slices compete, and how many slices have to be left."""
   at = (facts.dims[e.outputs[0]][i] for e, i in facts.routers.items())
   least = dict.fromkeys(map(ax.norm, at), 1)
   for axis, count in facts.picks:

@@ -168,7 +168,7 @@ def test_a_student_comes_back_from_a_run_of_maxtext(tmp_path):
       {'arch': {'layer1/mlp/branch': 0}},
       'layer1: its mlp is removed .* MaxText has no',
     ),
-    ({'bias': True, 'window': 3}, "Llama, which has not {'bias': True, 'window': 3}"),
+    ({'bias': True, 'window': 3}, "Llama, which lacks {'bias': True, 'window': 3}"),
   ],
 )
 def test_what_maxtext_has_not_is_refused(more, message, tmp_path):
