@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program import arguments, rounding
+from depthprune.program import arguments, rounding, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.rounding import RoundTo
@@ -310,14 +310,10 @@ def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> An
 
 def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> Any:
   dims = view.facts.dims
-  if e.name == 'dot_general':
-    (contracting, _), _ = e.params['dimension_numbers']
+  if e.name in ('dot_general', 'ragged_dot_general'):  # in runs, a row meets one group
+    summed, _ = rules.contracted(view.facts, e)
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
-    return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
-  if e.name == 'ragged_dot_general':  # every row meets the slice of one group
-    (contracting, _), _ = e.params['ragged_dot_dimension_numbers'].dot_dimension_numbers
-    lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
-    return 2 * math.prod(map(count, [*out, *(lhs[i] for i in contracting)]))
+    return 2 * math.prod(map(count, [*out, *(lhs[i] for _, i in summed)]))
   if e.name == 'conv_general_dilated':
     return _of_convolution(e, dims, count)
   inside = [_flops(view, body, count, alive) for body in e.bodies]

@@ -341,12 +341,10 @@ def contracted(facts: ax.Facts, e: jx.Equation) -> list[list[tuple[int, int]]]:
 
   A norm is among these: the sum or the maximum of magnitudes does not see zeros.
   """
-  if e.name == 'dot_general':
-    (lhs, rhs), _ = e.params['dimension_numbers']
-    return [[(0, i) for i in lhs], [(1, i) for i in rhs]]
-  if e.name == 'ragged_dot_general':
-    (lhs, rhs), _ = e.params['ragged_dot_dimension_numbers'].dot_dimension_numbers
-    return [[(0, i) for i in lhs], [(1, i) for i in rhs]]
+  if e.name in ('dot_general', 'ragged_dot_general'):
+    ragged = e.params.get('ragged_dot_dimension_numbers')
+    axes, _ = ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
+    return [[(k, i) for i in own] for k, own in enumerate(axes)]
   if e.name == 'conv_general_dilated':
     return [[(1, e.params['dimension_numbers'].rhs_spec[1])]]
   if e.name in NORMS and e.inputs[0] in facts.magnitudes:

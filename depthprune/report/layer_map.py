@@ -22,12 +22,11 @@ from depthprune.report.style import (
 )
 from depthprune.train.result import Change, LayerReport, Result
 
-LEAST = 3  # layers, so that there is something to compare
-MOST = 8  # parts of a layer, so that a telephone has room for them
+LEAST = 3  # layers of a map, so that there is something to compare
+MOST = 8  # parts of a layer that fit on a telephone
 WHOLE = 'FLOPs of the layer'
 NUMBERED = r'([A-Za-z]+_?)?\d+'  # the last word of the path of a layer
 MLP = r'(mlp/)?(gate|up|dense1|inner):\d+'
-ARRAY = 'query/kernel'
 
 
 class LayerMap(NamedTuple):
@@ -37,7 +36,8 @@ class LayerMap(NamedTuple):
     layers: paths of the layers, in the order of the network.
     parts: what a layer consists of, as a person would name it; the last is all of it.
     left: [layers, parts], the share that is left; NaN where a layer has no such part.
-    texts: [layers][parts], the same as numbers of slices, '' where there is none.
+    texts: [layers][parts], how many slices are left, '' where there is no such part;
+      of the FLOPs the share.
   """
 
   layers: Sequence[str]
@@ -47,11 +47,11 @@ class LayerMap(NamedTuple):
 
 
 def layer_map(result: Result) -> LayerMap | None:
-  """Returns what is left of the layers of a run; None where that is no map.
+  """Returns what is left of the layers of a run; None where there is nothing to map.
 
-  It takes layers that are numbered, such as 'layer3' or 'stage1/block2', and the widths
-  that at least two of them have. Nothing is shown of a network with fewer than three
-  layers, or of one that is not narrower anywhere.
+  Rows are the layers that are numbered, such as 'layer3' or 'stage1/block2'. Columns
+  are the widths that at least two of them have. There is no map of a network with fewer
+  than three such layers, or of one that is not narrower anywhere.
   """
   cells: dict[str, dict[str, Change]] = {}
   flops: dict[str, list[tuple[float, float]]] = {}
@@ -118,7 +118,7 @@ def chart(drawn: LayerMap, width: float = WIDE) -> Figure:
 def _place(name: str) -> tuple[str, str] | None:
   """Splits the name of a group, or the path of an array, into its layer and the rest.
 
-  None where no word of it has a number but perhaps the last.
+  None where no word but the last is numbered.
   """
   name = re.sub(r'^(params/)?(trunk/)?|/(kernel|weight)(/value)?$', '', name)
   words = name.split('/')
@@ -131,12 +131,12 @@ def _place(name: str) -> tuple[str, str] | None:
 
 def _grouped(layers: Mapping[str, LayerReport]) -> bool:
   """Whether the heads of an attention come in groups that share keys and values."""
-  queries = (each for path, each in layers.items() if path.endswith(ARRAY))
+  queries = (each for path, each in layers.items() if path.endswith('query/kernel'))
   return any(len(each.outputs) > 2 for each in queries)
 
 
 def _named(parts: Mapping[str, Change], grouped: bool) -> Iterator[tuple[str, Change]]:
-  """Yields the parts of a layer by names that the literature uses."""
+  """Yields the parts of a layer by the names that the literature uses."""
   query = 'attention/query:'
   for part, change in parts.items():
     if part == f'{query}1' and grouped:

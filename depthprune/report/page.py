@@ -37,7 +37,7 @@ class Drawn(NamedTuple):
 
 
 class Continued(NamedTuple):
-  """The beginning of a text, and {network: what it writes behind it}."""
+  """The beginning of a text, and {network: how it continues the text}."""
 
   prompt: str
   texts: Mapping[str, str]

@@ -34,12 +34,12 @@ LAYERS = (
   'Indices of every tensor are in result.json, "report".'
 )
 LAYER_MAP = (
-  'A row is a layer, a column a part of it; the colour is the share that is left, and '
-  'the numbers are heads, groups or channels after the cut. A layer that is gone is 0.'
+  'A row is a layer, a column a part of it. The colour is the share that is left, and '
+  'the numbers are heads, groups or channels after the cut: 0 where a layer is removed.'
 )
 SAMPLES = (
-  'How texts that training has not seen begin, and what the networks find most '
-  'probable behind them, token by token.'
+  'The beginnings of texts that training has not seen, and the tokens with which the '
+  'networks continue them, the most probable one at each step.'
 )
 ERASED = (
   'Held-out accuracy against the number of residual units that are erased: right after '
@@ -221,7 +221,7 @@ def layers_timed(result: Result) -> str:
     return ''
   return (
     'Time: the convolution or product of a layer alone, a median, in a batch of '
-    f'{result.layers_batch:,}. What surrounds it is not in it, so the layers do not '
+    f'{result.layers_batch:,}. It leaves out what surrounds it, so the layers do not '
     'add up to the latency.'
   )
 

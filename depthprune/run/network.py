@@ -85,8 +85,8 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
     able = [methods.word(k) for k, each in methods.all().items() if _writes(each)]
     raise ConfigError(
       f'model: {config.model} writes texts, and the exits of {config.method} tell '
-      f'classes: cut it with {", ".join(able)}; dp.generate_early lets tokens leave a '
-      'network early that is trained already'
+      f'classes: cut it with {", ".join(able)}; dp.generate_early lets tokens leave '
+      'a trained network early'
     )
   if config.recipe.heads is None:
     return model

@@ -70,8 +70,10 @@ def measure(
     }
     for path, layer in first.get('layers', {}).items()
   }
-  # One process finds this out for all.
-  told = _told(job, model, small, layers) if distributed.writes() else {}
+  told: dict[str, Any] = {}
+  if distributed.writes():  # one process measures for all
+    told = _times(job, model, small, layers)
+    told['samples'] = samples(job, model, small)
   values = {
     **described(job),
     **{name: cost(name) for name in ('flops', 'params', 'peak_bytes')},
@@ -90,13 +92,6 @@ def measure(
     **told,
   }
   return from_json(values)
-
-
-def _told(
-  job: Job, model: Any, small: 'Shrunk', layers: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
-  """Times, and samples of text."""
-  return {**_times(job, model, small, layers), 'samples': samples(job, model, small)}
 
 
 def _multiples(job: Job, widths: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -134,7 +129,7 @@ def _times(
 ) -> dict[str, Any]:
   """Measures milliseconds of an answer and seconds to compile, before and after.
 
-  Of a network that was cut, every layer is timed, too.
+  If widths were cut, it times every layer of both networks, too.
   """
   networks = (
     latency.Network(_answering(model, small.answer), small.before),

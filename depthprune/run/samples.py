@@ -14,11 +14,11 @@ from depthprune.run.job import Job
 if TYPE_CHECKING:
   from depthprune.run.rounds import Shrunk
 
-TEXTS, READ, WRITTEN = 3, 16, 24  # texts; tokens of a prompt and of what follows
+TEXTS, READ, WRITTEN = 3, 16, 24  # texts; tokens of a prompt; tokens after it
 
 
 def samples(job: Job, model: Any, small: 'Shrunk') -> list[dict[str, str]]:
-  """Returns a few prompts, and the most probable texts behind them.
+  """Returns a few prompts, and the most probable tokens after them.
 
   Args:
     job: the run, whose held-out texts begin the prompts.
@@ -26,11 +26,11 @@ def samples(job: Job, model: Any, small: 'Shrunk') -> list[dict[str, str]]:
     small: what it became.
 
   Returns:
-    The entries of `Sample`s, {'prompt', 'whole', 'cut', 'healed'}, the last if the
-    network was trained after its cut. There are none of a network that does not write,
-    or has no positions for more than a prompt.
+    A dict for each `Sample`, with 'prompt', 'whole', 'cut' and, if the network was
+    trained after its cut, 'healed'. None for a network that does not write, or that has
+    no positions for more than a prompt.
   """
-  if not all(isinstance(m, Decoder) and not m.scan for m in (model, small.model)):
+  if not all(isinstance(m, Decoder) for m in (model, small.model)):
     return []
   rows = job.images.held_out['image']
   chosen = np.unique(np.linspace(0, len(rows) - 1, TEXTS).astype(int))

@@ -388,7 +388,7 @@ class CascadeResult:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A held-out text, and the most probable tokens that networks write behind it.
+  """A held-out text, and the most probable tokens with which networks continue it.
 
   Attributes:
     prompt: how the text begins.
@@ -416,7 +416,7 @@ class Result:
     widths: {group: (width before, width after)}.
     layers: the layers by the path of their array, before all cuts and after them; {} in
       files that were written before there was such an entry.
-    layers_batch: examples in a call in which the layers were timed, where they were.
+    layers_batch: batch size at which the layers were timed; None where they were not.
     multiples: {group: what its width is a multiple of}, where that was chosen for the
       device of the run.
     latency_ms: latency by batch size.
@@ -431,7 +431,7 @@ class Result:
       where the network before was trained further.
     control: accuracy on 'test' and 'held_out' of the network that was trained for
       comparison, where there was one.
-    samples: texts of a network that writes.
+    samples: texts that a network writes, before and after its cut.
   """
 
   method: str

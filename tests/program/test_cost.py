@@ -90,6 +90,12 @@ def test_attention():
   assert macs(layer, jnp.ones((1, length, width))) == expected
 
 
+def test_every_row_of_a_ragged_product_meets_one_group():
+  f = lambda v, x: lax.ragged_dot(x, v['up'], jnp.array([2, 3, 1], jnp.int32))
+  coupling = couple(f, {'up': jnp.ones((3, 4, 5))}, jnp.ones((6, 4)))
+  assert cost.flops(coupling) == 2 * 6 * 4 * 5
+
+
 def test_control_flow():
   """A scan costs its body times its length, `cond` its dearest branch, `while` once."""
   p = arrays(w=(8, 8), v=(8, 2))
