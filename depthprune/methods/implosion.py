@@ -119,12 +119,6 @@ def implosion(
   kept = _matching(present, exclude)
   among = erasable if units is None else _erasable(present, units)
   among = tuple(unit for unit in among if unit.name not in kept)
-  stacked = [unit.name for unit in among if unit.layer is not None]
-  if importance == 'influence' and stacked:
-    raise ValueError(
-      f"importance='influence': {stacked[0]} lies in a scan, within which nothing can "
-      'be measured: unroll the network (scan=False), or choose by drop'
-    )
   excess = len(present) - _reachable(depth, present, among)
   k = min(per_round, excess)
   with_priority = {b for unit in erasable for b in unit.branches}
@@ -185,7 +179,9 @@ def erasure(
     elif importance == 'random':
       scores = [_drawn(unit.name, seed) for unit in left]
     elif importance == 'influence':
-      found = evaluate.influence({unit.name: unit.branches for unit in left})
+      # A stack is one block here, and its layers have the names of their units.
+      stack = lambda unit: unit.name.removesuffix(f'[{unit.layer}]')
+      found = evaluate.influence({stack(unit): unit.branches for unit in left})
       scores = [found[unit.name] for unit in left]
     else:
       keeps = [unit_search.closing((*order, unit), coupling) for unit in left]

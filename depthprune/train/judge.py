@@ -217,10 +217,12 @@ class Judge:
       blocks: {name: the branches of a block, first to last}.
 
     Returns:
-      {name: influence} as `surgery.influence.block_influence` defines it.
+      {name: influence} as `surgery.influence.block_influence` defines it; of a block
+      in a scan {'NAME[layer]': influence}.
 
     Raises:
-      ValueError: the judge was made without a coupling, or a branch lies in a scan.
+      ValueError: the judge was made without a coupling, or what `block_influence`
+        refuses.
     """
     parts = []
     for batch in self.held_out:

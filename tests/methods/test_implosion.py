@@ -268,9 +268,35 @@ def test_the_order_by_influence_is_that_of_the_angles():
   assert closed(method.decide(state.theta, {}, evaluate)) == {*expected[:2]}
 
 
-def test_the_influence_of_layers_in_a_scan_is_refused_before_training():
-  with pytest.raises(ValueError, match=r'stage1/blocks\[0\] lies in a scan'):
-    implosion(STACKED, importance='influence')
+def test_layers_of_a_scan_go_by_the_influence_that_they_have_without_it():
+  _, state, evaluate = four_judged('influence')
+  (batch,) = evaluate.held_out
+  priorities = np.float32([0.6, -1.2, 0.2, 2.0])
+
+  def scanned(variables, x, train=False):
+    layer = lambda x, w: (x + w[1] * jax.nn.relu(x @ w[0]), None)
+    stack = variables['params']['w'], variables['branches']['unit']
+    return jax.lax.scan(layer, x, stack)[0]
+
+  stack = {
+    'params': {'w': np.stack([state.params[f'w{i}'] for i in range(4)])},
+    'branches': {'unit': np.ones(4, np.float32)},
+  }
+
+  def erased(model, variables, gates):
+    coupling = couple(model, variables, batch['image'])
+    method = implosion(coupling, depth=2, per_round=2, importance='influence')
+    state = init_state(model, method, optax.sgd(0.1), variables, coupling)
+    state = dataclasses.replace(state, theta={'branches': gates})
+    evaluate = judge(model, method, classification(3), state, [batch], (), coupling)
+    return method.decide(state.theta, {}, evaluate)['branches']
+
+  alone = erased(
+    four_units, state.variables, {f'unit{i}': w for i, w in enumerate(priorities)}
+  )
+  together = erased(scanned, stack, {'unit': priorities})
+  np.testing.assert_array_equal(together['unit'], [*alone.values()])
+  assert together['unit'].sum() == 2
 
 
 # ---- training ------------------------------------------------------------------------
