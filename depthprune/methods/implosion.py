@@ -24,8 +24,8 @@ in a normalisation, w repeats its scale. So there are other measures of importan
   greedy     drop, scored again after every single erasure: drops do not add up
   influence  1 - E[cos(x_l, x_l + w_l F_l(x_l))] over held-out inputs, which needs no
              labels: Men et al., arXiv 2403.03853 (ShortGPT), who measure whole layers.
-             The attention and the perceptron of a transformer's layer are two units
-             here, and each is measured by itself.
+             Here the attention and the perceptron of a transformer's layer are two
+             units, each measured by itself; in a scanned stack they are one.
   random     a fixed number per name, the control
 
 The loss of all candidates is found in one compiled call; `greedy` uses the same program
@@ -88,10 +88,10 @@ def implosion(
     importance: which units go first. 'priority': those of the smallest |w|, the
       paper's measure (of a layer with several branches their mean). 'drop': those
       whose absence costs the least held-out loss. 'greedy': as 'drop', but measured
-      again after every erasure. 'influence': those that turn what goes through them the
-      least on held-out inputs, whose labels are not read (see `block_influence`); the
-      attention and the perceptron of a transformer's layer are a unit each. 'random': a
-      fixed number for every name, the control.
+      again after every erasure. 'influence': those that change the direction of what
+      goes through them least, on held-out inputs without their labels (see
+      `block_influence`); the attention and the perceptron of a transformer's layer are
+      a unit each. 'random': a fixed number for every name, the control.
     units: names of those that may be erased; by default all that can be. (After a cut,
       the layers of a scanned stack are numbered anew.)
     seed: of 'random'.
@@ -300,8 +300,8 @@ class ImplosionOptions:
 
   importance: Importance = 'priority'
   """priority: |w| of a unit (the paper's). drop: held-out loss without it. greedy:
-  drop, scored again after every erasure. influence: how much it turns what goes through
-  it, on held-out inputs. random: the control."""
+  drop, scored again after every erasure. influence: how much it changes the direction
+  of what goes through it, on held-out inputs. random: the control."""
 
   units: Annotated[tuple[str, ...], ANY] = ()
   """Units that may be erased, such as stage1/block3."""

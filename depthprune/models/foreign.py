@@ -116,8 +116,8 @@ class Program(NamedTuple):
 
   Attributes:
     program: (gates, arrays, inputs, key) -> outputs, taps and updates.
-    gates: the program's first inputs, by path: scalars, [layers] in a scan, that the
-      network does not have and that scale the branches of its units.
+    gates: the program's first inputs, by path. They scale the branches of the units and
+      are not part of the network: scalars, or [layers] in a scan.
     arrays: the program's input for each array, by path.
     returns: what each output of the program is: ('output', name), ('tap', name) or
       ('update', path).
@@ -197,7 +197,7 @@ class Network:
 
   @functools.cached_property
   def layers(self) -> dict[str, int]:
-    """By the path of a gate that is trained, for how many layers it is."""
+    """{path of a gate that is trained: for how many layers it is}."""
     shapes = {path: x.shape for path, x in self.arrays.items()}
     found = self.inside.units
     return {
@@ -426,8 +426,8 @@ class Trunk(nn.Module):
   ) -> None:  # fmt: skip
     """Creates the variables that the outputs need, with the arrays of the network.
 
-    Those that are `gone` have no layers, and `sized(x, v)` cuts the array of a value to
-    the layers that are left.
+    It leaves out those in `gone`, of which no layer is left. `sized(x, v)` cuts the
+    array x of an input v of the program to the layers that are left.
     """
     _, needed = jx.live(_reduced(at, erased, until)[0])
     needed -= {*gone}
@@ -458,11 +458,11 @@ class Trunk(nn.Module):
 def _sizes(
   at: Program, left: Mapping[jx.Value, int]
 ) -> tuple[dict[jx.Value, ax.Dims], ax.Keep]:
-  """Returns the axes of the inputs of a program, and which slices of them are left.
+  """Returns the axes of the inputs of a program, and which slices are left of each.
 
   Args:
     at: the whole program.
-    left: how many layers are left for each gate; gates with none have no say.
+    left: how many layers are left, by gate; a gate with none does not shorten the scan.
 
   Raises:
     ValueError: gates of one scan leave different numbers of layers, or the scan is

@@ -224,7 +224,7 @@ class _Flow(NamedTuple):
     features: values that are computed from data and variables.
     reads: by equation, the paths of the variables that meet data there.
     last_use: index of the last equation that reads a feature.
-    fed: the paths of the variables that a value without data is computed from.
+    fed: for values computed from variables alone, the paths of these.
     data: values that are computed from data.
   """
 
@@ -277,17 +277,14 @@ def _flow(
 
 
 def _body_flow(flow: _Flow, scan: jx.Equation) -> tuple[_Flow, frozenset[str]]:
-  """How data and variables flow through the body of a scan.
-
-  Also returns the paths of the variables that it is scanned over.
-  """
+  """Returns the flow through the body of a scan, and the paths of stacked variables."""
   (body,) = scan.bodies
   pairs = [*zip(body.inputs, scan.inputs, strict=True)]
   _, carry, scanned = jx.scan_parts(scan, pairs)
   state = [v for v, _ in carry]
   fed = {v: flow.fed[outer] for v, outer in pairs if outer in flow.fed}
   data = {v for v, outer in pairs if outer in flow.data}.union(state)
-  # What a layer returns is a feature for the next one, whatever the first one is given.
+  # What one layer returns is a feature to the next, whatever the first one reads.
   features = {v for v, outer in pairs if outer in flow.features}
   results = zip(state, scan.outputs)
   features |= {v for v, after in results if after in flow.features}
@@ -455,7 +452,7 @@ def _units(flow: _Flow) -> tuple[dict[str, Branch], set[int]]:
 
 
 def _sums(flow: _Flow) -> list[_Found]:
-  """The sums x + F(x) of a program, without those inside of its scans."""
+  """The sums x + F(x) of a program, without those in the bodies of its scans."""
   program = flow.program
   count, layers = len(program.equations), []
   # Bit i says that equation i is among what a value is computed from; inputs follow.

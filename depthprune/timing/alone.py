@@ -1,9 +1,9 @@
 """Milliseconds of every layer of a network, each timed alone on the device at hand.
 
 A layer is what contracts an array: a convolution or a product, without the
-normalisations, activations and additions around it, which a compiler fuses into it or
-not. So the layers of a network do not add up to its latency. Layers that do the same
-at the same shapes are timed once.
+normalisations, activations and additions around it, which a compiler may fuse into it.
+So the layers of a network do not add up to its latency. Layers that do the same at the
+same shapes are timed once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def milliseconds_alone(
 
 
 def _call(e: jx.Equation) -> Callable[[], Any]:
-  """Returns a call of one equation, compiled when it is first made."""
+  """Returns a call of one equation, which is compiled the first time."""
   inputs = tuple(dict.fromkeys(v for v in e.inputs if not isinstance(v, jx.Literal)))
   program = jx.Program(inputs, {}, (e,), e.outputs)
   arrays = [clock.made_up(v.shape, v.dtype) for v in inputs]

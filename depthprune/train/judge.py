@@ -211,7 +211,7 @@ class Judge:
   def influence(self, blocks: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Measures how much blocks change what goes through them, on held-out inputs.
 
-    No label is read. The branch gates are those that were trained.
+    It reads no labels. The branch gates are those that were trained.
 
     Args:
       blocks: {name: the branches of a block, first to last}.
@@ -363,8 +363,8 @@ class Masked(NamedTuple):
     fits: (gates, n) -> None; raises where they are no n decisions on its gates.
     stats: the batch statistics that the network has, {} if none.
     scores: (sums of all batches) -> {'loss', 'accuracy', ...}, the task's.
-    of: (variables) -> the same programs over other arrays of the network.
-    influence: (blocks, inputs of batches) -> influences by the names of the blocks.
+    of: (variables) -> the same programs, compiled once, with other arrays.
+    influence: (blocks, inputs of the batches) -> {block: influence}.
   """
 
   measure: Callable[..., Tree]

@@ -160,7 +160,7 @@ class Recipe(NamedTuple):
     check: (config) -> None; raises ConfigError if the method cannot use the config.
     heads: (options, network, depthprune.models.heads) -> the network with the exits
       that it is trained with; None if the method needs none.
-    tells_tokens: whether these exits can also be those of a network that writes texts.
+    tells_tokens: whether these exits also work on a network that writes texts.
     own_exits: whether the method puts exits on the network that answer, so that a
       network with several exits of its own (for several tasks, say) cannot be used.
     deepest_answers: whether the deepest exit answers in the uncut network.

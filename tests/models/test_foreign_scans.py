@@ -233,7 +233,7 @@ def test_gates_that_are_neither_0_nor_1_are_folded_layer_by_layer(kind):
 
 
 def test_rounds_of_implosion_shorten_the_loop():
-  """Of a network with dropout; what is left is stored and read again."""
+  """Of a network with dropout, one layer in every round."""
   model, variables, _ = linen()
   trunk = dp.trunk(model, variables, X)
   stages = []
@@ -338,7 +338,7 @@ def test_arch_of_a_trunk_is_checked():
     uneven.init(KEY, X)
 
 
-def test_heads_stand_before_and_behind_a_scan():
+def test_heads_stand_before_and_after_a_scan():
   model, variables, _ = linen()
   network = every_tap(dp.trunk(model, variables, X))
   mine = network.init(KEY, X)
