@@ -21,6 +21,7 @@ from depthprune.cascades.predictions import Predictions
 from depthprune.cascades.thresholds import Choice
 from depthprune.models.arch import complete
 from depthprune.models.decoder import Decoder
+from depthprune.models.generation import chosen_tokens
 from depthprune.program import arguments, cost
 from depthprune.program.coupling import couple
 
@@ -250,13 +251,9 @@ def _generated(
   setup: Exits,
 ) -> tuple[jax.Array, jax.Array]:
   """The text, and how many layers each new token has gone through."""
-
-  def chosen(logits, key):  # [..., vocab] -> [...]
-    if key is None:
-      best = logits.argmax(-1)
-    else:
-      best = jax.random.categorical(key, logits / temperature)
-    return best.astype(tokens.dtype)
+  chosen = lambda logits, key: chosen_tokens(logits, key, temperature).astype(
+    tokens.dtype
+  )
 
   def step(carry, key):
     token, cache = carry

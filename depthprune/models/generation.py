@@ -79,12 +79,28 @@ def _following(
   """The token after each of `tokens`, drawn by a key if any; the cache with these."""
   run: Any = model.apply if isinstance(model, Decoder) else model
   outputs = run(variables, tokens, cache=cache)
-  logits = outputs['main']
-  if key is None:
-    chosen = logits.argmax(-1)
-  else:
-    chosen = jax.random.categorical(key, logits / temperature)
+  chosen = chosen_tokens(outputs['main'], key, temperature)
   return chosen.astype(tokens.dtype), outputs['cache']
+
+
+def chosen_tokens(
+  logits: jax.Array,
+  key: jax.Array | None = None,
+  temperature: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+  """Returns the most probable tokens, or with a key some drawn by their probabilities.
+
+  Args:
+    logits: [..., vocab].
+    key: jax random key, or None.
+    temperature: logits are divided by it before tokens are drawn.
+
+  Returns:
+    int [...].
+  """
+  if key is None:
+    return logits.argmax(-1)
+  return jax.random.categorical(key, logits / temperature)
 
 
 def _continued(
