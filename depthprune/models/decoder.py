@@ -385,7 +385,7 @@ class Decoder(stages.Stacks, nn.Module):
       stages.check_tap(tap, self.taps)
     first = self.taps.index(since) + 1 if since else 0
     if until and self.taps.index(until) < first:
-      raise ValueError(f'Decoder: until: expected a tap behind {since}, got {until}')
+      raise ValueError(f'Decoder: until: expected a tap after {since}, got {until}')
     if tokens.ndim != 2 + bool(since) or tokens.shape[1] > self.positions:
       what = f'features of {since}' if since else 'tokens'
       shape = '[batch, length, width]' if since else '[batch, length]'

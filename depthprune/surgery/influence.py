@@ -85,7 +85,7 @@ def block_influence(
     if apart := ends.keys() - changes.keys():
       name = min(apart)
       what = f'blocks: {name}: {arguments.listed(blocks[name])} begin or end in a scan'
-      raise ValueError(f'{what} that the others are not in; take them one by one')
+      raise ValueError(f'{what} that the others are not in; score them one by one')
     return changes
 
   parts = [measured(variables, *call) for call in calls(coupling, batches)]

@@ -38,7 +38,7 @@ def cut():
 
 
 def features(text, left):
-  """The tokens of one text behind every layer; `left` [length]: where each stops."""
+  """The features of one text after every layer; `left` [length]: where each stops."""
   run = lambda x, **kw: MODEL.apply(VARIABLES, x, **kw)
   found = [run(text, until='layer0')['layer0']]
   for i in (1, 2):
@@ -115,8 +115,8 @@ def test_tokens_are_drawn_as_without_exits():
   )
 
 
-def test_layers_behind_an_exit_are_not_executed(monkeypatch):
-  """Counted while the program runs: a token that leaves behind the first layer runs
+def test_layers_after_an_exit_are_not_executed(monkeypatch):
+  """Counted while the program runs: a token that leaves after the first layer runs
   both branches of that one alone."""
   ran = []
   add = decoder.add_branch
@@ -143,7 +143,7 @@ def test_a_cut_network_counts_the_layers_that_are_left(cut):
   assert early.layers.tolist() == [[2, 1, 1, 1, 1, 1]] * 3
 
 
-def test_a_token_leaves_behind_a_first_layer_that_is_empty():
+def test_a_token_leaves_after_a_first_layer_that_is_empty():
   """It has gone through no layer at all."""
   gone = {f'layer0/{unit}/branch': 0 for unit in ('attention', 'mlp')}
   model = MODEL.clone(arch=gone)
@@ -174,7 +174,7 @@ def test_predictions_are_those_of_the_whole_vocabulary():
 
 
 def test_costs_are_counted_by_hand():
-  """Of a token behind 8 others: q, k, v, out, 9 keys, the perceptron and the logits."""
+  """Of a token after 8 others: q, k, v, out, 9 keys, the perceptron and the logits."""
   layer = 2 * (8 * 16 + 2 * 8 * 8 + 16 * 8 + 2 * 9 * 16 + 3 * 8 * 6)
   copied, logits = 2 * (2 * 8 * 8), 2 * 8 * 20
   seen = exit_predictions(MODEL, VARIABLES, zoo.tokens(1, 9), ['layer0', 'layer1'])

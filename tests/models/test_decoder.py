@@ -79,9 +79,7 @@ def test_parts_that_there_are_not_are_refused():
   variables = arrays(model)
   with pytest.raises(ValueError, match="no tap 'layer7'"):
     model.apply(variables, X, since='layer7')
-  with pytest.raises(
-    ValueError, match='until: expected a tap behind layer1, got layer'
-  ):
+  with pytest.raises(ValueError, match='until: expected a tap after layer1, got layer'):
     model.apply(variables, jnp.zeros((2, 3, 8)), since='layer1', until='layer0')
   with pytest.raises(ValueError, match=r'features of layer0 \[batch, length, width\]'):
     model.apply(variables, X, since='layer0')
