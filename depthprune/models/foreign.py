@@ -335,11 +335,6 @@ class Trunk(nn.Module):
     layers = self.network.layers
     return {path.removeprefix('branches/'): n for path, n in layers.items()}
 
-  @property
-  def _gates(self) -> list[str]:
-    """The paths of all gates."""
-    return [path for paths in self.network.gates.values() for path in paths]
-
   @nn.compact
   def __call__(
     self, *inputs: Any, train: bool = False, until: str = '', **flags: bool
@@ -356,7 +351,8 @@ class Trunk(nn.Module):
     key = self.make_rng('dropout') if train and self.has_rng('dropout') else None
     at = self.network.at(inputs, train, key)
     arguments = {**at.arrays, **at.gates}
-    gates = {path: arguments[path] for path in self._gates}
+    every = (path for paths in self.network.gates.values() for path in paths)
+    gates = {path: arguments[path] for path in every}
     left = {gates[f'branches/{name}']: n for name, n in arch.items()}
     erased = {v: 0 for v, n in left.items() if not n}
     dims, kept = _sizes(at, left)

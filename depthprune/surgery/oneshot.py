@@ -259,6 +259,7 @@ def left_by(
 
 
 def _is_cost(key: Any) -> bool:
+  """Whether a key of a target is a cost, and not a pattern of arrays."""
   return callable(key) or key == TIME or key in COSTS
 
 
