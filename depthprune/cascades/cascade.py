@@ -86,10 +86,10 @@ class Cascade:
     return self.stages.exits
 
   def __repr__(self) -> str:
-    flops = ' -> '.join(f'{each:,.0f}' for each in self.stages.flops)
+    flops = ' -> '.join(f'{each:,}' for each in self.stages.flops)
     return (
       f'Cascade: {above(self.exits, self.thresholds)}; score: {self.confidence}\n'
-      f'  FLOPs up to each exit: {flops}; of the network alone: {self.stages.whole:,.0f}'
+      f'  FLOPs up to each exit: {flops}; of the network alone: {self.stages.whole:,}'
     )
 
   def __call__(self, *inputs: Any, last: str | None = None) -> Answer:
