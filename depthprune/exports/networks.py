@@ -193,6 +193,9 @@ def save_cascade(
       early = dp.cascade(small.apply, small.variables, images[:1], thresholds=chosen)
       dp.save_cascade('early', early, small)
 
+  A network that nothing was cut from is stored as `small = dp.prune(model, variables,
+  {}, images[:1])`.
+
   Args:
     path: the folder.
     saved: the cascade, made of `network`.
@@ -206,7 +209,10 @@ def save_cascade(
     ValueError: the cascade has other exits or arrays than the network.
     CheckpointError: as for `save`.
   """
-  write = 'write save_cascade(path, cascade(...), prune(...))'
+  write = (
+    'write whole = prune(model, variables, {}, x) and save_cascade(path, '
+    'cascade(whole.apply, whole.variables, x), whole)'
+  )
   arguments.kind_of('saved', saved, Cascade, 'what cascade returned', write)
   arguments.kind_of('network', network, Pruned, 'what prune returned', write)
   path = Path(arguments.path('path', path))
@@ -216,9 +222,13 @@ def save_cascade(
       f'{path}: the cascade has the exits {", ".join(saved.exits)}, the network '
       f'{", ".join(exits)}: save it with the network that it was made of'
     )
-  arrays = zip(*map(jax.tree.leaves, (saved.variables, network.variables)), strict=True)
-  if not all(a is b or np.array_equal(a, b) for a, b in arrays):
-    raise ValueError(f'{path}: the arrays of the cascade are not those of the network')
+  own, others = map(jax.tree.leaves, (saved.variables, network.variables))
+  same = (a is b or np.array_equal(a, b) for a, b in zip(own, others))
+  if len(own) != len(others) or not all(same):
+    raise ValueError(
+      f'{path}: the arrays of the cascade are not those of the network: make it of '
+      'these, as in cascade(network.apply, network.variables, *inputs)'
+    )
   if named := [*network.coupling.named]:
     raise CheckpointError(
       f'{path}: {named[0]} is an array by keyword, which a cascade does not take: make '
@@ -460,8 +470,8 @@ def _model(record: Mapping, path: Path, model: Any, variables: Any) -> Any:
   foreign = _foreign(described)
   if foreign and model is None:
     raise CheckpointError(
-      f'{path}: {foreign["foreign"]} is not a model of depthprune: expected load(path, '
-      'model=...) with the full model or function that was pruned'
+      f'{path}: {foreign["foreign"]} is not a model of depthprune: pass model=..., the '
+      'full model or function that was pruned'
     )
   if 'foreign' in described:
     return model

@@ -40,8 +40,8 @@ def distill(method: Method, temperature: float = 4.0, weight: float = 0.5) -> Me
   The loss becomes (1 - weight) * the method's loss + weight * temperature^2 * the
   Kullback-Leibler divergence of the student from the teacher:
 
-      method = distill(plain())
-      step = make_step(small, method, task, tx, teacher=large.apply)
+      method = dp.distill(dp.Method())
+      step = dp.make_step(small, method, task, tx, teacher=large.apply)
       state, metrics = step(state, batch, key, large_variables)
 
   Args:
