@@ -62,15 +62,17 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     raise ValueError(f'keep: all exits are dropped ({listed(exits)}); keep one')
   for name, group in coupling.groups.items():
     if group.kind == 'layer':
-      axis = coupling.axis(name)
-      gates = [
-        kept
-        for b, kept in branches.items()
-        if kept.ndim and ax.norm(coupling.axes[f'branches/{b}'][0]) is axis
-      ]
+      gates = [branches[b] for b in gates_of(coupling, name)]
       if gates:
         channels[name] = channels[name] & np.any(gates, axis=0)
   return channels, branches, exits
+
+
+def gates_of(coupling: Coupling, group: str) -> list[str]:
+  """Returns the branches that have a gate for every layer of a group of layers."""
+  axis = coupling.axis(group)
+  dims = {b: coupling.axes[f'branches/{b}'] for b in coupling.branches}
+  return [b for b, own in dims.items() if own and ax.norm(own[0]) is axis]
 
 
 def _entry(name: str, kept: Any, shape: tuple, where: str = '') -> np.ndarray:

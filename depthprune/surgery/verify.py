@@ -20,7 +20,7 @@ from depthprune.program.coupling import Coupling
 from depthprune.program.gating import plug
 from depthprune.program.resize import slim
 from depthprune.program.trace import GONE, paths_of, split_arrays
-from depthprune.surgery.plan import take, widest
+from depthprune.surgery.plan import gates_of, take, widest
 
 SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
 # A deep network may make more of rounding: noise in its arrays as large as the rounding
@@ -332,8 +332,11 @@ def _mask(
   for name, kept in keep['channels'].items():
     if name in channels:
       channels[name] = channels[name] * np.asarray(kept, np.float32)
-    else:
-      zeroed[coupling.axis(name)] = np.asarray(kept)
+      continue
+    # A layer that its gates close keeps its arrays, which others may read, too.
+    gates = [keep['branches'][b] for b in gates_of(coupling, name)]
+    closed = ~np.any(gates, axis=0) if gates else False
+    zeroed[coupling.axis(name)] = np.asarray(kept) | closed
   leaves = paths_of(variables)
   branches = {
     b: leaves[f'branches/{b}'] * np.asarray(keep['branches'].get(b, 1), np.float32)
@@ -369,7 +372,8 @@ def _blame(
   for name, kept in keep['channels'].items():
     if np.all(kept):
       continue
-    alone = {'channels': {name: kept}, 'branches': {}, 'exits': keep['exits']}
+    branches = {b: keep['branches'][b] for b in gates_of(coupling, name)}
+    alone = {'channels': {name: kept}, 'branches': branches, 'exits': keep['exits']}
     small = _on_arrays(coupling, slim(coupling.fn, coupling, alone))
     outputs = masked(*_mask(coupling, arrays, alone, soft), probe)
     reference = _cut_outputs(coupling, outputs, alone)

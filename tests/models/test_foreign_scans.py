@@ -311,6 +311,35 @@ def test_layers_that_the_logits_count_are_not_removed():
     dp.prune(trunk, trunk.init(KEY, X), {'branches': keep}, X)
 
 
+def subtracted(x, v):
+  body = lambda x, p: (x + jax.nn.relu(x @ p[0]) - jax.nn.relu(x @ p[1]), None)
+  return jax.lax.scan(body, x, (v['up'], v['down']))[0]
+
+
+def biased(x, v):
+  body = lambda x, p: (x + jax.nn.relu(x @ p[0]) + p[1], None)
+  return jax.lax.scan(body, x, (v['up'], v['bias']))[0]
+
+
+def read_elsewhere(x, v):
+  body = lambda x, w: (x + jax.nn.relu(x @ w), None)
+  return jax.lax.scan(body, x, v['up'])[0] + x @ v['up'].sum(0)
+
+
+@pytest.mark.parametrize('net', [subtracted, biased, read_elsewhere])
+def test_arrays_of_a_closed_layer_that_others_read_are_not_zero(net):
+  """Zeros would add nothing there, as a layer that is gone; closed gates are others."""
+  square = (LAYERS, WIDTH, WIDTH)
+  variables = {
+    'up': drawn(*square, seed=1), 'down': drawn(*square, seed=2),
+    'bias': drawn(LAYERS, WIDTH, seed=3),
+  }  # fmt: skip
+  trunk = dp.trunk(lambda v, x: net(x, v), variables, X)
+  with pytest.raises(dp.InexactCut, match=': off by .*: a layer of a scan'):
+    keep = closed_in(trunk, [1])
+    dp.prune(trunk, trunk.init(KEY, X), {'branches': keep}, X)
+
+
 def test_what_is_no_stack_of_layers_has_no_gates():
   """Steps of time, with arrays that all of them share."""
   shared = {'w': drawn(WIDTH, WIDTH, seed=1), 'out': drawn(WIDTH, 3, seed=2)}
