@@ -33,6 +33,7 @@ from depthprune.data.dataset import inputs_of
 from depthprune.program import arguments
 from depthprune.program.coupling import Coupling
 from depthprune.program.rounding import RoundTo
+from depthprune.program.trace import paths_of
 from depthprune.program.widths import Counts, Range, produced, ranges
 from depthprune.surgery.budget import Constraint, constraints, fitting, met, reachable
 from depthprune.surgery.oneshot import Score, check, closing, left_by, narrowing, rank
@@ -238,7 +239,11 @@ def search(
     if are_outdated(small):
       fresh = recalibrate(network, small.variables, calibration)
       small = small._replace(variables=fresh)
-    small = small._replace(variables=heal(small))
+    trained = heal(small)
+    if missing := [p for p in paths_of(small.variables) if p not in paths_of(trained)]:
+      expected = f'it to return the variables of the cut network; {missing[0]} is missing'
+      raise arguments.refused('heal', expected, trained, kind=ValueError)
+    small = small._replace(variables=trained)
     scores = evaluate(network, small.variables, held_out, task)
     return candidate._replace(pruned=small, healed=scores)
 
@@ -353,6 +358,9 @@ def _ordered(
     blocks = {b.removesuffix('/branch'): [b] for b in coupling.branches}
   there: dict[str, Sequence[tuple[str, Any]]] = {}
   for name, branches in blocks.items():
+    if isinstance(branches, str) or not branches:
+      where, expected = f'blocks[{name!r}]', "the block's branches, ['a/branch']"
+      raise arguments.refused(where, expected, branches, kind=ValueError)
     for branch in branches:
       if branch not in coupling.branches:
         known = arguments.listed(coupling.branches)
