@@ -43,7 +43,7 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
     path, axis = coupling.groups[name].members[0]
     shape = channels[name].shape
     channels[name] = _entry(name, kept, shape, where=f' ({path}, axis {axis})')
-    least = routing.experts(coupling.view.facts).get(coupling.axis(name), 0)
+    least = fewest(coupling, name)
     if 0 < (left := int(channels[name].sum())) < least:
       has = f'{name}: keep leaves {left} experts, and {least} are chosen at a time'
       raise arguments.wrong('', has)
@@ -66,6 +66,11 @@ def complete(coupling: Coupling, keep: Mapping) -> tuple[dict, dict, dict]:
       if gates:
         channels[name] = channels[name] & np.any(gates, axis=0)
   return channels, branches, exits
+
+
+def fewest(coupling: Coupling, group: str) -> int:
+  """Returns how many slices of a group have to be left, if any: 1 but for experts."""
+  return routing.experts(coupling.view.facts).get(coupling.axis(group), 1)
 
 
 def gates_of(coupling: Coupling, group: str) -> list[str]:

@@ -12,7 +12,7 @@ from depthprune.program.coupling import Coupling
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import Decision, paths_of
 from depthprune.surgery.oneshot import norms
-from depthprune.surgery.plan import complete, index_plan
+from depthprune.surgery.plan import complete, fewest, index_plan
 
 
 class Settled(NamedTuple):
@@ -84,10 +84,11 @@ def _close_empty(coupling, channels, branches, exits, leaves, notes):
         break
     else:
       scores = norms(coupling, leaves, name)
-      channels[name] = np.arange(group.size) == int(np.argmax(scores))
+      count = fewest(coupling, name)
+      channels[name][np.argsort(-scores, stable=True)[:count]] = True
+      stays = 'largest slice stays' if count == 1 else f'{count} largest slices stay'
       notes.append(
-        f'{name} would be empty and lies in no branch that could be closed: its '
-        'largest slice stays'
+        f'{name} would be empty and lies in no branch that could be closed: its {stays}'
       )
 
 

@@ -189,6 +189,17 @@ def test_experts_go_on_request_only():
     prune(f, V, {'channels': {'router:1': np.arange(EXPERTS) == 1}}, X)
 
 
+def test_as_many_experts_stay_as_are_chosen_at_a_time():
+  """Where none would: those of the largest norms, since there is no branch to close."""
+  large = V | {n: V[n].at[jnp.array([1, 4])].multiply(9) for n in ('up', 'down')}
+  keep = {'channels': {'router:1': ~OPEN}}
+  pruned = prune(network(by_codes), large, keep, X)
+  np.testing.assert_array_equal(pruned.variables['up'], large['up'][jnp.array([1, 4])])
+  assert 'its 2 largest slices stay' in pruned.report['notes'][0]
+  pruned = prune(network(by_lookup), large, keep, X)
+  assert pruned.variables['up'].shape[0] == 1
+
+
 def test_layers_of_a_scan_have_experts():
   stack = {n: jnp.stack([V[n], 0.5 * V[n][::-1]]) for n in ('router', 'up', 'down')}
   variables = {'in': V['in'], 'layers': stack, 'out': V['out']}
