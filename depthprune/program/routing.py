@@ -13,6 +13,8 @@ left.
 
 from __future__ import annotations
 
+import numpy as np
+
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 
@@ -33,23 +35,41 @@ def compete(facts: ax.Facts, v: jx.Value, axis: int) -> bool:
   target = ax.norm(facts.dims[v][axis])
   if not isinstance(target, ax.Var) or target.pins:
     return False
-  routers, queue = {}, [v]
-  while queue:
-    v = queue.pop()
-    at = [i for i, d in enumerate(facts.dims[v]) if ax.norm(d) is target]
-    if not at or v not in facts.activations:
-      continue  # a statistic of all slices, or a bias
-    e = facts.made.get(v)
-    if e is not None and e.name == 'dot_general' and len(at) == 1:
-      routers[e] = at[0]
-    elif e is not None and e.name == 'eq' and any(u in facts.chosen for u in e.inputs):
-      continue  # a code of those that were chosen before
-    elif e is not None and e.name in FOLLOWED | MOVES:
-      queue += e.inputs
-    else:
-      return False
-  facts.routers.update(routers)
+  routers = _routers(facts, v, target, {})
+  facts.routers.update(routers or {})
   return bool(routers)
+
+
+def _routers(
+  facts: ax.Facts, v: jx.Value, target: ax.Var, seen: dict[jx.Value, dict | None]
+) -> dict[jx.Equation, int] | None:
+  """Returns {router: its axis} of values, {} where they come from none.
+
+  None says that something else makes them, or that -inf in a router might not make them
+  the lowest: it is subtracted, or multiplied with what may be negative.
+  """
+  if v in seen:
+    return seen[v]
+  at = [i for i, d in enumerate(facts.dims[v]) if ax.norm(d) is target]
+  e, found = facts.made.get(v), None
+  if not at or v not in facts.activations:
+    found = {}  # a statistic of all slices, or a bias
+  elif e is not None and e.name == 'dot_general' and len(at) == 1:
+    found = {e: at[0]}
+  elif e is not None and e.name == 'eq' and any(u in facts.chosen for u in e.inputs):
+    found = {}  # a code of those that were chosen before
+  elif e is not None and e.name in FOLLOWED | MOVES:
+    parts = [_routers(facts, u, target, seen) for u in e.inputs]
+    falls = e.name in ('sub', 'div') and bool(parts[1])
+    signed = e.name == 'mul' and all(parts) or any(map(_is_negative, e.inputs))
+    if None not in parts and not falls and not (signed and e.name in ('mul', 'div')):
+      found = {router: i for part in parts for router, i in (part or {}).items()}
+  seen[v] = found
+  return found
+
+
+def _is_negative(v: jx.Value) -> bool:
+  return isinstance(v, jx.Literal) and np.ndim(v.val) == 0 and bool(v.val < 0)
 
 
 def softmax_input(facts: ax.Facts, e: jx.Equation) -> jx.Value | None:

@@ -254,6 +254,25 @@ def returned_by_a_loop(v, x, logits):
   return mixed(v, x, jax.nn.one_hot(chosen, EXPERTS))
 
 
+def least_of(v, x, logits):
+  return by_codes(v, x, 3 - logits)
+
+
+def reversed_by_a_factor(v, x, logits):
+  return by_codes(v, x, logits * -0.5)
+
+
+def squares(v, x, logits):
+  return by_codes(v, x, logits * logits)
+
+
+@pytest.mark.parametrize('layer', [least_of, reversed_by_a_factor, squares])
+def test_logits_of_which_minus_infinity_is_not_the_lowest_are_no_routers(layer):
+  coupling = couple(network(layer), V, X)
+  reasons = [p.reasons for p in coupling.pinned if p.path == 'router' and p.axis == 1]
+  assert reasons == [('top_k',)]
+
+
 @pytest.mark.parametrize(
   'layer',
   [
