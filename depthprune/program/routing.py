@@ -46,7 +46,7 @@ def _routers(
   """Returns {router: its axis} of values, {} where they come from none.
 
   None says that something else makes them, or that -inf in a router might not make them
-  the lowest: it is subtracted, or multiplied with what may be negative.
+  the only lowest: it is subtracted, cut off, or multiplied with what may be negative.
   """
   if v in seen:
     return seen[v]
@@ -61,7 +61,8 @@ def _routers(
   elif e is not None and e.name in FOLLOWED | MOVES:
     parts = [_routers(facts, u, target, seen) for u in e.inputs]
     falls = e.name in ('sub', 'div') and bool(parts[1])
-    signed = e.name == 'mul' and all(parts) or any(map(_is_negative, e.inputs))
+    falls |= e.name == 'max' and not all(parts)  # all below a bound are alike
+    signed = (e.name == 'mul' and all(parts)) or any(map(_is_negative, e.inputs))
     if None not in parts and not falls and not (signed and e.name in ('mul', 'div')):
       found = {router: i for part in parts for router, i in (part or {}).items()}
   seen[v] = found

@@ -241,7 +241,7 @@ def search(
       small = small._replace(variables=fresh)
     trained = heal(small)
     if missing := [p for p in paths_of(small.variables) if p not in paths_of(trained)]:
-      expected = f'it to return the variables of the cut network; {missing[0]} is missing'
+      expected = f'it to return all variables of the cut network, also {missing[0]}'
       raise arguments.refused('heal', expected, trained, kind=ValueError)
     small = small._replace(variables=trained)
     scores = evaluate(network, small.variables, held_out, task)

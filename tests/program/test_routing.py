@@ -266,7 +266,11 @@ def squares(v, x, logits):
   return by_codes(v, x, logits * logits)
 
 
-@pytest.mark.parametrize('layer', [least_of, reversed_by_a_factor, squares])
+def clipped(v, x, logits):
+  return by_codes(v, x, jnp.clip(logits, -1, 1))
+
+
+@pytest.mark.parametrize('layer', [least_of, reversed_by_a_factor, squares, clipped])
 def test_logits_of_which_minus_infinity_is_not_the_lowest_are_no_routers(layer):
   coupling = couple(network(layer), V, X)
   reasons = [p.reasons for p in coupling.pinned if p.path == 'router' and p.axis == 1]

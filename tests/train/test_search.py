@@ -170,7 +170,7 @@ def test_every_candidate_meets_every_constraint_and_costs_what_is_left():
     ('1%', {'influence': {}}, r'target 1% is 2.29 params; .* floor is 19 '),
     (0.5, {'influence': {'unit9': 1.0}}, "no block 'unit9'; there are: unit0"),
     (0.5, {'blocks': {'unit0': ['unit0/x']}}, "no branch 'unit0/x'; there are: unit0"),
-    (0.5, {'blocks': {'unit0': []}}, r"blocks\['unit0'\]: expected the block's branches"),
+    (0.5, {'blocks': {'unit0': []}}, r"blocks\['unit0'\]: expected the block's"),
     (0.5, {'blocks': {'unit0': 'unit0/branch'}}, "branches, .*, got 'unit0/branch'"),
     (0.5, {'heal': lambda pruned: None}, 'heal: expected it to return .*, got None'),
     (0.5, {'influence': {'unit0': np.nan}}, r"influence\['unit0'\]: expected a finite"),
