@@ -464,7 +464,8 @@ def _sizes(
     ValueError: gates of one scan leave different numbers of layers, or the scan is
       also over an input.
   """
-  if all(n == math.prod(v.shape) for v, n in left.items()):
+  stacked = {v: n for v, n in left.items() if v.shape}
+  if all(n == math.prod(v.shape) for v, n in stacked.items()):
     return {}, {}
   own = {*at.arrays.values(), *at.gates.values()}
   pin = lambda v: None if v in own else 'input'
@@ -472,9 +473,8 @@ def _sizes(
   dims |= {v: ax.fresh(v.shape, pin(v)) for v in at.program.inputs}
   rules.infer(ax.Facts(), at.program, [*dims.values()])
   loops: dict[ax.Axis, set[int]] = {}
-  for v, n in left.items():
-    if v.shape:
-      loops.setdefault(ax.norm(dims[v][0]), set()).add(n)
+  for v, n in stacked.items():
+    loops.setdefault(ax.norm(dims[v][0]), set()).add(n)
   kept: dict[ax.Var, Any] = {}
   for loop, counts in loops.items():
     most = max(counts)

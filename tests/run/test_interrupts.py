@@ -229,6 +229,8 @@ def result(folder: Path) -> dict:
   """What a run has reached, without what a clock has measured."""
   found = json.loads((folder / 'result.json').read_text())
   found.get('cascade', {}).pop('executed', None)
+  for layer in found.get('layers', {}).values():
+    layer.pop('ms', None)
   return {name: value for name, value in found.items() if name not in TIMES}
 
 
