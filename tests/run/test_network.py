@@ -154,6 +154,7 @@ def test_a_network_that_lost_its_path_is_the_compact_one(tmp_path):
     network(dataclasses.replace(config, pretrained=str(tmp_path / 'whole')), 10)
 
 
+@pytest.mark.slow
 def test_a_network_of_several_tasks_loses_its_path_and_goes_on(tmp_path, tfds_data):
   """Trained beside a path for both tasks, then pruned with trainable gates."""
   fields = {'data': 'multi_fashion', 'model': 'resnet8', 'resize': 12, 'subset': 64}
