@@ -451,7 +451,7 @@ def reseed(module: Any, rngs: Mapping[str, jax.Array]):
   """Gives an NNX module other random keys, made of that for dropout or the first."""
   nnx: Any = sys.modules['flax.nnx']
   key = rngs.get('dropout', next(iter(rngs.values())))
-  if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+  if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.wrap_key_data(key)
   keys = [*nnx.to_flat_state(nnx.state(module, nnx.RngKey))]
   drawn = [(p, v.replace(jax.random.fold_in(key, i))) for i, (p, v) in enumerate(keys)]
