@@ -177,7 +177,7 @@ def _samples(samples: Sequence[Sample]) -> Section:
   shown = [
     Continued(
       each.prompt.strip(),
-      {said: text for name, said in names.items() if (text := getattr(each, name))},
+      {said: text.strip() for n, said in names.items() if (text := getattr(each, n))},
     )
     for each in samples
   ]

@@ -129,7 +129,8 @@ def test_texts_are_shown_side_by_side_as_they_were_written(run_directory, result
   reader = read(html)
   texts = [text for text in reader.text if text.strip()]
   start = texts.index('Samples of text')
-  first = ['whole', said['whole'], 'cut', said['cut'], 'trained after the cut', 'a']
+  whole = said['whole'].strip()
+  first = ['whole', whole, 'cut', said['cut'], 'trained after the cut', 'a']
   assert texts[start + 1 : start + 8] == ['if <b> is …', *first]
   assert texts[start + 8 : start + 13] == ['p …', *first[:4]]
   assert '<i>' not in html[html.index('Samples of text') :].split('</section>')[0]
