@@ -18,6 +18,16 @@ def quick(f: Callable) -> Callable:
   return jax.jit(f, compiler_options=QUICK)
 
 
+def in_calls(run: Callable, variables: Any, tokens: Any, cache: Any, steps: Any) -> Any:
+  """Logits of all tokens, from calls that read so many of them each; the last cache."""
+  parts, at = [], 0
+  for n in steps:
+    outputs = run(variables, tokens[:, at : at + n], cache=cache)
+    cache, at = outputs['cache'], at + n
+    parts.append(outputs['main'])
+  return jnp.concatenate(parts, 1), cache
+
+
 def random_keep(coupling: Coupling, seed: int = 0, gated: bool = False) -> dict:
   """A random half of every channel group. gated: only of those that take a gate."""
   draw = np.random.default_rng(seed)

@@ -5,7 +5,6 @@ are alike.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,6 @@ def save(
   for name, slot in slots.items():
     tensor = arrays[slot.path].reshape(slot.shape)
     tensors[name] = tensor if slot.table else tensor.T
-  fresh = path.with_name(f'.unfinished-{path.name}')
-  directory.remove(fresh)
-  with directory.writing(path):
-    fresh.mkdir(parents=True)
-    try:
-      checkpoint.save_tensors(fresh / 'model.safetensors', tensors, {'format': 'pt'})
-      (fresh / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-      fresh.rename(path)
-    except BaseException:
-      shutil.rmtree(fresh, ignore_errors=True)
-      raise
+  with directory.complete(path) as folder:
+    checkpoint.save_tensors(folder / 'model.safetensors', tensors, {'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')

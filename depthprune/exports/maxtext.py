@@ -20,7 +20,6 @@ network is written only if its layers are alike.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,20 +118,12 @@ def save(path: str | Path, model: Decoder, variables: Mapping[str, Any]) -> None
     'logits_via_embedding': plain.tied,
     **FIXED,
   }
-  fresh = path.with_name(f'.unfinished-{path.name}')
-  directory.remove(fresh)
-  with directory.writing(path):
-    fresh.mkdir(parents=True)
-    try:
-      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        state = {'params': {'params': tree}}
-        orbax.save((fresh / ITEMS).absolute(), args=ocp.args.PyTreeSave(state))
-      lines = (f'{key}: {_written(value)}\n' for key, value in config.items())
-      (fresh / CONFIG).write_text(''.join(lines))
-      fresh.rename(path)
-    except BaseException:
-      shutil.rmtree(fresh, ignore_errors=True)
-      raise
+  with directory.complete(path) as folder:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      state = {'params': {'params': tree}}
+      orbax.save((folder / ITEMS).absolute(), args=ocp.args.PyTreeSave(state))
+    lines = (f'{key}: {_written(value)}\n' for key, value in config.items())
+    (folder / CONFIG).write_text(''.join(lines))
 
 
 def load(

@@ -60,8 +60,8 @@ def runnable(model: Any) -> Callable:
       module = rebuilt(model, variables)
       if 'train' in kwargs:
         set_mode(module, kwargs['train'])
-      if is_nnx(model) and kwargs.get('rngs'):
-        reseed(module, kwargs['rngs'])
+      if is_nnx(model) and (rngs := kwargs.get('rngs')):
+        reseed(module, rngs.get('dropout', next(iter(rngs.values()))))
       return module(*inputs, **accepted(kwargs, names))
 
     return call_module
@@ -412,7 +412,9 @@ def updating(model: Any, variables: Any) -> Callable:
     return outputs, {p: x for p, x in paths_of(changed).items() if p in arrays}
 
   def call_nnx(arrays, *inputs, key=None, **kwargs):
-    module = rebuilt(model, joined(model, variables, arrays, key))
+    module = rebuilt(model, joined(model, variables, arrays))
+    if key is not None:
+      reseed(module, key)
     if 'train' in kwargs:
       set_mode(module, kwargs['train'])
     outputs = module(*inputs, **accepted(kwargs, taken))
@@ -422,16 +424,13 @@ def updating(model: Any, variables: Any) -> Callable:
   return call_nnx if is_nnx(model) else call
 
 
-def joined(
-  model: Any, variables: Any, arrays: Mapping[str, Any], key: Any = None
-) -> Any:
+def joined(model: Any, variables: Any, arrays: Mapping[str, Any]) -> Any:
   """Returns the variables of a network with arrays named as `collected` names them.
 
   Args:
     model: a network of any kind.
     variables: its variables or their shapes, for their structure.
     arrays: all arrays by path.
-    key: random key, from which all keys of an NNX module are made anew.
   """
   if not is_nnx(model):
     names = collected(model, variables)
@@ -439,22 +438,22 @@ def joined(
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
   nnx: Any = sys.modules['flax.nnx']
   full = []
-  for i, (path, name, variable) in enumerate(_nnx_named(nnx.state(model))):
+  for path, name, variable in _nnx_named(nnx.state(model)):
     value = arrays[name] if name else variable.get_value()
-    if isinstance(variable, nnx.RngKey) and key is not None:
-      value = jax.random.fold_in(key, i)
     full.append((path, variable.replace(value)))  # the call may change its copy
   return nnx.from_flat_state(full)
 
 
-def reseed(module: Any, rngs: Mapping[str, jax.Array]):
-  """Gives an NNX module other random keys, made of that for dropout or the first."""
+def reseed(module: Any, key: jax.Array):
+  """Makes all random keys of an NNX module anew from one."""
   nnx: Any = sys.modules['flax.nnx']
-  key = rngs.get('dropout', next(iter(rngs.values())))
   if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.wrap_key_data(key)
-  keys = [*nnx.to_flat_state(nnx.state(module, nnx.RngKey))]
-  drawn = [(p, v.replace(jax.random.fold_in(key, i))) for i, (p, v) in enumerate(keys)]
+  drawn = [
+    (path, variable.replace(jax.random.fold_in(key, i)))
+    for i, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(module)))
+    if isinstance(variable, nnx.RngKey)
+  ]
   nnx.update(module, nnx.from_flat_state(drawn))
 
 

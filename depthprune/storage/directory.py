@@ -67,6 +67,25 @@ def writing(path: Path) -> Iterator[None]:
     raise failed(path, error) from error
 
 
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+  """Makes a folder that appears at a path at once, with all that is written within.
+
+  Yields the folder to write to. It is removed if something is raised, and an OSError
+  becomes the WriteError or PathError of `failed`.
+  """
+  fresh = path.with_name(f'.unfinished-{path.name}')
+  remove(fresh)
+  with writing(path):
+    fresh.mkdir(parents=True)
+    try:
+      yield fresh
+      fresh.rename(path)
+    except BaseException:
+      shutil.rmtree(fresh, ignore_errors=True)
+      raise
+
+
 def failed(path: Path, error: BaseException) -> WriteError | PathError:
   """Converts an error of the system, possibly wrapped by tensorstore, for the user.
 

@@ -13,10 +13,9 @@ import pytest
 from depthprune.exports import huggingface
 from depthprune.models import pretrained
 from depthprune.models.decoder import Decoder
-from depthprune.program.coupling import couple
-from depthprune.surgery.prune import prune
 from tests import masking as m
 from tests import zoo
+from tests.exports import decoders
 
 TINY = {
   'vocab': 20, 'positions': 12, 'width': 12, 'depth': 3, 'inner': 6, 'heads': 4,
@@ -41,17 +40,9 @@ run = lambda model, variables: m.quick(model.apply)(variables, X)['main']
 
 
 def cut(fields, **more):
-  """A network cut in every way: alike in all layers, with its middle layer removed."""
   model = Decoder(**TINY, **fields, **more)
-  variables = zoo.randomised(jax.eval_shape(model.init, jax.random.key(0), X))
-  coupling = couple(model, variables, X)
-  keep = m.random_keep(coupling)
-  kept = keep['channels'].items()
-  keep['channels'] = {g: k for g, k in kept if 'value' not in g}
-  stack = 'layers0' if model.scan else 'layer1'
-  gone = np.array([True, False, True]) if model.scan else np.array(False)
-  keep['branches'] = {f'{stack}/{part}/branch': gone for part in ('attention', 'mlp')}
-  return prune(model, variables, keep, X, coupling=coupling)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), X)
+  return decoders.cut(model, zoo.randomised(shapes), X)
 
 
 @pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma', *LATER])

@@ -9,11 +9,10 @@ import yaml
 
 from depthprune.exports import maxtext
 from depthprune.models.decoder import Decoder
-from depthprune.program.coupling import couple
 from depthprune.program.trace import paths_of
-from depthprune.surgery.prune import prune
 from tests import masking as m
 from tests import zoo
+from tests.exports import decoders
 
 TINY = {
   'vocab': 20, 'positions': 12, 'width': 12, 'depth': 3, 'inner': 6, 'heads': 4,
@@ -29,19 +28,6 @@ def made(**more):
     **variables,
     'branches': jax.tree.map(jnp.ones_like, variables['branches']),
   }
-
-
-def cut(**more):
-  """A network cut in every way: alike in all layers, with its middle layer removed."""
-  model, variables = made(**more)
-  coupling = couple(model, variables, X)
-  keep = m.random_keep(coupling)
-  kept = keep['channels'].items()
-  keep['channels'] = {g: k for g, k in kept if 'value' not in g}
-  stack = 'layers0' if model.scan else 'layer1'
-  gone = np.array([True, False, True]) if model.scan else np.array(False)
-  keep['branches'] = {f'{stack}/{part}/branch': gone for part in ('attention', 'mlp')}
-  return prune(model, variables, keep, X, coupling=coupling)
 
 
 def restored(items):
@@ -102,7 +88,7 @@ def forward(tree, config, tokens):
 @pytest.mark.parametrize('more', [{}, {'tied': False, 'scan': True}])
 def test_maxtext_computes_what_was_cut(more, tmp_path):
   """The hidden width too, with an epsilon that is too large to be neglected."""
-  small = cut(**more)
+  small = decoders.cut(*made(**more), X)
   path = tmp_path / 'small'
   maxtext.save(path, small.model, small.variables)
   assert {p.name for p in path.iterdir()} == {'0', 'maxtext.yml'}

@@ -22,6 +22,7 @@ MODELS = {
   'gemma': Decoder(**TINY, offset=1.0, scaled=True, activation='gelu'),
 }
 X = zoo.tokens(2)
+STEPS = (5, 1, 1, 2)  # tokens that calls with a cache read
 
 
 def arrays(model):
@@ -36,23 +37,13 @@ def test_parameters_equal_the_published_count():
 # ---- caches --------------------------------------------------------------------------
 
 
-def with_cache(run, variables, cache, steps=(5, 1, 1, 2)):
-  """Logits of all tokens, from calls that read so many of them each."""
-  parts, at = [], 0
-  for n in steps:
-    outputs = run(variables, X[:, at : at + n], cache=cache)
-    cache, at = outputs['cache'], at + n
-    parts.append(outputs['main'])
-  return jnp.concatenate(parts, 1)
-
-
 @pytest.mark.parametrize('name', MODELS)
 def test_a_cache_changes_nothing_but_the_work(name):
   model = MODELS[name]
   variables = arrays(model)
   run = m.quick(model.apply)
   whole = run(variables, X)['main']
-  parts = with_cache(run, variables, model.empty_cache(2, 10))
+  parts, _ = m.in_calls(run, variables, X, model.empty_cache(2, 10), STEPS)
   assert m.difference(whole, parts) <= 1e-5
 
 
@@ -165,7 +156,8 @@ def test_small_is_masked_with_and_without_a_cache(kind, coupled):
   whole = m.quick(model.apply)(masked, X)['main']
   run = m.quick(pruned.model.apply)
   assert m.difference(whole, run(pruned.variables, X)['main']) <= 1e-5
-  parts = with_cache(run, pruned.variables, pruned.model.empty_cache(2, 9))
+  empty = pruned.model.empty_cache(2, 9)
+  parts, _ = m.in_calls(run, pruned.variables, X, empty, STEPS)
   assert m.difference(whole, parts) <= 1e-5
 
 
@@ -188,7 +180,8 @@ def test_what_was_coupled_with_a_cache_is_cut_with_it(mode, coupled):
   whole = m.quick(pruned.model.apply)(pruned.variables, X)['main']
   assert m.difference(whole, run(pruned.variables, X)['main']) <= 1e-5
   for cache in (model.empty_cache(2, 9), pruned.model.empty_cache(2, 9)):
-    assert m.difference(whole, with_cache(run, pruned.variables, cache)) <= 1e-5
+    parts, _ = m.in_calls(run, pruned.variables, X, cache, STEPS)
+    assert m.difference(whole, parts) <= 1e-5
 
 
 def test_a_layer_of_a_stack_goes_by_its_branches():

@@ -44,19 +44,9 @@ def couplings(arrays):
   return [couple(STACKED, arrays[1], x, **kwargs) for x, kwargs in calls]
 
 
-def with_cache(run, variables, cache):
-  """Logits of all tokens and the cache behind them, from several calls."""
-  parts, at = [], 0
-  for n in STEPS:
-    outputs = run(variables, X[:, at : at + n], cache=cache)
-    cache, at = outputs['cache'], at + n
-    parts.append(outputs['main'])
-  return jnp.concatenate(parts, 1), cache
-
-
 def test_a_stack_writes_what_its_layers_write(arrays):
   (one, one_cache), (two, two_cache) = (
-    with_cache(m.quick(model.apply), variables, model.empty_cache(2, 10))
+    m.in_calls(m.quick(model.apply), variables, X, model.empty_cache(2, 10), STEPS)
     for model, variables in zip((UNROLLED, STACKED), arrays)
   )
   assert m.difference(one, two) <= 1e-5
@@ -99,7 +89,9 @@ def test_the_cache_is_cut_with_heads_groups_and_layers(mode, arrays, couplings):
   for name, kept in keep['branches'].items():
     masked[f'branches/{name}'] *= jnp.float32(kept)
   masked = jax.tree.unflatten(jax.tree.structure(arrays[1]), [*masked.values()])
-  whole, _ = with_cache(m.quick(STACKED.apply), masked, STACKED.empty_cache(2, 9))
+  whole, _ = m.in_calls(
+    m.quick(STACKED.apply), masked, X, STACKED.empty_cache(2, 9), STEPS
+  )
   small = pruned.model.empty_cache(2, 9)
   assert {n: x.shape for n, x in small['layers0'].items()} == {
     'key': (1, 2, 9, 1, 4), 'value': (1, 2, 9, 1, 2)
@@ -109,7 +101,7 @@ def test_the_cache_is_cut_with_heads_groups_and_layers(mode, arrays, couplings):
   if mode:  # coupled with a cache, the function cuts that of the full network too
     runs += [(pruned.apply, small), (pruned.apply, STACKED.empty_cache(2, 9))]
   for run, cache in runs:
-    logits, after = with_cache(m.quick(run), pruned.variables, cache)
+    logits, after = m.in_calls(m.quick(run), pruned.variables, X, cache, STEPS)
     assert m.difference(whole, logits) <= 1e-5
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, small)
   text = generate(STACKED, masked, X[:, :5], 6)
@@ -121,6 +113,8 @@ def test_a_stack_without_layers_has_no_cache(arrays, couplings):
   keep = {'branches': closed(0, 1)}
   pruned = prune(STACKED, arrays[1], keep, X[:, :1], coupling=couplings[2])
   assert {*pruned.model.empty_cache(2, 9)} == {'length'}
-  logits, cache = with_cache(pruned.apply, pruned.variables, STACKED.empty_cache(2, 9))
+  logits, cache = m.in_calls(
+    pruned.apply, pruned.variables, X, STACKED.empty_cache(2, 9), STEPS
+  )
   whole = pruned.model.apply(pruned.variables, X)['main']
   assert m.difference(whole, logits) <= 1e-5 and {*cache} == {'length'}

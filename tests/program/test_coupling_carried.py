@@ -23,6 +23,7 @@ V = {
   'branches': {'branch': jnp.float32(1)},
 }
 X = normal((2, 8, 6))
+STEPS = (5, 1, 2)  # what calls with a cache read
 GROUPS = ['query:1', 'query:2', 'value:2', 'out:2']
 
 
@@ -51,15 +52,6 @@ def empty(batch=2, length=8):
   return {'length': jnp.int32(0), 'layer': layer}
 
 
-def step_by_step(run, variables, cache, steps=(5, 1, 2)):
-  parts, at = [], 0
-  for n in steps:
-    outputs = run(variables, X[:, at : at + n], cache=cache)
-    cache, at = outputs['cache'], at + n
-    parts.append(outputs['main'])
-  return jnp.concatenate(parts, 1), cache
-
-
 @pytest.fixture(scope='module', params=[1, 5], ids=['one token', 'prompt'])
 def coupling(request):
   return dp.couple(network, V, X[:, : request.param], cache=empty())
@@ -81,7 +73,7 @@ def test_a_cut_cuts_the_cache_and_runs_with_and_without_it(coupling):
   masked = m.quick(network)(m.zeroed(coupling, V, keep), X)['main']
   run = m.quick(small.apply)
   assert m.difference(masked, run(small.variables, X)['main']) <= 1e-5
-  steps, cache = step_by_step(run, small.variables, cache)
+  steps, cache = m.in_calls(run, small.variables, X, cache, STEPS)
   assert m.difference(masked, steps) <= 1e-5
   assert cache['layer']['key'].shape == (2, 8, 2, 1)
   assert cache['layer']['value'].shape == (2, 8, 2, 2) and cache['length'] == 8
@@ -104,7 +96,9 @@ def test_gates_act_on_a_cache_as_they_do_without(coupling):
   gates = {'channels': {'query:1': jnp.asarray([1.0, 0.0, 0.5, 1.0])}}
   run = dp.plug(network, coupling)
   whole = run(V, gates, X)['main']
-  steps, _ = step_by_step(lambda v, x, cache: run(v, gates, x, cache=cache), V, empty())
+  steps, _ = m.in_calls(
+    lambda v, x, cache: run(v, gates, x, cache=cache), V, X, empty(), STEPS
+  )
   assert m.difference(whole, steps) <= 1e-5
 
 
@@ -269,7 +263,7 @@ def test_a_cache_that_is_no_field_of_the_outputs_is_carried(tokens):
     outputs = small.apply(variables, x, past_key_values=cache)
     return {'main': outputs['logits'], 'cache': outputs['past_key_values']}
 
-  got, cache = step_by_step(run, small.variables, empty())
+  got, cache = m.in_calls(run, small.variables, X, empty(), STEPS)
   zeroed = {**V, 'params': m.zeroed(coupling, model.params, keep)}
   assert m.difference(network(zeroed, X)['main'], got) <= 1e-5
   assert cache['layer']['key'].shape == (2, 8, 2, 1)
