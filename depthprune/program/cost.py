@@ -152,9 +152,9 @@ def layers(coupling: Coupling, keep: Mapping | None = None) -> dict[str, Layer]:
   Returns:
     {path: layer}, in the order in which they are first called.
   """
-  view, count, alive = _reading(coupling, keep)
+  view, count, alive = reading = _reading(coupling, keep)
   found: dict[str, Layer] = {}
-  for name, outputs, e, times in contractions(coupling, keep):
+  for name, outputs, e, times in _contractions(*reading):
     width = math.prod(count(coupling.axes[name][i]) for i in outputs)
     flops = times * _of_equation(view, e, count, alive)
     before = found[name].flops if name in found else 0
@@ -163,19 +163,23 @@ def layers(coupling: Coupling, keep: Mapping | None = None) -> dict[str, Layer]:
 
 
 def contractions(
-  coupling: Coupling, keep: Mapping | None = None
+  coupling: Coupling,
 ) -> Iterator[tuple[str, tuple[int, ...], jx.Equation, int]]:
-  """Yields the convolutions and products that are left, also those in loops.
+  """Returns the convolutions and products of a network, also those in loops.
 
   Args:
     coupling: of the network, made by `couple`.
-    keep: a keep tree of bool arrays; None is the whole network.
 
-  Yields:
-    (path of the layer, its output axes, equation, how often it is called), as in
-    `layers`, in the order of the calls.
+  Returns:
+    (path of the layer, its output axes, equation, how often it is called) of each, as
+    in `layers`, in the order of the calls.
   """
-  view, count, alive = _reading(coupling, keep)
+  return _contractions(*_reading(coupling, None))
+
+
+def _contractions(
+  view: View, count: Count, alive: Callable
+) -> Iterator[tuple[str, tuple[int, ...], jx.Equation, int]]:
   arrays = sources(view)
 
   def walk(program: jx.Program, times: int) -> Iterator:
