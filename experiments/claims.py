@@ -5,7 +5,8 @@
 
 The most valuable rows come first. Each is written when it is done, and one that was
 interrupted resumes from its checkpoints, so the same command continues where it
-stopped. Several run at once, each in a process of its own, where the device has room.
+stopped. Several run at once, each in a process of its own, where the device has room;
+on a CPU each has its share of the cores, as one network does not keep several busy.
 `python -m experiments.tables` then writes the page.
 """
 
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from experiments.run import BOTH_SIZES, Arguments, find, run, summary
@@ -47,6 +48,7 @@ def work(left: Iterable[Unit], full: bool, minutes: float, at_once: int) -> None
   environment = dict(os.environ)
   if at_once > 1:  # they share the memory of an accelerator
     environment.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  shares = iter(split(sorted(os.sched_getaffinity(0)), at_once))
 
   def one(unit: Unit) -> None:
     name, seed = unit
@@ -57,8 +59,17 @@ def work(left: Iterable[Unit], full: bool, minutes: float, at_once: int) -> None
     command = [sys.executable, '-m', 'experiments.run', *words, *['--full'] * full]
     subprocess.run(command, env=environment, check=False)
 
-  with ThreadPoolExecutor(at_once) as pool:
+  # A process inherits the cores of the thread that starts it.
+  own_cores = lambda: os.sched_setaffinity(0, next(shares))
+  with ThreadPoolExecutor(at_once, initializer=own_cores) as pool:
     list(pool.map(one, left))
+
+
+def split(cores: Sequence[int], parts: int) -> list[set[int]]:
+  """The cores of each process; some are used by several where there are too few."""
+  if parts > len(cores):
+    return [{cores[i % len(cores)]} for i in range(parts)]
+  return [set(cores[i::parts]) for i in range(parts)]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ An example leaves at the first exit whose score is above that exit's threshold.
   margin       the largest p(c) minus the second largest
   patience     number of exits in a row that repeated the same answer; a threshold of
                t - 1/2 waits for t repetitions; PABEE, arXiv 2006.04152
-  learned      P(answer is right) by a logistic regression on the first three; ours
+  learned      P(leaving loses nothing) by a logistic regression on the first three; ours
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -93,20 +93,22 @@ def scores(kind: Kind, logits: Any, weights: np.ndarray | None = None) -> np.nda
 def learn(logits: Any, labels: np.ndarray) -> np.ndarray:
   """Fits the weights of 'learned' for all exits but the last, float32 [exits - 1, 4].
 
-  It is a logistic regression of being right, with a small ridge on all weights.
+  It is a logistic regression, with a small ridge on all weights, of losing nothing: the
+  answer of the exit is right, or that of the last exit, the network's own, is wrong.
 
   Args:
     logits: [exits, n, classes] of held-out data, divided by the temperatures. On
       training data nearly all answers are right.
     labels: int [n].
   """
-  return np.stack([_regression(jnp.asarray(at), labels) for at in logits[:-1]])
+  right = np.asarray(logits).argmax(-1) == labels
+  pairs = zip(logits[:-1], right[:-1] | ~right[-1])
+  return np.stack([_regression(jnp.asarray(at), kept) for at, kept in pairs])
 
 
-def _regression(logits: jax.Array, labels: np.ndarray) -> np.ndarray:
+def _regression(logits: jax.Array, y: np.ndarray) -> np.ndarray:
   features = [np.asarray(x, np.float64) for x in _features(logits)]
   x = np.stack([np.ones(len(logits)), *features], -1)
-  y = np.asarray(logits.argmax(-1)) == labels
   rows = np.isfinite(x).all(-1)  # other examples never leave
   x, y = x[rows], y[rows]
   w, ridge = np.zeros(x.shape[1]), RIDGE * max(1, len(x))

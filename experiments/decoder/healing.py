@@ -49,7 +49,7 @@ def _row(part: float, **case: Any) -> Row:
   network, method, task = whole(), dp.distill(dp.Method()), dp.language_model()
   model, variables = network.model, network.variables
   if how := CUTS[case['cut']]:
-    model, variables = cut(network, part, **how)
+    model, variables = cut(part, **how)
   tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, RATE, STEPS // 10, STEPS))
   step = dp.make_step(model, method, task, tx, teacher=network.model.apply)
   state = dp.init_state(model, method, tx, variables)

@@ -4,6 +4,7 @@
   again       the same, scored anew after each layer that went
   activation  attention heads and inner units, those with the smallest activations
   taylor      the same, those whose closing changes the loss least
+  gates       the same, as gates on frozen weights learn it from the whole network
   search      layers by `influence` and widths by `activation`, split by `dp.search`
 
 Every (part of the parameters, method, refitted) is one row; `refitted` lets the weights
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import depthprune as dp
 from depthprune.data import text
@@ -40,11 +42,13 @@ NETWORK, TEXTS = 'SmolLM2-135M-Instruct', 'ag_news_subset'
 LENGTH = 256
 BATCH = 8
 ROWS = {'report': 80, 'score': 32}
+STEPS, GATE_BATCH, GATE_LENGTH = 60, 4, 128  # with which gates learn
 NAMES = {
   'influence': 'depth, by block influence',
   'again': 'depth, by block influence scored anew',
   'activation': 'width, by activations',
   'taylor': 'width, by the slope of the loss',
+  'gates': 'width, by trained gates',
   'search': 'depth and width, searched',
 }
 
@@ -68,7 +72,7 @@ def run(name: str, parts: tuple[float, ...], arguments: Arguments) -> list[Case]
   cases = [{'part': 1.0, 'by': 'whole', 'refitted': False}]
   for part in parts:
     for by in NAMES:
-      fits = (False, True) if by in ('activation', 'taylor', 'search') else (False,)
+      fits = (False,) if by in ('influence', 'again') else (False, True)
       cases += [{'part': part, 'by': by, 'refitted': refitted} for refitted in fits]
   config = {'network': NETWORK, 'data': TEXTS, 'length': LENGTH, **ROWS}
   rows = Rows(
@@ -111,7 +115,7 @@ def _row(case: Case) -> Row:
   network = whole()
   model, variables = network.model, network.variables
   if case['by'] != 'whole':
-    model, variables = cut(network, **case)
+    model, variables = cut(**case)
   scores = evaluator(model, dp.language_model())(variables, network.texts['report'])
   return {
     'perplexity': scores['perplexity'],
@@ -121,35 +125,79 @@ def _row(case: Case) -> Row:
   }
 
 
-def cut(network: Whole, part: float, by: str, refitted: bool) -> tuple[Decoder, Tree]:
+def cut(part: float, by: str, refitted: bool) -> tuple[Decoder, Tree]:
   """Cuts the network to a part of its parameters; see the module for the methods."""
+  network = whole()
   model, variables, texts = network
   count = sum(x.size for x in jax.tree.leaves(variables['params']))
   if by in ('influence', 'again'):
     return _shallower(network, part * count, anew=by == 'again')
   tokens = [batch['image'] for batch in texts['score']]
-  coupling, task = dp.couple(model, variables, tokens[0][:1]), dp.language_model()
-  if by == 'taylor':
-    score = taylor(model, coupling, variables, task, texts['score'])
-  else:
-    score = dp.activations(coupling, variables, tokens, 'square')
-  if by == 'search':
-    blocks = _blocks(coupling)
-    influence = dp.block_influence(coupling, variables, tokens, blocks)
-    (best, *_) = dp.search(
-      coupling, variables, part, influence, blocks=blocks, score=score, scope='uniform',
-      task=task, held_out=texts['score'][:1], exclude='embed', splits=4,
-    )  # fmt: skip
-    keep = best.keep
-  else:
-    keep = dp.oneshot(
-      coupling, variables, part, score=score, scope='uniform', of='params',
-      exclude='embed',
-    )  # fmt: skip
+  coupling, keep = _coupled(), _decided(part, by)
   if refitted:
     variables = dp.refit(coupling, variables, keep, tokens)
   small = dp.prune(model, variables, keep, tokens[0][:1], coupling=coupling)
   return small.model, small.variables
+
+
+@functools.cache
+def _coupled() -> Coupling:
+  model, variables, texts = whole()
+  return dp.couple(model, variables, texts['score'][0]['image'][:1])
+
+
+@functools.cache
+def _scores(by: str) -> Any:
+  """Scores of channels: activations, or by how much the loss changes."""
+  (model, variables, texts), coupling = whole(), _coupled()
+  if by == 'taylor':
+    return taylor(model, coupling, variables, dp.language_model(), texts['score'])
+  tokens = [batch['image'] for batch in texts['score']]
+  return dp.activations(coupling, variables, tokens, 'square')
+
+
+@functools.cache
+def _decided(part: float, by: str) -> Tree:
+  """What stays: widths by a score or by gates, or layers and widths together."""
+  (_, variables, texts), coupling = whole(), _coupled()
+  score = _scores('taylor' if by == 'taylor' else 'activation')
+  if by == 'gates':
+    return _learnt(part, score)
+  if by == 'search':
+    tokens, blocks = [batch['image'] for batch in texts['score']], _blocks(coupling)
+    influence = dp.block_influence(coupling, variables, tokens, blocks)
+    (best, *_) = dp.search(
+      coupling, variables, part, influence, blocks=blocks, score=score, scope='uniform',
+      task=dp.language_model(), held_out=texts['score'][:1], exclude='embed', splits=4,
+    )  # fmt: skip
+    return best.keep
+  return dp.oneshot(
+    coupling, variables, part, score=score, scope='uniform', of='params',
+    exclude='embed',
+  )  # fmt: skip
+
+
+def _learnt(part: float, score: Any) -> Tree:
+  """What gates keep that learn the answers of the whole network; its weights rest."""
+  (model, variables, _), coupling = whole(), _coupled()
+  method = dp.trainable_gates(
+    coupling, part, of='params', steps=STEPS, scores=score, exclude='embed'
+  )
+  method, tx = dp.distill(method, weight=1.0), optax.set_to_zero()
+  step = dp.make_step(
+    model, method, dp.language_model(), tx, coupling, teacher=model.apply
+  )
+  rows = texts(5000, 8 * STEPS * GATE_BATCH, GATE_LENGTH)
+  state = dp.fit(
+    step,
+    dp.init_state(model, method, tx, variables, coupling),
+    jax.random.key(0),
+    {key: x[: STEPS * GATE_BATCH] for key, x in rows.items()},
+    batch=GATE_BATCH,
+    steps=STEPS,
+    teacher=variables,
+  )
+  return method.decide(jax.device_get(state.theta), {}, None)
 
 
 def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]:

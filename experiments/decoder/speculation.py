@@ -44,7 +44,7 @@ def _row(case: Case) -> Row:
   if (how := DRAFTS[case['draft']]) is None:
     draft, small = model.clone(depth=int(case['draft'].split()[1])), variables
   else:
-    draft, small = cut(network, **how)
+    draft, small = cut(**how)
   texts = np.concatenate([batch['image'] for batch in network.texts['report']])
   prompts = jnp.asarray(texts[:PROMPTS, None, :LENGTH])
   alone = lambda prompt: dp.generate(model, variables, prompt, STEPS)

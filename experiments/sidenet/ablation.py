@@ -31,12 +31,13 @@ from experiments.result_files import (
 )
 from experiments.run import SEEDS, Arguments, Case, fill
 
+CONFIDENCES = 'probability', 'learned'
 DROPS = (0.25, 0.5, 1.0)  # points that are asked for
 SHOWN = '0.5'  # of them, in the table
 HEAD = (
   *('variant', 'heads, % of the FLOPs', 'where chosen, %', 'points lost'),
   *('FLOPs saved, %', 'at best, %', 'points lost, each', 'FLOPs saved, each, %'),
-  'seeds',
+  *('points lost, learned', 'FLOPs saved, learned, %', 'seeds'),
 )
 
 
@@ -86,8 +87,8 @@ def _make_row(job: Job, every: Any, variables: Any, features: FeatureSet) -> Row
   model = sides.with_sides(sides.cascade_plan(job.config), every.trunk, job)
   own = of_taps(features, every, model)
   trained = sides.fit_heads(job, model, sides.with_trunk(job, model, variables), own)
-  decided = reached.decide(job, trained)
-  test = decided.test
+  decided = {kind: reached.decide(_sure_by(job, kind), trained) for kind in CONFIDENCES}
+  test = decided['probability'].test
   accuracy = (test.logits.argmax(-1) == test.labels).mean(-1)
   heads = test.cost[-1] / test.whole - 1
   return {
@@ -98,6 +99,11 @@ def _make_row(job: Job, every: Any, variables: Any, features: FeatureSet) -> Row
     'heads': float(heads),
     'drops': {f'{drop:g}': _asked(decided, drop) for drop in DROPS},
   }
+
+
+def _sure_by(job: Job, confidence: Any) -> Job:
+  options = dataclasses.replace(job.config.options, confidence=confidence)
+  return job._replace(config=dataclasses.replace(job.config, options=options))
 
 
 def of_taps(features: FeatureSet, every: Any, model: Any) -> FeatureSet:
@@ -116,25 +122,30 @@ def of_taps(features: FeatureSet, every: Any, model: Any) -> FeatureSet:
   return FeatureSet(features.name, *splits, classes=features.classes)
 
 
-def _asked(decided: reached.Decided, drop: float) -> dict[str, Any]:
+def _asked(decided: Mapping[str, reached.Decided], drop: float) -> dict[str, Any]:
   """What thresholds for a drop reach: one for all exits, and one for each of them.
 
+  'learned' has one for all, of a confidence that was learnt on the half that chooses.
   'at_best' is chosen on the reporting images, where it is measured too: what the heads
   would allow, if the threshold were known.
   """
-  test = decided.test
 
-  def reach(shared: bool) -> dict[str, Any]:
-    choice = reached.choose(decided.held_out, 'drop', drop, shared=shared)
-    best = reached.choose(test, 'drop', drop, shared=shared)
-    saved = lambda cost: 1 - cost / test.whole
+  def reach(confidence: str, shared: bool) -> dict[str, Any]:
+    own = decided[confidence]
+    choice = reached.choose(own.held_out, 'drop', drop, shared=shared)
+    best = reached.choose(own.test, 'drop', drop, shared=shared)
+    saved = lambda cost: 1 - cost / own.test.whole
     return {
-      **reached.outcome(decided, choice),
+      **reached.outcome(own, choice),
       'saved_where_chosen': saved(choice.held_out.cost),
       'saved_at_best': saved(best.held_out.cost),
     }
 
-  return {'shared': reach(True), 'each': reach(False)}
+  return {
+    'shared': reach('probability', True),
+    'each': reach('probability', False),
+    'learned': reach('learned', True),
+  }
 
 
 def head_tables() -> str:
@@ -154,7 +165,8 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     f'of {SHOWN} points asked for: what thresholds save on the half of the test images '
     'that chose them, and what they lose and save on the other half, heads paid for, '
     'with one threshold for all exits; at best: the most that a threshold chosen on '
-    'that other half would save; each: with a threshold for each exit instead '
+    'that other half would save; each: with a threshold for each exit instead; '
+    'learned: one threshold for a confidence that was learnt where it was chosen '
     f'({link(path)}). Plain: five heads on features as they are; normalised: with '
     'batch normalisation of them, the default; all: besides, nine heads that see the '
     'answer before theirs and learn half from that of the network.'
@@ -163,7 +175,8 @@ def _table(path: Path, content: dict[str, Any]) -> str:
 
 
 def _line(variant: str, rows: list[Row]) -> tuple[str, ...]:
-  shared, each = ([row['drops'][SHOWN][k] for row in rows] for k in ('shared', 'each'))
+  of = lambda way: [row['drops'][SHOWN].get(way) for row in rows]
+  shared, each, learned = of('shared'), of('each'), of('learned')
   return (
     variant,
     percent(row['heads'] for row in rows),
@@ -173,5 +186,7 @@ def _line(variant: str, rows: list[Row]) -> tuple[str, ...]:
     percent(one['saved_at_best'] for one in shared),
     spread(one['test']['drop'] for one in each),
     percent(one['test']['saved'] for one in each),
+    spread(one['test']['drop'] for one in learned) if all(learned) else '–',
+    percent(one['test']['saved'] for one in learned) if all(learned) else '–',
     str(len(rows)),
   )

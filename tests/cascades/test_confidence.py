@@ -40,6 +40,19 @@ def test_what_is_learnt_does_not_depend_on_how_often_it_is_told():
   np.testing.assert_allclose(once, often, rtol=1e-4, atol=1e-5)
 
 
+def test_where_the_network_is_wrong_too_nothing_is_lost():
+  """Unsure answers are wrong: of a network that is right there, or wrong as well."""
+  sure, unsure = np.array([4.0, 0, 0]), np.array([1.0, 0, 0])
+  early = np.stack([sure, unsure] * 50)
+  wrong = np.arange(100) % 2
+  own = np.stack([np.roll(sure, 1) if w else sure for w in wrong])  # always right
+  missed = confidence.learn(np.stack([early, own]), wrong)
+  shared = confidence.learn(np.stack([early, early]), wrong)
+  of = lambda weights: confidence.scores('learned', np.stack([early, own]), weights)[0]
+  assert of(missed)[0] > 0.9 > 0.1 > of(missed)[1]
+  assert (of(shared) > 0.9).all()
+
+
 @pytest.mark.parametrize('kind', ['probability', 'entropy', 'margin'])
 @pytest.mark.parametrize('n', [7, 64, 500, 1000])
 def test_an_answer_that_is_no_number_has_no_score_in_a_batch_of_any_size(kind, n):

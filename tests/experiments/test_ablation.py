@@ -36,6 +36,7 @@ def test_the_table_has_what_was_chosen_beside_what_was_reached(results):
   drop = lambda seed: {
     'shared': reach(0.4 + seed / 10, 0.4 + seed / 100),
     'each': reach(0.8, 0.43),
+    'learned': reach(0.5, 0.44),
   }
   content = {
     'config': {
@@ -51,5 +52,6 @@ def test_the_table_has_what_was_chosen_beside_what_was_reached(results):
   path.write_text(json.dumps(content))
   assert rows(ablation.head_tables())['plain'] == [
     *('1.60 ± 0.00', '42.00 ± 0.00', '0.45 ± 0.07', '40.50 ± 0.71'),
-    *('45.00 ± 0.00', '0.80 ± 0.00', '43.00 ± 0.00', '2'),
+    *('45.00 ± 0.00', '0.80 ± 0.00', '43.00 ± 0.00', '0.50 ± 0.00', '44.00 ± 0.00'),
+    '2',
   ]

@@ -1,12 +1,13 @@
 """Rows of claims are run in order, a process for each experiment and seed."""
 
+import os
 import subprocess
 import threading
 
 import pytest
 
 from experiments import claims, run
-from experiments.claims import units, work
+from experiments.claims import split, units, work
 
 LEFT = [('paper.first', 0), ('paper.first', 1), ('paper.second', 0)]
 
@@ -17,12 +18,14 @@ class Processes:
   def __init__(self, waits_for: int = 1):
     self.commands: list[list[str]] = []
     self.environments: list[dict] = []
+    self.cores: list[set[int]] = []
     self.together = threading.Barrier(waits_for)
 
   def __call__(self, command, env, check):
     assert not check  # one that fails does not stop the others
     self.commands.append(command[3:])
     self.environments.append(env)
+    self.cores.append(os.sched_getaffinity(0))
     self.together.wait(timeout=5)
 
 
@@ -63,6 +66,24 @@ def test_so_many_run_side_by_side_and_share_the_memory(processes):
   work(LEFT, full=False, minutes=0, at_once=3)
   shared = [e['XLA_PYTHON_CLIENT_PREALLOCATE'] for e in started.environments]
   assert shared == ['false'] * 3
+
+
+def test_each_process_has_its_own_cores(processes):
+  mine = os.sched_getaffinity(0)
+  started = processes(2)
+  work(LEFT[:2], full=False, minutes=0, at_once=2)
+  first, second = started.cores
+  assert first | second == mine and (len(mine) == 1 or not first & second)
+  assert os.sched_getaffinity(0) == mine  # those of the caller stay
+
+
+@pytest.mark.parametrize('cores', [[3], [0, 1], [0, 2, 4, 5, 7]])
+@pytest.mark.parametrize('parts', [1, 2, 3])
+def test_every_core_has_a_process_and_every_process_a_core(cores, parts):
+  shares = split(cores, parts)
+  assert len(shares) == parts and all(shares)
+  assert set().union(*shares) == set(cores)
+  assert sum(map(len, shares)) == max(parts, len(cores))
 
 
 def test_a_unit_is_an_experiment_and_a_seed_with_rows_left(monkeypatch):
