@@ -25,7 +25,6 @@ from experiments.result_files import (
   files_with,
   link,
   notes,
-  path_of,
   percent,
   table,
 )
@@ -42,7 +41,7 @@ HEAD = (
 
 
 def run(
-  name: str,
+  path: Path,
   config: Config[SideNetOptions],
   variants: Mapping[str, Mapping[str, Any]],
   arguments: Arguments,
@@ -50,13 +49,11 @@ def run(
   """Fills the result file of an experiment and returns the cases that are left.
 
   Args:
-    name: The function in configs.py.
+    path: The result file.
     config: What all variants share; its taps are those that any of them reads.
     variants: What differs from the config's options.
     arguments: What the experiment is asked.
   """
-  path = path_of('sidenet', name, full=False)
-  config = dataclasses.replace(config, workdir=f'runs/sidenet/{name}')
   rows = Rows(path, config.to_json(), ('variant', 'seed'))
   seeds = arguments.seeds or range(SEEDS)
   cases = [{'variant': v, 'seed': seed} for seed in seeds for v in variants]
@@ -161,7 +158,7 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   lines = [_line(v, [row for row in rows if row['variant'] == v]) for v in variants]
   return (
     f'Heads of SideNets, {config["model"]} on {config["data"]} '
-    f'({config["subset"]:,} training examples, {config["gate_epochs"]} epochs), a drop '
+    f'({trained_on(config)}, {config["gate_epochs"]} epochs), a drop '
     f'of {SHOWN} points asked for: what thresholds save on the half of the test images '
     'that chose them, and what they lose and save on the other half, heads paid for, '
     'with one threshold for all exits; at best: the most that a threshold chosen on '
@@ -172,6 +169,13 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     'answer before theirs and learn half from that of the network.'
     f'{notes(content)}\n\n' + table(HEAD, lines)
   )
+
+
+def trained_on(config: Mapping[str, Any]) -> str:
+  """How many images heads learn from, and how often each was augmented."""
+  count = f'{config["subset"]:,}' if config['subset'] else 'all'
+  copies = config['options']['views'] - 1
+  return f'{count} training examples, each augmented {copies}×'
 
 
 def _line(variant: str, rows: list[Row]) -> tuple[str, ...]:
