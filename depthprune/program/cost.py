@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program import arguments, rounding, rules
+from depthprune.program import arguments, modules, rounding, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.rounding import RoundTo
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
   from depthprune.program.coupling import Coupling
 
 Count = Callable[[ax.Axis], Any]
-CONTRACTIONS = 'dot_general', 'conv_general_dilated'
+PRODUCTS = 'dot_general', 'ragged_dot_general'
 
 
 def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
@@ -62,7 +62,8 @@ def of_program(view: View, program: jx.Program) -> int:
 def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
   """Returns the number of trainable parameters.
 
-  These are the leaves under 'params', or all variables where there is no such entry.
+  These are the leaves under 'params', those of `nnx.Param` in the state of an NNX
+  module, or all variables where there are none of these.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -73,9 +74,7 @@ def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
     differentiated.
   """
   view, count, alive = _reading(coupling, gates)
-  paths = [p for p in coupling.axes if p.startswith('params/')] or [
-    p for p in coupling.axes if not p.startswith('branches/')
-  ]
+  paths = modules.parameters_of(coupling.variables) & coupling.axes.keys()
   return sum(
     alive(view.leaves[p]) * math.prod(count(d) for d in coupling.axes[p]) for p in paths
   )
@@ -192,7 +191,7 @@ def _contractions(
       for body in bodies:
         inside = count(view.facts.hidden[e]) if e.name == 'scan' else 1
         yield from walk(body, times * inside)
-      if e.name in CONTRACTIONS:
+      if e.name in (*PRODUCTS, 'conv_general_dilated'):
         yield *_array_of(e, arrays), e, times
 
   yield from walk(view.program, 1)
@@ -205,9 +204,12 @@ def _array_of(
   for k in (1, 0):  # a kernel is mostly the second
     if (array := arrays.get(e.inputs[k])) is None:
       continue
-    if e.name == 'dot_general':
-      contracting, batch = (axes[k] for axes in e.params['dimension_numbers'])
-      outputs = {*range(len(array.axes))} - {*contracting, *batch}
+    if e.name in PRODUCTS:
+      ragged = e.params.get('ragged_dot_dimension_numbers')
+      numbers = ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
+      contracting, batch = (axes[k] for axes in numbers)
+      groups = ragged.rhs_group_dimensions if ragged and k == 1 else ()
+      outputs = {*range(len(array.axes))} - {*contracting, *batch, *groups}
     else:
       outputs = {e.params['dimension_numbers'].rhs_spec[0]}
     return array.path, tuple(sorted(array.axes[i] for i in outputs))
@@ -314,7 +316,7 @@ def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> An
 
 def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> Any:
   dims = view.facts.dims
-  if e.name in ('dot_general', 'ragged_dot_general'):  # in runs, a row meets one group
+  if e.name in PRODUCTS:  # in runs, a row meets one group
     summed, _ = rules.contracted(view.facts, e)
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
     return 2 * math.prod(map(count, [*out, *(lhs[i] for _, i in summed)]))

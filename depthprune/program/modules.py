@@ -275,6 +275,21 @@ def arrays_of(module: Any) -> Any:
   return jax.tree.map(lambda x: x if is_array(x) else None, module)
 
 
+def parameters_of(variables: Any) -> frozenset[str]:
+  """Returns the paths of the arrays that training changes.
+
+  They are those of `nnx.Param` in the state of an NNX module, those under 'params' in
+  other trees, or all but gates where there are none of these.
+  """
+  nnx = sys.modules.get('flax.nnx')
+  paths = frozenset(paths_of(variables))
+  if nnx is not None and isinstance(variables, nnx.State):
+    own = frozenset(paths_of(nnx.filter_state(variables, nnx.Param)))
+  else:
+    own = frozenset(path for path in paths if path.startswith('params/'))
+  return own or frozenset(path for path in paths if not path.startswith('branches/'))
+
+
 def is_linen(model: Any) -> bool:
   """Whether a network is a linen module."""
   return hasattr(model, 'apply') and hasattr(model, 'clone')

@@ -5,6 +5,7 @@ parameters. The whole network, trained as long on the same texts, is the control
 it gains comes from the texts.
 """
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import jax
 import optax
 
 import depthprune as dp
+from depthprune.models.decoder import Decoder
 from depthprune.report.numbers import spread
 from depthprune.train.evaluate import evaluator
+from depthprune.train.task import Tree
 from experiments.decoder.pruning import NETWORK, cut, texts, whole
 from experiments.result_files import Case, Row, Rows, files_with, link, path_of, table
 from experiments.run import SEEDS, Arguments, fill
@@ -47,9 +50,7 @@ def run(name: str, part: float, arguments: Arguments) -> list[Case]:
 def _row(part: float, **case: Any) -> Row:
   started = time.monotonic()
   network, method, task = whole(), dp.distill(dp.Method()), dp.language_model()
-  model, variables = network.model, network.variables
-  if how := CUTS[case['cut']]:
-    model, variables = cut(part, **how)
+  model, variables, before = _cut(part, case['cut'])
   tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, RATE, STEPS // 10, STEPS))
   step = dp.make_step(model, method, task, tx, teacher=network.model.apply)
   state = dp.init_state(model, method, tx, variables)
@@ -63,14 +64,28 @@ def _row(part: float, **case: Any) -> Row:
     steps=STEPS,
     teacher=network.variables,
   )
-  scores = evaluator(model, task)
-  perplexity = lambda v: scores(v, network.texts['report'])['perplexity']
   return {
-    'perplexity_cut': perplexity(variables),
-    'perplexity': perplexity(state.variables),
+    'perplexity_cut': before,
+    'perplexity': _perplexity(model, state.variables),
     'params': sum(x.size for x in jax.tree.leaves(variables['params'])),
     'wall_seconds': round(time.monotonic() - started, 1),
   }
+
+
+@functools.cache
+def _cut(part: float, name: str) -> tuple[Decoder, Tree, float]:
+  """A cut, which is the same for all seeds, and its perplexity."""
+  network = whole()
+  model, variables = network.model, network.variables
+  if how := CUTS[name]:
+    model, variables = cut(part, **how)
+  return model, variables, _perplexity(model, variables)
+
+
+def _perplexity(model: Decoder, variables: Tree) -> float:
+  """The perplexity on the texts that report."""
+  measure = evaluator(model, dp.language_model())
+  return measure(variables, whole().texts['report'])['perplexity']
 
 
 def healing_tables() -> str:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 from depthprune.models import build
@@ -54,6 +55,17 @@ def test_cifar_resnets(depth, millions):
   assert round(reached / 1e6, 2) == millions
 
 
+def test_parameters_of_an_nnx_module_are_its_params():
+  """Statistics, caches and counters of random keys are read too, and are none."""
+  rngs = nnx.Rngs(0)
+  norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+  layers = nnx.Linear(3, 8, rngs=rngs), norm, nnx.Dropout(0.1, rngs=rngs)
+  network = nnx.Sequential(*layers)
+  coupling = couple(network, nnx.state(network), jnp.ones((2, 3)))
+  assert any('mean' in path for path in coupling.axes)
+  assert cost.params(coupling) == 3 * 8 + 8 + 8 + 8
+
+
 def test_parameters_are_those_of_the_arrays():
   model = build('resnet20')
   coupling = coupled(model, jnp.ones((1, 32, 32, 3)))
@@ -94,6 +106,7 @@ def test_every_row_of_a_ragged_product_meets_one_group():
   f = lambda v, x: lax.ragged_dot(x, v['up'], jnp.array([2, 3, 1], jnp.int32))
   coupling = couple(f, {'up': jnp.ones((3, 4, 5))}, jnp.ones((6, 4)))
   assert cost.flops(coupling) == 2 * 6 * 4 * 5
+  assert cost.layers(coupling) == {'up': ((2,), 5, 2 * 6 * 4 * 5)}
 
 
 def test_control_flow():
