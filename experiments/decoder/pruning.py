@@ -197,7 +197,8 @@ def _learnt(part: float, score: Any) -> Tree:
     steps=STEPS,
     teacher=variables,
   )
-  return method.decide(jax.device_get(state.theta), {}, None)
+  decide: Any = method.decide  # what is open needs no evaluation
+  return decide(jax.device_get(state.theta), {}, None)
 
 
 def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]:
