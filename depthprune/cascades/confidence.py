@@ -7,7 +7,7 @@ An example leaves at the first exit whose score is above that exit's threshold.
   margin       the largest p(c) minus the second largest
   patience     number of exits in a row that repeated the same answer; a threshold of
                t - 1/2 waits for t repetitions; PABEE, arXiv 2006.04152
-  learned      P(leaving loses nothing) by a logistic regression on the first three; ours
+  learned      P(leaving loses nothing), a logistic regression on the first three; ours
 """
 
 from typing import Any, Literal, NamedTuple, get_args

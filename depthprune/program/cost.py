@@ -206,7 +206,9 @@ def _array_of(
       continue
     if e.name in PRODUCTS:
       ragged = e.params.get('ragged_dot_dimension_numbers')
-      numbers = ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
+      numbers = (
+        ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
+      )
       contracting, batch = (axes[k] for axes in numbers)
       groups = ragged.rhs_group_dimensions if ragged and k == 1 else ()
       outputs = {*range(len(array.axes))} - {*contracting, *batch, *groups}

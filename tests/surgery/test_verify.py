@@ -312,3 +312,27 @@ def test_a_network_that_makes_much_of_rounding_may_differ_by_it():
   keep = {'channels': {'a:1': np.arange(64) % 3 > 0}}
   proof = prune(net, p, keep, x).report['verify']
   assert proof['difference'] <= proof['tolerance'] <= 1e-3
+
+
+@pytest.mark.parametrize('is_wrong', [False, True])
+def test_a_probe_that_shows_rounding_alone_is_drawn_nearer_too(is_wrong, monkeypatch):
+  """Noise in `w`, which is 0, turns the sine a thousand times; less noise does not."""
+
+  def net(v, x):
+    h = x @ v['a'] @ v['b']
+    return h + jnp.sin(1e6 * v['w'] * h)
+
+  v = {'a': jax.random.normal(jax.random.key(0), (5, 64)) / 2, 'w': jnp.zeros(4)}
+  v['b'] = jax.random.normal(jax.random.key(1), (64, 4)) / 8
+  x = jax.random.normal(jax.random.key(2), (32, 5))
+  cut = lambda: prune(net, v, {'channels': {'a:1': np.arange(64) % 3 > 0}}, x)
+  if not is_wrong:
+    proof = cut().report['verify']
+    assert 0 < proof['difference'] <= proof['tolerance'] == SINGLE
+    return
+  take = plan.take
+  other = lambda masks: tuple(np.roll(mask, 1) for mask in masks)
+  wrong = lambda x, masks: take(x, other(masks) if np.shape(x) == (5, 64) else masks)
+  monkeypatch.setattr(plan, 'take', wrong)
+  with pytest.raises(InexactCut):
+    cut()
