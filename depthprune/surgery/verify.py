@@ -74,8 +74,8 @@ def verify(
   slices of other groups. Two programs are compiled, at once and without optimisation,
   because each of them runs a few times only. Where they differ by more than the
   tolerance, it is measured what rounding does to the masked network, and one that makes
-  much of it, being deep, is allowed more. Randomised arrays of which rounding makes more
-  than that are drawn nearer to the given ones.
+  much of it, being deep, is allowed more. Randomised arrays with which it makes more of
+  it still are drawn nearer to the given ones.
 
   Args:
     coupling: of the network, made by `couple`.
