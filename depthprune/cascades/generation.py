@@ -3,11 +3,13 @@
 Sources: Schuster et al., arXiv 2207.07061 (CALM), for exits by confidence and for
 "state copying": skipped layers compute the keys and values that later tokens attend to
 from the features at the exit. Elhoushi et al., arXiv 2404.16710 (LayerSkip), for exits
-that share the last normalisation and the logits of the network.
+that share the last normalisation and the logits of the network. Morisot, arXiv
+2007.13512 (SideNet), for exits that are trained while the network stays as it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -22,6 +24,7 @@ from depthprune.cascades.thresholds import Choice
 from depthprune.models.arch import complete
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import chosen_tokens
+from depthprune.models.heads import Unembedding, WithHeads
 from depthprune.program import arguments, cost
 from depthprune.program.coupling import couple
 
@@ -47,18 +50,20 @@ class Exits(NamedTuple):
   """How tokens leave a network; the same for all of them, so that it compiles once.
 
   Attributes:
-    taps: where tokens may leave, in order.
+    names: the exits where tokens may leave, in order of depth.
+    taps: the tap of each.
     layers: [taps + 1], how many layers end at each of them, and how many there are.
     confidence: the kind of score.
   """
 
+  names: tuple[str, ...]
   taps: tuple[str, ...]
   layers: tuple[int, ...]
   confidence: Kind
 
 
 def generate_early(
-  model: Decoder,
+  model: Decoder | WithHeads,
   variables: Any,
   tokens: jax.Array,
   steps: int,
@@ -82,6 +87,13 @@ def generate_early(
 
   `thresholds` is the module `depthprune.cascades.thresholds`.
 
+  Exits on layers need no training. Exits of a network with heads go by their names;
+  they have a perceptron each, which `sidenet` trains while the network stays frozen, so
+  more of their answers are right::
+
+    model = WithHeads(decoder, {'early': Unembedding('layer9', hidden=256)})
+    text = dp.generate_early(model, variables, prompts, 20, {'early': 0.9})
+
   The prompts go through all layers, which give the first new token, too. Every text of
   a batch gets the tokens that it would get alone: one that has left keeps its features
   while the layers run for the others. So layers are saved where all have left; texts
@@ -91,12 +103,14 @@ def generate_early(
   layers of a small network: a few exits save more than one after every layer.
 
   Args:
-    model: the network, before or after a cut.
+    model: the network, before or after a cut: a Decoder, or a `WithHeads` on one, whose
+      heads are of the kind `models.heads.Unembedding`.
     variables: its arrays.
     tokens: the prompts, int [batch, length], all of one length.
     steps: number of tokens to add, at least 1.
-    exits: {tap: threshold}, such as {'layer9': 0.9}, or what the functions of
-      `cascades.thresholds` choose on held-out texts.
+    exits: {exit: threshold}, such as {'layer9': 0.9}, or what the functions of
+      `cascades.thresholds` choose on held-out texts. The exits of a Decoder are its
+      layers, those of a `WithHeads` its heads.
     confidence: the kind of score, as `exit_predictions` was given it: 'probability',
       'entropy', 'margin' or 'patience', see `depthprune.cascades.confidence`.
     key: jax random key. With one, tokens are drawn by their probabilities; without, the
@@ -108,25 +122,27 @@ def generate_early(
     The EarlyText.
 
   Raises:
-    TypeError: the network is no Decoder.
-    ValueError: `steps` is below 1, an exit is no layer of the network or its last one,
-      a threshold is no number, the confidence is unknown, or the result would be longer
-      than the model's positions.
+    TypeError: the network is no Decoder, nor a `WithHeads` on one.
+    ValueError: `steps` is below 1, there is no such exit or it is behind the last
+      layer, a threshold is no number, the confidence is unknown, or the result would be
+      longer than the model's positions.
   """
   if isinstance(exits, Choice):
     exits = dict(zip(exits.exits[:-1], exits.thresholds.tolist(), strict=True))
-  arguments.kind_of('exits', exits, Mapping, '{tap: threshold}')
+  arguments.kind_of('exits', exits, Mapping, '{exit: threshold}')
   arguments.whole('steps', steps)
   arguments.number('temperature', temperature, above=0)
-  for tap, threshold in exits.items():
+  for name, threshold in exits.items():
     if np.ndim(threshold) or np.isnan(threshold):
-      raise arguments.refused(f'exits[{tap!r}]', 'a number', threshold, kind=ValueError)
-  _checked(model, [*exits], confidence)
-  used = [tap for tap in model.taps if exits.get(tap, np.inf) < np.inf]
-  limits = jnp.asarray([exits[tap] for tap in used], jnp.float32)
-  cache = model.empty_cache(tokens.shape[0], tokens.shape[1] + steps)
+      place = f'exits[{name!r}]'
+      raise arguments.refused(place, 'a number', threshold, kind=ValueError)
+  there = _checked(model, [*exits], confidence)
+  used = [name for name in there if exits.get(name, np.inf) < np.inf]
+  limits = jnp.asarray([exits[name] for name in used], jnp.float32)
+  decoder, _ = _bare(model, variables)
+  cache = decoder.empty_cache(tokens.shape[0], tokens.shape[1] + steps)
   keys = None if key is None else jax.random.split(key, steps)
-  setup = _exits(model, used, confidence)
+  setup = _exits(decoder, {name: there[name] for name in used}, confidence)
   text, layers = _generated(
     model, variables, tokens, cache, limits, keys, temperature, steps, setup
   )
@@ -135,7 +151,7 @@ def generate_early(
 
 
 def exit_predictions(
-  model: Decoder,
+  model: Decoder | WithHeads,
   variables: Any,
   tokens: Any,
   exits: Sequence[str],
@@ -149,10 +165,11 @@ def exit_predictions(
   early have copied keys and values, so it may differ from what thresholds promise here.
 
   Args:
-    model: the network, before or after a cut.
+    model: the network, before or after a cut, as for `generate_early`.
     variables: its arrays.
     tokens: int [texts, length].
-    exits: the layers after which tokens may leave, such as ['layer9', 'layer19'].
+    exits: where tokens may leave: layers such as ['layer9', 'layer19'], or the names of
+      heads.
     labels: int [texts, length], the token that follows each; negative ones are left
       out. None for the answers of the network itself, so that the accuracy is the share
       of the tokens that stay the same.
@@ -163,25 +180,26 @@ def exit_predictions(
     The `Predictions` that the functions of `cascades.thresholds` take. Samples are
     tokens. Classes are the answers of the exits and the label, in the order of their
     numbers, since all other logits change nothing. Costs are the FLOPs of one token
-    after `length` others, with the logits of every exit that it reaches.
+    after `length` others, with the head and the logits of every exit that it reaches.
 
   Raises:
-    TypeError: the network is no Decoder.
-    ValueError: no exit or text, a layer that the network does not have or that is its
-      last, an unknown confidence, or labels of another shape.
+    TypeError: the network is no Decoder, nor a `WithHeads` on one.
+    ValueError: no exit or text, an exit that the network does not have or that is
+      behind its last layer, an unknown confidence, or labels of another shape.
   """
   arguments.whole('batch', batch)
-  _checked(model, exits, confidence)
+  there = _checked(model, exits, confidence)
   tokens = np.asarray(tokens)
   if tokens.ndim != 2 or not tokens.size:
     raise arguments.refused('tokens', 'int [texts, length]', tokens, kind=ValueError)
   if not exits:
-    raise arguments.wrong('exits', f'expected some of {", ".join(model.taps[:-1])}')
+    raise arguments.wrong('exits', f'expected some of {", ".join(there)}')
   labels = None if labels is None else np.asarray(labels)
   if labels is not None and labels.shape != tokens.shape:
     expected = f'int {list(tokens.shape)}'
     raise arguments.refused('labels', expected, labels, kind=ValueError)
-  setup = _exits(model, [tap for tap in model.taps if tap in exits], confidence)
+  at = {name: tap for name, tap in there.items() if name in exits}
+  setup = _exits(_bare(model, variables)[0], at, confidence)
   answers = jax.jit(partial(_answers, model, setup))
   parts = []
   for start in range(0, len(tokens), batch):
@@ -197,7 +215,7 @@ def exit_predictions(
   )
   costs = _costs(model, variables, tokens.shape[1], setup)
   return Predictions(
-    exits=(*setup.taps, 'main'),
+    exits=(*setup.names, 'main'),
     logits=logits,
     labels=classes,
     scores=scores,
@@ -206,33 +224,62 @@ def exit_predictions(
   )
 
 
-def _checked(model: Any, exits: Sequence[str], confidence: str) -> None:
-  """Raises an error unless tokens can leave a network after these layers."""
-  expected = 'a Decoder, which runs layer by layer'
-  arguments.kind_of('model', model, Decoder, expected)
-  for tap in exits:
-    if tap not in model.taps[:-1]:
-      has = f'expected some of {arguments.listed(model.taps[:-1])}, got {tap!r}'
+def _checked(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str]:
+  """Returns {exit: its tap} of all exits of a network, in order of depth.
+
+  Raises an error unless tokens can leave the network at `exits`.
+  """
+  expected = 'a Decoder, which runs layer by layer, or heads on one'
+  if isinstance(model, WithHeads) and isinstance(model.trunk, Decoder):
+    early = model.taps[:-1] if 'main' in model.exits else ()
+    at = {
+      name: head.tap
+      for name, head in model.heads.items()
+      if name in model.exits and isinstance(head, Unembedding) and head.tap in early
+    }
+    there = dict(sorted(at.items(), key=lambda pair: early.index(pair[1])))
+  else:
+    arguments.kind_of('model', model, Decoder, expected)
+    there = {tap: tap for tap in model.taps[:-1]}
+  for name in exits:
+    if name not in there:
+      has = f'expected some of {arguments.listed(there)}, got {name!r}'
       raise arguments.wrong('exits', has)
   if confidence not in KINDS:
     has = f'expected one of {", ".join(KINDS)}, got {confidence!r}'
     raise arguments.wrong('confidence', has)
+  return there
 
 
-def _exits(model: Decoder, taps: Sequence[str], confidence: Kind) -> Exits:
-  """The exits at these taps, with the numbers of layers that a cut has left."""
+def _exits(model: Decoder, at: Mapping[str, str], confidence: Kind) -> Exits:
+  """The exits {name: tap}, with the numbers of layers that a cut has left."""
   arch = complete(model.arch, model.widths, 'Decoder')
   count, reached = 0, {}
   for name, tap, _ in model.parts:  # a layer without branches is not counted
     count += bool(arch[f'{name}/attention/branch'] or arch[f'{name}/mlp/branch'])
     reached[tap] = count
-  return Exits(tuple(taps), (*(reached[tap] for tap in taps), count), confidence)
+  layers = (*(reached[tap] for tap in at.values()), count)
+  return Exits(tuple(at), tuple(at.values()), layers, confidence)
 
 
-def _logits(model: Decoder, variables: Any, x: jax.Array) -> jax.Array:
+def _bare(model: Decoder | WithHeads, variables: Any) -> tuple[Decoder, Any]:
+  """The network without its heads, and its arrays."""
+  if isinstance(model, Decoder):
+    return model, variables
+  own = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
+  return model.trunk, own
+
+
+def _logits(
+  model: Decoder | WithHeads, variables: Any, x: jax.Array, name: str = 'main'
+) -> jax.Array:
   """What an exit answers to features [batch, length, width]: [batch, length, vocab]."""
-  run: Any = model.apply
-  return run(variables, x, since=model.taps[-1])['main']
+  if isinstance(model, WithHeads) and name != 'main' and model.heads[name].hidden:
+    head: Any = model.perceptron(name)
+    x = head.apply({'params': variables['params'][f'head_{name}']}, x)
+  decoder, own = _bare(model, variables)
+  run: Any = decoder.apply
+  return run(own, x, since=decoder.taps[-1])['main']
 
 
 # ---- generation ----------------------------------------------------------------------
@@ -240,7 +287,7 @@ def _logits(model: Decoder, variables: Any, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=('model', 'steps', 'setup'))
 def _generated(
-  model: Decoder,
+  model: Decoder | WithHeads,
   variables: Any,
   tokens: jax.Array,
   cache: Any,
@@ -264,8 +311,9 @@ def _generated(
     return (token, cache), (token, layers)
 
   first, rest = (None, None) if keys is None else (keys[0], keys[1:])
-  run: Any = model.apply
-  outputs = run(variables, tokens, cache=cache)
+  decoder, own = _bare(model, variables)
+  run: Any = decoder.apply
+  outputs = run(own, tokens, cache=cache)
   token = chosen(outputs['main'], first)[:, -1]
   _, (added, layers) = lax.scan(step, (token, outputs['cache']), rest, steps - 1)
   whole = jnp.full((1, len(token)), setup.layers[-1], jnp.int32)
@@ -274,7 +322,7 @@ def _generated(
 
 
 def _written(
-  model: Decoder,
+  model: Decoder | WithHeads,
   variables: Any,
   setup: Exits,
   limits: jax.Array,
@@ -283,14 +331,16 @@ def _written(
   cache: Any,
 ) -> tuple[jax.Array, jax.Array, Any]:
   """The token after each of `token` [batch], its number of layers, and the cache."""
-  run: Any = partial(model.apply, variables)
-  logits = lambda x: _logits(model, variables, x)[:, 0]
-  start, taps = cache['length'], (*setup.taps, model.taps[-1])
+  decoder, own = _bare(model, variables)
+  run: Any = partial(decoder.apply, own)
+  logits = lambda x, name: _logits(model, variables, x, name)[:, 0]
+  start, taps = cache['length'], (*setup.taps, decoder.taps[-1])
 
   def through(x, cache, left, since, until):
     """The layers between two taps; what has left keeps its features."""
-    first, last = model.taps.index(since), model.taps.index(until)
-    for before, tap in zip(model.taps[first:last], model.taps[first + 1 : last + 1]):
+    first, last = decoder.taps.index(since), decoder.taps.index(until)
+    reached = decoder.taps[first : last + 1]
+    for before, tap in pairwise(reached):
       outputs = run(x, cache=cache, since=before, until=tap)
       x = jnp.where(left[:, None, None], x, outputs[tap])
       cache = {**cache, **outputs['cache'], 'length': start}
@@ -300,10 +350,10 @@ def _written(
     """The result from an exit or the end on; `layers` is -1 until a text has left."""
     left = layers >= 0
     if index == len(setup.taps):
-      token = jnp.where(left, token, choose(logits(x)))
+      token = jnp.where(left, token, choose(logits(x, 'main')))
       layers = jnp.where(left, layers, setup.layers[-1])
       return token, layers, {**cache, 'length': start + 1}
-    answer = logits(x)
+    answer = logits(x, setup.names[index])
     score, memory = confidences.score(setup.confidence, answer, memory)
     goes = ~left & (score > limits[index])
     token = jnp.where(goes, choose(answer), token)
@@ -330,14 +380,22 @@ def _written(
 
 
 def _answers(
-  model: Decoder, setup: Exits, variables: Any, tokens: jax.Array, labels: Any
+  model: Decoder | WithHeads,
+  setup: Exits,
+  variables: Any,
+  tokens: jax.Array,
+  labels: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Logits [exits, n, classes] of n tokens, scores [exits - 1, n] and labels [n]."""
-  run: Any = model.apply
-  outputs = run(variables, tokens)
-  at = lambda tap: _logits(model, variables, outputs[tap])
+  decoder, own = _bare(model, variables)
+  run: Any = decoder.apply
+  outputs = run(own, tokens)
   flat = lambda x: x.reshape(-1, x.shape[-1])
-  every = [*(flat(at(tap)) for tap in setup.taps), flat(outputs['main'])]
+  every = [
+    flat(_logits(model, variables, outputs[tap], name))
+    for name, tap in zip(setup.names, setup.taps)
+  ]
+  every.append(flat(outputs['main']))
   memory, scores = confidences.start(tokens.size), []
   for logits in every[:-1]:
     score, memory = confidences.score(setup.confidence, logits, memory)
@@ -351,24 +409,29 @@ def _answers(
   return logits, jnp.stack(scores), jnp.where(label < 0, -1, place)
 
 
-def _costs(model: Decoder, variables: Any, length: int, setup: Exits) -> np.ndarray:
+def _costs(
+  model: Decoder | WithHeads, variables: Any, length: int, setup: Exits
+) -> np.ndarray:
   """FLOPs of a token that leaves at each exit, at the end, and of one without exits."""
+  decoder, _ = _bare(model, variables)
   token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  cache = jax.eval_shape(lambda: model.empty_cache(1, length))
+  cache = jax.eval_shape(lambda: decoder.empty_cache(1, length))
+  exits = tuple(zip(setup.names, setup.taps))
 
-  def run(variables, token, cache, taps, end):
-    step: Any = partial(model.apply, variables, cache=cache)
+  def run(variables, token, cache, passed, end):
+    own = _bare(model, variables)[1]
+    step: Any = partial(decoder.apply, own, cache=cache)
     outputs = step(token)
-    found = [_logits(model, variables, outputs[tap]) for tap in taps]
+    answers = [_logits(model, variables, outputs[tap], name) for name, tap in passed]
     if end:
-      return found, outputs['main'], outputs['cache']
-    skipped = step(outputs[taps[-1]], since=taps[-1], skip=True)
-    return found, {**outputs['cache'], **skipped['cache']}
+      return answers, outputs['main'], outputs['cache']
+    _, left = passed[-1]
+    skipped = step(outputs[left], since=left, skip=True)
+    return answers, {**outputs['cache'], **skipped['cache']}
 
-  ways = [(setup.taps[: i + 1], False) for i in range(len(setup.taps))]
-  ways += [(setup.taps, True), ((), True)]
+  ways = [(exits[: i + 1], False) for i in range(len(exits))]
   flops = []
-  for taps, end in ways:
-    coupling = couple(partial(run, taps=taps, end=end), variables, token, cache)
+  for passed, end in [*ways, (exits, True), ((), True)]:
+    coupling = couple(partial(run, passed=passed, end=end), variables, token, cache)
     flops.append(cost.flops(coupling))
   return np.asarray(flops, np.float64)

@@ -68,7 +68,9 @@ def sidenet(
   Args:
     coupling: what `couple` found in the network, which returns {'main': its own logits
       [batch, classes], NAME: logits of each head}; `models.heads.WithHeads` has heads
-      on the taps of a network. What 'main' does not read belongs to the heads.
+      on the taps of a network. What 'main' does not read belongs to the heads. For a
+      network that writes, logits are [batch, length, vocab] and heads of the kind
+      `models.heads.Unembedding`; `generate_early` then lets tokens leave at them.
     regime: 'frozen' trains the heads alone and leaves every parameter and statistic of
       the network as it is, 'joint' trains everything. The mixed regime is 'frozen',
       then 'joint' from what that left.
@@ -118,8 +120,9 @@ def sidenet(
 
 
 def _cross_entropy(task: Task, log_p: jax.Array, logits: jax.Array, batch: Tree):
-  """The mean over a batch of the cross-entropy of logits with probabilities."""
-  return tasks.mean(-(jnp.exp(log_p) * task.log_probs(logits)).sum(-1), batch)
+  """The mean over a batch, and its tokens, of the cross-entropy with probabilities."""
+  each = -(jnp.exp(log_p) * task.log_probs(logits)).sum(-1)
+  return tasks.mean(each.mean(range(1, each.ndim)), batch)
 
 
 def early(coupling: Coupling) -> tuple[str, ...]:

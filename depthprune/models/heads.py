@@ -15,7 +15,7 @@ from depthprune.models.arch import Arch, beneath, complete, within
 from depthprune.models.auxiliary_path import Auxiliary as Auxiliary
 from depthprune.models.auxiliary_path import AuxiliaryPath
 from depthprune.models.auxiliary_path import beside as beside
-from depthprune.models.decoder import Decoder
+from depthprune.models.decoder import Decoder, DecoderNorm
 from depthprune.models.layers import (
   Classes,
   Pool,
@@ -77,15 +77,20 @@ class Head:
 class Unembedding:
   """An exit of a decoder that shares its last normalisation and its logits.
 
-  It has no arrays of its own. The features [batch, length, width] of a tap become
-  logits [batch, length, vocab] of the token that follows each. Source: Elhoushi et al.,
-  arXiv 2404.16710 (LayerSkip).
+  The features x [batch, length, width] of a tap become logits [batch, length, vocab] of
+  the token that follows each. With a hidden layer they first pass a perceptron that can
+  be trained, x + out(relu(hidden(norm(x)))): 2 · width · hidden weights instead of the
+  width · vocab of logits of its own. `out` begins with zeros, so that the exit begins
+  as one without a perceptron. Sources: Elhoushi et al., arXiv 2404.16710 (LayerSkip),
+  for the shared logits; Morisot, arXiv 2007.13512 (SideNet), for the perceptron.
 
   Attributes:
     tap: name of the features that it reads.
+    hidden: width of the hidden layer; 0 for an exit without arrays of its own.
   """
 
   tap: str
+  hidden: int = 0
 
   @property
   def reads(self) -> tuple[str, ...]:
@@ -94,8 +99,8 @@ class Unembedding:
 
   @property
   def widths(self) -> dict[str, int]:
-    """Every key that `arch` may hold within the head: none."""
-    return {}
+    """Every key that `arch` may hold within the head, besides the width of `out`."""
+    return {'hidden': self.hidden} if self.hidden else {}
 
 
 AnyHead = Head | Unembedding | Auxiliary
@@ -132,6 +137,22 @@ class HeadPerceptron(nn.Module):
       log_p = nn.log_softmax(jax.lax.stop_gradient(before))
       x = jnp.concatenate([x, log_p.astype(x.dtype)], -1)
     return answer(x, self.head.classes, 'out')
+
+
+class UnembeddingPerceptron(nn.Module):
+  """The perceptron of an `Unembedding`: features [batch, length, width] → the same."""
+
+  norm: Callable[..., DecoderNorm]
+  arch: Arch  # 'hidden' and 'out'
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
+    y = self.norm(name='norm')(x)
+    y = nn.relu(dense(self.arch['hidden'], kernel_init=he_normal, name='hidden')(y))
+    zeros = nn.initializers.zeros
+    return x + dense(self.arch['out'], kernel_init=zeros, name='out')(y)
 
 
 class Heads(nn.Module):
@@ -225,7 +246,12 @@ class WithHeads(nn.Module):
   def widths(self) -> dict[str, int]:
     """Every key that `arch` may hold, with its value in the full network."""
     exits = {f'exit/{name}': 1 for name in ('main', *self.heads)}
-    return beneath(self.trunk.widths, 'trunk') | hidden_widths(self.heads) | exits
+    out = {
+      f'head_{name}/out': self.trunk.width
+      for name, head in self.heads.items()
+      if isinstance(head, Unembedding) and head.hidden
+    }
+    return beneath(self.trunk.widths, 'trunk') | hidden_widths(self.heads) | out | exits
 
   @property
   def alone(self) -> Heads:
@@ -244,8 +270,9 @@ class WithHeads(nn.Module):
     answers = _answers(heads, arch, dtype, taps, train, mask)
     for name, head in self._kept.items():
       if isinstance(head, Unembedding):
-        shared = self.trunk(outputs[head.tap], since=self.taps[-1])
-        answers[name] = shared['main']
+        x = outputs[head.tap]
+        x = self.perceptron(name)(x) if head.hidden else x
+        answers[name] = self.trunk(x, since=self.taps[-1])['main']
     # A class of every pixel is as large as the network's own answer, or the image.
     images = jax.tree.leaves((outputs.get('main'), inputs))
     size = next((jnp.shape(x)[1:-1] for x in images if jnp.ndim(x) > 2), ())
@@ -275,6 +302,21 @@ class WithHeads(nn.Module):
       for name, head in self._kept.items()
     }
     return read | ({'main': outputs['main']} if 'main' in self.exits else {})
+
+  @nn.nowrap
+  def perceptron(self, name: str) -> UnembeddingPerceptron:
+    """Returns the module of an `Unembedding` with a hidden layer, to run it alone.
+
+        perceptron = model.perceptron('early')
+        x = perceptron.apply({'params': variables['params']['head_early']}, x)
+
+    Args:
+      name: name of the head.
+    """
+    trunk, path = self.trunk, f'head_{name}'
+    norm = partial(DecoderNorm, trunk.width, trunk.epsilon, trunk.offset, trunk.dtype)
+    part = FrozenDict(within(complete(self.arch, self.widths, 'WithHeads'), path))
+    return UnembeddingPerceptron(norm, part, trunk.dtype, name=path)
 
   @property
   def _kept(self) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import pytest
 from depthprune.cascades import confidence as confidences
 from depthprune.cascades import thresholds
 from depthprune.cascades.generation import exit_predictions, generate_early
-from depthprune.models import decoder
+from depthprune.models import build, decoder
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import generate
+from depthprune.models.heads import Head, Unembedding, WithHeads
 from depthprune.program.coupling import couple
 from depthprune.surgery.prune import prune
 from tests import masking as m
@@ -26,6 +27,10 @@ for unit in (VARIABLES['params'][f'layer{i}']['attention'] for i in range(3)):
   unit['query']['kernel'] *= 3  # tokens attend to few others, and to much of them
   unit['out']['kernel'] *= 4
 SURE = {'layer0': 0.5, 'layer1': 0.6}  # some tokens leave at each, some at none
+TAPS = {'near': 'layer0', 'far': 'layer1'}
+HEADS = WithHeads(MODEL, {n: Unembedding(tap, hidden=5) for n, tap in TAPS.items()})
+OWN = zoo.randomised(jax.eval_shape(HEADS.init, jax.random.key(0), PROMPTS), seed=4)
+WITH_HEADS = {name: {**OWN[name], 'trunk': tree} for name, tree in VARIABLES.items()}
 
 
 @pytest.fixture(scope='module')
@@ -48,6 +53,14 @@ def features(text, left):
   return found
 
 
+def own_answer(name, x):
+  """What a head makes of features, by the formula."""
+  head = WITH_HEADS['params'][f'head_{name}']
+  y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + MODEL.epsilon)
+  y = np.maximum(y * head['norm']['scale'] @ head['hidden']['kernel'], 0)
+  return x + y @ head['out']['kernel']
+
+
 def check(text, layers, exits, kind):
   """Every token of a text [length] left where its confidence says, with its answer."""
   prompt = PROMPTS.shape[1]
@@ -55,14 +68,18 @@ def check(text, layers, exits, kind):
   behind = features(text[None, :-1], left)
   read = lambda x: MODEL.apply(VARIABLES, x, since='layer2')['main'][0]
   logits = [read(x) for x in behind]
+  for name, tap in TAPS.items():
+    if name in exits:
+      i = int(tap[-1])
+      logits[i] = read(own_answer(name, behind[i]))
   memory = confidences.start(len(left))
   scores = []
-  for tap in exits:
-    at = logits[int(tap.removeprefix('layer'))]
-    score, memory = confidences.score(kind, at, memory)
+  after = [int(TAPS.get(name, name)[-1]) + 1 for name in exits]  # layers of each exit
+  for count in after:
+    score, memory = confidences.score(kind, logits[count - 1], memory)
     scores.append(score)
   for p in range(prompt, len(left)):  # the token at p - 1 wrote that at p
-    sure = [int(t[-1]) + 1 for t, s in zip(exits, scores) if s[p] > exits[t]]
+    sure = [n for n, s, t in zip(after, scores, exits.values()) if s[p] > t]
     assert left[p] == (sure or [3])[0]
   for p in range(prompt - 1, len(left)):
     assert logits[int(left[p]) - 1][p].argmax() == text[p + 1]
@@ -74,15 +91,42 @@ def check(text, layers, exits, kind):
     ('probability', SURE),
     ('margin', {'layer1': 0.3}),
     ('patience', {'layer0': 0.5, 'layer1': 0.5}),
+    ('probability', {'near': 0.7, 'far': 0.8}),
+    ('margin', {'far': 0.5}),
   ],
 )
 def test_tokens_leave_where_they_are_sure_and_copy_their_state(kind, exits):
-  found = generate_early(MODEL, VARIABLES, PROMPTS, 10, exits, kind)
+  own = HEADS, WITH_HEADS
+  network = own if {*exits} <= {*TAPS} else (MODEL, VARIABLES)
+  found = generate_early(*network, PROMPTS, 10, exits, kind)
   layers = np.asarray(found.layers)
   assert len({*layers.ravel().tolist()}) > 1
   for text, its in zip(found.tokens, layers):
     check(text, its, exits, kind)
   assert found.executed == pytest.approx(layers.max(0).mean() / 3)
+
+
+def test_a_head_that_adds_nothing_is_an_exit_on_its_layer():
+  """So begins every head: its last kernel is of zeros."""
+  params = HEADS.init(jax.random.key(1), PROMPTS)['params']
+  fresh = {f'head_{name}': params[f'head_{name}'] for name in TAPS}
+  assert all(not head['out']['kernel'].any() for head in fresh.values())
+  variables = {**WITH_HEADS, 'params': {**WITH_HEADS['params'], **fresh}}
+  exits = {name: SURE[tap] for name, tap in TAPS.items()}
+  found = generate_early(HEADS, variables, PROMPTS, 10, exits)
+  plain = generate_early(MODEL, VARIABLES, PROMPTS, 10, SURE)
+  jax.tree.map(np.testing.assert_array_equal, found, plain)
+  texts = zoo.tokens(4, 9)
+  found = exit_predictions(HEADS, variables, texts, [*TAPS])
+  plain = exit_predictions(MODEL, VARIABLES, texts, [*TAPS.values()])
+  assert found.exits == ('near', 'far', 'main') and found.whole == plain.whole
+  for name in ('logits', 'scores', 'labels'):
+    np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+  bare = WithHeads(MODEL, {name: Unembedding(tap) for name, tap in TAPS.items()})
+  none = generate_early(bare, WITH_HEADS, PROMPTS, 10, exits)
+  np.testing.assert_array_equal(
+    none.tokens, generate_early(MODEL, VARIABLES, PROMPTS, 10, SURE).tokens
+  )
 
 
 def test_every_text_of_a_batch_is_written_as_if_it_were_alone():
@@ -105,6 +149,15 @@ def test_nobody_leaves_above_every_score_and_all_below():
   np.testing.assert_array_equal(unused.tokens, never.tokens)
   one = generate_early(MODEL, VARIABLES, PROMPTS, 1, {'layer0': 0})
   np.testing.assert_array_equal(one.tokens, generate(MODEL, VARIABLES, PROMPTS, 1))
+
+
+def test_heads_that_nobody_is_sure_of_change_nothing():
+  whole = generate(MODEL, VARIABLES, PROMPTS, 6)
+  for high in (2.0, np.inf):
+    exits = dict.fromkeys(TAPS, high)
+    never = generate_early(HEADS, WITH_HEADS, PROMPTS, 6, exits)
+    np.testing.assert_array_equal(never.tokens, whole)
+    assert never.executed == 1
 
 
 def test_tokens_are_drawn_as_without_exits():
@@ -141,6 +194,27 @@ def test_a_cut_network_counts_the_layers_that_are_left(cut):
   assert (np.asarray(never.layers) == 2).all() and never.executed == 1
   early = generate_early(model, variables, PROMPTS, 6, {'layer1': 0})
   assert early.layers.tolist() == [[2, 1, 1, 1, 1, 1]] * 3
+
+
+def test_a_network_is_cut_with_its_heads():
+  """Small equals masked, heads included; and it writes as its arrays say."""
+  coupling = couple(HEADS, WITH_HEADS, PROMPTS)
+  keep = m.random_keep(coupling)
+  assert {'head_near/hidden:1', 'trunk/layer0/mlp/gate:1'} <= {*keep['channels']}
+  small = prune(HEADS, WITH_HEADS, keep, PROMPTS, coupling=coupling)
+  assert small.arch['head_near/out'] == small.arch['trunk/embed'] < 8
+  assert small.arch['head_near/hidden'] < 5
+  found = small.model.apply(small.variables, PROMPTS)
+  for name, logits in small.apply(small.variables, PROMPTS).items():
+    np.testing.assert_allclose(found[name], logits, rtol=1e-5, atol=1e-5)
+  text = generate_early(small.model, small.variables, PROMPTS, 6, {'far': 0.0}).tokens
+  far, rest = (small.model.apply(small.variables, text)[k] for k in ('far', 'main'))
+  np.testing.assert_array_equal(rest[:, 4].argmax(-1), text[:, 5])
+  np.testing.assert_array_equal(far[:, 5].argmax(-1), text[:, 6])
+  trunk = {name: tree['trunk'] for name, tree in small.variables.items()}
+  never = generate_early(small.model, small.variables, PROMPTS, 6, {'near': 2.0})
+  whole = generate(small.model.trunk, trunk, PROMPTS, 6)
+  np.testing.assert_array_equal(never.tokens, whole)
 
 
 def test_a_token_leaves_after_a_first_layer_that_is_empty():
@@ -186,6 +260,17 @@ def test_costs_are_counted_by_hand():
   assert seen.whole == 3 * layer + logits
 
 
+def test_costs_count_the_heads():
+  texts = zoo.tokens(1, 9)
+  plain = exit_predictions(MODEL, VARIABLES, texts, [*TAPS.values()])
+  seen = exit_predictions(HEADS, WITH_HEADS, texts, [*TAPS])
+  head = 2 * (8 * 5 + 5 * 8)
+  np.testing.assert_array_equal(seen.cost - plain.cost, [head, 2 * head, 2 * head])
+  assert seen.whole == plain.whole
+  far = exit_predictions(HEADS, WITH_HEADS, texts, ['far'])
+  assert far.cost[-1] == far.whole + head + 2 * 8 * 20
+
+
 def test_thresholds_are_chosen_by_agreement_or_by_a_budget():
   texts = np.random.default_rng(1).integers(0, 20, (20, 9))
   seen = exit_predictions(MODEL, VARIABLES, texts, ['layer0', 'layer1'])
@@ -207,12 +292,28 @@ def test_thresholds_are_chosen_by_agreement_or_by_a_budget():
   [
     ({'exits': {'layer2': 0.5}}, ValueError, "some of layer0, layer1, got 'layer2'"),
     ({'exits': {'layer0': np.nan}}, ValueError, r"exits\['layer0'\]: expected a num"),
-    ({'exits': 0.5}, TypeError, 'exits: expected {tap: threshold}, got the number'),
+    ({'exits': 0.5}, TypeError, 'exits: expected {exit: threshold}, got the number'),
     ({'confidence': 'learned'}, ValueError, "entropy, margin, patience, got 'learned'"),
     ({'steps': 0}, ValueError, 'steps: expected a whole number of 1 or more, got'),
     ({'steps': 12}, ValueError, 'at most 16 positions, got .* length 17'),
     ({'temperature': 0}, ValueError, 'temperature'),
     ({'model': MODEL.apply}, TypeError, 'model: expected a Decoder'),
+    ({'model': HEADS}, ValueError, "exits: expected some of near, far, got 'layer0'"),
+    (
+      {
+        'model': WithHeads(
+          MODEL, {'layer': Head('layer0'), 'last': Unembedding('layer2')}
+        )
+      },
+      ValueError,
+      "exits: expected some of none, got 'layer0'",
+    ),
+    (
+      {'model': HEADS.clone(arch={'exit/main': 0, 'exit/near': 0})},
+      ValueError,
+      "exits: expected some of none, got 'layer0'",
+    ),
+    ({'model': WithHeads(build('mlp'), {'e': Head('layer1')})}, TypeError, 'heads on'),
   ],
 )
 def test_writing_that_is_impossible_is_refused(more, error, message):

@@ -7,9 +7,11 @@ import optax
 import pytest
 
 from depthprune.methods.sidenet import early, side_paths, sidenet
-from depthprune.models.heads import Head, WithHeads
+from depthprune.models.decoder import Decoder
+from depthprune.models.heads import Head, Unembedding, WithHeads
 from depthprune.models.resnet import ResNet
 from depthprune.program.coupling import couple
+from depthprune.train.language import language_model
 from depthprune.train.step import init_state, make_step
 from depthprune.train.task import classification
 from tests import zoo
@@ -124,3 +126,66 @@ def test_refused():
     sidenet(COUPLING, taught=1.5)
   with pytest.raises(ValueError, match='training mode.*train=False'):
     sidenet(couple(in_training, VARIABLES, X, train=True))
+
+
+# ---- networks that write -------------------------------------------------------------
+
+WRITER = Decoder(
+  vocab=12, positions=8, width=8, depth=3, heads=2, groups=1, size=4, inner=6
+)
+WRITES = WithHeads(
+  WRITER, {'a': Unembedding('layer0', hidden=16), 'b': Unembedding('layer1', hidden=4)}
+)
+TOKENS = zoo.tokens(16, 8) % 12
+TEXTS = {'image': TOKENS, 'label': jnp.roll(TOKENS, -1, 1).at[:, -1].set(-1)}
+
+
+@pytest.fixture(scope='module')
+def writer():
+  """(coupling, variables) of a trunk of random weights with heads as they begin."""
+  variables = WRITES.init(jax.random.key(0), TOKENS)
+  trunk = {k: v['trunk'] for k, v in variables.items()}
+  for name, tree in zoo.randomised(trunk).items():
+    variables[name]['trunk'] = tree
+  return couple(WRITES, variables, TOKENS), variables
+
+
+def agreement(variables, name):
+  outputs = WRITES.apply(variables, TOKENS)
+  return float((outputs[name].argmax(-1) == outputs['main'].argmax(-1)).mean())
+
+
+@pytest.mark.parametrize('taught', [0.0, 1.0])
+@jax.numpy_dtype_promotion('standard')  # optax.adam needs it
+def test_the_heads_of_a_decoder_learn_and_it_stays_as_it_is(taught, writer):
+  coupling, variables = writer
+  task, tx = language_model(), optax.adam(0.02)
+  method = sidenet(coupling, taught=taught)
+  state = init_state(WRITES, method, tx, variables)
+  step = make_step(WRITES, method, task, tx)
+  losses = []
+  for _ in range(60):
+    state, metrics = step(state, TEXTS, jax.random.key(2))
+    losses.append(float(metrics['loss']))
+  assert same(state.params['trunk'], variables['params']['trunk'])
+  assert same(state.model_state, {k: v for k, v in variables.items() if k != 'params'})
+  assert losses[-1] < losses[0]
+  if taught:
+    before, after = (agreement(v, 'a') for v in (variables, state.variables))
+    assert after > before + 0.1
+
+
+def test_every_token_teaches_the_same(writer):
+  """The mean over texts and tokens; of padding, which a batch is filled with, none."""
+  coupling, variables = writer
+  outputs = {k: v for k, v in WRITES.apply(variables, TOKENS).items() if k in 'ab'}
+  outputs['main'] = WRITES.apply(variables, TOKENS)['main']
+  weight = jnp.arange(16) < 11
+  batch = {**TEXTS, 'weight': weight.astype(jnp.float32)}
+  method = sidenet(coupling, taught=1.0)
+  loss, metrics = method.objective(language_model(), outputs, batch, {}, 0)
+  p = np.asarray(jax.nn.softmax(outputs['main'] / 2), np.float64)
+  log_p = [np.asarray(jax.nn.log_softmax(outputs[name])) for name in 'ab']
+  expected = -sum((p * each).sum(-1)[:11].mean() for each in log_p)
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
+  assert {'accuracy', 'accuracy_a', 'accuracy_b'} == {*metrics}
