@@ -9,6 +9,7 @@ with _epy.lazy_api_imports(globals()):
   from depthprune import models
   from depthprune.cascades.cascade import cascade
   from depthprune.cascades.generation import exit_predictions, generate_early
+  from depthprune.exports.exits import load_exits, save_exits
   from depthprune.exports.networks import load, load_cascade, save, save_cascade
   from depthprune.exports.stablehlo import export
   from depthprune.gates import branch, straight_through
@@ -85,6 +86,7 @@ __all__ = [
   'language_model',
   'load',
   'load_cascade',
+  'load_exits',
   'load_run',
   'make_step',
   'milliseconds',
@@ -101,6 +103,7 @@ __all__ = [
   'run_method',
   'save',
   'save_cascade',
+  'save_exits',
   'search',
   'segmentation',
   'shrink',

@@ -127,16 +127,10 @@ def generate_early(
       layer, a threshold is no number, the confidence is unknown, or the result would be
       longer than the model's positions.
   """
-  if isinstance(exits, Choice):
-    exits = dict(zip(exits.exits[:-1], exits.thresholds.tolist(), strict=True))
-  arguments.kind_of('exits', exits, Mapping, '{exit: threshold}')
+  exits = thresholds_of(exits)
   arguments.whole('steps', steps)
   arguments.number('temperature', temperature, above=0)
-  for name, threshold in exits.items():
-    if np.ndim(threshold) or np.isnan(threshold):
-      place = f'exits[{name!r}]'
-      raise arguments.refused(place, 'a number', threshold, kind=ValueError)
-  there = _checked(model, [*exits], confidence)
+  there = check(model, [*exits], confidence)
   used = [name for name in there if exits.get(name, np.inf) < np.inf]
   limits = jnp.asarray([exits[name] for name in used], jnp.float32)
   decoder, _ = _bare(model, variables)
@@ -188,7 +182,7 @@ def exit_predictions(
       behind its last layer, an unknown confidence, or labels of another shape.
   """
   arguments.whole('batch', batch)
-  there = _checked(model, exits, confidence)
+  there = check(model, exits, confidence)
   tokens = np.asarray(tokens)
   if tokens.ndim != 2 or not tokens.size:
     raise arguments.refused('tokens', 'int [texts, length]', tokens, kind=ValueError)
@@ -224,12 +218,12 @@ def exit_predictions(
   )
 
 
-def _checked(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str]:
-  """Returns {exit: its tap} of all exits of a network, in order of depth.
+def exits_of(model: Any) -> dict[str, str]:
+  """Returns {exit: its tap} of a network that writes, in order of depth.
 
-  Raises an error unless tokens can leave the network at `exits`.
+  Raises:
+    TypeError: the network is no Decoder, nor a `WithHeads` on one.
   """
-  expected = 'a Decoder, which runs layer by layer, or heads on one'
   if isinstance(model, WithHeads) and isinstance(model.trunk, Decoder):
     early = model.taps[:-1] if 'main' in model.exits else ()
     at = {
@@ -237,10 +231,37 @@ def _checked(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str
       for name, head in model.heads.items()
       if name in model.exits and isinstance(head, Unembedding) and head.tap in early
     }
-    there = dict(sorted(at.items(), key=lambda pair: early.index(pair[1])))
-  else:
-    arguments.kind_of('model', model, Decoder, expected)
-    there = {tap: tap for tap in model.taps[:-1]}
+    return dict(sorted(at.items(), key=lambda pair: early.index(pair[1])))
+  expected = 'a Decoder, which runs layer by layer, or heads on one'
+  arguments.kind_of('model', model, Decoder, expected)
+  return {tap: tap for tap in model.taps[:-1]}
+
+
+def thresholds_of(exits: Mapping[str, float] | Choice) -> Mapping[str, float]:
+  """Returns {exit: threshold} of an argument that may be a Choice.
+
+  Raises:
+    TypeError: it is no mapping.
+    ValueError: a threshold is no number.
+  """
+  if isinstance(exits, Choice):
+    exits = dict(zip(exits.exits[:-1], exits.thresholds.tolist(), strict=True))
+  arguments.kind_of('exits', exits, Mapping, '{exit: threshold}')
+  for name, threshold in exits.items():
+    if isinstance(threshold, str) or np.ndim(threshold) or np.isnan(threshold):
+      place = f'exits[{name!r}]'
+      raise arguments.refused(place, 'a number', threshold, kind=ValueError)
+  return exits
+
+
+def check(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str]:
+  """Returns `exits_of` a network.
+
+  Raises:
+    TypeError: as for `exits_of`.
+    ValueError: one of `exits` is not among them, or the confidence is unknown.
+  """
+  there = exits_of(model)
   for name in exits:
     if name not in there:
       has = f'expected some of {arguments.listed(there)}, got {name!r}'

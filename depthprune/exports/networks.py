@@ -288,7 +288,8 @@ def find(path: str | Path, model: Any = None) -> Saved:
     CheckpointError: the folder has no network, or is damaged.
   """
   path = Path(path)
-  for folder in (path, path / 'cascade', path / 'network', path / 'pruned'):
+  inside = 'cascade', 'network', 'pruned', 'exits/network'
+  for folder in (path, *(path / name for name in inside)):
     if (folder / CASCADE_RECORD).is_file():
       early, network = _read_cascade(folder, model)
     elif (folder / RECORD).is_file():

@@ -17,7 +17,7 @@ from depthprune.storage import checkpoint, files
 from depthprune.storage.checkpoint import CheckpointError, is_key, kind
 from depthprune.storage.files import Rule, at_least
 
-RECORD, CASCADE_RECORD = 'arch.json', 'cascade.json'
+RECORD, CASCADE_RECORD, EXITS_RECORD = 'arch.json', 'cascade.json', 'exits.json'
 KEYS = 'threefry2x32', 'rbg', 'unsafe_rbg'  # the kinds of random keys that jax has
 LONGEST = 2**40  # of an axis
 LARGEST_FIELD = 4096  # of a model, where no axis of its arrays is longer
@@ -120,6 +120,13 @@ class CascadeRecord(TypedDict):
   whole: float
 
 
+class ExitsRecord(TypedDict):
+  """The entries of `exits.json`."""
+
+  thresholds: dict[str, Threshold]
+  confidence: Literal['probability', 'entropy', 'margin', 'patience']
+
+
 class ReportRecord(TypedDict):
   """The entries of a report that are read."""
 
@@ -187,8 +194,10 @@ def read_cascade(path: Path) -> CascadeRecord:
   """
   file = path / CASCADE_RECORD
   if not file.exists():
+    writes = (path / EXITS_RECORD).is_file()
     raise CheckpointError(
-      f'{path}: expected a cascade (with {CASCADE_RECORD} and network/), got none'
+      f'{path}: expected a cascade (with {CASCADE_RECORD} and network/), got '
+      f'{"a language model with exits: load_exits reads it" if writes else "none"}'
     )
   record = files.read_json(file, CascadeRecord, CheckpointError)
   early, weights = record['exits'][:-1], record['weights']

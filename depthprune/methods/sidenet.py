@@ -165,7 +165,9 @@ BY_INPUT = tyro.conf.arg(
 SPREAD = tyro.conf.arg(
   metavar='NAME', help_behavior_hint='(default: spread over the depth)'
 )
-FIVE = tyro.conf.arg(metavar='INT', help_behavior_hint='(default: 5)')
+FIVE = tyro.conf.arg(
+  metavar='INT', help_behavior_hint='(default: 5, of a language model 2)'
+)
 NUMBER = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: none)')
 LABELS = tyro.conf.arg(metavar='NUMBER', help_behavior_hint='(default: labels alone)')
 
@@ -219,7 +221,8 @@ class SideNetOptions:
 
   drop: float = 0.5
   """Points of accuracy that the cascade which is saved may lose against the network
-  alone, as it is after training."""
+  alone, as it is after training. Of a language model: percent of the tokens that may
+  change."""
 
   budget: Annotated[float | None, FRACTION] = None
   """Save the best cascade for this part of the network's FLOPs, such as 0.6 or 60%,
@@ -257,9 +260,10 @@ class SideNetOptions:
     at_least(self, 'views', 1)
     finite(self, 'drop', positive=False)
     finite(self, 'head_learning_rate', positive=True)
-    for name in ('dropout', 'smoothing', 'taught'):
-      if getattr(self, name) is not None:
-        inside(self, name, 0, 1)
+    for name in ('dropout', 'smoothing'):
+      inside(self, name, 0, 1)
+    if self.taught is not None and not 0 <= self.taught <= 1:
+      raise ConfigError(f'taught: expected a number in [0, 1], got {self.taught!r}')
     for name in ('budget', 'risk', 'delta'):
       if isinstance(value := getattr(self, name), str):
         object.__setattr__(self, name, fraction(value, name))
@@ -302,10 +306,35 @@ def _check(config: Any) -> None:
     )
 
 
+def _check_texts(o: SideNetOptions) -> None:
+  """Refuses what heads on the features of every token do not have."""
+  if o.request[0] in ('milliseconds', 'risk') or o.confidence in (
+    'patience',
+    'learned',
+  ):
+    raise ConfigError(
+      f'{o.request[0]}, {o.confidence}: tokens of a language model leave by their '
+      'probability, entropy or margin, for a drop, a budget or a threshold: tokens of '
+      'one text are too alike to certify a risk, and their time is not measured'
+    )
+  if o.hidden < 1:
+    raise ConfigError(
+      'hidden: expected 1 or more for a language model, got 0: such exits have nothing '
+      'to train, and dp.generate_early uses them as they are'
+    )
+  names = 'pool', 'normalise', 'sees_earlier', 'regime', 'views', 'dropout', 'smoothing'
+  default = SideNetOptions()
+  if given := [k for k in names if getattr(o, k) != getattr(default, k)]:
+    raise ConfigError(
+      f'{", ".join(given)}: heads of a language model read every token of a frozen '
+      'network as it is: leave it out'
+    )
+
+
 def _plan(o: SideNetOptions) -> CascadePlan:
   return CascadePlan(
     taps=o.taps,
-    heads=o.heads or 5,
+    heads=o.heads,
     hidden=o.hidden,
     pool=o.pool,
     normalise=o.normalise,
@@ -340,6 +369,8 @@ RECIPE = Recipe(
   decides_only=('drop', *REQUESTS, 'delta', 'confidence', 'shared_threshold'),
   formerly={'normalise': False, 'shared_threshold': False},
   check=_check,
+  tells_tokens=True,
+  check_texts=_check_texts,
   own_exits=True,
   cascade=_plan,
   name='SideNets',

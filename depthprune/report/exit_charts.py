@@ -85,6 +85,7 @@ def leaving(
   shares: Mapping[str, float],
   right: Mapping[str, float | None] = {},
   width: float = WIDE,
+  of: str = 'examples',
 ) -> Figure:
   """Draws where examples leave, a bar for every exit.
 
@@ -92,6 +93,7 @@ def leaving(
     shares: {exit: part of all examples}.
     right: {exit: accuracy of the examples that leave there}, where it is known.
     width: inches of the chart.
+    of: what leaves.
   """
   names = list(shares)
   lengths = [part if 0 <= part <= 1 else 0.0 for part in shares.values()]
@@ -105,7 +107,7 @@ def leaving(
       at = (lengths[row], row)
       axes.annotate(text, at, (4, 0), **OFFSET, va='center', color=INK, size=8)
     name_rows(axes, names)
-    axes.set_xlabel('share of the test examples')
+    axes.set_xlabel(f'share of the test {of}')
     longest = max(lengths) or 1
     room = (0.45 if right else 0.15) * (WIDE / width) ** 1.5  # for the text
     axes.set_xlim(0, (1 + room) * longest)
@@ -211,7 +213,9 @@ def _finite(
   return [(x, y) for x, y in known if math.isfinite(x) and math.isfinite(y)]
 
 
-def compute_curve(curves: Mapping[str, Series], width: float = WIDE) -> Figure:
+def compute_curve(
+  curves: Mapping[str, Series], width: float = WIDE, label: str = 'test accuracy'
+) -> Figure:
   """Draws accuracy against FLOPs.
 
   Several seeds are drawn as their mean and a band from the worst to the best. The
@@ -222,6 +226,7 @@ def compute_curve(curves: Mapping[str, Series], width: float = WIDE) -> Figure:
   Args:
     curves: {name: series}, a colour for each.
     width: inches of the chart.
+    label: what is drawn against FLOPs.
 
   Raises:
     ValueError: there are more series than colours.
@@ -241,7 +246,7 @@ def compute_curve(curves: Mapping[str, Series], width: float = WIDE) -> Figure:
       _percents(axes)
     if len(grid) > 1:
       _look_closer(grid[1], list(curves.values()), floor)
-    grid[0].set_ylabel('test accuracy')
+    grid[0].set_ylabel(label)
     legend(figure, list(_keys(curves)))
     if len(curves) == 1:
       (curve,) = curves.values()

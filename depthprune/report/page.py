@@ -19,7 +19,7 @@ from depthprune.report.layers import LayerView, layers
 from depthprune.report.run_files import FinishedRun, fitting, read
 from depthprune.report.tables import Table, Tile
 from depthprune.storage import directory
-from depthprune.train.result import CascadeResult, Result, Sample
+from depthprune.train.result import Accuracies, CascadeResult, Result, Sample
 
 
 class Drawn(NamedTuple):
@@ -150,7 +150,7 @@ def render(
 
 def _sections(run: FinishedRun) -> Iterator[Section]:
   result, recipe = run.result, sentences.recipe_of(run.result)
-  small = [recipe.legend, *sentences.all_of(result)]
+  small = [sentences.legend(result), *sentences.all_of(result)]
   yield Section('Before and after', tables.costs(result), small=small)
   if notes := [*sentences.notes(result), *run.notes]:
     yield Section('To note', notes=notes)
@@ -173,7 +173,12 @@ def _sections(run: FinishedRun) -> Iterator[Section]:
 
 
 def _samples(samples: Sequence[Sample]) -> Section:
-  names = {'whole': 'whole', 'cut': 'cut', 'healed': 'trained after the cut'}
+  names = {
+    'whole': 'whole',
+    'cut': 'cut',
+    'healed': 'trained after the cut',
+    'early': 'with early exits',
+  }
   shown = [
     Continued(
       each.prompt.strip(),
@@ -199,25 +204,30 @@ def _cascade(result: Result, cascade: CascadeResult) -> Iterator[Section]:
     'Exits',
     tables.exits(cascade),
     'wide numbers tap',
-    small=[sentences.EXITS, sentences.cut_heads(cascade)],
+    small=[sentences.exits(cascade), sentences.cut_heads(cascade)],
   )
   yield from map(alone, others)
 
 
 def cascade_pictures(result: Result, cascade: CascadeResult) -> Iterator[Picture]:
   """Yields the charts of a cascade: accuracy against cost first, then its exits."""
-  series = exit_charts.collect_series((cascade, result.accuracy, result.flops))
+  accuracy, what, of = result.accuracy, 'accuracy', 'examples'
+  curve, leaving = sentences.CURVE, sentences.LEAVING
+  if cascade.agreement is not None:
+    accuracy, what, of = Accuracies(1.0, cascade.agreement), 'same tokens', 'tokens'
+    curve, leaving = sentences.CURVE_OF_TEXT, sentences.LEAVING_OF_TEXT
+  series = exit_charts.collect_series((cascade, accuracy, result.flops))
   yield Picture(
-    'Accuracy against FLOPs',
-    sentences.CURVE,
-    lambda width: exit_charts.compute_curve({'': series}, width),
+    f'{what.capitalize()} against FLOPs',
+    curve,
+    lambda width: exit_charts.compute_curve({'': series}, width, f'test {what}'),
   )
   if cascade.shares:
     right = tables.accuracy_of_leavers(cascade)
     yield Picture(
-      'Where examples leave',
-      sentences.LEAVING,
-      lambda width: exit_charts.leaving(cascade.shares, right, width),
+      f'Where {of} leave',
+      leaving,
+      lambda width: exit_charts.leaving(cascade.shares, right, width, of),
     )
   if cascade.calibration:
     yield Picture(

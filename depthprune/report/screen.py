@@ -46,7 +46,7 @@ def indented(lines: Iterable[str], style: str = '') -> Iterator[Padding]:
 
 
 def _costs(result: Result) -> Table:
-  costs, legend = tables.costs(result), sentences.recipe_of(result).legend
+  costs, legend = tables.costs(result), sentences.legend(result)
   table = titled_table(sentences.title(result), caption=legend, box=box.SIMPLE_HEAD)
   table.add_column('')
   for name in costs.head[1:-1]:
@@ -64,7 +64,7 @@ def _cascade(cascade: CascadeResult) -> Iterator[Any]:
   yield from indented([*said, sentences.reading(cascade)])
   yield Text()
   yield _numbers('exits', tables.exits(cascade), names=1)
-  yield from indented([sentences.EXITS, sentences.cut_heads(cascade)])
+  yield from indented([sentences.exits(cascade), sentences.cut_heads(cascade)])
   yield Text()
 
 

@@ -14,16 +14,35 @@ UNITS = (
   "Drop: points of accuracy; cost: of the MainNet's FLOPs; risk: examples wrong where "
   'the MainNet is right; time: of an example, executed.'
 )
+UNITS_OF_TEXT = (
+  "Drop: percent of the tokens that change; cost: of the MainNet's FLOPs of a token."
+)
 EXITS = (
   'Cost: FLOPs up to the exit, all heads on the way included, of those of the MainNet. '
   'Accuracy: if all left there. ECE: expected calibration error in 15 bins, before → '
   'after temperature; AUROC: how well confidence tells right from wrong. Test data.'
 )
+EXITS_OF_TEXT = (
+  'Cost: FLOPs of a token up to the exit, all heads on the way included, of those of '
+  'the MainNet; an exit that is never used is cut away and costs nothing. Same tokens: '
+  'what would stay if all left there. Test texts; all layers are executed here for the '
+  'keys and values that later tokens read.'
+)
 CURVE = (
   'Test data; the thresholds of every point were chosen on held-out data. At 100 % is '
   'the MainNet alone; a cascade in which nobody leaves costs its heads more.'
 )
+CURVE_OF_TEXT = (
+  'Test texts; the exits and thresholds of every point were chosen on held-out texts. '
+  'At 100 % is the MainNet alone. Same tokens: the share of the next tokens that do '
+  'not change.'
+)
 LEAVING = 'Of the chosen cascade, on test data, with the accuracy of those that leave.'
+LEAVING_OF_TEXT = 'Of the chosen exits, on test texts.'
+LEGEND_OF_TEXT = (
+  'MainNet: the network alone; cascade: with early exits and their heads. Accuracy: of '
+  'the next token. FLOPs: of a token in the mean.'
+)
 RELIABILITY = (
   'All test examples at every exit: on the diagonal, confidence is the chance to be '
   'right; below it the exit is too sure. T: the temperature, fitted on held-out data.'
@@ -66,6 +85,12 @@ def recipe_of(result: Result) -> Recipe:
 def target_of(result: Result) -> Target | None:
   """Returns the run's target, the part of a cost that was to be kept, if it had one."""
   return recipe_of(result).target(result.options)
+
+
+def legend(result: Result) -> str:
+  """Returns what explains the columns of the first table."""
+  writes = result.cascade is not None and result.cascade.agreement is not None
+  return LEGEND_OF_TEXT if writes else recipe_of(result).legend
 
 
 def title(result: Result) -> str:
@@ -249,6 +274,8 @@ def reading(cascade: CascadeResult) -> str:
   brackets = ''
   if any(request.interval for request in cascade.requests):
     brackets = ', in brackets their 95 % interval (paired bootstrap)'
+  if cascade.agreement is not None:
+    return f'{chosen}; reached, changed and saved are of test texts. {UNITS_OF_TEXT}'
   return f'{chosen}; reached, lost and saved are of test data{brackets}. {UNITS}'
 
 
@@ -260,9 +287,10 @@ def leaving(cascade: CascadeResult) -> str:
   full = [name for name, part in shares.items() if round(part, 9) == 1]
   if not full:
     return ''
+  what = 'example' if cascade.agreement is None else 'token'
   if full == cascade.exits[-1:]:
-    return 'no test example leaves early'
-  return f'all test examples leave at {full[0]}'
+    return f'no test {what} leaves early'
+  return f'all test {what}s leave at {full[0]}'
 
 
 def executed(cascade: CascadeResult) -> str:
@@ -337,6 +365,11 @@ def certified(cascade: CascadeResult) -> list[str]:
   ]
 
 
+def exits(cascade: CascadeResult) -> str:
+  """Explains the table of exits."""
+  return EXITS if cascade.agreement is None else EXITS_OF_TEXT
+
+
 def cut_heads(cascade: CascadeResult) -> str:
   """Says which heads the saved cascade no longer has, although the tables do."""
   left = {stage['exit'] for stage in cascade.stages}
@@ -402,7 +435,8 @@ def points(number: float) -> str:
 
 def _cascade(result: Result, cascade: CascadeResult) -> str:
   """Returns `asked to lose at most 0.5 point: loses 0.31 point and saves ...`."""
-  lost, kept = _lost(result), result.flops.kept
+  writes = cascade.agreement is not None
+  lost, kept = _changed(cascade) if writes else _lost(result), result.flops.kept
   reached_ = f'{lost} and {_saved(kept)}'
   chosen: Sequence[RequestResult] = [r for r in cascade.requests if r.chosen]
   if not chosen:
@@ -427,12 +461,14 @@ def _cascade(result: Result, cascade: CascadeResult) -> str:
   if kind == 'milliseconds':
     took = reached(request)
     return f'asked to take at most {value:g} ms an example: takes {took}, and {lost}'
-  drop = 100 * (result.accuracy.before - _number(result.accuracy.after))
+  if writes:
+    drop = 100 * (1 - _number(cascade.agreement))
+    limit = f'change at most {value:g} % of the tokens'
+  else:
+    drop = 100 * (result.accuracy.before - _number(result.accuracy.after))
+    limit = f'lose at most {value:g} {points(value)}'
   missed = ', which misses it,' * misses(drop, request)
-  return (
-    f'asked to lose at most {value:g} {points(value)}: {lost}{missed} and '
-    f'{_saved(kept)}'
-  )
+  return f'asked to {limit}: {lost}{missed} and {_saved(kept)}'
 
 
 def _number(value: float | None) -> float:
@@ -448,6 +484,16 @@ def _lost(result: Result) -> str:
   if not size:
     return 'loses no accuracy'
   return f'{"loses" if lost > 0 else "gains"} {size:.2f} {points(size)}'
+
+
+def _changed(cascade: CascadeResult) -> str:
+  """Returns `changes 0.43 % of the tokens`, for a network that writes."""
+  changed = 1 - _number(cascade.agreement)
+  if not math.isfinite(changed):
+    return 'changes an unknown part of the tokens'
+  return (
+    f'changes {percent(changed, 2)} of the tokens' if changed else 'changes no token'
+  )
 
 
 def _saved(kept: float) -> str:

@@ -136,10 +136,19 @@ def _costs_of_cascade(
   result: Result, cascade: CascadeResult
 ) -> Iterator[Sequence[str]]:
   """Yields the cost three times: ideal, padded and measured."""
-  for name, accuracy in (('test', result.accuracy), ('held-out', result.held_out)):
+  perplexity = result.scores.get('before', {}).get('perplexity')
+  if perplexity:
+    yield 'perplexity, test', f'{perplexity:.2f}', '', ''
+  shown = {
+    'accuracy, test': result.accuracy,
+    'accuracy, held-out': result.held_out,
+  }
+  if cascade.agreement is not None:
+    shown = {'same tokens, test': Accuracies(1.0, cascade.agreement), **shown}
+  for name, accuracy in shown.items():
     if accuracy:
       before, _, after, change = _accuracy('', accuracy)[1:]
-      yield f'accuracy, {name}', before, after, change
+      yield name, before, after, change
   for name, score in _scores(result):
     name, before, _, after, change = _accuracy(name, score)
     yield name, before, after, change
@@ -149,7 +158,8 @@ def _costs_of_cascade(
     count(change.after),
     kept(change.kept),
   )
-  yield 'FLOPs (1 MAC = 2), ideal', *left(flops)
+  ideal = ', ideal' if cascade.agreement is None else ' of a token'
+  yield f'FLOPs (1 MAC = 2){ideal}', *left(flops)
   if executed.padded is not None:
     padded = Change(flops.before, executed.padded)
     yield 'FLOPs, padded to batches', *left(padded)
@@ -181,7 +191,9 @@ def tiles(result: Result) -> Iterator[Tile]:
       yield _speed(batch, ms.difference, ms.before, ms.after)
     return
   executed, flops = cascade.executed, result.flops
-  yield _kept('FLOPs', flops, ', ideal')
+  if cascade.agreement is not None:
+    yield Tile(percent(cascade.agreement, 2), 'of the tokens stay the same', '')
+  yield _kept('FLOPs', flops, ', ideal' if cascade.agreement is None else ' of a token')
   if executed.padded is not None:
     yield _kept('FLOPs', Change(flops.before, executed.padded), ', padded')
   if executed.ms is not None and executed.whole_ms is not None:
@@ -195,8 +207,9 @@ def _chance(result: Result, digits: int) -> str:
   """Returns the 95 % interval of an accuracy that is a share of the test examples."""
   after, n = result.accuracy.after, result.images.get('test', 0)
   several = any(_score_name(key) for key in result.scores.get('after', {}))
-  if after is None or several or not n or not 0 <= after <= 1:
-    return ''  # of pixels or of several tasks, or unknown
+  writes = 'perplexity' in result.scores.get('before', {})  # n counts rows of tokens
+  if after is None or several or writes or not n or not 0 <= after <= 1:
+    return ''  # of pixels, tokens or several tasks, or unknown
   low, high = (100 * end for end in wilson(after, n))
   return f'95 %: {low:.{digits}f}–{high:.{digits}f} %'
 
@@ -327,7 +340,8 @@ def requests(cascade: CascadeResult) -> Table:
     lost += _interval(interval.get('drop'), 1, 2)
     saved = percent(test.saved) + _interval(interval.get('saved'), 100, 1)
     lines.append((name, reached(request), lost, saved))
-  return Table(('asked for', 'reached', 'lost, points', 'saved'), lines)
+  lost = 'lost, points' if cascade.agreement is None else 'changed, %'
+  return Table(('asked for', 'reached', lost, 'saved'), lines)
 
 
 def _interval(ends: Any, scale: float, digits: int) -> str:
@@ -339,25 +353,28 @@ def _interval(ends: Any, scale: float, digits: int) -> str:
 
 def exits(cascade: CascadeResult) -> Table:
   """Returns a row for every exit, the network's own last, with numbers of test data."""
+  if cascade.agreement is not None:
+    columns = 'exit', 'tap', 'cost', 'same tokens', 'threshold', 'leave'
+    return Table(columns, [row[: len(columns)] for row in _exits(cascade)])
   head = ('exit', 'tap', 'cost', 'accuracy', 'threshold', 'leave', 'ECE', 'AUROC')
-  lines = []
+  return Table(head, [*_exits(cascade)])
+
+
+def _exits(cascade: CascadeResult) -> Iterator[Sequence[str]]:
   for name in cascade.exits:
     calibrated = cascade.calibration.get(name) or ExitCalibration()
     cost = cascade.cost.get(name)
     auroc = calibrated.all.auroc if calibrated.all else None
-    lines.append(
-      (
-        name,
-        cascade.taps.get(name, ''),
-        _or_dash(cost, lambda c: percent(Change(cascade.whole, c).kept)),
-        _or_dash(cascade.exit_accuracy.get(name), lambda a: percent(a, 2)),
-        _threshold(cascade, name),
-        _or_dash(cascade.shares.get(name), percent),
-        _ece(calibrated),
-        _or_dash(auroc, lambda a: f'{a:.3f}' if math.isfinite(a) else NONE),
-      )
+    yield (
+      name,
+      cascade.taps.get(name, ''),
+      _or_dash(cost, lambda c: percent(Change(cascade.whole, c).kept)),
+      _or_dash(cascade.exit_accuracy.get(name), lambda a: percent(a, 2)),
+      _threshold(cascade, name),
+      _or_dash(cascade.shares.get(name), percent),
+      _ece(calibrated),
+      _or_dash(auroc, lambda a: f'{a:.3f}' if math.isfinite(a) else NONE),
     )
-  return Table(head, lines)
 
 
 def accuracy_of_leavers(cascade: CascadeResult) -> dict[str, float]:

@@ -29,6 +29,7 @@ from depthprune.cascades.predictions import (
 from depthprune.cascades.race import exit_milliseconds, merge, race
 from depthprune.cascades.risk import halves
 from depthprune.cascades.thresholds import Choice
+from depthprune.data.corpus import Corpus
 from depthprune.data.dataset import DataError, count, inputs_of, real_rows
 from depthprune.exports.networks import save_cascade
 from depthprune.program.stages import Stages, split
@@ -103,10 +104,14 @@ def run(job: Job) -> Result:
 
 
 def choose_held_out(job: Job) -> Job:
-  """Returns the job with half of the test data held out, if the options ask for it."""
+  """Returns the job with half of the test data held out, if the options ask for it.
+
+  Texts that were held out of training are new to the heads of a language model too.
+  """
   config, test = job.config, job.images.test
   asked = cascade_plan(config).decide_on
   seen = config.pretrained is not None and not config.epochs.train
+  seen &= not isinstance(job.images, Corpus)
   if asked == 'train' or (asked == 'auto' and not seen):
     return job
   half = count(test) // 2

@@ -13,7 +13,8 @@ from depthprune import methods
 from depthprune.data.dataset import count, inputs_of, real_rows
 from depthprune.data.features import FeatureSet, collect
 from depthprune.distributed import fetch
-from depthprune.models.heads import Head, WithHeads
+from depthprune.models.decoder import Decoder
+from depthprune.models.heads import Head, Unembedding, WithHeads
 from depthprune.models.layers import Pool
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
@@ -80,18 +81,23 @@ def train(job: Job) -> Trained:
     variables = with_trunk(job, model, variables)
     total = epochs.train + epochs.gates
     return together(job, 'joint', model, variables, total, original)
-  if epochs.train:
-    peak = config.learning_rate
-    state = stage(
-      job, 'train', trunk, plain(), variables, epochs=epochs.train, peak=peak
-    )
-    variables = state.variables
+  variables = trained_before(job, trunk, variables)
   frozen = fit_heads(job, model, with_trunk(job, model, variables))
   if not plan.joint:
     return frozen
   return together(
     job, 'mixed', model, frozen.variables, epochs.finetune, frozen.original
   )
+
+
+def trained_before(job: Job, trunk: Any, variables: Tree) -> Tree:
+  """Trains a network without heads in the stage 'train', if the run asks for that."""
+  epochs, peak = job.config.epochs.train, job.config.learning_rate
+  if not epochs:
+    return variables
+  return stage(
+    job, 'train', trunk, plain(), variables, epochs=epochs, peak=peak
+  ).variables
 
 
 def cascade_plan(config: Config) -> CascadePlan:
@@ -109,19 +115,26 @@ def smoothed(job: Job) -> tasks.Task:
 def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
   """Puts the heads that the plan asks for on a trunk: exit1, exit2, ... by depth.
 
+  Those of a network that writes share its logits, which cost as much as several layers.
+
   Raises:
     ValueError: there is no such tap, or the trunk has fewer than two taps.
   """
   taps = trunk.taps
   chosen = sorted(set(plan.taps), key=lambda t: taps.index(t) if t in taps else -1)
+  writes = isinstance(trunk, Decoder)
   if not chosen:
-    numbers = sorted({max(1, int(len(taps) * part)) for part in spread(plan.heads)})
+    parts = spread(plan.heads or (2 if writes else 5))
+    numbers = sorted({max(1, int(len(taps) * part)) for part in parts})
     chosen = [taps[i - 1] for i in numbers if i < len(taps)]
   if not chosen:
     raise ValueError(
       f'{job.config.method}: {type(trunk).__name__} has the taps '
       f'{", ".join(taps) or "none"}: too few for an exit before its own'
     )
+  if writes:
+    own = {f'exit{i}': Unembedding(tap, plan.hidden) for i, tap in enumerate(chosen, 1)}
+    return WithHeads(trunk, own)
   pool = plan.pool or pool_of(trunk, job)
   fields = (job.images.classes, plan.hidden, pool, plan.dropout, plan.normalise)
   after = lambda i: f'exit{i - 1}' if plan.sees_earlier and i > 1 else ''

@@ -164,7 +164,7 @@ def prepare(config: Config, show: bool = True) -> Job:
   elif distributed.writes() and (folder / 'config.json').is_file():
     for name in WRITTEN:
       (folder / name).unlink(missing_ok=True)
-    for name in (*CACHED, 'cascade', 'pruned', EVENTS):
+    for name in (*CACHED, 'cascade', 'exits', 'pruned', EVENTS):
       shutil.rmtree(folder / name, ignore_errors=True)
   distributed.wait()
   return job

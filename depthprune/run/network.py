@@ -23,7 +23,7 @@ from depthprune.models.bert import BERT
 from depthprune.models.decoder import Decoder
 from depthprune.models.foreign import Trunk, trunk
 from depthprune.models.heads import WithHeads, multitask
-from depthprune.program import cost, modules
+from depthprune.program import arguments, cost, modules
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
 from depthprune.run import build, own
@@ -81,13 +81,8 @@ def network(config: Config, classes: int, *inputs: Any) -> Any:
       f'{config.pretrained}: expected a network that {config.method} can put exits on, '
       f'got one that has {", ".join(model.exits)}'
     )
-  if isinstance(model, Decoder) and not _writes(config.recipe):
-    able = [methods.word(k) for k, each in methods.all().items() if _writes(each)]
-    raise ConfigError(
-      f'model: {config.model} writes texts, and the exits of {config.method} tell '
-      f'classes: cut it with {", ".join(able)}; dp.generate_early lets tokens leave '
-      'a trained network early'
-    )
+  if isinstance(model, Decoder):
+    _check_writing(config, model)
   if config.recipe.heads is None:
     return model
   return config.recipe.heads(config.options, model, heads)
@@ -170,7 +165,28 @@ def check_answer(job: Job, model: Any) -> None:
 
 def _writes(recipe: Recipe) -> bool:
   """Whether a method can be used on a network that writes texts."""
-  return not recipe.cascade and (recipe.heads is None or recipe.tells_tokens)
+  return recipe.tells_tokens or not (recipe.cascade or recipe.heads)
+
+
+def _check_writing(config: Config, model: Decoder) -> None:
+  """Raises ConfigError unless a run can be one of a network that writes texts."""
+  recipe, options = config.recipe, config.options
+  if not _writes(recipe):
+    able = [methods.word(k) for k, each in methods.all().items() if _writes(each)]
+    raise ConfigError(
+      f'model: {config.model} writes texts, and the exits of {config.method} tell '
+      f'classes: choose one of {", ".join(able)}'
+    )
+  recipe.check_texts(options)
+  if recipe.cascade is None:
+    return
+  early = model.taps[:-1]
+  taps = recipe.cascade(options).taps
+  if not early or not {*taps} <= {*early}:
+    raise ConfigError(
+      f'taps: expected some of {arguments.listed(early)}, the layers of '
+      f'{config.model} before the last, got {", ".join(taps) or "none"}'
+    )
 
 
 def _is_cut(path: str, model: Any) -> bool:

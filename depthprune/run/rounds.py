@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from depthprune import distributed, methods
+from depthprune.data.corpus import Corpus
 from depthprune.data.dataset import epoch_steps, inputs_of
 from depthprune.distributed import local
 from depthprune.exports import networks
 from depthprune.program.coupling import Coupling, couple
 from depthprune.program.modules import runnable
 from depthprune.program.units import units
-from depthprune.run import curves, early_exit, result
+from depthprune.run import curves, early_exit, early_text, result
 from depthprune.run.config import Config
 from depthprune.run.job import (
   Job,
@@ -109,8 +110,8 @@ def run(config: Config, show: bool = True) -> Result:
   """Does what `depthprune run` does: trains a network, cuts it and measures the result.
 
   Everything is written into `config.path` (config.json, history.jsonl, gates.jsonl,
-  checkpoints/, pruned/ or cascade/, result.json), and a run that was stopped there is
-  continued. Test data is used only once, at the end.
+  checkpoints/, pruned/, cascade/ or exits/, result.json), and a run that was stopped
+  there is continued. Test data is used only once, at the end.
 
   Args:
     config: the configuration of the run.
@@ -137,7 +138,8 @@ def run(config: Config, show: bool = True) -> Result:
     job = prepare(config, show)
     with curves.opened(config) as logs:
       job = job._replace(logs=logs)
-      reached = early_exit.run(job) if config.recipe.cascade else _prune(job)
+      exits = early_text if isinstance(job.images, Corpus) else early_exit
+      reached = exits.run(job) if config.recipe.cascade else _prune(job)
     values = {**to_json(reached), 'wall_seconds': time.monotonic() - started}
     values = distributed.gathered(values)[0]
     directory.write(job.folder / 'result.json', values)

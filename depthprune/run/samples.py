@@ -1,15 +1,19 @@
-"""Held-out texts, continued by a network before its cut, after it, and once healed."""
+"""Held-out texts, continued by a network before and after what was done to it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.cascades.generation import generate_early
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import generate
+from depthprune.models.heads import WithHeads
 from depthprune.run import data
 from depthprune.run.job import Job
+from depthprune.train.task import Tree
 
 if TYPE_CHECKING:
   from depthprune.run.rounds import Shrunk
@@ -32,19 +36,47 @@ def samples(job: Job, model: Any, small: 'Shrunk') -> list[dict[str, str]]:
   """
   if not all(isinstance(m, Decoder) for m in (model, small.model)):
     return []
+  writers = {
+    'whole': partial(generate, model, small.before),
+    'cut': partial(generate, small.model, small.recalibrated),
+    'healed': partial(generate, small.model, small.variables),
+  }
+  if not job.config.epochs.finetune:
+    del writers['healed']
+  return _continued(job, model.positions, writers)
+
+
+def early_samples(
+  job: Job, model: WithHeads, variables: Tree, exits: Mapping[str, float], confidence
+) -> list[dict[str, str]]:
+  """Returns a few prompts with 'whole' and 'early', as `samples` does.
+
+  Args:
+    job: the run, whose held-out texts begin the prompts.
+    model: a decoder with heads.
+    variables: its variables.
+    exits: {head: threshold}.
+    confidence: the kind of score, see `generate_early`.
+  """
+  trunk = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
+  early = partial(generate_early, model, variables, exits=exits, confidence=confidence)
+  writers = {
+    'whole': partial(generate, model.trunk, trunk),
+    'early': lambda prompts, steps: early(tokens=prompts, steps=steps).tokens,
+  }
+  return _continued(job, model.trunk.positions, writers)
+
+
+def _continued(
+  job: Job, positions: int, writers: Mapping[str, Callable]
+) -> list[dict[str, str]]:
+  """Continues prompts by all of `writers`, (prompts, steps) -> texts."""
   rows = job.images.held_out['image']
   chosen = np.unique(np.linspace(0, len(rows) - 1, TEXTS).astype(int))
   prompts = rows[chosen, : max(1, min(READ, rows.shape[1] // 2))]
-  steps = min(WRITTEN, model.positions - prompts.shape[1])
+  steps = min(WRITTEN, positions - prompts.shape[1])
   if steps < 1:
     return []
-  networks = {
-    'whole': (model, small.before),
-    'cut': (small.model, small.recalibrated),
-    'healed': (small.model, small.variables),
-  }
-  if not job.config.epochs.finetune:
-    del networks['healed']
   decode = data.writing(job.config).decode
 
   def texts(tokens: Any) -> Iterator[str]:
@@ -52,7 +84,7 @@ def samples(job: Job, model: Any, small: 'Shrunk') -> list[dict[str, str]]:
       yield decode(row, skip_special_tokens=False)
 
   found = {'prompt': [*texts(prompts)]}
-  for name, (network, variables) in networks.items():
-    text = generate(network, variables, jnp.asarray(prompts), steps)
+  for name, write in writers.items():
+    text = write(jnp.asarray(prompts), steps)
     found[name] = [*texts(text[:, prompts.shape[1] :])]
   return [dict(zip(found, each)) for each in zip(*found.values(), strict=True)]

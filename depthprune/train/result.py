@@ -367,6 +367,8 @@ class CascadeResult:
     requests: the run's request and others, with what they reached.
     taps: the tap that each exit reads.
     original: accuracy of the network before it was trained with its heads.
+    agreement: of a network that writes, the part of the test tokens that stay the same;
+      `exit_accuracy`, `curve` and the drop of requests are then of such tokens.
   """
 
   exits: list[str]
@@ -384,6 +386,7 @@ class CascadeResult:
   calibration: dict[str, ExitCalibration] = dataclasses.field(default_factory=dict)
   original: dict[str, float] = dataclasses.field(default_factory=dict)
   executed: Executed = dataclasses.field(default_factory=Executed)
+  agreement: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,14 +396,16 @@ class Sample:
   Attributes:
     prompt: how the text begins.
     whole: what the network before the cut writes.
-    cut: what is written right after the cut.
+    cut: what is written right after the cut; '' where there was none.
     healed: what is written after further training; '' where there was none.
+    early: what is written with early exits; '' where there are none.
   """
 
   prompt: str
   whole: str
-  cut: str
+  cut: str = ''
   healed: str = ''
+  early: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

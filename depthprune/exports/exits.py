@@ -1,0 +1,125 @@
+"""Language models that tokens leave early as folders: saved and loaded.
+
+A folder holds `exits.json` with the thresholds, the network with its heads as `save`
+writes it, and its tokenizer if it has one.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from depthprune import distributed
+from depthprune.cascades import generation
+from depthprune.cascades.thresholds import Choice
+from depthprune.exports import records
+from depthprune.exports.networks import TOKENIZER, load, save
+from depthprune.exports.records import EXITS_RECORD, ExitsRecord
+from depthprune.models.decoder import Decoder
+from depthprune.models.heads import WithHeads
+from depthprune.program import arguments
+from depthprune.storage import directory, files
+from depthprune.storage.checkpoint import CheckpointError
+from depthprune.surgery.prune import Pruned
+
+
+class SavedExits(NamedTuple):
+  """A language model that tokens leave early, as it was read from disk.
+
+  Attributes:
+    model: the network, possibly with heads, for `generate_early`.
+    variables: its arrays.
+    exits: {exit: threshold}.
+    confidence: the kind of score that the thresholds are for.
+    tokenizer: the path of its tokenizer.json, or None.
+  """
+
+  model: Decoder | WithHeads
+  variables: Any
+  exits: dict[str, float]
+  confidence: Any
+  tokenizer: Path | None
+
+
+def save_exits(
+  path: str | Path,
+  network: Pruned,
+  exits: Mapping[str, float] | Choice,
+  confidence: str = 'probability',
+  tokenizer: Any = None,
+  tensors: bool = False,
+) -> None:
+  """Writes a language model that tokens leave early as a folder, for `load_exits`.
+
+      network = dp.prune(model, variables, {}, tokens)  # cuts nothing
+      dp.save_exits('early', network, {'early': 0.9})
+
+  Args:
+    path: the folder.
+    network: the network that `prune` returned, a Decoder or a `WithHeads` on one.
+    exits: {exit: threshold}, or what the functions of `cascades.thresholds` chose.
+    confidence: the kind of score, as `generate_early` takes it.
+    tokenizer: its tokenizer, a tokenizer.json or a `tokenizers.Tokenizer`; None for
+      none.
+    tensors: whether to write the arrays as a file of safetensors instead of an orbax
+      checkpoint.
+
+  Raises:
+    TypeError: the network is none that writes.
+    ValueError: it does not have such an exit, or the confidence is unknown.
+    CheckpointError: as for `save`.
+  """
+  write = 'write save_exits(path, prune(model, variables, {}, tokens), exits)'
+  arguments.kind_of('network', network, Pruned, 'what prune returned', write)
+  path, exits = Path(arguments.path('path', path)), generation.thresholds_of(exits)
+  generation.check(network.model, [*exits], confidence)
+  text = None
+  if tokenizer is not None:
+    own = hasattr(tokenizer, 'to_str')
+    text = tokenizer.to_str() if own else Path(tokenizer).read_text('utf-8')
+  if distributed.writes():
+    (path / EXITS_RECORD).unlink(missing_ok=True)  # written last, when all is there
+    (path / TOKENIZER).unlink(missing_ok=True)
+  save(path / 'network', network, tensors=tensors)
+  if text is not None and distributed.writes():
+    directory.write_text(path / TOKENIZER, text)
+  finite = lambda value: float(value) if math.isfinite(value) else str(float(value))
+  thresholds = {name: finite(value) for name, value in exits.items()}
+  record = {'thresholds': thresholds, 'confidence': confidence}
+  directory.write(path / EXITS_RECORD, record)
+
+
+def load_exits(path: str | Path) -> SavedExits:
+  """Reads what `save_exits` or `depthprune run sidenet` wrote of a language model.
+
+      early = dp.load_exits('runs/.../exits')
+      text = dp.generate_early(
+        early.model, early.variables, tokens, 20, early.exits, early.confidence
+      )
+
+  Args:
+    path: the folder.
+
+  Raises:
+    CheckpointError: the folder has no such network, or is damaged.
+  """
+  path = Path(arguments.path('path', path))
+  file = path / EXITS_RECORD
+  if not file.is_file():
+    raise CheckpointError(
+      f'{path}: expected a language model with exits (with {EXITS_RECORD} and '
+      'network/), got none; load_cascade reads networks that classify'
+    )
+  record = files.read_json(file, ExitsRecord, CheckpointError)
+  network = load(path / 'network')
+  exits = {name: float(value) for name, value in record['thresholds'].items()}
+  with records.refused(f'{file}: thresholds'):
+    generation.check(network.model, [*exits], record['confidence'])
+  tokenizer = path / TOKENIZER
+  return SavedExits(
+    network.model,
+    network.variables,
+    exits,
+    record['confidence'],
+    tokenizer if tokenizer.is_file() else None,
+  )
