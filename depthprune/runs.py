@@ -26,8 +26,8 @@ class Run:
 
   Attributes:
     path: the run's directory. The small network is in `path / 'pruned'`, which `load`
-      reads; a cascade is in `path / 'cascade'`, for `load_cascade`, and a language model
-      with early exits in `path / 'exits'`, for `load_exits`.
+      reads; a cascade is in `path / 'cascade'`, for `load_cascade`, and a language
+      model with early exits in `path / 'exits'`, for `load_exits`.
     result: the numbers: `accuracy`, `flops` and `params`, each with `.before` and
       `.after`, `latency_ms` by batch size, `widths` by layer, and more.
   """

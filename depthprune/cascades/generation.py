@@ -127,21 +127,49 @@ def generate_early(
       layer, a threshold is no number, the confidence is unknown, or the result would be
       longer than the model's positions.
   """
-  exits = thresholds_of(exits)
   arguments.whole('steps', steps)
   arguments.number('temperature', temperature, above=0)
-  there = check(model, [*exits], confidence)
-  used = [name for name in there if exits.get(name, np.inf) < np.inf]
-  limits = jnp.asarray([exits[name] for name in used], jnp.float32)
+  setup, limits = _used(model, exits, confidence)
   decoder, _ = _bare(model, variables)
   cache = decoder.empty_cache(tokens.shape[0], tokens.shape[1] + steps)
   keys = None if key is None else jax.random.split(key, steps)
-  setup = _exits(decoder, {name: there[name] for name in used}, confidence)
   text, layers = _generated(
     model, variables, tokens, cache, limits, keys, temperature, steps, setup
   )
   executed = np.asarray(layers).max(0).mean() / max(setup.layers[-1], 1)
   return EarlyText(text, layers, float(executed))
+
+
+def early_answers(
+  model: Decoder | WithHeads,
+  variables: Any,
+  tokens: jax.Array,
+  exits: Mapping[str, float] | Choice,
+  confidence: Kind = 'probability',
+) -> tuple[jax.Array, jax.Array]:
+  """Computes what a network with early exits tells after every token of given texts.
+
+  It is executed as `generate_early` is, token by token: what follows a token that left
+  early reads the keys and values that were made of its features there. So it shows what
+  `exit_predictions`, for which all layers are executed, cannot.
+
+  Args:
+    model: the network, as for `generate_early`.
+    variables: its arrays.
+    tokens: the texts, int [texts, length].
+    exits: {exit: threshold}, or a Choice.
+    confidence: the kind of score.
+
+  Returns:
+    (the most probable token after each, the number of layers that each went through),
+    int [texts, length].
+
+  Raises:
+    TypeError, ValueError: as for `generate_early`.
+  """
+  setup, limits = _used(model, exits, confidence)
+  cache = _bare(model, variables)[0].empty_cache(*tokens.shape)
+  return _told(model, variables, tokens, cache, limits, setup)
 
 
 def exit_predictions(
@@ -272,6 +300,17 @@ def check(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str]:
   return there
 
 
+def _used(
+  model: Any, exits: Mapping[str, float] | Choice, confidence: Kind
+) -> tuple[Exits, jax.Array]:
+  """The exits at which any token can leave, and their thresholds."""
+  exits = thresholds_of(exits)
+  there = check(model, [*exits], confidence)
+  at = {name: tap for name, tap in there.items() if exits.get(name, np.inf) < np.inf}
+  limits = jnp.asarray([exits[name] for name in at], jnp.float32)
+  return _exits(_bare(model, {})[0], at, confidence), limits
+
+
 def _exits(model: Decoder, at: Mapping[str, str], confidence: Kind) -> Exits:
   """The exits {name: tap}, with the numbers of layers that a cut has left."""
   arch = complete(model.arch, model.widths, 'Decoder')
@@ -295,9 +334,10 @@ def _logits(
   model: Decoder | WithHeads, variables: Any, x: jax.Array, name: str = 'main'
 ) -> jax.Array:
   """What an exit answers to features [batch, length, width]: [batch, length, vocab]."""
-  if isinstance(model, WithHeads) and name != 'main' and model.heads[name].hidden:
-    head: Any = model.perceptron(name)
-    x = head.apply({'params': variables['params'][f'head_{name}']}, x)
+  head = model.heads.get(name) if isinstance(model, WithHeads) else None
+  if isinstance(head, Unembedding) and head.hidden:
+    perceptron: Any = model.perceptron(name)
+    x = perceptron.apply({'params': variables['params'][f'head_{name}']}, x)
   decoder, own = _bare(model, variables)
   run: Any = decoder.apply
   return run(own, x, since=decoder.taps[-1])['main']
@@ -340,6 +380,28 @@ def _generated(
   whole = jnp.full((1, len(token)), setup.layers[-1], jnp.int32)
   text = jnp.concatenate([tokens, token[:, None], added.T], 1)
   return text, jnp.concatenate([whole, layers]).T
+
+
+@partial(jax.jit, static_argnames=('model', 'setup'))
+def _told(
+  model: Decoder | WithHeads,
+  variables: Any,
+  tokens: jax.Array,
+  cache: Any,
+  limits: jax.Array,
+  setup: Exits,
+) -> tuple[jax.Array, jax.Array]:
+  """The token after each of `tokens`, and the number of layers of each."""
+  choose = lambda logits: logits.argmax(-1).astype(tokens.dtype)
+
+  def step(cache, token):
+    answer, layers, cache = _written(
+      model, variables, setup, limits, choose, token, cache
+    )
+    return cache, (answer, layers)
+
+  _, (answers, layers) = lax.scan(step, cache, tokens.T)
+  return answers.T, layers.T
 
 
 def _written(

@@ -296,6 +296,12 @@ def leaving(cascade: CascadeResult) -> str:
 def executed(cascade: CascadeResult) -> str:
   """Says whether examples left at the simulated exits; '' if nothing was executed."""
   run = cascade.executed
+  if cascade.agreement is not None and run.accuracy is not None:
+    return (
+      f'executed token by token on {counted(run.n, "token")} of test texts, where '
+      'later tokens read the keys and values that early exits left: '
+      f'{percent(run.accuracy, 2)} stay the same'
+    )
   if run.differ is None or not run.n:
     return ''
   broken = ''

@@ -17,7 +17,7 @@ import numpy as np
 
 from depthprune import distributed, methods
 from depthprune.cascades import pareto, thresholds
-from depthprune.cascades.generation import exit_predictions
+from depthprune.cascades.generation import early_answers, exit_predictions, exits_of
 from depthprune.cascades.predictions import Measured, Predictions, measure
 from depthprune.data.dataset import DataError, count
 from depthprune.exports.exits import save_exits
@@ -42,6 +42,7 @@ from depthprune.train.result import Result, from_json
 # that change, and parts of the network's FLOPs.
 ALSO = {'drop': (0.5, 1.0, 2.0, 5.0), 'budget': (0.7, 0.8, 0.9)}
 MANY = 5  # exits, of which all subsets are tried
+EXECUTED = 16  # test texts on which exits are executed, at most
 
 Limits = Mapping[str, float]  # {exit: threshold}, of the exits that are used
 
@@ -99,7 +100,8 @@ def run(job: Job) -> Result:
     },
     'scores': {'before': finite(whole)},
   }
-  values['cascade']['taps'] = {name: model.heads[name].tap for name in names}
+  values['cascade']['taps'] = exits_of(model)
+  values['cascade']['executed'] = executed(job, pruned, used)
   if distributed.writes():
     own = pruned.model, pruned.variables, used, plan.confidence
     values['samples'] = early_samples(job, *own)
@@ -230,6 +232,19 @@ def measured(
   }
 
 
+def executed(job: Job, pruned: Pruned, used: Limits) -> dict[str, Any]:
+  """Measures how many tokens stay the same where exits are executed on test texts.
+
+  Where tokens have left, later ones read copied keys and values.
+  """
+  texts = job.images.test['image'][:EXECUTED]
+  own = pruned.model, pruned.variables
+  confidence = cascade_plan(job.config).confidence
+  answers, _ = early_answers(*own, texts, used, confidence)
+  whole = jax.jit(pruned.model.apply)(pruned.variables, texts)['main'].argmax(-1)
+  return {'n': texts.size, 'accuracy': float((answers == whole).mean())}
+
+
 def curve(held_out: Predictions, test: Predictions) -> list[dict[str, float]]:
   """Returns what the efficient exits and thresholds reach, most costly first."""
   tried: list[Limits] = [{}]
@@ -262,14 +277,14 @@ def requests(
   shared: bool,
 ) -> list[dict[str, Any]]:
   """Returns requested and reached values of the run's request and of those in ALSO."""
-  asked = [(kind_, value) for kind_, values in ALSO.items() for value in values]
+  asked = [(each, value) for each, values in ALSO.items() for value in values]
   mine = kind, requested
   rows = []
-  for each in asked if mine in asked else [mine, *asked]:
-    row: dict[str, Any] = {'kind': each[0], 'requested': each[1]}
-    row['chosen'] = each == mine
+  for each, value in asked if mine in asked else [mine, *asked]:
+    is_mine = (each, value) == mine
+    row: dict[str, Any] = {'kind': each, 'requested': value, 'chosen': is_mine}
     try:
-      limits = used if each == mine else decide(held_out, *each, shared)
+      limits = used if is_mine else decide(held_out, each, value, shared)
     except ValueError as error:
       rows.append({**row, 'refused': str(error)})
       continue

@@ -285,7 +285,8 @@ class Executed:
     ideal: FLOPs of an example if every stage runs only on examples that reach it.
     padded: FLOPs of an example as executed.
     whole: FLOPs of an example in the network alone.
-    accuracy: accuracy of the executed cascade.
+    accuracy: accuracy of the executed cascade; of a network that writes, the part of
+      `n` tokens that stay the same.
     differ: number of examples that left at another exit than simulated.
     near: how many of these were close to a threshold.
     n: number of examples.

@@ -7,7 +7,11 @@ import pytest
 
 from depthprune.cascades import confidence as confidences
 from depthprune.cascades import thresholds
-from depthprune.cascades.generation import exit_predictions, generate_early
+from depthprune.cascades.generation import (
+  early_answers,
+  exit_predictions,
+  generate_early,
+)
 from depthprune.models import build, decoder
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import generate
@@ -61,11 +65,12 @@ def own_answer(name, x):
   return x + y @ head['out']['kernel']
 
 
-def check(text, layers, exits, kind):
-  """Every token of a text [length] left where its confidence says, with its answer."""
-  prompt = PROMPTS.shape[1]
-  left = jnp.asarray([*[3] * (prompt - 1), *layers])
-  behind = features(text[None, :-1], left)
+def check(text, left, answers, exits, kind, start=0):
+  """Every token of a text [length] from `start` on left where its confidence says.
+
+  `left` are the layers that each went through, and `answers` what it was followed by.
+  """
+  behind = features(text[None], left)
   read = lambda x: MODEL.apply(VARIABLES, x, since='layer2')['main'][0]
   logits = [read(x) for x in behind]
   for name, tap in TAPS.items():
@@ -78,11 +83,11 @@ def check(text, layers, exits, kind):
   for count in after:
     score, memory = confidences.score(kind, logits[count - 1], memory)
     scores.append(score)
-  for p in range(prompt, len(left)):  # the token at p - 1 wrote that at p
+  for p in range(start, len(left)):
     sure = [n for n, s, t in zip(after, scores, exits.values()) if s[p] > t]
     assert left[p] == (sure or [3])[0]
-  for p in range(prompt - 1, len(left)):
-    assert logits[int(left[p]) - 1][p].argmax() == text[p + 1]
+  for p in range(max(start - 1, 0), len(left)):
+    assert logits[int(left[p]) - 1][p].argmax() == answers[p]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +106,10 @@ def test_tokens_leave_where_they_are_sure_and_copy_their_state(kind, exits):
   found = generate_early(*network, PROMPTS, 10, exits, kind)
   layers = np.asarray(found.layers)
   assert len({*layers.ravel().tolist()}) > 1
+  prompt = PROMPTS.shape[1]
   for text, its in zip(found.tokens, layers):
-    check(text, its, exits, kind)
+    left = jnp.asarray([*[3] * (prompt - 1), *its])
+    check(text[:-1], left, text[1:], exits, kind, prompt)
   assert found.executed == pytest.approx(layers.max(0).mean() / 3)
 
 
@@ -127,6 +134,21 @@ def test_a_head_that_adds_nothing_is_an_exit_on_its_layer():
   np.testing.assert_array_equal(
     none.tokens, generate_early(MODEL, VARIABLES, PROMPTS, 10, SURE).tokens
   )
+
+
+@pytest.mark.parametrize('exits', [SURE, {'near': 0.7, 'far': 0.8}])
+def test_answers_on_given_texts_are_executed_too(exits):
+  own = (MODEL, VARIABLES) if exits is SURE else (HEADS, WITH_HEADS)
+  texts = zoo.tokens(4, 9)
+  answers, left = early_answers(*own, texts, exits)
+  assert answers.shape == left.shape == texts.shape
+  assert len({*np.asarray(left).ravel().tolist()}) == 3
+  for each in zip(texts, left, answers):
+    check(*each, exits, 'probability')
+  answers, left = early_answers(*own, texts, dict.fromkeys(exits, np.inf))
+  whole = MODEL.apply(VARIABLES, texts)['main'].argmax(-1)
+  np.testing.assert_array_equal(answers, whole)
+  assert (np.asarray(left) == 3).all()
 
 
 def test_every_text_of_a_batch_is_written_as_if_it_were_alone():

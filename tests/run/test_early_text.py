@@ -10,7 +10,11 @@ import pytest
 import depthprune as dp
 from depthprune import cli, models
 from depthprune.cascades import thresholds
-from depthprune.cascades.generation import exit_predictions, generate_early
+from depthprune.cascades.generation import (
+  early_answers,
+  exit_predictions,
+  generate_early,
+)
 from depthprune.cascades.predictions import Predictions
 from depthprune.data import tokens
 from depthprune.data.dataset import DataError
@@ -100,6 +104,11 @@ def test_a_run_reaches_what_the_saved_network_reaches(run):
   shares = dict(zip(seen.exits, measured.exits))
   assert cascade.shares == {name: shares.get(name, 0.0) for name in cascade.exits}
   assert sum(cascade.shares.values()) == pytest.approx(1)
+  rows = texts.test['image'][:16]
+  told, layers = early_answers(early.model, early.variables, rows, early.exits)
+  whole = early.model.apply(early.variables, rows)['main'].argmax(-1)
+  assert cascade.executed.n == rows.size and layers.min() < 4
+  assert cascade.executed.accuracy == pytest.approx(np.mean(told == whole))
   labels = exit_predictions(
     early.model,
     early.variables,
@@ -170,6 +179,7 @@ def test_the_page_and_the_screen_speak_of_tokens(run):
   screen = str(found)
   changed = 100 * (1 - found.result.cascade.agreement)
   assert f'changes {changed:.2f} % of the tokens' in ' '.join(screen.split())
+  assert 'executed token by token on' in ' '.join(screen.split())
   assert 'perplexity, test' in screen and 'same tokens' in screen
 
 
