@@ -58,6 +58,9 @@ from depthprune.train.task import Tree, as_dict
 RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
 SCORING = 20  # batches that score channels, at most
 JUDGING = 4  # batches for fresh statistics of each candidate of a decision
+NOT_REFITTED = (
+  'the weights that stay were not refitted: held-out data is better answered without'
+)
 
 Build = Callable[..., Method]
 """(coupling, steps, scores, whole) -> method; `scores` are those of the channels, and
@@ -269,7 +272,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   """
   coupling = couple(model, variables, *job.inputs)
   epochs = job.config.epochs.finetune if before else job.config.epochs.gates
-  frozen = job.config.recipe.frozen(job.config.options)
+  frozen, helps = job.config.recipe.frozen(job.config.options), False
   method = build(
     coupling,
     steps=job.steps(epochs),
@@ -287,24 +290,31 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
     coupling=coupling,
     teacher=teacher,
   )
-  evaluate = judge(
+  judged = partial(
+    judge,
     model,
     method,
     job.task,
-    job.on_mesh(state),
     held_out=list(job.batches(job.images.held_out)),
     calibration=list(_augmented_batches(job, 'judge', JUDGING)),
     coupling=coupling,
   )
+  evaluate = judged(job.on_mesh(state))
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep = distributed.agreed(decision)
   if frozen:
     batches = map(inputs_of, _augmented_batches(job, 'refit', RECALIBRATION))
     rest = dict(refit(coupling, variables, keep, batches))
-    state = dataclasses.replace(state, params=rest.pop('params'), model_state=rest)
+    fitted = dataclasses.replace(state, params=rest.pop('params'), model_state=rest)
+    score = lambda evaluate: evaluate(keep)[job.task.decides_by]
+    helps = score(judged(job.on_mesh(fitted))) > score(evaluate)
+    helps = bool(distributed.agreed(np.asarray(helps)))
+    state = fitted if helps else state
   pruned, model, small = cut_round(
     model, method, state, keep, coupling, job.inputs, rounding(job)
   )
+  if frozen and not helps:
+    pruned.report['notes'].append(NOT_REFITTED)
   fresh = small
   if are_outdated(pruned):
     batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)

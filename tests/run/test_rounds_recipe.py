@@ -102,6 +102,23 @@ def test_frozen_weights_rest_until_the_cut_and_are_refitted(tmp_path, monkeypatc
   np.testing.assert_array_equal(changed, kept)
   assert abs(result['flops']['after'] / result['flops']['before'] - 0.5) <= 0.01
   assert result['accuracy']['pruned'] > 0.7
+  assert rounds.NOT_REFITTED not in result['rounds'][0]['notes']
+
+
+def test_a_refit_that_does_harm_on_held_out_data_is_left_out(tmp_path, monkeypatch):
+  negated = lambda coupling, variables, keep, batches: jax.tree.map(
+    lambda x: -x, variables
+  )
+  monkeypatch.setattr(rounds, 'refit', negated)
+  config = dataclasses.replace(
+    CONFIG,
+    options=GateOptions(frozen=True),
+    finetune_epochs=0,
+    workdir=str(tmp_path),
+  )
+  result = to_json(rounds.run(config, show=False))
+  assert rounds.NOT_REFITTED in result['rounds'][0]['notes']
+  assert result['accuracy']['pruned'] > 0.5
 
 
 def test_a_run_writes_what_the_report_reads(finished):
