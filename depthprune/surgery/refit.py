@@ -87,8 +87,8 @@ def refit(
   cut.
 
   Layers are refitted one by one, each as if what it reads were still that of the full
-  network. Compare on held-out data: where gates learnt together what may go, a layer may
-  no longer need what another no longer writes, and a refit can do harm.
+  network. Compare on held-out data: where gates learnt together what may go, a layer
+  may no longer need what another no longer writes, and a refit can do harm.
 
   Args:
     coupling: of the network, made by `couple` in evaluation mode.
