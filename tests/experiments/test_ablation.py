@@ -40,7 +40,8 @@ def test_the_table_has_what_was_chosen_beside_what_was_reached(results):
   }
   content = {
     'config': {
-      'model': 'resnet20', 'data': 'cifar10', 'subset': 20_000, 'gate_epochs': 8
+      'model': 'resnet20', 'data': 'cifar10', 'subset': 20_000, 'gate_epochs': 8,
+      'options': {'views': 3},
     },
     'rows': [
       {'variant': 'plain', 'seed': s, 'heads': 0.016, 'drops': {'0.5': drop(s)}}
@@ -50,7 +51,9 @@ def test_the_table_has_what_was_chosen_beside_what_was_reached(results):
   path = results / 'sidenet' / 'results' / 'resnet20_heads.json'
   path.parent.mkdir(parents=True)
   path.write_text(json.dumps(content))
-  assert rows(ablation.head_tables())['plain'] == [
+  found = ablation.head_tables()
+  assert '(20,000 training examples, each augmented 2×, 8 epochs)' in found
+  assert rows(found)['plain'] == [
     *('1.60 ± 0.00', '42.00 ± 0.00', '0.45 ± 0.07', '40.50 ± 0.71'),
     *('45.00 ± 0.00', '0.80 ± 0.00', '43.00 ± 0.00', '0.50 ± 0.00', '44.00 ± 0.00'),
     '2',

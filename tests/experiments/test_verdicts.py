@@ -61,6 +61,31 @@ def test_gates_stand_beside_the_better_of_the_norms(results):
   assert verdicts.gates_small_drop().verdict == 'not reached, by 0.10 point'
 
 
+def test_heads_are_chosen_where_thresholds_were(results):
+  """`more` saves most there, `learned` on the reporting half, and `each` overfits."""
+
+  def asked(chosen: float, saved: float, lost: float) -> dict:
+    test = {'accuracy': 0.92 - lost / 100, 'drop': lost, 'saved': saved}
+    return {'saved_where_chosen': chosen, 'test': test}
+
+  def row(variant: str, seed: int, shared: dict, learned: dict) -> dict:
+    ways = {'shared': shared, 'learned': learned, 'each': asked(0.9, 0.9, 0.0)}
+    return {'variant': variant, 'seed': seed, 'drops': {'0.5': ways}}
+
+  few, more, learned = (
+    asked(0.3, 0.3, 0.1),
+    asked(0.45, 0.43, 0.6),
+    asked(0.4, 0.5, 0.4),
+  )
+  rows = [row('few', seed, few, few) for seed in (0, 1)]
+  rows += [row('more', seed, more, learned) for seed in (0, 1)]
+  write(results / 'sidenet/results/resnet56_heads_full.json', rows)
+  line = verdicts.sidenet('claim', 'resnet56', goal=0.42)
+  assert line.measured.startswith('43.00 ± 0.00 % of the FLOPs saved, 0.60 ± 0.00')
+  assert line.control == 'the network alone 92.00 ± 0.00'
+  assert line.verdict == 'reached; of the drop: not reached, by 0.10 point'
+
+
 @pytest.mark.parametrize(
   ('full', 'verdict'), [(False, 'reached'), (True, 'not reached')]
 )
