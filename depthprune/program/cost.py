@@ -62,8 +62,8 @@ def of_program(view: View, program: jx.Program) -> int:
 def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
   """Returns the number of trainable parameters.
 
-  These are the leaves under 'params', those of `nnx.Param` in the state of an NNX
-  module, or all variables where there are none of these.
+  These are the `nnx.Param` of an NNX module, the leaves under 'params' of other trees,
+  or all variables where there are none of these.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -74,9 +74,11 @@ def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
     differentiated.
   """
   view, count, alive = _reading(coupling, gates)
-  paths = modules.parameters_of(coupling.variables) & coupling.axes.keys()
+  trained = modules.parameters_of(coupling.variables)
   return sum(
-    alive(view.leaves[p]) * math.prod(count(d) for d in coupling.axes[p]) for p in paths
+    alive(view.leaves[path]) * math.prod(map(count, axes))
+    for path, axes in coupling.axes.items()  # in order, so that sums never differ
+    if path in trained
   )
 
 
@@ -318,7 +320,7 @@ def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> An
 
 def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> Any:
   dims = view.facts.dims
-  if e.name in PRODUCTS:  # in runs, a row meets one group
+  if e.name in PRODUCTS:  # a row of a ragged one meets one group
     summed, _ = rules.contracted(view.facts, e)
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
     return 2 * math.prod(map(count, [*out, *(lhs[i] for _, i in summed)]))

@@ -278,8 +278,8 @@ def arrays_of(module: Any) -> Any:
 def parameters_of(variables: Any) -> frozenset[str]:
   """Returns the paths of the arrays that training changes.
 
-  They are those of `nnx.Param` in the state of an NNX module, those under 'params' in
-  other trees, or all but gates where there are none of these.
+  They are the `nnx.Param` in the state of an NNX module, those under 'params' in other
+  trees, or all but the gates of branches where there are none of these.
   """
   nnx = sys.modules.get('flax.nnx')
   paths = frozenset(paths_of(variables))
