@@ -93,8 +93,8 @@ def scores(kind: Kind, logits: Any, weights: np.ndarray | None = None) -> np.nda
 def learn(logits: Any, labels: np.ndarray) -> np.ndarray:
   """Fits the weights of 'learned' for all exits but the last, float32 [exits - 1, 4].
 
-  It is a logistic regression, with a small ridge on all weights, of losing nothing: the
-  answer of the exit is right, or that of the last exit, the network's own, is wrong.
+  It is a logistic regression, with a small ridge on all weights, of whether leaving
+  loses nothing: the exit is right, or the last exit, the network's own, is wrong.
 
   Args:
     logits: [exits, n, classes] of held-out data, divided by the temperatures. On

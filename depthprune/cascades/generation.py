@@ -24,7 +24,7 @@ from depthprune.cascades.thresholds import Choice
 from depthprune.models.arch import complete
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import chosen_tokens
-from depthprune.models.heads import Unembedding, WithHeads
+from depthprune.models.heads import Unembedding, WithHeads, variables_of_trunk
 from depthprune.program import arguments, cost
 from depthprune.program.coupling import couple
 
@@ -47,12 +47,13 @@ class EarlyText(NamedTuple):
 
 
 class Exits(NamedTuple):
-  """How tokens leave a network; the same for all of them, so that it compiles once.
+  """Where tokens may leave a network: the static part, for which `jit` compiles.
 
   Attributes:
-    names: the exits where tokens may leave, in order of depth.
+    names: the exits, in order of depth.
     taps: the tap of each.
-    layers: [taps + 1], how many layers end at each of them, and how many there are.
+    layers: [exits + 1], how many layers each exit has gone through, and how many there
+      are.
     confidence: the kind of score.
   """
 
@@ -87,9 +88,9 @@ def generate_early(
 
   `thresholds` is the module `depthprune.cascades.thresholds`.
 
-  Exits on layers need no training. Exits of a network with heads go by their names;
-  they have a perceptron each, which `sidenet` trains while the network stays frozen, so
-  more of their answers are right::
+  Exits on layers need no training. The exits of a network with heads are named after
+  their heads. Each head may have a perceptron, which `sidenet` trains while the network
+  stays frozen, so that more of its answers are right::
 
     model = WithHeads(decoder, {'early': Unembedding('layer9', hidden=256)})
     text = dp.generate_early(model, variables, prompts, 20, {'early': 0.9})
@@ -111,7 +112,7 @@ def generate_early(
     exits: {exit: threshold}, such as {'layer9': 0.9}, or what the functions of
       `cascades.thresholds` choose on held-out texts. The exits of a Decoder are its
       layers, those of a `WithHeads` its heads.
-    confidence: the kind of score, as `exit_predictions` was given it: 'probability',
+    confidence: the kind of score, the same as for `exit_predictions`: 'probability',
       'entropy', 'margin' or 'patience', see `depthprune.cascades.confidence`.
     key: jax random key. With one, tokens are drawn by their probabilities; without, the
       most probable one is taken.
@@ -123,7 +124,7 @@ def generate_early(
 
   Raises:
     TypeError: the network is no Decoder, nor a `WithHeads` on one.
-    ValueError: `steps` is below 1, there is no such exit or it is behind the last
+    ValueError: `steps` is below 1, an exit is not one of the network or reads its last
       layer, a threshold is no number, the confidence is unknown, or the result would be
       longer than the model's positions.
   """
@@ -147,29 +148,29 @@ def early_answers(
   exits: Mapping[str, float] | Choice,
   confidence: Kind = 'probability',
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes what a network with early exits tells after every token of given texts.
+  """Predicts the token after each one of given texts, with early exits executed.
 
-  It is executed as `generate_early` is, token by token: what follows a token that left
-  early reads the keys and values that were made of its features there. So it shows what
-  `exit_predictions`, for which all layers are executed, cannot.
+  Texts are read token by token, as `generate_early` writes them: tokens after one that
+  left early attend to keys and values of its features at that exit. This shows what
+  such copies change, which `exit_predictions`, where all layers run, cannot.
 
   Args:
     model: the network, as for `generate_early`.
     variables: its arrays.
     tokens: the texts, int [texts, length].
-    exits: {exit: threshold}, or a Choice.
-    confidence: the kind of score.
+    exits: {exit: threshold}, or a Choice, as for `generate_early`.
+    confidence: the kind of score, as for `generate_early`.
 
   Returns:
-    (the most probable token after each, the number of layers that each went through),
-    int [texts, length].
+    (the most probable token after each, how many layers each went through), both int
+    [texts, length].
 
   Raises:
     TypeError, ValueError: as for `generate_early`.
   """
   setup, limits = _used(model, exits, confidence)
   cache = _bare(model, variables)[0].empty_cache(*tokens.shape)
-  return _told(model, variables, tokens, cache, limits, setup)
+  return _answered(model, variables, tokens, cache, limits, setup)
 
 
 def exit_predictions(
@@ -206,8 +207,8 @@ def exit_predictions(
 
   Raises:
     TypeError: the network is no Decoder, nor a `WithHeads` on one.
-    ValueError: no exit or text, an exit that the network does not have or that is
-      behind its last layer, an unknown confidence, or labels of another shape.
+    ValueError: no exit or text, an exit that the network does not have or that reads
+      its last layer, an unknown confidence, or labels of another shape.
   """
   arguments.whole('batch', batch)
   there = check(model, exits, confidence)
@@ -247,7 +248,10 @@ def exit_predictions(
 
 
 def exits_of(model: Any) -> dict[str, str]:
-  """Returns {exit: its tap} of a network that writes, in order of depth.
+  """Returns {exit: its tap} of a language model, in order of depth.
+
+  The exits of a Decoder are its layers before the last, named after their taps; those
+  of a `WithHeads` are its heads of the kind `Unembedding` on such layers.
 
   Raises:
     TypeError: the network is no Decoder, nor a `WithHeads` on one.
@@ -266,10 +270,10 @@ def exits_of(model: Any) -> dict[str, str]:
 
 
 def thresholds_of(exits: Mapping[str, float] | Choice) -> Mapping[str, float]:
-  """Returns {exit: threshold} of an argument that may be a Choice.
+  """Returns {exit: threshold} of a mapping or a Choice.
 
   Raises:
-    TypeError: it is no mapping.
+    TypeError: it is neither.
     ValueError: a threshold is no number.
   """
   if isinstance(exits, Choice):
@@ -303,7 +307,7 @@ def check(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str]:
 def _used(
   model: Any, exits: Mapping[str, float] | Choice, confidence: Kind
 ) -> tuple[Exits, jax.Array]:
-  """The exits at which any token can leave, and their thresholds."""
+  """The exits whose threshold is not infinite, and these thresholds."""
   exits = thresholds_of(exits)
   there = check(model, [*exits], confidence)
   at = {name: tap for name, tap in there.items() if exits.get(name, np.inf) < np.inf}
@@ -312,7 +316,7 @@ def _used(
 
 
 def _exits(model: Decoder, at: Mapping[str, str], confidence: Kind) -> Exits:
-  """The exits {name: tap}, with the numbers of layers that a cut has left."""
+  """The exits {name: tap}, with the layers before them that a cut has left."""
   arch = complete(model.arch, model.widths, 'Decoder')
   count, reached = 0, {}
   for name, tap, _ in model.parts:  # a layer without branches is not counted
@@ -326,8 +330,7 @@ def _bare(model: Decoder | WithHeads, variables: Any) -> tuple[Decoder, Any]:
   """The network without its heads, and its arrays."""
   if isinstance(model, Decoder):
     return model, variables
-  own = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
-  return model.trunk, own
+  return model.trunk, variables_of_trunk(variables)
 
 
 def _logits(
@@ -383,7 +386,7 @@ def _generated(
 
 
 @partial(jax.jit, static_argnames=('model', 'setup'))
-def _told(
+def _answered(
   model: Decoder | WithHeads,
   variables: Any,
   tokens: jax.Array,
@@ -391,7 +394,7 @@ def _told(
   limits: jax.Array,
   setup: Exits,
 ) -> tuple[jax.Array, jax.Array]:
-  """The token after each of `tokens`, and the number of layers of each."""
+  """The answer after each of `tokens`, and how many layers each went through."""
   choose = lambda logits: logits.argmax(-1).astype(tokens.dtype)
 
   def step(cache, token):

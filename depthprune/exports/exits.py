@@ -1,7 +1,7 @@
-"""Language models that tokens leave early as folders: saved and loaded.
+"""Language models with early exits, saved to a folder and loaded from it.
 
-A folder holds `exits.json` with the thresholds, the network with its heads as `save`
-writes it, and its tokenizer if it has one.
+A folder holds `exits.json` with the thresholds, the network with its heads in
+`network/` as `save` writes it, and `tokenizer.json` if one was given.
 """
 
 import math
@@ -24,13 +24,13 @@ from depthprune.surgery.prune import Pruned
 
 
 class SavedExits(NamedTuple):
-  """A language model that tokens leave early, as it was read from disk.
+  """A language model with early exits, as it was read from disk.
 
   Attributes:
     model: the network, possibly with heads, for `generate_early`.
     variables: its arrays.
     exits: {exit: threshold}.
-    confidence: the kind of score that the thresholds are for.
+    confidence: the kind of score that is compared with the thresholds.
     tokenizer: the path of its tokenizer.json, or None.
   """
 
@@ -49,7 +49,7 @@ def save_exits(
   tokenizer: Any = None,
   tensors: bool = False,
 ) -> None:
-  """Writes a language model that tokens leave early as a folder, for `load_exits`.
+  """Writes a language model with early exits as a folder, for `load_exits`.
 
       network = dp.prune(model, variables, {}, tokens)  # cuts nothing
       dp.save_exits('early', network, {'early': 0.9})
@@ -59,14 +59,15 @@ def save_exits(
     network: the network that `prune` returned, a Decoder or a `WithHeads` on one.
     exits: {exit: threshold}, or what the functions of `cascades.thresholds` chose.
     confidence: the kind of score, as `generate_early` takes it.
-    tokenizer: its tokenizer, a tokenizer.json or a `tokenizers.Tokenizer`; None for
-      none.
+    tokenizer: the path of a tokenizer.json, or a `tokenizers.Tokenizer`; None for none.
     tensors: whether to write the arrays as a file of safetensors instead of an orbax
       checkpoint.
 
   Raises:
-    TypeError: the network is none that writes.
-    ValueError: it does not have such an exit, or the confidence is unknown.
+    TypeError: `network` is not what `prune` returned, or not of such a model.
+    ValueError: it has no such exit, a threshold is no number, or the confidence is
+      unknown.
+    FileNotFoundError: there is no such tokenizer.json.
     CheckpointError: as for `save`.
   """
   write = 'write save_exits(path, prune(model, variables, {}, tokens), exits)'
@@ -90,7 +91,7 @@ def save_exits(
 
 
 def load_exits(path: str | Path) -> SavedExits:
-  """Reads what `save_exits` or `depthprune run sidenet` wrote of a language model.
+  """Reads a language model that `save_exits` or `depthprune run sidenet` wrote.
 
       early = dp.load_exits('runs/.../exits')
       text = dp.generate_early(
@@ -99,6 +100,9 @@ def load_exits(path: str | Path) -> SavedExits:
 
   Args:
     path: the folder.
+
+  Returns:
+    The SavedExits.
 
   Raises:
     CheckpointError: the folder has no such network, or is damaged.

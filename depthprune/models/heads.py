@@ -333,6 +333,11 @@ class WithHeads(nn.Module):
     return self.trunk(*inputs, train=train, until=until)
 
 
+def variables_of_trunk(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the variables of the trunk of a `WithHeads`, without those of its heads."""
+  return {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
+
+
 def _line(heads: Mapping[str, AnyHead], name: str) -> list[str]:
   """Returns a head and those that it comes after, one after the other.
 

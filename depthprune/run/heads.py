@@ -14,7 +14,7 @@ from depthprune.data.dataset import count, inputs_of, real_rows
 from depthprune.data.features import FeatureSet, collect
 from depthprune.distributed import fetch
 from depthprune.models.decoder import Decoder
-from depthprune.models.heads import Head, Unembedding, WithHeads
+from depthprune.models.heads import Head, Unembedding, WithHeads, variables_of_trunk
 from depthprune.models.layers import Pool
 from depthprune.program.coupling import couple
 from depthprune.program.modules import runnable
@@ -115,7 +115,8 @@ def smoothed(job: Job) -> tasks.Task:
 def with_sides(plan: CascadePlan, trunk: Any, job: Job) -> WithHeads:
   """Puts the heads that the plan asks for on a trunk: exit1, exit2, ... by depth.
 
-  Those of a network that writes share its logits, which cost as much as several layers.
+  Those of a language model share its logits, which cost as much as several layers: two
+  are the default.
 
   Raises:
     ValueError: there is no such tap, or the trunk has fewer than two taps.
@@ -298,8 +299,7 @@ def feature_set(job: Job, model: WithHeads, variables: Tree) -> FeatureSet:
   read: Any = functools.partial(model.apply, method='features')
   images, folder = job.images, job.folder / 'features'
   crc32 = lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
-  trunk = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
-  arrays = functools.reduce(crc32, jax.tree.leaves(trunk), 0)
+  arrays = functools.reduce(crc32, jax.tree.leaves(variables_of_trunk(variables)), 0)
   about = {**job.relevant(), 'arrays': arrays}
   variables = job.on_mesh(variables)
   augments = job.config.augment and images.augments

@@ -1,4 +1,4 @@
-"""Held-out texts, continued by a network before and after what was done to it."""
+"""Held-out texts, continued by a network and by what a method has made of it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from depthprune.cascades.confidence import Kind
 from depthprune.cascades.generation import generate_early
 from depthprune.models.decoder import Decoder
 from depthprune.models.generation import generate
-from depthprune.models.heads import WithHeads
+from depthprune.models.heads import WithHeads, variables_of_trunk
 from depthprune.run import data
 from depthprune.run.job import Job
 from depthprune.train.task import Tree
@@ -47,7 +48,11 @@ def samples(job: Job, model: Any, small: 'Shrunk') -> list[dict[str, str]]:
 
 
 def early_samples(
-  job: Job, model: WithHeads, variables: Tree, exits: Mapping[str, float], confidence
+  job: Job,
+  model: WithHeads,
+  variables: Tree,
+  exits: Mapping[str, float],
+  confidence: Kind,
 ) -> list[dict[str, str]]:
   """Returns a few prompts with 'whole' and 'early', as `samples` does.
 
@@ -58,11 +63,12 @@ def early_samples(
     exits: {head: threshold}.
     confidence: the kind of score, see `generate_early`.
   """
-  trunk = {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
-  early = partial(generate_early, model, variables, exits=exits, confidence=confidence)
+  early = lambda prompts, steps: generate_early(
+    model, variables, prompts, steps, exits, confidence
+  )
   writers = {
-    'whole': partial(generate, model.trunk, trunk),
-    'early': lambda prompts, steps: early(tokens=prompts, steps=steps).tokens,
+    'whole': partial(generate, model.trunk, variables_of_trunk(variables)),
+    'early': lambda prompts, steps: early(prompts, steps).tokens,
   }
   return _continued(job, model.trunk.positions, writers)
 
@@ -70,7 +76,7 @@ def early_samples(
 def _continued(
   job: Job, positions: int, writers: Mapping[str, Callable]
 ) -> list[dict[str, str]]:
-  """Continues prompts by all of `writers`, (prompts, steps) -> texts."""
+  """Returns prompts, continued by each of `writers`, (prompts, steps) -> texts."""
   rows = job.images.held_out['image']
   chosen = np.unique(np.linspace(0, len(rows) - 1, TEXTS).astype(int))
   prompts = rows[chosen, : max(1, min(READ, rows.shape[1] // 2))]
