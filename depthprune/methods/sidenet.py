@@ -68,9 +68,10 @@ def sidenet(
   Args:
     coupling: what `couple` found in the network, which returns {'main': its own logits
       [batch, classes], NAME: logits of each head}; `models.heads.WithHeads` has heads
-      on the taps of a network. What 'main' does not read belongs to the heads. For a
-      network that writes, logits are [batch, length, vocab] and heads of the kind
-      `models.heads.Unembedding`; `generate_early` then lets tokens leave at them.
+      on the taps of a network. What 'main' does not read belongs to the heads. The
+      logits of a language model are [batch, length, vocab], and its heads are
+      `models.heads.Unembedding` with a hidden layer, at which `generate_early` then
+      lets tokens leave.
     regime: 'frozen' trains the heads alone and leaves every parameter and statistic of
       the network as it is, 'joint' trains everything. The mixed regime is 'frozen',
       then 'joint' from what that left.
@@ -120,7 +121,7 @@ def sidenet(
 
 
 def _cross_entropy(task: Task, log_p: jax.Array, logits: jax.Array, batch: Tree):
-  """The mean over a batch, and its tokens, of the cross-entropy with probabilities."""
+  """The mean over examples, and their tokens, of the cross-entropy with exp(log_p)."""
   each = -(jnp.exp(log_p) * task.log_probs(logits)).sum(-1)
   return tasks.mean(each.mean(range(1, each.ndim)), batch)
 
@@ -249,7 +250,8 @@ class SideNetOptions:
   decide_on: Literal['auto', 'train', 'test'] = 'auto'
   """train: thresholds come from images held out of training. test: from the first half
   of the test images, and the second half reports, because pretrained weights may have
-  seen all training images. auto: test where weights are pretrained, not trained on."""
+  seen all training images. auto: test for pretrained weights that are not trained
+  further, except for a language model."""
 
   def __post_init__(self):
     one_of(self, 'regime', ('frozen', 'joint', 'mixed'))
@@ -308,14 +310,15 @@ def _check(config: Any) -> None:
 
 def _check_texts(o: SideNetOptions) -> None:
   """Refuses what heads on the features of every token do not have."""
-  if o.request[0] in ('milliseconds', 'risk') or o.confidence in (
-    'patience',
-    'learned',
-  ):
+  if (kind := o.request[0]) in ('milliseconds', 'risk'):
     raise ConfigError(
-      f'{o.request[0]}, {o.confidence}: tokens of a language model leave by their '
-      'probability, entropy or margin, for a drop, a budget or a threshold: tokens of '
-      'one text are too alike to certify a risk, and their time is not measured'
+      f'{kind}: expected a drop, a budget or a threshold for a language model: tokens '
+      'of one text are too alike to certify a risk, and their time is not measured'
+    )
+  if o.confidence in ('patience', 'learned'):
+    raise ConfigError(
+      'confidence: expected probability, entropy or margin for a language model, got '
+      f'{o.confidence!r}'
     )
   if o.hidden < 1:
     raise ConfigError(
@@ -326,8 +329,8 @@ def _check_texts(o: SideNetOptions) -> None:
   default = SideNetOptions()
   if given := [k for k in names if getattr(o, k) != getattr(default, k)]:
     raise ConfigError(
-      f'{", ".join(given)}: heads of a language model read every token of a frozen '
-      'network as it is: leave it out'
+      f'{", ".join(given)}: expected the default for a language model, whose heads '
+      'read every token of a frozen network as it is'
     )
 
 

@@ -106,12 +106,12 @@ def run(job: Job) -> Result:
 def choose_held_out(job: Job) -> Job:
   """Returns the job with half of the test data held out, if the options ask for it.
 
-  Texts that were held out of training are new to the heads of a language model too.
+  For a language model 'auto' keeps the held-out texts, which its heads have not seen.
   """
   config, test = job.config, job.images.test
   asked = cascade_plan(config).decide_on
-  seen = config.pretrained is not None and not config.epochs.train
-  seen &= not isinstance(job.images, Corpus)
+  pretrained = config.pretrained is not None and not config.epochs.train
+  seen = pretrained and not isinstance(job.images, Corpus)
   if asked == 'train' or (asked == 'auto' and not seen):
     return job
   half = count(test) // 2

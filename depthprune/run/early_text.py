@@ -1,9 +1,9 @@
-"""A complete run of a method with early exits on a network that writes.
+"""A complete run of a method with early exits on a language model.
 
-Heads learn on the frozen network, which is run for every batch: features of all tokens
-would fill the disk. Held-out texts decide at which exits tokens leave, and how sure the
-exits must be; test texts show what that reaches, and decide nothing. A token counts as
-changed where the exit at which it leaves tells another next token than the network.
+Heads are trained on the frozen network, which runs for every batch: the features of all
+tokens would fill the disk. Held-out texts decide at which exits tokens leave and above
+which thresholds; test texts only measure what that reaches. A token counts as changed
+if the exit at which it leaves predicts another next token than the whole network.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ from depthprune.train.result import Result, from_json
 # Further requests that the report shows beside the run's own: percent of the tokens
 # that change, and parts of the network's FLOPs.
 ALSO = {'drop': (0.5, 1.0, 2.0, 5.0), 'budget': (0.7, 0.8, 0.9)}
-MANY = 5  # exits, of which all subsets are tried
-EXECUTED = 16  # test texts on which exits are executed, at most
+MANY = 5  # up to so many exits, all subsets are tried
+EXECUTED = 16  # at most so many test texts are read with exits executed
 
-Limits = Mapping[str, float]  # {exit: threshold}, of the exits that are used
+Limits = Mapping[str, float]  # {exit: threshold} of the exits that are used
 
 
 def run(job: Job) -> Result:
-  """Trains heads, decides thresholds, measures them and saves the network in `exits/`.
+  """Trains heads, chooses thresholds, measures and saves the network in `exits/`.
 
   Raises:
     DataError: there are too few texts.
@@ -88,30 +88,29 @@ def run(job: Job) -> Result:
   used = decide(agreeing(held_out), kind, requested, plan.shared_threshold)
   keep = {'exits': {name: name in used for name in names}}
   pruned = prune(model, state.variables, keep, job.inputs)
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   values = {
     **described(job),
-    **measured(job, pruned, used, held_out, test),
+    **measured(job, used, held_out, test),
     'params': {
-      name: sum(x.size for x in jax.tree.leaves(tree))
-      for name, tree in (
-        ('before', state.params['trunk']),
-        ('after', pruned.variables['params']),
-      )
+      'before': size(state.params['trunk']),
+      'after': size(pruned.variables['params']),
     },
     'scores': {'before': finite(whole)},
   }
   values['cascade']['taps'] = exits_of(model)
   values['cascade']['executed'] = executed(job, pruned, used)
   if distributed.writes():
-    own = pruned.model, pruned.variables, used, plan.confidence
-    values['samples'] = early_samples(job, *own)
-  writing = data.writing(config)
-  save_exits(job.folder / 'exits', pruned, used, plan.confidence, writing)
+    values['samples'] = early_samples(
+      job, pruned.model, pruned.variables, used, plan.confidence
+    )
+  tokenizer = data.writing(config)
+  save_exits(job.folder / 'exits', pruned, used, plan.confidence, tokenizer)
   return from_json(values)
 
 
 def agreeing(p: Predictions) -> Predictions:
-  """Predictions that are right where they are the network's own answer."""
+  """Returns predictions with the answers of the network itself as labels."""
   return p._replace(labels=p.logits[-1].argmax(-1))
 
 
@@ -119,23 +118,23 @@ def agreeing(p: Predictions) -> Predictions:
 
 
 def among(p: Predictions, names: tuple[str, ...]) -> Predictions:
-  """Predictions of a network that has only these of its exits, whose heads are alike.
+  """Returns the predictions of a network that has only these of its exits.
 
-  A token pays for the heads that it passes.
+  A token pays for the heads that it passes; all of them cost the same.
   """
   rows = [i for i, name in enumerate(p.exits) if name in (*names, 'main')]
   head = (p.cost[-1] - p.whole) / (len(p.exits) - 1)
-  passed = np.array([i - k for k, i in enumerate(rows)])  # heads that are not there
+  absent = np.array([i - k for k, i in enumerate(rows)])  # heads before each exit
   return p._replace(
     exits=tuple(p.exits[i] for i in rows),
     logits=p.logits[rows],
     scores=p.scores[rows[:-1]],
-    cost=p.cost[rows] - head * passed,
+    cost=p.cost[rows] - head * absent,
   )
 
 
 def subsets(p: Predictions) -> Iterator[tuple[str, ...]]:
-  """Yields the exits that could be used; of many, one, two or all of them."""
+  """Yields the subsets of exits to try; of many exits, only singles, pairs and all."""
   names = p.exits[:-1]
   sizes = range(1, len(names) + 1) if len(names) <= MANY else (1, 2, len(names))
   for size in sizes:
@@ -143,7 +142,7 @@ def subsets(p: Predictions) -> Iterator[tuple[str, ...]]:
 
 
 def reach(p: Predictions, limits: Limits) -> tuple[Predictions, Measured]:
-  """Returns the predictions at the exits that are used, and what they reach."""
+  """Returns the predictions of the exits that are used, and what they reach."""
   if not limits:  # the network alone
     own = measure(p, np.full(p.scores.shape[1], len(p.exits) - 1))
     return p, own._replace(cost=p.whole)
@@ -152,7 +151,7 @@ def reach(p: Predictions, limits: Limits) -> tuple[Predictions, Measured]:
 
 
 def decide(p: Predictions, kind: str, requested: float, shared: bool) -> Limits:
-  """Chooses exits and their thresholds for a request; no exit where none saves FLOPs.
+  """Chooses exits and their thresholds for a request.
 
   Args:
     p: predictions on held-out texts, whose labels are the network's own answers.
@@ -160,6 +159,9 @@ def decide(p: Predictions, kind: str, requested: float, shared: bool) -> Limits:
       or 'threshold'.
     requested: its value.
     shared: whether all exits have the same threshold.
+
+  Returns:
+    {exit: threshold}; {} if a drop is asked for and no exits save FLOPs.
 
   Raises:
     ValueError: no exits cost as little as the budget.
@@ -196,9 +198,16 @@ def decide(p: Predictions, kind: str, requested: float, shared: bool) -> Limits:
 
 
 def measured(
-  job: Job, pruned: Pruned, used: Limits, held_out: Predictions, test: Predictions
+  job: Job, used: Limits, held_out: Predictions, test: Predictions
 ) -> dict[str, Any]:
-  """Returns what exits reach, as entries of result.json; labels are the next tokens."""
+  """Returns what exits reach, as entries of result.json.
+
+  Args:
+    job: the run.
+    used: the exits that are used, with their thresholds.
+    held_out: predictions on held-out texts, whose labels are the next tokens.
+    test: the same on test texts.
+  """
   plan = cascade_plan(job.config)
   decides, reports = agreeing(held_out), agreeing(test)
   accuracies = {
@@ -233,9 +242,9 @@ def measured(
 
 
 def executed(job: Job, pruned: Pruned, used: Limits) -> dict[str, Any]:
-  """Measures how many tokens stay the same where exits are executed on test texts.
+  """Measures which part of the tokens of test texts stays the same, exits executed.
 
-  Where tokens have left, later ones read copied keys and values.
+  Tokens after one that left early attend to its copied keys and values.
   """
   texts = job.images.test['image'][:EXECUTED]
   own = pruned.model, pruned.variables
@@ -246,7 +255,7 @@ def executed(job: Job, pruned: Pruned, used: Limits) -> dict[str, Any]:
 
 
 def curve(held_out: Predictions, test: Predictions) -> list[dict[str, float]]:
-  """Returns what the efficient exits and thresholds reach, most costly first."""
+  """Returns what efficient exits and thresholds reach, those of highest cost first."""
   tried: list[Limits] = [{}]
   for names in subsets(held_out):
     for point in pareto.alike(among(held_out, names), points=40):

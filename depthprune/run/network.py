@@ -164,12 +164,12 @@ def check_answer(job: Job, model: Any) -> None:
 
 
 def _writes(recipe: Recipe) -> bool:
-  """Whether a method can be used on a network that writes texts."""
+  """Whether a method can be used on a language model."""
   return recipe.tells_tokens or not (recipe.cascade or recipe.heads)
 
 
 def _check_writing(config: Config, model: Decoder) -> None:
-  """Raises ConfigError unless a run can be one of a network that writes texts."""
+  """Raises ConfigError where the options of a run do not suit a language model."""
   recipe, options = config.recipe, config.options
   if not _writes(recipe):
     able = [methods.word(k) for k, each in methods.all().items() if _writes(each)]

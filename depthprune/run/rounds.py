@@ -141,8 +141,12 @@ def run(config: Config, show: bool = True) -> Result:
     job = prepare(config, show)
     with curves.opened(config) as logs:
       job = job._replace(logs=logs)
-      exits = early_text if isinstance(job.images, Corpus) else early_exit
-      reached = exits.run(job) if config.recipe.cascade else _prune(job)
+      if not config.recipe.cascade:
+        reached = _prune(job)
+      elif isinstance(job.images, Corpus):
+        reached = early_text.run(job)
+      else:
+        reached = early_exit.run(job)
     values = {**to_json(reached), 'wall_seconds': time.monotonic() - started}
     values = distributed.gathered(values)[0]
     directory.write(job.folder / 'result.json', values)

@@ -77,7 +77,7 @@ class CascadePlan(NamedTuple):
 
   Attributes:
     taps: the taps that get heads; () spreads them over the depth.
-    heads: how many are spread; None for five, or two of a network that writes.
+    heads: how many are spread; None for five, or for two of a language model.
     hidden: width of a head's hidden layer, 0 for none.
     pool: how a head turns positions into one vector; None chooses by the input.
     normalise: whether batch normalisation of that comes first.
@@ -160,9 +160,9 @@ class Recipe(NamedTuple):
     check: (config) -> None; raises ConfigError if the method cannot use the config.
     heads: (options, network, depthprune.models.heads) -> the network with the exits
       that it is trained with; None if the method needs none.
-    tells_tokens: whether its exits also work on a network that writes texts.
-    check_texts: (options) -> None; raises ConfigError for options that do not suit such
-      a network.
+    tells_tokens: whether its exits also work on a language model.
+    check_texts: (options) -> None; raises ConfigError for options that do not suit a
+      language model.
     own_exits: whether the method puts exits on the network that answer, so that a
       network with several exits of its own (for several tasks, say) cannot be used.
     deepest_answers: whether the deepest exit answers in the uncut network.

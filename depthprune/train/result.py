@@ -285,8 +285,8 @@ class Executed:
     ideal: FLOPs of an example if every stage runs only on examples that reach it.
     padded: FLOPs of an example as executed.
     whole: FLOPs of an example in the network alone.
-    accuracy: accuracy of the executed cascade; of a network that writes, the part of
-      `n` tokens that stay the same.
+    accuracy: accuracy of the executed cascade; of a language model, the part of `n`
+      tokens that stays the same.
     differ: number of examples that left at another exit than simulated.
     near: how many of these were close to a threshold.
     n: number of examples.
@@ -368,8 +368,9 @@ class CascadeResult:
     requests: the run's request and others, with what they reached.
     taps: the tap that each exit reads.
     original: accuracy of the network before it was trained with its heads.
-    agreement: of a network that writes, the part of the test tokens that stay the same;
-      `exit_accuracy`, `curve` and the drop of requests are then of such tokens.
+    agreement: of a language model, the part of the test tokens that stays the same;
+      `exit_accuracy`, `curve` and the drop of requests then count such tokens. None for
+      other networks.
   """
 
   exits: list[str]

@@ -20,7 +20,7 @@ from depthprune.data import tokens
 from depthprune.data.dataset import DataError
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.models.generation import generate
-from depthprune.models.heads import Unembedding, WithHeads
+from depthprune.models.heads import Unembedding, WithHeads, variables_of_trunk
 from depthprune.run import data, early_text, rounds
 from depthprune.run.config import default, from_json
 from depthprune.run.job import prepare
@@ -88,50 +88,43 @@ def test_a_run_reaches_what_the_saved_network_reaches(run):
   result, cascade = found.result, found.result.cascade
   early = dp.load_exits(found.path / 'exits')
   assert early.exits and early.confidence == 'probability'
-  limits = np.array([*early.exits.values()], np.float32)
-  for split, promised in ((texts.held_out, True), (texts.test, False)):
-    seen = exit_predictions(
-      early.model, early.variables, split['image'], [*early.exits]
-    )
-    measured = thresholds.measured(limits, seen)
-    if promised:
-      assert 0.7 <= measured.accuracy < 1 and measured.cost < seen.whole
-      (mine,) = (r for r in cascade.requests if r.chosen)
-      assert mine.held_out == {'accuracy': measured.accuracy, 'cost': measured.cost}
-  assert cascade.agreement == measured.accuracy
-  assert result.flops.after == pytest.approx(measured.cost, rel=1e-12)
-  assert result.flops.before == seen.whole
-  shares = dict(zip(seen.exits, measured.exits))
+  own, limits = early[:2], np.array([*early.exits.values()], np.float32)
+
+  def seen(split, labels=None):
+    return exit_predictions(*own, split['image'], [*early.exits], labels)
+
+  decided = seen(texts.held_out)
+  held_out = thresholds.measured(limits, decided)
+  assert 0.7 <= held_out.accuracy < 1 and held_out.cost < decided.whole
+  (mine,) = (r for r in cascade.requests if r.chosen)
+  assert mine.held_out == {'accuracy': held_out.accuracy, 'cost': held_out.cost}
+  test = thresholds.measured(limits, seen(texts.test))
+  assert cascade.agreement == test.accuracy
+  assert result.flops.after == pytest.approx(test.cost, rel=1e-12)
+  assert result.flops.before == decided.whole
+  shares = dict(zip((*early.exits, 'main'), test.exits))
   assert cascade.shares == {name: shares.get(name, 0.0) for name in cascade.exits}
   assert sum(cascade.shares.values()) == pytest.approx(1)
-  rows = texts.test['image'][:16]
-  told, layers = early_answers(early.model, early.variables, rows, early.exits)
-  whole = early.model.apply(early.variables, rows)['main'].argmax(-1)
-  assert cascade.executed.n == rows.size and layers.min() < 4
-  assert cascade.executed.accuracy == pytest.approx(np.mean(told == whole))
-  labels = exit_predictions(
-    early.model,
-    early.variables,
-    texts.test['image'],
-    [*early.exits],
-    texts.test['label'],
-  )
-  right = thresholds.measured(limits, labels).accuracy
-  assert result.accuracy.after == pytest.approx(right)
-  outputs = early.model.trunk.apply(bare(early.variables), texts.test['image'])
+  labelled = thresholds.measured(limits, seen(texts.test, texts.test['label']))
+  assert result.accuracy.after == pytest.approx(labelled.accuracy)
+  trunk = variables_of_trunk(early.variables)
+  outputs = early.model.trunk.apply(trunk, texts.test['image'])
   loss = language_model().loss(outputs['main'], texts.test)
   assert result.scores['before']['perplexity'] == pytest.approx(np.exp(loss), rel=1e-5)
-  sizes = [sum(x.size for x in jax.tree.leaves(v['params'])) for v in of(early)]
-  assert [result.params.before, result.params.after] == sizes
+  size = lambda variables: sum(x.size for x in jax.tree.leaves(variables['params']))
+  sizes = size(trunk), size(early.variables)
+  assert (result.params.before, result.params.after) == sizes
 
 
-def bare(variables):
-  return {name: tree['trunk'] for name, tree in variables.items() if 'trunk' in tree}
-
-
-def of(early):
-  """The variables without and with heads."""
-  return bare(early.variables), early.variables
+def test_what_is_executed_is_what_the_saved_network_answers(run):
+  found, texts = run
+  executed = found.result.cascade.executed
+  early = dp.load_exits(found.path / 'exits')
+  rows = texts.test['image'][:16]
+  answers, layers = early_answers(early.model, early.variables, rows, early.exits)
+  whole = early.model.apply(early.variables, rows)['main'].argmax(-1)
+  assert executed.n == rows.size and layers.min() < 4
+  assert executed.accuracy == pytest.approx(np.mean(answers == whole))
 
 
 def test_the_network_itself_stays_as_it_is(run, folder):
@@ -148,10 +141,11 @@ def test_samples_are_what_both_write(run):
   early = dp.load_exits(found.path / 'exits')
   prompts = texts.held_out['image'][:1, :4]
   steps = 24
-  assert tokens.read(early.tokenizer).get_vocab_size() == len(WORDS) + 1
-  decode = tokens.read(early.tokenizer).decode
+  tokenizer = tokens.read(early.tokenizer)
+  assert tokenizer.get_vocab_size() == len(WORDS) + 1
+  trunk = variables_of_trunk(early.variables)
   written = {
-    'whole': generate(early.model.trunk, bare(early.variables), prompts, steps),
+    'whole': generate(early.model.trunk, trunk, prompts, steps),
     'early': generate_early(
       early.model, early.variables, prompts, steps, early.exits, early.confidence
     ).tokens,
@@ -159,7 +153,7 @@ def test_samples_are_what_both_write(run):
   sample = dataclasses.asdict(found.result.samples[0])
   for name, text in written.items():
     row = np.asarray(text)[0, 4:].tolist()
-    assert sample[name] == decode(row, skip_special_tokens=False)
+    assert sample[name] == tokenizer.decode(row, skip_special_tokens=False)
   assert not sample['cut'] and not sample['healed']
 
 
@@ -288,11 +282,12 @@ def test_a_threshold_is_that_of_every_exit():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'risk': 0.01}, 'risk, probability: tokens of a language model leave by'),
-    ({'milliseconds': 1.0}, 'for a drop, a budget or a threshold'),
-    ({'confidence': 'patience'}, 'drop, patience: tokens of a language model'),
+    ({'risk': 0.01}, 'risk: expected a drop, a budget or a threshold for a language'),
+    ({'milliseconds': 1.0}, 'milliseconds: expected a drop, a budget or a threshold'),
+    ({'confidence': 'patience'}, "entropy or margin for a language .*, got 'patience'"),
+    ({'confidence': 'learned'}, "entropy or margin for a language .*, got 'learned'"),
     ({'hidden': 0}, 'hidden: expected 1 or more for a language model, got 0'),
-    ({'regime': 'joint', 'dropout': 0.1}, 'regime, dropout: heads of a language model'),
+    ({'regime': 'joint', 'dropout': 0.1}, 'regime, dropout: expected the default for'),
     ({'taps': ('layer3',)}, 'expected some of layer0, layer1, layer2, .*, got layer3'),
     ({'taps': ('block1',)}, 'of decoder_tiny before the last, got block1'),
   ],
