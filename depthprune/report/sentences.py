@@ -15,7 +15,7 @@ UNITS = (
   'the MainNet is right; time: of an example, executed.'
 )
 UNITS_OF_TEXT = (
-  "Drop: percent of the tokens that change; cost: of the MainNet's FLOPs of a token."
+  "Drop: percent of the tokens that change; cost: of the MainNet's FLOPs per token."
 )
 EXITS = (
   'Cost: FLOPs up to the exit, all heads on the way included, of those of the MainNet. '
@@ -25,8 +25,8 @@ EXITS = (
 EXITS_OF_TEXT = (
   'Cost: FLOPs of a token up to the exit, all heads on the way included, of those of '
   'the MainNet; an exit that is never used is cut away and costs nothing. Same tokens: '
-  'what would stay if all left there. Test texts; all layers are executed here for the '
-  'keys and values that later tokens read.'
+  'the share that would not change if all left there. Test texts; keys and values are '
+  'those of all layers here, not copied ones.'
 )
 CURVE = (
   'Test data; the thresholds of every point were chosen on held-out data. At 100 % is '
@@ -34,14 +34,14 @@ CURVE = (
 )
 CURVE_OF_TEXT = (
   'Test texts; the exits and thresholds of every point were chosen on held-out texts. '
-  'At 100 % is the MainNet alone. Same tokens: the share of the next tokens that do '
-  'not change.'
+  'At 100 % is the MainNet alone. Same tokens: the share of the predicted tokens that '
+  'do not change.'
 )
 LEAVING = 'Of the chosen cascade, on test data, with the accuracy of those that leave.'
 LEAVING_OF_TEXT = 'Of the chosen exits, on test texts.'
 LEGEND_OF_TEXT = (
   'MainNet: the network alone; cascade: with early exits and their heads. Accuracy: of '
-  'the next token. FLOPs: of a token in the mean.'
+  'the next token. FLOPs: per token, in the mean.'
 )
 RELIABILITY = (
   'All test examples at every exit: on the diagonal, confidence is the chance to be '
@@ -88,7 +88,7 @@ def target_of(result: Result) -> Target | None:
 
 
 def legend(result: Result) -> str:
-  """Returns what explains the columns of the first table."""
+  """Explains the columns of the first table."""
   writes = result.cascade is not None and result.cascade.agreement is not None
   return LEGEND_OF_TEXT if writes else recipe_of(result).legend
 
@@ -271,11 +271,11 @@ def reading(cascade: CascadeResult) -> str:
   chosen = 'Thresholds come from held-out data'
   if any(request.kind == 'threshold' for request in cascade.requests):
     chosen += ', or are those that were asked for'
+  if cascade.agreement is not None:
+    return f'{chosen}; reached, changed and saved are of test texts. {UNITS_OF_TEXT}'
   brackets = ''
   if any(request.interval for request in cascade.requests):
     brackets = ', in brackets their 95 % interval (paired bootstrap)'
-  if cascade.agreement is not None:
-    return f'{chosen}; reached, changed and saved are of test texts. {UNITS_OF_TEXT}'
   return f'{chosen}; reached, lost and saved are of test data{brackets}. {UNITS}'
 
 
@@ -298,8 +298,8 @@ def executed(cascade: CascadeResult) -> str:
   run = cascade.executed
   if cascade.agreement is not None and run.accuracy is not None:
     return (
-      f'executed token by token on {counted(run.n, "token")} of test texts, where '
-      'later tokens read the keys and values that early exits left: '
+      f'executed token by token on {counted(run.n, "token")} of test texts, with the '
+      'keys and values that early exits copy: '
       f'{percent(run.accuracy, 2)} stay the same'
     )
   if run.differ is None or not run.n:
@@ -493,7 +493,7 @@ def _lost(result: Result) -> str:
 
 
 def _changed(cascade: CascadeResult) -> str:
-  """Returns `changes 0.43 % of the tokens`, for a network that writes."""
+  """Returns `changes 0.43 % of the tokens`, for a language model."""
   changed = 1 - _number(cascade.agreement)
   if not math.isfinite(changed):
     return 'changes an unknown part of the tokens'
