@@ -66,7 +66,7 @@ def work(left: Iterable[Unit], full: bool, minutes: float, at_once: int) -> None
 
 
 def split(cores: Sequence[int], parts: int) -> list[set[int]]:
-  """The cores of each process; some are used by several where there are too few."""
+  """The cores of each process; where there are too few, processes share them."""
   if parts > len(cores):
     return [{cores[i % len(cores)]} for i in range(parts)]
   return [set(cores[i::parts]) for i in range(parts)]

@@ -259,10 +259,10 @@ def netcut() -> Line:
 
 
 def sidenet(claim: str, name: str, goal: float) -> Line:
-  """What half a point of accuracy saves, asked of the data that choose thresholds.
+  """The FLOPs that are saved where a drop of half a point is asked for.
 
-  Where heads were compared, those count that save most where one threshold for all
-  exits was chosen.
+  Where kinds of heads were compared, it is the kind that saves most on the data that
+  choose thresholds, with one threshold for all exits.
   """
   rows, source = rows_of('sidenet', f'{name}_heads', full=True)
   ways: dict[tuple[str, str], list[Row]] = {}

@@ -26,7 +26,7 @@ SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
 # A deep network may make more of rounding: noise in its arrays as large as the rounding
 # of a number is allowed so many times its effect, up to the last.
 ROUNDING, AMPLE, LOOSEST = 2.0**-23, 4, 1e-3
-# The first is taken with which nothing overflows and rounding is not all that is seen.
+# The first is taken that makes nothing overflow and leaves more to see than rounding.
 NOISE = 0.3, 0.03, 0.003, 0.0
 PATIENCE_S = 2.0
 WAITING = 'depthprune: compiling the masked and the small network, to compare them'
@@ -73,9 +73,9 @@ def verify(
   nothing. The mask closes the gates of a group where it can be gated, and zeroes the
   slices of other groups. Two programs are compiled, at once and without optimisation,
   because each of them runs a few times only. Where they differ by more than the
-  tolerance, it is measured what rounding does to the masked network, and one that makes
-  much of it, being deep, is allowed more. Randomised arrays with which it makes more of
-  it still are drawn nearer to the given ones.
+  tolerance, the effect of rounding on the masked network is measured: a deep network
+  that amplifies it is allowed more, up to a limit. Beyond that limit the randomised
+  arrays are drawn again, nearer to the given ones.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -115,14 +115,14 @@ def verify(
   allowed = HALF if narrow else SINGLE
 
   def rounding(difference: float, arrays, probe, reference) -> float:
-    """What noise of the size of rounding makes of a difference that is too large."""
+    """The effect of rounding, measured where a difference is too large; else 0."""
     if difference <= allowed:
       return 0.0
     shaken = answers(randomised(arrays, ROUNDING), keep, soft, probe)
     return AMPLE * relative(reference, shaken)
 
   row = differences(variables, cut, example, reference)
-  explained = rounding(row[0], variables, example, reference)
+  of_given = rounding(row[0], variables, example, reference)
   for noise in NOISE:
     arrays, probe = randomised(variables, noise), randomised(example, noise)
     reference = answers(arrays, keep, soft, probe)
@@ -136,7 +136,7 @@ def verify(
   if moved == 0:  # where branches begin as 0, for example
     moved = relative(answers(arrays, nothing, {}, probe), reference)
   broken = _broken(outputs, variables)
-  tolerance = max(allowed, min(max(explained, of_probe), LOOSEST))
+  tolerance = max(allowed, min(max(of_given, of_probe), LOOSEST))
   verdict = Verdict(difference, changed, moved, tolerance, broken=broken)
   if verdict.difference <= verdict.tolerance:
     return verdict

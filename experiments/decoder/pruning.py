@@ -4,7 +4,7 @@
   again       the same, scored anew after each layer that went
   activation  attention heads and inner units, those with the smallest activations
   taylor      the same, those whose closing changes the loss least
-  gates       the same, as gates on frozen weights learn it from the whole network
+  gates       the same, by gates on frozen weights that learn from the whole network
   search      layers by `influence` and widths by `activation`, split by `dp.search`
 
 Every (part of the parameters, method, refitted) is one row; `refitted` lets the weights
@@ -42,7 +42,7 @@ NETWORK, TEXTS = 'SmolLM2-135M-Instruct', 'ag_news_subset'
 LENGTH = 256
 BATCH = 8
 ROWS = {'report': 80, 'score': 32}
-STEPS, GATE_BATCH, GATE_LENGTH = 60, 4, 128  # with which gates learn
+STEPS, GATE_BATCH, GATE_LENGTH = 60, 4, 128  # of the training of gates
 NAMES = {
   'influence': 'depth, by block influence',
   'again': 'depth, by block influence scored anew',
@@ -178,7 +178,7 @@ def _decided(part: float, by: str) -> Tree:
 
 
 def _learnt(part: float, score: Any) -> Tree:
-  """What gates keep that learn the answers of the whole network; its weights rest."""
+  """What gates keep, trained on the answers of the whole network, weights frozen."""
   (model, variables, _), coupling = whole(), _coupled()
   method = dp.trainable_gates(
     coupling, part, of='params', steps=STEPS, scores=score, exclude='embed'
@@ -197,7 +197,7 @@ def _learnt(part: float, score: Any) -> Tree:
     steps=STEPS,
     teacher=variables,
   )
-  decide: Any = method.decide  # what is open needs no evaluation
+  decide: Any = method.decide  # which gates are open needs no evaluation
   return decide(jax.device_get(state.theta), {}, None)
 
 
@@ -205,7 +205,7 @@ def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]
   """Removes the layers of the least influence until at most `count` parameters stay."""
   model, variables, texts = network
   tokens = [batch['image'] for batch in texts['score']]
-  coupling = dp.couple(model, variables, tokens[0][:1])
+  coupling = _coupled()
   blocks = _blocks(coupling)
   influence = dp.block_influence(coupling, variables, tokens, blocks)
   order = sorted(influence, key=influence.__getitem__)

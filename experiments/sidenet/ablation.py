@@ -84,7 +84,7 @@ def _make_row(job: Job, every: Any, variables: Any, features: FeatureSet) -> Row
   model = sides.with_sides(sides.cascade_plan(job.config), every.trunk, job)
   own = of_taps(features, every, model)
   trained = sides.fit_heads(job, model, sides.with_trunk(job, model, variables), own)
-  decided = {kind: reached.decide(_sure_by(job, kind), trained) for kind in CONFIDENCES}
+  decided = {k: reached.decide(_with_confidence(job, k), trained) for k in CONFIDENCES}
   test = decided['probability'].test
   accuracy = (test.logits.argmax(-1) == test.labels).mean(-1)
   heads = test.cost[-1] / test.whole - 1
@@ -98,7 +98,7 @@ def _make_row(job: Job, every: Any, variables: Any, features: FeatureSet) -> Row
   }
 
 
-def _sure_by(job: Job, confidence: Any) -> Job:
+def _with_confidence(job: Job, confidence: Any) -> Job:
   options = dataclasses.replace(job.config.options, confidence=confidence)
   return job._replace(config=dataclasses.replace(job.config, options=options))
 
@@ -122,9 +122,9 @@ def of_taps(features: FeatureSet, every: Any, model: Any) -> FeatureSet:
 def _asked(decided: Mapping[str, reached.Decided], drop: float) -> dict[str, Any]:
   """What thresholds for a drop reach: one for all exits, and one for each of them.
 
-  'learned' has one for all, of a confidence that was learnt on the half that chooses.
-  'at_best' is chosen on the reporting images, where it is measured too: what the heads
-  would allow, if the threshold were known.
+  'learned' is one for all exits too, on a confidence that was fitted to the half that
+  chooses. 'at_best' is chosen on the reporting images, where it is measured too: what
+  the heads would allow, if the threshold were known.
   """
 
   def reach(confidence: str, shared: bool) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_refused():
     sidenet(couple(in_training, VARIABLES, X, train=True))
 
 
-# ---- networks that write -------------------------------------------------------------
+# ---- language models -----------------------------------------------------------------
 
 WRITER = Decoder(
   vocab=12, positions=8, width=8, depth=3, heads=2, groups=1, size=4, inner=6
@@ -176,10 +176,10 @@ def test_the_heads_of_a_decoder_learn_and_it_stays_as_it_is(taught, writer):
 
 
 def test_every_token_teaches_the_same(writer):
-  """The mean over texts and tokens; of padding, which a batch is filled with, none."""
+  """The loss is the mean over texts and tokens, without the padding of a batch."""
   coupling, variables = writer
-  outputs = {k: v for k, v in WRITES.apply(variables, TOKENS).items() if k in 'ab'}
-  outputs['main'] = WRITES.apply(variables, TOKENS)['main']
+  answers = WRITES.apply(variables, TOKENS)
+  outputs = {name: answers[name] for name in ('a', 'b', 'main')}
   weight = jnp.arange(16) < 11
   batch = {**TEXTS, 'weight': weight.astype(jnp.float32)}
   method = sidenet(coupling, taught=1.0)
