@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,8 +26,10 @@ SINGLE, HALF = 1e-4, 5e-2  # tolerances where contractions read 32 and 16 bits
 # A deep network may make more of rounding: noise in its arrays as large as the rounding
 # of a number is allowed so many times its effect, up to the last.
 ROUNDING, AMPLE, LOOSEST = 2.0**-23, 4, 1e-3
+# Noise in the arrays, and whether it is in all of them or in those alone that are cut.
 # The first is taken that makes nothing overflow and leaves more to see than rounding.
 NOISE = 0.3, 0.03, 0.003, 0.0
+PROBES = *((noise, True) for noise in NOISE[:-1]), *((noise, False) for noise in NOISE)
 PATIENCE_S = 2.0
 WAITING = 'depthprune: compiling the masked and the small network, to compare them'
 # Compiles three times as fast as XLA:CPU does by itself.
@@ -75,7 +77,8 @@ def verify(
   because each of them runs a few times only. Where they differ by more than the
   tolerance, the effect of rounding on the masked network is measured: a deep network
   that amplifies it is allowed more, up to a limit. Beyond that limit the randomised
-  arrays are drawn again, nearer to the given ones.
+  arrays are drawn again, nearer to the given ones; in the end only those get noise that
+  are cut, as zeros in them could hide something.
 
   Args:
     coupling: of the network, made by `couple`.
@@ -123,8 +126,15 @@ def verify(
 
   row = differences(variables, cut, example, reference)
   of_given = rounding(row[0], variables, example, reference)
-  for noise in NOISE:
-    arrays, probe = randomised(variables, noise), randomised(example, noise)
+  small_sizes = {path: np.shape(x) for path, x in paths_of(cut).items()}
+  shrunk = {
+    path
+    for path, x in paths_of(variables).items()
+    if small_sizes.get(path) != np.shape(x)
+  }
+  for noise, everywhere in PROBES:
+    arrays = randomised(variables, noise, None if everywhere else shrunk)
+    probe = randomised(example, noise)
     reference = answers(arrays, keep, soft, probe)
     if noise and _infinite(reference) > _infinite(given):
       continue
@@ -241,15 +251,19 @@ def _broken(outputs: Any, variables: Any) -> str:
   )
 
 
-def randomised(variables: Any, noise: float = NOISE[0]) -> Any:
+def randomised(
+  variables: Any, noise: float = NOISE[0], paths: Collection[str] | None = None
+) -> Any:
   """Returns the arrays with noise, in proportion to their size by default.
 
   Arrays without negative entries keep that property. Branch gates, integers and keys
-  stay. What lies on a mesh stays there.
+  stay, and so do arrays that are not at one of `paths`, where these are given. What
+  lies on a mesh stays there.
   """
 
   def one(seed: int, path: str, x: Any) -> Any:
-    if path.startswith('branches/') or not _is_inexact(x):
+    stays = paths is not None and path not in paths
+    if stays or path.startswith('branches/') or not _is_inexact(x):
       return x
     dtype, wide = x.dtype, np.complex64 if jnp.iscomplexobj(x) else np.float32
     place = getattr(x, 'sharding', None)

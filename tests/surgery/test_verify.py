@@ -336,3 +336,33 @@ def test_a_probe_that_shows_rounding_alone_is_drawn_nearer_too(is_wrong, monkeyp
   monkeypatch.setattr(plan, 'take', wrong)
   with pytest.raises(InexactCut):
     cut()
+
+
+@pytest.mark.parametrize('path', ['', 'z', 'y'])
+def test_zeros_hide_nothing_where_noise_makes_all_of_rounding(path, monkeypatch):
+  """The probe keeps `w`, which is not cut, as it is: any noise there is chaos."""
+
+  def net(v, x):
+    h = x @ v['a']
+    chaos = h
+    for _ in range(6):
+      chaos = jnp.sin(30 * chaos @ v['c'])
+    return h + 100 * chaos @ v['w'] + x @ v['z'] @ v['y']
+
+  shapes = {'a': (5, 4), 'c': (4, 4), 'z': (5, 48)}
+  keys = jax.random.split(jax.random.key(0), 4)
+  v = {name: jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys)}
+  v |= {'w': jnp.zeros((4, 4)), 'y': jnp.zeros((48, 4))}
+  x = jax.random.normal(keys[3], (32, 5))
+  cut = lambda: prune(net, v, {'channels': {'z:1': np.arange(48) % 3 > 0}}, x)
+  if not path:
+    proof = cut().report['verify']
+    assert 0 < proof['difference'] <= proof['tolerance'] == SINGLE
+    return
+  take = plan.take
+  other = lambda masks: tuple(np.roll(mask, 1) for mask in masks)
+  hit = lambda x: np.shape(x) == v[path].shape
+  wrong = lambda x, masks: take(x, other(masks) if hit(x) else masks)
+  monkeypatch.setattr(plan, 'take', wrong)
+  with pytest.raises(InexactCut):
+    cut()
