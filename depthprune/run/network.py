@@ -181,11 +181,16 @@ def _check_writing(config: Config, model: Decoder) -> None:
   if recipe.cascade is None:
     return
   early = model.taps[:-1]
+  if not early:
+    raise ConfigError(
+      f'model: {config.model} has no tap before its last, where an exit could be: '
+      'layers that are scanned together have one at their end only (leave out --scan)'
+    )
   taps = recipe.cascade(options).taps
-  if not early or not {*taps} <= {*early}:
+  if not {*taps} <= {*early}:
     raise ConfigError(
       f'taps: expected some of {arguments.listed(early)}, the layers of '
-      f'{config.model} before the last, got {", ".join(taps) or "none"}'
+      f'{config.model} before the last, got {", ".join(taps)}'
     )
 
 

@@ -301,6 +301,14 @@ def test_what_does_not_suit_texts_is_refused_before_anything_is_written(
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_network_without_a_tap_before_its_last_is_told_so(folder, tmp_path):
+  one = {'scan': True, 'pretrained': None, 'model_args': ('segments=1',)}
+  own = config(folder, tmp_path / 'run', **one)
+  with pytest.raises(ConfigError, match='no tap before its last, .*leave out --scan'):
+    rounds.run(own, show=False)
+  assert not (tmp_path / 'run').exists()
+
+
 def test_test_texts_that_cannot_be_halved_are_refused(folder, tmp_path):
   options = SideNetOptions(decide_on='test')
   job = prepare(config(folder, tmp_path, options), show=False)
