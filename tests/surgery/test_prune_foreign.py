@@ -55,7 +55,8 @@ def of_nnx() -> Foreign:
     out = net(x)
     return (out, nnx.state(net)) if train else out
 
-  return Foreign(run, state, lambda f: lambda v, x: f(v, x, train=True))
+  own = lambda v: sum(x.size for x in jax.tree.leaves(nnx.filter_state(v, nnx.Param)))
+  return Foreign(run, state, lambda f: lambda v, x: f(v, x, train=True), own)
 
 
 def of_linen() -> Foreign:
