@@ -48,7 +48,6 @@ def work(left: Iterable[Unit], full: bool, minutes: float, at_once: int) -> None
   environment = dict(os.environ)
   if at_once > 1:  # they share the memory of an accelerator
     environment.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-  shares = iter(split(sorted(os.sched_getaffinity(0)), at_once))
 
   def one(unit: Unit) -> None:
     name, seed = unit
@@ -59,8 +58,11 @@ def work(left: Iterable[Unit], full: bool, minutes: float, at_once: int) -> None
     command = [sys.executable, '-m', 'experiments.run', *words, *['--full'] * full]
     subprocess.run(command, env=environment, check=False)
 
-  # A process inherits the cores of the thread that starts it.
-  own_cores = lambda: os.sched_setaffinity(0, next(shares))
+  own_cores = None
+  if hasattr(os, 'sched_getaffinity'):  # not on a Mac
+    shares = iter(split(sorted(os.sched_getaffinity(0)), at_once))
+    # A process inherits the cores of the thread that starts it.
+    own_cores = lambda: os.sched_setaffinity(0, next(shares))
   with ThreadPoolExecutor(at_once, initializer=own_cores) as pool:
     list(pool.map(one, left))
 

@@ -205,7 +205,7 @@ def _shallower(network: Whole, count: float, anew: bool) -> tuple[Decoder, Tree]
   """Removes the layers of the least influence until at most `count` parameters stay."""
   model, variables, texts = network
   tokens = [batch['image'] for batch in texts['score']]
-  coupling = _coupled()
+  coupling = dp.couple(model, variables, tokens[0][:1])
   blocks = _blocks(coupling)
   influence = dp.block_influence(coupling, variables, tokens, blocks)
   order = sorted(influence, key=influence.__getitem__)
