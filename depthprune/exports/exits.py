@@ -4,21 +4,19 @@ A folder holds `exits.json` with the thresholds, the network with its heads in
 `network/` as `save` writes it, and `tokenizer.json` if one was given.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from depthprune import distributed
 from depthprune.cascades import generation
 from depthprune.cascades.thresholds import Choice
 from depthprune.exports import records
-from depthprune.exports.networks import TOKENIZER, load, save
+from depthprune.exports.networks import TOKENIZER, load, save_with
 from depthprune.exports.records import EXITS_RECORD, ExitsRecord
 from depthprune.models.decoder import Decoder
 from depthprune.models.heads import WithHeads
 from depthprune.program import arguments
-from depthprune.storage import directory, files
+from depthprune.storage import files
 from depthprune.storage.checkpoint import CheckpointError
 from depthprune.surgery.prune import Pruned
 
@@ -78,16 +76,9 @@ def save_exits(
   if tokenizer is not None:
     own = hasattr(tokenizer, 'to_str')
     text = tokenizer.to_str() if own else Path(tokenizer).read_text('utf-8')
-  if distributed.writes():
-    (path / EXITS_RECORD).unlink(missing_ok=True)  # written last, when all is there
-    (path / TOKENIZER).unlink(missing_ok=True)
-  save(path / 'network', network, tensors=tensors)
-  if text is not None and distributed.writes():
-    directory.write_text(path / TOKENIZER, text)
-  finite = lambda value: float(value) if math.isfinite(value) else str(float(value))
-  thresholds = {name: finite(value) for name, value in exits.items()}
+  thresholds = {name: records.threshold(value) for name, value in exits.items()}
   record = {'thresholds': thresholds, 'confidence': confidence}
-  directory.write(path / EXITS_RECORD, record)
+  save_with(path / EXITS_RECORD, record, network, text, tensors=tensors)
 
 
 def load_exits(path: str | Path) -> SavedExits:

@@ -7,7 +7,6 @@ cascade is a folder with `cascade.json` and its network.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import numpy as np
 from depthprune import distributed, models
 from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.exports import records
-from depthprune.exports.records import CASCADE_RECORD, RECORD, refused
+from depthprune.exports.records import CASCADE_RECORD, RECORD, refused, threshold
 from depthprune.models.foreign import trunk as make_trunk
 from depthprune.program import arguments, modules
 from depthprune.program.coupling import Coupling, couple
@@ -236,15 +235,8 @@ def save_cascade(
       f'{named[0]}={named[0]}), and prune that function'
     )
   text = None if tokenizer is None else Path(tokenizer).read_text()
-  if distributed.writes():
-    (path / CASCADE_RECORD).unlink(missing_ok=True)  # written last, when all is there
-    (path / TOKENIZER).unlink(missing_ok=True)
-  save(path / 'network', network, normalisation, tensors)
-  if text is not None and distributed.writes():
-    (path / TOKENIZER).write_text(text)
   early = saved.exits[:-1]
-  finite = lambda value: value if math.isfinite(value) else str(value)
-  by_exit = lambda values: {e: finite(v) for e, v in zip(early, values.tolist())}
+  by_exit = lambda values: dict(zip(early, map(threshold, values.tolist())))
   weights = None if saved.weights is None else np.asarray(saved.weights).tolist()
   record = {
     'exits': list(saved.exits),
@@ -256,7 +248,38 @@ def save_cascade(
     'flops': list(saved.stages.flops),
     'whole': saved.stages.whole,
   }
-  directory.write(path / CASCADE_RECORD, record)
+  save_with(path / CASCADE_RECORD, record, network, text, normalisation, tensors)
+
+
+def save_with(
+  file: Path,
+  record: Mapping[str, Any],
+  network: Pruned,
+  tokenizer: str | None,
+  normalisation: Any = None,
+  tensors: bool = False,
+) -> None:
+  """Writes a network and its tokenizer, then a record of how the network is used.
+
+  Args:
+    file: where the record is written, when all that belongs to it is beside it.
+    record: its entries.
+    network: the network that `prune` returned, saved in the folder `network/`.
+    tokenizer: the content of a tokenizer.json, or None.
+    normalisation: as for `save`.
+    tensors: as for `save`.
+
+  Raises:
+    CheckpointError: as for `save`.
+  """
+  folder = file.parent
+  if distributed.writes():
+    file.unlink(missing_ok=True)
+    (folder / TOKENIZER).unlink(missing_ok=True)
+  save(folder / 'network', network, normalisation, tensors)
+  if tokenizer is not None and distributed.writes():
+    directory.write_text(folder / TOKENIZER, tokenizer)
+  directory.write(file, record)
 
 
 def load_cascade(path: str | Path, model: Any = None) -> Cascade:

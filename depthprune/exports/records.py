@@ -3,6 +3,7 @@
 They are checked against the types here before anything is built of them.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,11 @@ Count = Annotated[int, at_least(0)]
 Open = Annotated[Any, Rule('true or false, or a list of them', _is_branch)]
 Positive = Annotated[float, Rule('a number above 0', lambda value: value > 0)]
 Threshold = float | Literal['inf', '-inf']
+
+
+def threshold(value: float) -> float | str:
+  """Returns a threshold as a record has it: JSON has no infinity."""
+  return float(value) if math.isfinite(value) else str(float(value))
 
 
 class Keep(TypedDict):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthprune.program import arguments, modules, rounding, rules
+from depthprune.program import arguments, rounding, rules
 from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.rounding import RoundTo
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
   from depthprune.program.coupling import Coupling
 
 Count = Callable[[ax.Axis], Any]
-PRODUCTS = 'dot_general', 'ragged_dot_general'
 
 
 def flops(coupling: Coupling, gates: Mapping | None = None) -> Any:
@@ -74,11 +73,10 @@ def params(coupling: Coupling, gates: Mapping | None = None) -> Any:
     differentiated.
   """
   view, count, alive = _reading(coupling, gates)
-  trained = modules.parameters_of(coupling.variables)
   return sum(
     alive(view.leaves[path]) * math.prod(map(count, axes))
     for path, axes in coupling.axes.items()  # in order, so that sums never differ
-    if path in trained
+    if path in coupling.trainable
   )
 
 
@@ -193,7 +191,7 @@ def _contractions(
       for body in bodies:
         inside = count(view.facts.hidden[e]) if e.name == 'scan' else 1
         yield from walk(body, times * inside)
-      if e.name in (*PRODUCTS, 'conv_general_dilated'):
+      if e.name in (*rules.PRODUCTS, 'conv_general_dilated'):
         yield *_array_of(e, arrays), e, times
 
   yield from walk(view.program, 1)
@@ -206,12 +204,9 @@ def _array_of(
   for k in (1, 0):  # a kernel is mostly the second
     if (array := arrays.get(e.inputs[k])) is None:
       continue
-    if e.name in PRODUCTS:
+    if e.name in rules.PRODUCTS:
+      contracting, batch = (axes[k] for axes in rules.product_axes(e))
       ragged = e.params.get('ragged_dot_dimension_numbers')
-      numbers = (
-        ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
-      )
-      contracting, batch = (axes[k] for axes in numbers)
       groups = ragged.rhs_group_dimensions if ragged and k == 1 else ()
       outputs = {*range(len(array.axes))} - {*contracting, *batch, *groups}
     else:
@@ -320,7 +315,7 @@ def _flops(view: View, program: jx.Program, count: Count, alive: Callable) -> An
 
 def _of_equation(view: View, e: jx.Equation, count: Count, alive: Callable) -> Any:
   dims = view.facts.dims
-  if e.name in PRODUCTS:  # a row of a ragged one meets one group
+  if e.name in rules.PRODUCTS:  # a row of a ragged one meets one group
     summed, _ = rules.contracted(view.facts, e)
     lhs, out = dims[e.inputs[0]], dims[e.outputs[0]]
     return 2 * math.prod(map(count, [*out, *(lhs[i] for _, i in summed)]))

@@ -195,6 +195,11 @@ class Coupling:
     return {p: dims[v] for p, v in named.items() if v in self.view.carried}
 
   @functools.cached_property
+  def trainable(self) -> frozenset[str]:
+    """Paths of the variables that training changes; a search for a width asks often."""
+    return modules.parameters_of(self.variables)
+
+  @functools.cached_property
   def reads(self) -> frozenset[tuple[str, int]]:
     """(path, axis) of the variables that some equation sums over."""
     return _contracted_members(self.view)

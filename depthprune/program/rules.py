@@ -35,6 +35,7 @@ LAYER = 'a layer of a scan'  # close its branches instead
 REDUCE = frozenset(
   f'reduce_{op}' for op in ('sum', 'max', 'min', 'prod', 'and', 'or', 'xor')
 )
+PRODUCTS = frozenset(('dot_general', 'ragged_dot_general'))
 NORMS = frozenset(('reduce_sum', 'reduce_max'))  # where they reduce magnitudes
 ARGREDUCE = frozenset(('argmax', 'argmin'))
 CUMULATIVE = frozenset('cumsum cumprod cummax cummin cumlogsumexp'.split())
@@ -336,14 +337,19 @@ def own_derivative(facts, e, *ins):
   return outs
 
 
+def product_axes(e: jx.Equation) -> tuple[Sequence, Sequence]:
+  """Returns the axes that a product contracts and those of its batch, by input."""
+  ragged = e.params.get('ragged_dot_dimension_numbers')
+  return ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
+
+
 def contracted(facts: ax.Facts, e: jx.Equation) -> list[list[tuple[int, int]]]:
   """Returns the (input, axis) pairs that are summed over, for each side to gate.
 
   A norm is among these: the sum or the maximum of magnitudes does not see zeros.
   """
-  if e.name in ('dot_general', 'ragged_dot_general'):
-    ragged = e.params.get('ragged_dot_dimension_numbers')
-    axes, _ = ragged.dot_dimension_numbers if ragged else e.params['dimension_numbers']
+  if e.name in PRODUCTS:
+    axes, _ = product_axes(e)
     return [[(k, i) for i in own] for k, own in enumerate(axes)]
   if e.name == 'conv_general_dilated':
     return [[(1, e.params['dimension_numbers'].rhs_spec[1])]]

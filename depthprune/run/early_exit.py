@@ -8,7 +8,7 @@ reaches, and decides nothing.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from depthprune.cascades import calibration, pareto, thresholds
 from depthprune.cascades import confidence as sure
 from depthprune.cascades.cascade import Cascade, cascade
 from depthprune.cascades.predictions import (
+  Measured,
   Predictions,
   drop,
   leave,
@@ -328,7 +329,7 @@ def structure(decided: Decided, trained: Trained, early: Cascade) -> dict[str, A
     'cost': dict(zip(names, decided.test.cost.tolist())),
     'whole': decided.test.whole,
     'confidence': early.confidence,
-    'thresholds': dict(zip(names, map(_plain, decided.chosen.thresholds.tolist()))),
+    'thresholds': dict(zip(names, map(plain, decided.chosen.thresholds.tolist()))),
     'temperatures': dict(zip(names, decided.temperatures.tolist())),
   }
 
@@ -366,34 +367,57 @@ def curve(decided: Decided) -> list[dict[str, float]]:
   lines = []
   for point in sorted(points, key=lambda p: -p.measured.cost):
     test = thresholds.measured(point.thresholds, decided.test)
-    lines.append(
-      {
-        'cost_held_out': point.measured.cost,
-        'accuracy_held_out': point.measured.accuracy,
-        'cost': test.cost,
-        'accuracy': test.accuracy,
-      }
-    )
+    lines.append(on_curve(point.measured, test))
   return lines
+
+
+def on_curve(held_out: Measured, test: Measured) -> dict[str, float]:
+  """Returns a point of a curve: what thresholds reach on both splits."""
+  return {
+    'cost_held_out': held_out.cost,
+    'accuracy_held_out': held_out.accuracy,
+    'cost': test.cost,
+    'accuracy': test.accuracy,
+  }
 
 
 def requests(decided: Decided, milliseconds: float) -> list[dict[str, Any]]:
   """Returns requested and reached values of the run's request and of those in ALSO."""
-  asked = [(kind, value) for kind, values in ALSO.items() for value in values]
   mine = decided.kind, decided.requested
+
+  def reach(kind: str, value: float) -> dict[str, Any]:
+    choice = decided.chosen
+    if (kind, value) != mine:
+      how = {'metric': decided.metric, 'shared': decided.shared}
+      choice = choose(decided.held_out, kind, value, **how)
+    row = outcome(decided, choice)
+    if kind == 'milliseconds':
+      row['test'] |= {'milliseconds': milliseconds}
+    return row
+
+  return rows_of(ALSO, mine, reach)
+
+
+def rows_of(
+  also: Mapping[str, Sequence[float]],
+  mine: tuple[str, float],
+  reach: Callable[[str, float], dict[str, Any]],
+) -> list[dict[str, Any]]:
+  """Returns a row for the run's request, and for others that the report shows.
+
+  Args:
+    also: {kind: values} of the others.
+    mine: kind and value of the run's own request.
+    reach: (kind, value) -> 'held_out', 'test' and perhaps 'interval', or ValueError
+      where such a request cannot be met.
+  """
+  asked = [(kind, value) for kind, values in also.items() for value in values]
   rows = []
   for kind, value in asked if mine in asked else [mine, *asked]:
-    is_mine = (kind, value) == mine
-    row: dict[str, Any] = {'kind': kind, 'requested': value, 'chosen': is_mine}
-    row['refused'] = None
+    row: dict[str, Any] = {'kind': kind, 'requested': value, 'refused': None}
+    row['chosen'] = (kind, value) == mine
     try:
-      choice = decided.chosen
-      if not is_mine:
-        how = {'metric': decided.metric, 'shared': decided.shared}
-        choice = choose(decided.held_out, kind, value, **how)
-      row |= outcome(decided, choice)
-      if kind == 'milliseconds':
-        row['test'] |= {'milliseconds': milliseconds}
+      row |= reach(kind, value)
     except ValueError as error:
       row |= {'refused': str(error), 'held_out': None, 'test': None, 'interval': None}
     rows.append(row)
@@ -469,5 +493,6 @@ def execute(job: Job, decided: Decided, early: Cascade) -> dict[str, Any]:
   }
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
+  """Returns a threshold as result.json has it: None where no example leaves."""
   return value if math.isfinite(value) else None

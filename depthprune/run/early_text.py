@@ -8,7 +8,6 @@ if the exit at which it leaves predicts another next token than the whole networ
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,12 +17,18 @@ import numpy as np
 from depthprune import distributed, methods
 from depthprune.cascades import pareto, thresholds
 from depthprune.cascades.generation import early_answers, exit_predictions, exits_of
-from depthprune.cascades.predictions import Measured, Predictions, measure
+from depthprune.cascades.predictions import Measured, Predictions, drop, measure, saved
 from depthprune.data.dataset import DataError, count
 from depthprune.exports.exits import save_exits
 from depthprune.program.coupling import couple
 from depthprune.run import data
-from depthprune.run.early_exit import choose, choose_held_out
+from depthprune.run.early_exit import (
+  choose,
+  choose_held_out,
+  on_curve,
+  plain,
+  rows_of,
+)
 from depthprune.run.heads import (
   cascade_plan,
   in_order,
@@ -180,18 +185,13 @@ def decide(p: Predictions, kind: str, requested: float, shared: bool) -> Limits:
     pairs = zip(names, chosen.thresholds.tolist(), strict=True)
     found.append({name: limit for name, limit in pairs if limit < np.inf})
 
-  def worth(limits: Limits) -> tuple[float, float]:
-    reached = reach(p, limits)[1]
-    return (reached.cost, 0) if kind == 'drop' else (-reached.accuracy, reached.cost)
-
-  allowed = [
-    each
-    for each in found
-    if kind == 'drop' or reach(p, each)[1].cost <= requested * p.whole
-  ]
+  reached = [(limits, reach(p, limits)[1]) for limits in found]
+  if kind == 'drop':
+    return min(reached, key=lambda one: one[1].cost)[0]
+  allowed = [one for one in reached if one[1].cost <= requested * p.whole]
   if not allowed and refused is not None:
     raise refused
-  return min(allowed, key=worth)
+  return min(allowed, key=lambda one: (-one[1].accuracy, one[1].cost))[0]
 
 
 # ---- on test texts -------------------------------------------------------------------
@@ -217,7 +217,6 @@ def measured(
   part, reached = reach(reports, used)
   shares = {**dict.fromkeys(test.exits, 0.0), **dict(zip(part.exits, reached.exits))}
   right = (reports.logits.argmax(-1) == reports.labels).mean(-1)
-  plain = lambda value: value if math.isfinite(value) else None
   return {
     **accuracies,
     'flops': {'before': test.whole, 'after': reached.cost},
@@ -230,7 +229,7 @@ def measured(
       'whole': test.whole,
       'exit_accuracy': dict(zip(test.exits, right.tolist())),
       'curve': curve(decides, reports),
-      'thresholds': {name: plain(used.get(name, math.inf)) for name in test.exits[:-1]},
+      'thresholds': {name: plain(used.get(name, np.inf)) for name in test.exits[:-1]},
       'shares': shares,
       'requests': requests(
         decides, reports, used, *plan.request, plan.shared_threshold
@@ -263,18 +262,8 @@ def curve(held_out: Predictions, test: Predictions) -> list[dict[str, float]]:
       tried.append({name: limit for name, limit in pairs if limit < np.inf})
   points = [(limits, reach(held_out, limits)[1]) for limits in tried]
   points = pareto.efficient(points, lambda point: (point[1].cost, -point[1].accuracy))
-  lines = []
-  for limits, held in sorted(points, key=lambda point: -point[1].cost):
-    reached = reach(test, limits)[1]
-    lines.append(
-      {
-        'cost_held_out': held.cost,
-        'accuracy_held_out': held.accuracy,
-        'cost': reached.cost,
-        'accuracy': reached.accuracy,
-      }
-    )
-  return lines
+  points = sorted(points, key=lambda point: -point[1].cost)
+  return [on_curve(held, reach(test, limits)[1]) for limits, held in points]
 
 
 def requests(
@@ -286,24 +275,20 @@ def requests(
   shared: bool,
 ) -> list[dict[str, Any]]:
   """Returns requested and reached values of the run's request and of those in ALSO."""
-  asked = [(each, value) for each, values in ALSO.items() for value in values]
   mine = kind, requested
-  rows = []
-  for each, value in asked if mine in asked else [mine, *asked]:
-    is_mine = (each, value) == mine
-    row: dict[str, Any] = {'kind': each, 'requested': value, 'chosen': is_mine}
-    try:
-      limits = used if is_mine else decide(held_out, each, value, shared)
-    except ValueError as error:
-      rows.append({**row, 'refused': str(error)})
-      continue
-    held, reached = (reach(p, limits)[1] for p in (held_out, test))
-    row['held_out'] = {'accuracy': held.accuracy, 'cost': held.cost}
-    row['test'] = {
-      'accuracy': reached.accuracy,
-      'cost': reached.cost,
-      'drop': 100 * (1 - reached.accuracy),
-      'saved': 1 - reached.cost / test.whole,
+
+  def reached(kind: str, value: float) -> dict[str, Any]:
+    is_mine = (kind, value) == mine
+    limits = used if is_mine else decide(held_out, kind, value, shared)
+    held, tested = (reach(p, limits)[1] for p in (held_out, test))
+    return {
+      'held_out': {'accuracy': held.accuracy, 'cost': held.cost},
+      'test': {
+        'accuracy': tested.accuracy,
+        'cost': tested.cost,
+        'drop': drop(tested, test),
+        'saved': saved(tested, test),
+      },
     }
-    rows.append(row)
-  return rows
+
+  return rows_of(ALSO, mine, reached)

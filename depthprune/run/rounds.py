@@ -276,7 +276,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   """
   coupling = couple(model, variables, *job.inputs)
   epochs = job.config.epochs.finetune if before else job.config.epochs.gates
-  frozen, helps = job.config.recipe.frozen(job.config.options), False
+  frozen = job.config.recipe.frozen(job.config.options)
   method = build(
     coupling,
     steps=job.steps(epochs),
@@ -305,20 +305,21 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   )
   evaluate = judged(job.on_mesh(state))
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
-  keep = distributed.agreed(decision)
+  keep, notes = distributed.agreed(decision), []
   if frozen:
     batches = map(inputs_of, _augmented_batches(job, 'refit', RECALIBRATION))
     rest = dict(refit(coupling, variables, keep, batches))
     fitted = dataclasses.replace(state, params=rest.pop('params'), model_state=rest)
     score = lambda evaluate: evaluate(keep)[job.task.decides_by]
     helps = score(judged(job.on_mesh(fitted))) > score(evaluate)
-    helps = bool(distributed.agreed(np.asarray(helps)))
-    state = fitted if helps else state
+    if distributed.agreed(np.asarray(helps)):
+      state = fitted
+    else:
+      notes.append(NOT_REFITTED)
   pruned, model, small = cut_round(
     model, method, state, keep, coupling, job.inputs, rounding(job)
   )
-  if frozen and not helps:
-    pruned.report['notes'].append(NOT_REFITTED)
+  pruned.report['notes'] += notes
   fresh = small
   if are_outdated(pruned):
     batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)
