@@ -26,7 +26,7 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.magnitudes import root
 from depthprune.program.modules import runnable
-from depthprune.program.trace import paths_of, remembered, split_arrays
+from depthprune.program.trace import View, paths_of, remembered, split_arrays
 
 GATES = "{'channels': {group: [slices]}, 'branches': {path: ()}}"
 
@@ -66,33 +66,46 @@ def plug(model: Any, coupling: Coupling) -> Callable:
       variables = with_branches(variables, gates['branches'])
     view = views(inputs, kwargs)
     coupling.check_view(view, channels)
-    weights: dict[ax.Axis, jax.Array] = {}
-    experts: dict[ax.Axis, jax.Array] = {}
-    for group, gate in channels.items():
-      gates = experts if coupling.groups[group].kind == 'expert' else weights
-      place(group, view.groups[group], gate, gates)
-
-    def run(program: jx.Program, args: Sequence) -> list:
-      return jx.interpret(program, args, execute)
-
-    def execute(e: jx.Equation, ins: list) -> list:
-      for k, axis in gated_side(view.facts, e):
-        scale = expand(view.facts.dims[e.inputs[k]][axis], weights)
-        if scale is not None:
-          scale = scale ** view.facts.magnitudes.get(e.inputs[k], 1)
-          shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
-          ins[k] = ins[k] * scale.astype(ins[k].dtype).reshape(shape)
-      if e.name == 'sqrt' and e.inputs[0] in view.facts.magnitudes:
-        return [root(*ins)]
-      outs = jx.bind(e, ins, e.params, run)
-      if e in view.facts.routers:
-        outs = [_routed(outs[0], view.facts, e, experts)]
-      return outs
-
+    execute = executor(coupling, view, channels)
     arrays, _ = split_arrays((inputs, kwargs))
-    return view.unpack(run(view.program, [*jax.tree.leaves(variables), *arrays]))
+    args = [*jax.tree.leaves(variables), *arrays]
+    return view.unpack(jx.interpret(view.program, args, execute))
 
   return gated
+
+
+def executor(coupling: Coupling, view: View, channels: Mapping[str, Any]) -> Callable:
+  """Returns execute(equation, inputs), which runs equations of a view with gates.
+
+  Args:
+    coupling: of the network.
+    view: the network, traced.
+    channels: {group: gate [slices]}, of groups that can be gated or are experts.
+  """
+  weights: dict[ax.Axis, jax.Array] = {}
+  experts: dict[ax.Axis, jax.Array] = {}
+  for group, gate in channels.items():
+    gates = experts if coupling.groups[group].kind == 'expert' else weights
+    place(group, view.groups[group], gate, gates)
+
+  def run(program: jx.Program, args: Sequence) -> list:
+    return jx.interpret(program, args, execute)
+
+  def execute(e: jx.Equation, ins: list) -> list:
+    for k, axis in gated_side(view.facts, e):
+      scale = expand(view.facts.dims[e.inputs[k]][axis], weights)
+      if scale is not None:
+        scale = scale ** view.facts.magnitudes.get(e.inputs[k], 1)
+        shape = [-1 if i == axis else 1 for i in range(ins[k].ndim)]
+        ins[k] = ins[k] * scale.astype(ins[k].dtype).reshape(shape)
+    if e.name == 'sqrt' and e.inputs[0] in view.facts.magnitudes:
+      return [root(*ins)]
+    outs = jx.bind(e, ins, e.params, run)
+    if e in view.facts.routers:
+      outs = [_routed(outs[0], view.facts, e, experts)]
+    return outs
+
+  return execute
 
 
 def _routed(logits: jax.Array, facts: ax.Facts, e: jx.Equation, gates: Mapping):

@@ -57,6 +57,7 @@ from depthprune.train.task import Tree, as_dict
 
 RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
 SCORING = 20  # batches that score channels, at most
+REFITTING = 20  # batches that weights are refitted to, at most
 JUDGING = 4  # batches for fresh statistics of each candidate of a decision
 NOT_REFITTED = (
   'the weights that stay were not refitted: held-out data is better answered without'
@@ -307,7 +308,7 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep, notes = distributed.agreed(decision), []
   if frozen:
-    batches = map(inputs_of, _augmented_batches(job, 'refit', RECALIBRATION))
+    batches = map(inputs_of, _augmented_batches(job, 'refit', REFITTING))
     rest = dict(refit(coupling, variables, keep, batches))
     fitted = dataclasses.replace(state, params=rest.pop('params'), model_state=rest)
     score = lambda evaluate: evaluate(keep)[job.task.decides_by]

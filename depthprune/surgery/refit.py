@@ -1,30 +1,36 @@
-"""Weights that make up for removed channels, by least squares: no training, no labels.
+"""Weights that make up for what is removed, by least squares: no training, no labels.
 
-What a layer reads from channels that go is predicted from what it reads from those that
-stay, and the prediction is folded into its weights:
+Layers are refitted in the order in which they run. Each is to give what it gave before,
+from what it still reads:
 
-  y = W_k x_k + W_r x_r,   x_r ~ A x_k,   A = G_rk (G_kk + lambda I)^-1
-  W_k <- W_k + W_r A
+  V = argmin sum |V' z - t|^2 + lambda |V - W_k|^2
+    = W_k + (G + lambda I)^-1 sum z (t - W_k' z)',   G = sum z z'
 
-  x        what the layer reads, of a convolution its whole window: x_k from channels
-           that stay, x_r from those that go
-  G        the mean of x x' over a calibration set
-  lambda   `ridge` times the mean of the diagonal of G_kk
+  W, W_k   its weights, and those of channels that stay
+  z        what it reads from channels that stay, behind layers that are refitted, of a
+           convolution its whole window
+  t        W' x, where x is what it reads in the full network: so it also makes up for
+           what layers before it could not. With few rows for each of its inputs that
+           would fit noise; then x is what it reads behind refitted layers, from all
+           channels
+  lambda   `ridge` times the mean of the diagonal of G
 
-Only the full network is run, once, in batches. The arrays change before the cut, so
-what `prune` proves stays the same: the small network is the full one with closed gates.
-Where gates were trained, the network has learnt to do without what they closed, and
-there is nothing to make up for.
+`refitted` takes all layers at once, for many decisions after one measurement: x is that
+of the full network, and z the part of it that stays.
 
-Source: Chee, Flynn, Damle, De Sa, arXiv 2108.00065, for the folding. There a
-decomposition also chooses the channels that stay; here any decision does.
+The arrays change before the cut, so what `prune` proves stays the same: the small
+network is the full one with closed gates.
+
+Sources: He, Zhang, Sun, arXiv 1707.06168, section 3.1, for the fit in order; Chee,
+Flynn, Damle, De Sa, arXiv 2108.00065, for that at once. There the fit also chooses the
+channels that stay; here any decision does. The rule for few rows is ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,39 +38,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from depthprune.program import arguments
-from depthprune.program import axes as ax
+from depthprune.program import arguments, gating
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
-from depthprune.program.resize import decided
 from depthprune.program.trace import View, paths_of, remembered, split_arrays
 from depthprune.surgery.activations import calls
+from depthprune.surgery.reads import (
+  Read,
+  as_read,
+  as_stored,
+  fitted,
+  flat,
+  reads_of,
+  row_count,
+  rows,
+)
 from depthprune.surgery.settle import settle
 
-MOVES = frozenset(('convert_element_type', 'reshape', 'rev', 'squeeze', 'transpose'))
-TINY = 1e-30  # keeps layers solvable that read nothing but zeros
-
-
-class Read(NamedTuple):
-  """An equation that sums over axes that are cut, of activations and of a weight.
-
-  Attributes:
-    path: of the weight.
-    loops: number of scans that it lies in, each of which runs over its leading axis.
-    moves: equations that bring the weight into the shape that is read, in order.
-    source: which input of the equation has the activations.
-    over: the axes of the activations that are summed over.
-    summed: the axes of the weight that are summed over, as it is read.
-    kept: bool [product of these axes], what stays of them.
-  """
-
-  path: str
-  loops: int
-  moves: tuple[jx.Equation, ...]
-  source: int
-  over: tuple[int, ...]
-  summed: tuple[int, ...]
-  kept: np.ndarray
+ROWS = 64  # examples and positions for each input of a layer: more change little
+FEW = 32  # with fewer, errors of layers before would be fitted as noise
 
 
 def refit(
@@ -74,38 +66,38 @@ def refit(
   batches: Iterable[Any],
   ridge: float = 1e-4,
 ) -> Any:
-  """Makes the weights that stay do the work of the channels that go, by least squares.
+  """Makes the weights that stay do the work of what goes, by least squares.
 
-  It takes seconds, needs neither labels nor gradients, and stands between the decision
-  and the cut of a network that was trained without gates::
+  It takes seconds to minutes, needs neither labels nor gradients, and stands between
+  the decision and the cut::
 
     keep = dp.oneshot(coupling, variables, '50%')
     variables = dp.refit(coupling, variables, keep, [images[:512]])
     pruned = dp.prune(model, variables, keep, images[:1], train=False)
 
-  Batch statistics are those of before: `recalibrate` measures them anew, as after any
-  cut.
+  Layers are refitted in the order in which they run, each on what it reads behind those
+  that are refitted already. With at least 32 examples, positions included, for each of
+  its inputs, a layer also makes up for what those before it could not.
 
-  Layers are refitted one by one, each as if what it reads were still that of the full
-  network. Compare on held-out data: where gates learnt together what may go, a layer
-  may no longer need what another no longer writes, and a refit can do harm.
+  Batch statistics are those of before, and fit the new weights. `recalibrate` measures
+  them anew, as training will: compare on held-out data.
 
   Args:
     coupling: of the network, made by `couple` in evaluation mode.
     variables: its arrays.
     keep: the decision that will be cut, as `oneshot` or a method's `decide` returns it.
     batches: the calibration set, in batches of any sizes, as `activations` takes it. It
-      should have several times as many examples, positions included, as a layer has
-      inputs.
+      should have many times as many examples, positions included, as a layer has
+      inputs; of more than 64 times as many, some are drawn.
     ridge: how far the weights are held back, relative to the mean square of what they
       read; above 0.
 
   Returns:
     The variables, of the same structure and shapes. What is refitted is every dense
     layer, einsum or convolution whose weight is stored as a variable, read once, and
-    loses inputs; layers of a scan too. Grouped convolutions, weights of batched
-    products (experts), shared ones and those that are complex or integers are as they
-    were.
+    reads something else than before; layers of a scan too. Grouped convolutions,
+    weights of batched products (experts), shared ones and those that are complex or
+    integers are as they were.
 
   Raises:
     KeyError: `keep` has a group, branch or exit that the network does not have.
@@ -113,14 +105,207 @@ def refit(
       which the network was coupled, or one on which a layer reads numbers that are not
       finite.
 
-  Memory: a square matrix for every layer that is refitted, of its number of inputs, for
-  a convolution times its window.
+  Memory: what the full and the cut network hold at one place for the whole calibration
+  set, and a square matrix of the number of inputs of one layer, for a convolution times
+  its window.
 
-  Source: Chee, Flynn, Damle, De Sa, arXiv 2108.00065.
+  Source: He, Zhang, Sun, arXiv 1707.06168, section 3.1.
   """
   arguments.number('ridge', ridge, above=0)
-  measured = moments(coupling, variables, batches, keep)
-  return refitted(coupling, variables, keep, measured, ridge)
+  arguments.coupling(coupling).fits(variables)
+  settled, _ = settle(coupling, keep, variables)
+  gates = {
+    name: jnp.asarray(kept)
+    for name, kept in settled['channels'].items()
+    if coupling.groups[name].kind != 'layer' and not coupling.groups[name].ungated
+  }
+  branches = {b: jnp.float32(kept) for b, kept in settled['branches'].items()}
+  cut = gating.with_branches(variables, branches)
+  dead = coupling.decision(settled).dead
+  views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
+  read_by = []  # of each batch: the network, its layers, and the arrays
+  counts: dict[str, float] = {}  # of rows that a layer reads, for each of its inputs
+  for inputs, named in calls(coupling, batches):
+    kwargs = {**coupling.kwargs, **named}
+    view = views(inputs, kwargs)
+    found = reads_of(view, settled)
+    reads = {e: read for e, read in found.items() if read.path not in dead}
+    read_by.append((view, reads, split_arrays((inputs, kwargs))[0]))
+    for e, read in reads.items():
+      more = row_count(e, read) / read.kept.size
+      counts[read.path] = counts.get(read.path, 0) + more
+  makes_up = frozenset(path for path, count in counts.items() if count >= FEW)
+  networks = [(variables, {})] * bool(makes_up) + [(cut, gates)]
+  sides, programs, args = [], [], []
+  for view, reads, arrays in read_by:
+    for network, closed in networks:
+      sides.append(_Side(reads, gating.executor(coupling, view, closed)))
+      programs.append(_upto(view.program, reads))
+      args.append([*jax.tree.leaves(network), *arrays])
+  leaves = paths_of(variables)
+  new = _InOrder(sides, makes_up, ridge, {})
+  new.run(programs, args, ())
+  for path, layers in new.weights.items():
+    w = np.array(leaves[path])
+    for index, layer in layers.items():
+      w[index] = layer
+    leaves[path] = _placed_like(leaves[path], w)
+  return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+
+
+class _Side(NamedTuple):
+  """One batch in the full network or in the one that is cut.
+
+  Attributes:
+    reads: the layers that can be refitted, by their equations.
+    execute: (equation, inputs) -> outputs, with the gates of this network.
+  """
+
+  reads: Mapping[jx.Equation, Read]
+  execute: Callable[[jx.Equation, list], list]
+
+
+class _InOrder(NamedTuple):
+  """Runs all batches through both networks side by side, and refits on the way.
+
+  Attributes:
+    sides: of every batch the full network, if a layer makes up for others, then the
+      one that is cut.
+    makes_up: the weights that make up for what layers before them could not.
+    ridge: as for `refit`.
+    weights: {path: {layer of each scan that it lies in: the new weight, as stored}}.
+  """
+
+  sides: Sequence[_Side]
+  makes_up: frozenset[str]
+  ridge: float
+  weights: dict[str, dict[tuple, np.ndarray]]
+
+  def run(
+    self, programs: Sequence[jx.Program], args: Sequence[Sequence], at: tuple
+  ) -> list[list]:
+    """Returns the outputs of a program on every side; `at` are the layers of scans."""
+    first = programs[0]
+    last = {v: e for e in first.equations for v in e.inputs}  # its last reader
+    last |= dict.fromkeys(first.outputs)
+    envs = [
+      {**program.constants, **dict(zip(program.inputs, own, strict=True))}
+      for program, own in zip(programs, args, strict=True)
+    ]
+    value = lambda env, v: v.val if isinstance(v, jx.Literal) else env[v]
+    for equations in zip(*(program.equations for program in programs), strict=True):
+      ins = [[value(env, v) for v in e.inputs] for env, e in zip(envs, equations)]
+      outs = self._execute(equations, ins, at)
+      for env, e, own in zip(envs, equations, outs, strict=True):
+        env.update(zip(e.outputs, own, strict=True))
+        for v, same in zip(e.inputs, equations[0].inputs, strict=True):
+          if last[same] is equations[0]:
+            env.pop(v, None)
+    return [[value(env, v) for v in p.outputs] for env, p in zip(envs, programs)]
+
+  def _execute(
+    self, equations: Sequence[jx.Equation], ins: list[list], at: tuple
+  ) -> list[list]:
+    e = equations[0]
+    if e in self.sides[0].reads:
+      self._refit(equations, ins, at)
+    elif _has_reads(e, self.sides[0].reads):
+      return self._scan(equations, ins, at)
+    each = zip(self.sides, equations, ins)
+    return [side.execute(equation, own) for side, equation, own in each]
+
+  def _refit(
+    self, equations: Sequence[jx.Equation], ins: list[list], at: tuple
+  ) -> None:
+    """Replaces the weight that is read in the cut network."""
+    layer = self.sides[0].reads[equations[0]]
+    networks = 2 if self.makes_up else 1
+    full, cut = ins[::networks], ins[networks - 1 :: networks]
+    makes_up = layer.path in self.makes_up
+    pairs = [(x[layer.source], z[layer.source]) for x, z in zip(full, cut)]
+    differ = makes_up and not all(jnp.array_equal(x, z) for x, z in pairs)
+    if layer.kept.all() and not differ:
+      return
+    batches = equations[::networks]
+    old = full[0][layer.weight]
+    inputs = layer.kept.size
+    counts = [row_count(e, layer) for e in batches]
+    share = ROWS * inputs / sum(counts)
+    draw = np.random.default_rng(0).choice
+    w = flat(layer, np.asarray(old, np.float32))
+    G, missing = np.zeros((inputs, inputs)), np.zeros(w.shape)
+    for e, x, z, count in zip(batches, full, cut, counts, strict=True):
+      drawn = slice(None)
+      if share < 1:
+        drawn = draw(count, math.ceil(share * count), replace=False)
+      read = rows(e, layer, z)[drawn]
+      goal = rows(e, layer, x)[drawn] if makes_up else read
+      more = _sums(read, goal, w, w * layer.kept[:, None])
+      G, missing = G + more[0], missing + more[1]
+    if not (np.isfinite(G).all() and np.isfinite(missing).all()):
+      has = f'what {layer.path} reads is not finite'
+      raise arguments.wrong('batches', has, 'look at the inputs and the variables')
+    new = fitted(layer, np.asarray(old, float), G, missing, self.ridge)
+    new = new.astype(old.dtype)
+    self.weights.setdefault(layer.path, {})[at] = as_stored(layer, new)
+    for own in cut:
+      own[layer.weight] = jnp.asarray(new)
+
+  def _scan(
+    self, equations: Sequence[jx.Equation], ins: list[list], at: tuple
+  ) -> list[list]:
+    """Runs the layers of a scan one by one."""
+    parts = [jx.scan_parts(e, own) for e, own in zip(equations, ins)]
+    bodies = [e.bodies[0] for e in equations]
+    p = equations[0].params
+    carries = [carry for _, carry, _ in parts]
+    stacked: list[list] = [[] for _ in parts]
+    order = range(p['length'])
+    for i in reversed(order) if p['reverse'] else order:
+      args = [
+        [*consts, *carry, *(x[i] for x in xs)]
+        for (consts, _, xs), carry in zip(parts, carries)
+      ]
+      outs = self.run(bodies, args, (*at, i))
+      count = len(carries[0])
+      carries = [own[:count] for own in outs]
+      for results, own in zip(stacked, outs):
+        results.append(own[count:])
+    along = -1 if p['reverse'] else 1
+    return [
+      [*carry, *(jnp.stack(ys[::along]) for ys in zip(*results))]
+      for carry, results in zip(carries, stacked)
+    ]
+
+
+@jax.jit
+def _sums(
+  z: jax.Array, x: jax.Array, w: jax.Array, left: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The sums over rows of z z', and of z times what z' `left` lacks of x' `w`."""
+  with jax.default_matmul_precision('highest'):
+    return z.T @ z, z.T @ (x @ w - z @ left)
+
+
+def _upto(program: jx.Program, reads: Mapping[jx.Equation, Read]) -> jx.Program:
+  """The program up to the last layer that can be refitted, without outputs."""
+  last = [i for i, e in enumerate(program.equations) if _has_reads(e, reads)][-1:]
+  equations = program.equations[: sum(last) + 1]
+  return dataclasses.replace(program, equations=equations, outputs=())
+
+
+def _has_reads(e: jx.Equation, reads: Mapping[jx.Equation, Read]) -> bool:
+  """Whether an equation, or one of its bodies, can be refitted."""
+  inner = (each for body in e.bodies for each in body.equations)
+  return e in reads or any(_has_reads(each, reads) for each in inner)
+
+
+def _placed_like(old: Any, new: np.ndarray) -> jax.Array:
+  """An array with the sharding of another that may lie on a mesh."""
+  place = getattr(old, 'sharding', None)
+  return (
+    jax.device_put(new, place) if isinstance(place, NamedSharding) else jnp.asarray(new)
+  )
 
 
 def moments(
@@ -159,7 +344,7 @@ def moments(
     kwargs = {**coupling.kwargs, **named}
     view = views(inputs, kwargs)
     arrays, _ = split_arrays((inputs, kwargs))
-    reads = _reads_of(view, settled)
+    reads = _cut_reads(view, settled)
     return _moments(view.program, reads, [*jax.tree.leaves(variables), *arrays])
 
   totals: dict[str, np.ndarray] = {}
@@ -200,76 +385,21 @@ def refitted(
   arguments.number('ridge', ridge, above=0)
   settled, _ = settle(coupling, keep, variables)
   leaves = paths_of(variables)
-  for read in _reads_of(coupling.view, settled).values():
-    stored = leaves[read.path]
-    new = _refitted(read, stored, moments[read.path], ridge)
-    place = getattr(stored, 'sharding', None)
-    on_mesh = isinstance(place, NamedSharding)
-    leaves[read.path] = jax.device_put(new, place) if on_mesh else new
+  for read in _cut_reads(coupling.view, settled).values():
+    stored, G = leaves[read.path], moments[read.path]
+    new = np.array(stored)
+    for at in np.ndindex(new.shape[: read.loops]):
+      w = as_read(read, stored[at])
+      missing = G[at][:, ~read.kept] @ flat(read, w)[~read.kept]
+      new[at] = as_stored(read, fitted(read, w, G[at], missing, ridge))
+    leaves[read.path] = _placed_like(stored, new)
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
 
 
-def _reads_of(view: View, settled: Mapping) -> dict[jx.Equation, Read]:
-  """The equations of a network whose weights can be refitted after a decision."""
-  return dict(_reads(view, view.program, _stored(view), decided(view, settled)))
-
-
-def _stored(view: View) -> dict[jx.Value, tuple[str, int]]:
-  """{value: (path of the variable, number of scans that it lies in)}."""
-  return {v: (path, 0) for path, v in view.leaves.items()}
-
-
-def _reads(
-  view: View,
-  program: jx.Program,
-  stored: Mapping[jx.Value, tuple[str, int]],
-  kept: ax.Keep,
-) -> Iterator[tuple[jx.Equation, Read]]:
-  """Yields the equations whose weights can be refitted, also those in scans."""
-  made_by = {v: e for e in program.equations for v in e.outputs}
-  uses = Counter(v for e in program.equations for v in e.inputs)
-  for e in program.equations:
-    if (sides := _sides(view, e)) is not None:
-      source, over, weight, summed = sides
-      dims = view.facts.dims[e.inputs[weight]]
-      mask = np.ones(1, bool)
-      for i in summed:
-        mask = np.outer(mask, ax.mask(dims[i], kept)).ravel()
-      v, moves = e.inputs[weight], []
-      while uses[v] == 1 and v in made_by and made_by[v].name in MOVES:
-        moves.insert(0, made_by[v])
-        v = made_by[v].inputs[0]
-      real = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (v, *e.outputs))
-      if real and uses[v] == 1 and v in stored and mask.any() and not mask.all():
-        path, loops = stored[v]
-        yield e, Read(path, loops, tuple(moves), source, over, summed, mask)
-    if e.name == 'scan':
-      (body,) = e.bodies
-      scanned = zip(*(jx.scan_parts(e, x)[2] for x in (e.inputs, body.inputs)))
-      inside = {
-        inner: (stored[v][0], stored[v][1] + 1)
-        for v, inner in scanned
-        if v in stored and uses[v] == 1
-      }
-      yield from _reads(view, body, inside, kept)
-
-
-def _sides(view: View, e: jx.Equation) -> tuple[int, tuple, int, tuple] | None:
-  """(input, axes) of activations and of what they meet, if an equation sums over both.
-
-  The window of a convolution counts as axes of its weight.
-  """
-  if e.name == 'conv_general_dilated':
-    (_, channel, *_), (_, *summed), _ = e.params['dimension_numbers']
-    if e.params['feature_group_count'] == e.params['batch_group_count'] == 1:
-      return 0, (channel,), 1, tuple(summed)
-  if e.name == 'dot_general':
-    axes, (batch, _) = e.params['dimension_numbers']
-    is_data = [v in view.facts.activations for v in e.inputs]
-    if not batch and axes[0] and sum(is_data) == 1:
-      source = is_data.index(True)
-      return source, tuple(axes[source]), 1 - source, tuple(axes[1 - source])
-  return None
+def _cut_reads(view: View, settled: Mapping) -> dict[jx.Equation, Read]:
+  """The layers that can be refitted and lose inputs."""
+  reads = reads_of(view, settled)
+  return {e: read for e, read in reads.items() if not read.kept.all()}
 
 
 def _moments(
@@ -284,7 +414,7 @@ def _moments(
 
     def execute(e: jx.Equation, ins: list) -> list:
       if e in reads:
-        x = _rows(e, reads[e], ins)
+        x = rows(e, reads[e], ins)
         found[reads[e].path] = jnp.einsum('ni,nj->ij', x, x, precision='highest')
       if e.name != 'scan':
         return jx.bind(e, ins, e.params, jx.run)
@@ -298,55 +428,3 @@ def _moments(
 
   outputs = run(program, args)
   return dict(zip(paths(program), outputs[len(program.outputs) :], strict=True))
-
-
-def _rows(e: jx.Equation, read: Read, ins: Sequence) -> jax.Array:
-  """What a weight reads, float32 [examples and positions, inputs of the layer]."""
-  x = ins[read.source].astype(jnp.float32)
-  over = read.over
-  if e.name == 'conv_general_dilated':
-    p = e.params
-    lhs, rhs, _ = p['dimension_numbers']
-    n = len(rhs) - 2
-    x = jax.lax.conv_general_dilated_patches(
-      x,
-      [ins[1].shape[i] for i in rhs[2:]],
-      p['window_strides'],
-      p['padding'],
-      p['lhs_dilation'],
-      p['rhs_dilation'],
-      jax.lax.ConvDimensionNumbers(lhs, (n + 1, n, *range(n)), lhs),
-      precision=jax.lax.Precision.HIGHEST,
-    )
-  return jnp.moveaxis(x, over, range(-len(over), 0)).reshape(-1, read.kept.size)
-
-
-def _refitted(read: Read, stored: Any, G: np.ndarray, ridge: float) -> jax.Array:
-  """The weight as it is stored, with what it reads from removed channels folded in."""
-  if read.loops:
-    inner = read._replace(loops=read.loops - 1)
-    layers = zip(stored, G, strict=True)
-    return jnp.stack([_refitted(inner, w, g, ridge) for w, g in layers])
-  w = np.asarray(stored).astype(float)
-  for move in read.moves:
-    if move.name == 'transpose':
-      w = w.transpose(move.params['permutation'])
-    elif move.name == 'rev':
-      w = np.flip(w, move.params['dimensions'])
-    w = w.reshape(move.outputs[0].shape)
-  front = range(len(read.summed))
-  w = np.moveaxis(w, read.summed, front)
-  kept = read.kept
-  flat = w.reshape(kept.size, math.prod(w.shape[len(front) :]))
-  G_kk = G[np.ix_(kept, kept)]
-  G_kk += (ridge * np.diag(G_kk).mean() + TINY) * np.eye(len(G_kk))
-  A = np.linalg.solve(G_kk, G[np.ix_(kept, ~kept)])
-  flat[kept] += A @ flat[~kept]
-  w = np.moveaxis(flat.reshape(w.shape), front, read.summed)
-  for move in reversed(read.moves):
-    if move.name == 'transpose':
-      w = w.transpose(np.argsort(move.params['permutation']))
-    elif move.name == 'rev':
-      w = np.flip(w, move.params['dimensions'])
-    w = w.reshape(move.inputs[0].shape)
-  return jnp.asarray(w.astype(stored.dtype))

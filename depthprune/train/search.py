@@ -35,10 +35,10 @@ from depthprune.program.coupling import Coupling
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of
 from depthprune.program.widths import Counts, Range, produced, ranges
+from depthprune.surgery import refit as least_squares
 from depthprune.surgery.budget import Constraint, constraints, fitting, met, reachable
 from depthprune.surgery.oneshot import Score, check, closing, left_by, narrowing, rank
 from depthprune.surgery.prune import Pruned, prune
-from depthprune.surgery.refit import moments, refitted
 from depthprune.timing.layers import CostFunction
 from depthprune.train.evaluate import evaluate, recalibrate
 from depthprune.train.judge import held_out_of, judge
@@ -154,8 +154,9 @@ def search(
     at_most: most channels, as for `oneshot`.
     splits: numbers of blocks that are tried at first, from the fewest to the most that
       the target allows; those between are then searched around the best.
-    refit: a calibration set, as for `refit`; each candidate is then judged with the
-      weights that make up for its channels.
+    refit: a calibration set, as for `refit`; each candidate is then judged with weights
+      that make up for its channels, all layers fitted at once. Finalists are refitted
+      in order, as by `refit`.
     heal: (pruned) -> variables, a short training of a small network. The best
       `finalists` are then cut, healed and judged again, and come first.
     finalists: how many candidates are healed.
@@ -196,13 +197,13 @@ def search(
   )
   fewest, most = space.reach()
   model = coupling.model
-  read = None if refit is None else moments(coupling, variables, refit)
+  known = None if refit is None else [*refit]
+  read = None
+  if known is not None:
+    read = least_squares.moments(coupling, variables, known)
   state = init_state(model, plain(), optax.identity(), variables)
   whole = judge(
     model, plain(), task, state, held_out, calibration, coupling, batch=batch
-  )
-  refitted_for = lambda keep: (
-    variables if read is None else refitted(coupling, variables, keep, read)
   )
   judged: dict[tuple, Candidate] = {}  # by number of blocks and all that is kept
 
@@ -211,7 +212,10 @@ def search(
       if keep := space.widest(count, mix):
         key = count, *(kept.tobytes() for kept in keep['channels'].values())
         if key not in judged:
-          with_these = whole if read is None else whole.of(refitted_for(keep))
+          with_these = whole
+          if read is not None:
+            fitted = least_squares.refitted(coupling, variables, keep, read)
+            with_these = whole.of(fitted)
           # Layers of stacks have no gates of their own: their branches are closed.
           gated = {g: keep['channels'][g] for g in space.limits}
           scores = with_these({**keep, 'channels': gated})
@@ -234,7 +238,10 @@ def search(
 
   def healed(candidate: Candidate) -> Candidate:
     keep = candidate.keep
-    small = prune(model, refitted_for(keep), keep, example, coupling=coupling)
+    left = variables
+    if known is not None:
+      left = least_squares.refit(coupling, variables, keep, known)
+    small = prune(model, left, keep, example, coupling=coupling)
     network = small.model if small.arch else small.apply
     if are_outdated(small):
       fresh = recalibrate(network, small.variables, calibration)
