@@ -62,6 +62,7 @@ BOTH_SIZES = (  # the most valuable first
 CPU_ONLY = (
   'trainable_gates.digits',
   'trainable_gates.fashion_mnist',
+  'trainable_gates.resnet56_half_an_epoch',
   'trainable_gates.resnet20_cifar10',
   'trainable_gates.resnet20_ablation',
   'decoder.smollm2',

@@ -99,7 +99,13 @@ class Shrunk(NamedTuple):
 
 
 class _Round(NamedTuple):
-  """One round; `model` runs `fresh`, the small variables with fresh statistics."""
+  """One round.
+
+  Attributes:
+    model: what runs the small variables.
+    fresh: small variables with fresh batch statistics.
+    best: those, or the ones of before, whichever answers held-out data better.
+  """
 
   coupling: Coupling
   method: Method
@@ -107,6 +113,7 @@ class _Round(NamedTuple):
   pruned: Pruned
   model: Any
   fresh: Tree
+  best: Tree
   held_out: Accuracies
 
 
@@ -243,7 +250,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     'finetune',
     last.model,
     distill(plain()) if teacher else plain(),
-    last.fresh,
+    last.best,
     epochs=config.epochs.finetune,
     peak=config.recipe.peaks[1] * config.learning_rate,
     teacher=teacher,
@@ -326,12 +333,11 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
     batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)
     fresh = local(recalibrate(model, job.on_mesh(small), batches))
   scores, held_out = job.scores(model), job.images.held_out
-  accuracies = Accuracies(
-    before=evaluate({})['accuracy'],
-    pruned=scores(small, held_out)['accuracy'],
-    recalibrated=scores(fresh, held_out)['accuracy'],
-  )
-  return _Round(coupling, method, state, pruned, model, fresh, accuracies)
+  at_once, anew = (scores(v, held_out)['accuracy'] for v in (small, fresh))
+  before = evaluate({})['accuracy']
+  accuracies = Accuracies(before, pruned=at_once, recalibrated=anew)
+  best = fresh if anew >= at_once else small
+  return _Round(coupling, method, state, pruned, model, fresh, best, accuracies)
 
 
 def _scores(job: Job, coupling: Coupling, model, variables) -> dict[str, np.ndarray]:

@@ -115,7 +115,7 @@ def refit(
   arguments.coupling(coupling).fits(variables)
   settled, _ = settle(coupling, keep, variables)
   gates = {
-    name: jnp.asarray(kept)
+    name: jnp.asarray(kept, jnp.float32)
     for name, kept in settled['channels'].items()
     if coupling.groups[name].kind != 'layer' and not coupling.groups[name].ungated
   }

@@ -121,6 +121,25 @@ def test_a_refit_that_does_harm_on_held_out_data_is_left_out(tmp_path, monkeypat
   assert result['accuracy']['pruned'] > 0.5
 
 
+def test_fresh_statistics_that_do_harm_are_not_the_result(tmp_path, monkeypatch):
+  zeros = lambda model, variables, batches: {
+    **variables,
+    'batch_stats': jax.tree.map(np.zeros_like, variables['batch_stats']),
+  }
+  monkeypatch.setattr(rounds, 'recalibrate', zeros)
+  config = dataclasses.replace(
+    CONFIG,
+    options=GateOptions(0.8, frozen=True),
+    model='resnet8',
+    train_epochs=6,
+    gate_epochs=0.5,
+    finetune_epochs=0,
+    workdir=str(tmp_path),
+  )
+  accuracy = to_json(rounds.run(config, show=False))['accuracy']
+  assert accuracy['recalibrated'] < accuracy['pruned'] == accuracy['after']
+
+
 def test_a_run_writes_what_the_report_reads(finished):
   config, result = finished
   assert json.loads((config.path / 'result.json').read_text()) == result
