@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,159 +123,165 @@ def refit(
   cut = gating.with_branches(variables, branches)
   dead = coupling.decision(settled).dead
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
-  read_by = []  # of each batch: the network, its layers, and the arrays
+  calibration = []  # of each batch: the network, its layers, and the arrays
   counts: dict[str, float] = {}  # of rows that a layer reads, for each of its inputs
   for inputs, named in calls(coupling, batches):
     kwargs = {**coupling.kwargs, **named}
     view = views(inputs, kwargs)
     found = reads_of(view, settled)
     reads = {e: read for e, read in found.items() if read.path not in dead}
-    read_by.append((view, reads, split_arrays((inputs, kwargs))[0]))
+    calibration.append((view, reads, split_arrays((inputs, kwargs))[0]))
     for e, read in reads.items():
       more = row_count(e, read) / read.kept.size
       counts[read.path] = counts.get(read.path, 0) + more
-  makes_up = frozenset(path for path, count in counts.items() if count >= FEW)
+  # Batches of another size may be traced in another way.
+  layouts = [{_layout(*each) for each in reads.items()} for _, reads, _ in calibration]
+  common = set.intersection(*layouts)
+  makes_up = {path for path, count in counts.items() if count >= FEW}
   networks = [(variables, {})] * bool(makes_up) + [(cut, gates)]
-  sides, programs, args = [], [], []
-  for view, reads, arrays in read_by:
+  sides = []  # of each batch: the network in full, if it is needed, and cut
+  for view, found, arrays in calibration:
+    reads = {e: read for e, read in found.items() if _layout(e, read) in common}
     for network, closed in networks:
-      sides.append(_Side(reads, gating.executor(coupling, view, closed)))
-      programs.append(_upto(view.program, reads))
-      args.append([*jax.tree.leaves(network), *arrays])
+      execute = gating.executor(coupling, view, closed)
+      args = [*jax.tree.leaves(network), *arrays]
+      sides.append(_layers(_upto(view.program, reads), args, reads, execute))
   leaves = paths_of(variables)
-  new = _InOrder(sides, makes_up, ridge, {})
-  new.run(programs, args, ())
-  for path, layers in new.weights.items():
-    w = np.array(leaves[path])
-    for index, layer in layers.items():
-      w[index] = layer
+  changed: dict[str, np.ndarray] = {}
+  for layers in zip(*sides, strict=True):
+    full, small = layers[:: len(networks)], layers[len(networks) - 1 :: len(networks)]
+    _, read, ins, at = layers[0]
+    path = read.path
+    goals = full if path in makes_up else small
+    if read.kept.all() and _read_the_same(goals, small):
+      continue
+    if path not in changed:
+      changed[path] = np.array(leaves[path])
+    new = _refit(goals, small, as_read(read, changed[path][at]), ridge)
+    changed[path][at] = as_stored(read, new)
+    for layer in small:
+      layer.ins[layer.read.weight] = jnp.asarray(new, ins[read.weight].dtype)
+  for path, w in changed.items():
     leaves[path] = _placed_like(leaves[path], w)
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
 
 
-class _Side(NamedTuple):
-  """One batch in the full network or in the one that is cut.
+class _Layer(NamedTuple):
+  """A layer that a network is about to run.
 
   Attributes:
+    equation: which reads its weight.
+    read: how.
+    ins: inputs of the equation; what replaces the weight here is run.
+    at: index of the layer in each scan that it lies in.
+  """
+
+  equation: jx.Equation
+  read: Read
+  ins: list
+  at: tuple[int, ...]
+
+
+def _layers(
+  program: jx.Program,
+  args: Sequence,
+  reads: Mapping[jx.Equation, Read],
+  execute: Callable[[jx.Equation, list], list],
+  at: tuple[int, ...] = (),
+) -> Generator[_Layer, None, list]:
+  """Runs a program, stops before each layer to yield it, and returns the outputs.
+
+  Args:
+    program: of a network, or the body of a scan in it.
+    args: its inputs.
     reads: the layers that can be refitted, by their equations.
-    execute: (equation, inputs) -> outputs, with the gates of this network.
+    execute: (equation, inputs) -> outputs.
+    at: index of the body in each scan that it lies in.
   """
+  last = {v: e for e in program.equations for v in e.inputs}  # its last reader
+  last |= dict.fromkeys(program.outputs)
+  env = {**program.constants, **dict(zip(program.inputs, args, strict=True))}
+  value = lambda v: v.val if isinstance(v, jx.Literal) else env[v]
+  for e in program.equations:
+    ins = [value(v) for v in e.inputs]
+    if e in reads:
+      yield _Layer(e, reads[e], ins, at)
+    if e.name == 'scan' and _has_reads(e, reads):
+      outs = yield from _scan_layers(e, ins, reads, execute, at)
+    else:
+      outs = execute(e, ins)
+    ins.clear()  # whoever was given the layer still holds this list
+    env.update(zip(e.outputs, outs, strict=True))
+    for v in (*e.inputs, *e.outputs):
+      if last.get(v, e) is e:
+        env.pop(v, None)
+  return [value(v) for v in program.outputs]
 
-  reads: Mapping[jx.Equation, Read]
-  execute: Callable[[jx.Equation, list], list]
+
+def _scan_layers(
+  e: jx.Equation,
+  ins: list,
+  reads: Mapping[jx.Equation, Read],
+  execute: Callable[[jx.Equation, list], list],
+  at: tuple[int, ...],
+) -> Generator[_Layer, None, list]:
+  """As `_layers`, for a scan, whose body is run once for each of its layers."""
+  consts, carry, xs = jx.scan_parts(e, ins)
+  order = range(e.params['length'])
+  stacked = []
+  for i in reversed(order) if e.params['reverse'] else order:
+    args = [*consts, *carry, *(x[i] for x in xs)]
+    outs = yield from _layers(e.bodies[0], args, reads, execute, (*at, i))
+    carry, ys = outs[: len(carry)], outs[len(carry) :]
+    stacked.append(ys)
+  along = -1 if e.params['reverse'] else 1
+  return [*carry, *(jnp.stack(ys[::along]) for ys in zip(*stacked))]
 
 
-class _InOrder(NamedTuple):
-  """Runs all batches through both networks side by side, and refits on the way.
+def _layout(e: jx.Equation, read: Read) -> tuple:
+  """What must be the same of a layer in two batches, so that its rows can be joined."""
+  return read.path, read.summed, e.inputs[read.weight].shape
 
-  Attributes:
-    sides: of every batch the full network, if a layer makes up for others, then the
-      one that is cut.
-    makes_up: the weights that make up for what layers before them could not.
+
+def _read_the_same(full: Sequence[_Layer], cut: Sequence[_Layer]) -> bool:
+  """Whether the layers of two networks read the same in all batches."""
+  pairs = ((x.ins[x.read.source], z.ins[z.read.source]) for x, z in zip(full, cut))
+  return all(x is z or jnp.array_equal(x, z) for x, z in pairs)
+
+
+def _refit(
+  goals: Sequence[_Layer], cut: Sequence[_Layer], old: np.ndarray, ridge: float
+) -> np.ndarray:
+  """The weight with which a layer of the cut network gives nearest to what it should.
+
+  Args:
+    goals: the layer in each batch, reading what it should make its outputs of.
+    cut: the layer in each batch, in the network that is cut.
+    old: its weight as it is read, float64.
     ridge: as for `refit`.
-    weights: {path: {layer of each scan that it lies in: the new weight, as stored}}.
   """
-
-  sides: Sequence[_Side]
-  makes_up: frozenset[str]
-  ridge: float
-  weights: dict[str, dict[tuple, np.ndarray]]
-
-  def run(
-    self, programs: Sequence[jx.Program], args: Sequence[Sequence], at: tuple
-  ) -> list[list]:
-    """Returns the outputs of a program on every side; `at` are the layers of scans."""
-    first = programs[0]
-    last = {v: e for e in first.equations for v in e.inputs}  # its last reader
-    last |= dict.fromkeys(first.outputs)
-    envs = [
-      {**program.constants, **dict(zip(program.inputs, own, strict=True))}
-      for program, own in zip(programs, args, strict=True)
-    ]
-    value = lambda env, v: v.val if isinstance(v, jx.Literal) else env[v]
-    for equations in zip(*(program.equations for program in programs), strict=True):
-      ins = [[value(env, v) for v in e.inputs] for env, e in zip(envs, equations)]
-      outs = self._execute(equations, ins, at)
-      for env, e, own in zip(envs, equations, outs, strict=True):
-        env.update(zip(e.outputs, own, strict=True))
-        for v, same in zip(e.inputs, equations[0].inputs, strict=True):
-          if last[same] is equations[0]:
-            env.pop(v, None)
-    return [[value(env, v) for v in p.outputs] for env, p in zip(envs, programs)]
-
-  def _execute(
-    self, equations: Sequence[jx.Equation], ins: list[list], at: tuple
-  ) -> list[list]:
-    e = equations[0]
-    if e in self.sides[0].reads:
-      self._refit(equations, ins, at)
-    elif _has_reads(e, self.sides[0].reads):
-      return self._scan(equations, ins, at)
-    each = zip(self.sides, equations, ins)
-    return [side.execute(equation, own) for side, equation, own in each]
-
-  def _refit(
-    self, equations: Sequence[jx.Equation], ins: list[list], at: tuple
-  ) -> None:
-    """Replaces the weight that is read in the cut network."""
-    layer = self.sides[0].reads[equations[0]]
-    networks = 2 if self.makes_up else 1
-    full, cut = ins[::networks], ins[networks - 1 :: networks]
-    makes_up = layer.path in self.makes_up
-    pairs = [(x[layer.source], z[layer.source]) for x, z in zip(full, cut)]
-    differ = makes_up and not all(jnp.array_equal(x, z) for x, z in pairs)
-    if layer.kept.all() and not differ:
-      return
-    batches = equations[::networks]
-    old = full[0][layer.weight]
-    inputs = layer.kept.size
-    counts = [row_count(e, layer) for e in batches]
-    share = ROWS * inputs / sum(counts)
-    draw = np.random.default_rng(0).choice
-    w = flat(layer, np.asarray(old, np.float32))
-    G, missing = np.zeros((inputs, inputs)), np.zeros(w.shape)
-    for e, x, z, count in zip(batches, full, cut, counts, strict=True):
-      drawn = slice(None)
-      if share < 1:
-        drawn = draw(count, math.ceil(share * count), replace=False)
-      read = rows(e, layer, z)[drawn]
-      goal = rows(e, layer, x)[drawn] if makes_up else read
-      more = _sums(read, goal, w, w * layer.kept[:, None])
-      G, missing = G + more[0], missing + more[1]
-    if not (np.isfinite(G).all() and np.isfinite(missing).all()):
-      has = f'what {layer.path} reads is not finite'
-      raise arguments.wrong('batches', has, 'look at the inputs and the variables')
-    new = fitted(layer, np.asarray(old, float), G, missing, self.ridge)
-    new = new.astype(old.dtype)
-    self.weights.setdefault(layer.path, {})[at] = as_stored(layer, new)
-    for own in cut:
-      own[layer.weight] = jnp.asarray(new)
-
-  def _scan(
-    self, equations: Sequence[jx.Equation], ins: list[list], at: tuple
-  ) -> list[list]:
-    """Runs the layers of a scan one by one."""
-    parts = [jx.scan_parts(e, own) for e, own in zip(equations, ins)]
-    bodies = [e.bodies[0] for e in equations]
-    p = equations[0].params
-    carries = [carry for _, carry, _ in parts]
-    stacked: list[list] = [[] for _ in parts]
-    order = range(p['length'])
-    for i in reversed(order) if p['reverse'] else order:
-      args = [
-        [*consts, *carry, *(x[i] for x in xs)]
-        for (consts, _, xs), carry in zip(parts, carries)
-      ]
-      outs = self.run(bodies, args, (*at, i))
-      count = len(carries[0])
-      carries = [own[:count] for own in outs]
-      for results, own in zip(stacked, outs):
-        results.append(own[count:])
-    along = -1 if p['reverse'] else 1
-    return [
-      [*carry, *(jnp.stack(ys[::along]) for ys in zip(*results))]
-      for carry, results in zip(carries, stacked)
-    ]
+  read = cut[0].read
+  inputs = read.kept.size
+  counts = [row_count(layer.equation, layer.read) for layer in cut]
+  share = ROWS * inputs / max(sum(counts), 1)
+  draw = np.random.default_rng(0).choice
+  w = flat(read, old).astype(np.float32)
+  G, missing = np.zeros((inputs, inputs)), np.zeros(w.shape)
+  for goal, layer, count in zip(goals, cut, counts, strict=True):
+    drawn = slice(None)
+    if share < 1:
+      drawn = draw(count, math.ceil(share * count), replace=False)
+    z = rows(layer.equation, layer.read, layer.ins)[drawn]
+    x = z
+    if goal is not layer:
+      x = rows(goal.equation, goal.read, goal.ins)[drawn]
+    more = _sums(z, x, w, w * read.kept[:, None])
+    G += np.asarray(more[0], float)
+    missing += np.asarray(more[1], float)
+  if not (np.isfinite(G).all() and np.isfinite(missing).all()):
+    has = f'what {read.path} reads is not finite'
+    raise arguments.wrong('batches', has, 'look at the inputs and the variables')
+  return fitted(read, old, G, missing, ridge)
 
 
 @jax.jit
@@ -289,8 +295,8 @@ def _sums(
 
 def _upto(program: jx.Program, reads: Mapping[jx.Equation, Read]) -> jx.Program:
   """The program up to the last layer that can be refitted, without outputs."""
-  last = [i for i, e in enumerate(program.equations) if _has_reads(e, reads)][-1:]
-  equations = program.equations[: sum(last) + 1]
+  found = (i + 1 for i, e in enumerate(program.equations) if _has_reads(e, reads))
+  equations = program.equations[: max(found, default=0)]
   return dataclasses.replace(program, equations=equations, outputs=())
 
 

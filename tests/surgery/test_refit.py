@@ -178,6 +178,41 @@ def test_batches_may_have_any_sizes():
     np.testing.assert_allclose(one[name], several[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_of_one_may_be_traced_in_another_way():
+  """A class token is not broadcast there."""
+
+  def net(p, x):
+    token = jnp.broadcast_to(p['token'], (len(x), 1, 5))
+    return mlp(p, jnp.concatenate([token, x], 1))
+
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3), 'token': uniform(2, 1, 1, 5)}
+  x = uniform(3, 33, 4, 5)
+  keep = {'channels': {'a:1': np.arange(8) > 3}}
+  coupling = dp.couple(net, p, x)
+  one = refit(coupling, p, keep, [x])
+  several = refit(coupling, p, keep, [x[:32], x[32:]])
+  np.testing.assert_allclose(one['b'], several['b'], rtol=1e-4, atol=1e-5)
+
+
+def test_batches_without_examples_change_nothing():
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3)}
+  x = uniform(2, 64, 5)
+  keep = {'channels': {'a:1': np.arange(8) > 3}}
+  coupling = dp.couple(mlp, p, x)
+  new = refit(coupling, p, keep, [x[:0]])
+  jax.tree.map(np.testing.assert_array_equal, new, p)
+
+
+def test_weights_are_not_rounded_to_the_type_in_which_they_are_read():
+  half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+  net = lambda p, x: mlp(half(p), half(x))
+  p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3)}
+  x, kept = uniform(2, 64, 5), np.arange(8) > 3
+  new = refit(dp.couple(net, p, x), p, {'channels': {'a:1': kept}}, [x])
+  np.testing.assert_array_equal(new['b'][~kept], p['b'][~kept])
+  assert np.any(new['b'][kept] != half(new['b'][kept]).astype(jnp.float32))
+
+
 def test_of_many_rows_some_are_enough():
   p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 3)}
   x = uniform(2, 5000, 5)
