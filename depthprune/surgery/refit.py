@@ -54,6 +54,7 @@ from depthprune.surgery.reads import (
   rows,
 )
 from depthprune.surgery.settle import settle
+from depthprune.surgery.verify import mask
 
 ROWS = 64  # examples and positions for each input of a layer: more change little
 FEW = 32  # with fewer, errors of layers before would be fitted as noise
@@ -114,13 +115,9 @@ def refit(
   arguments.number('ridge', ridge, above=0)
   arguments.coupling(coupling).fits(variables)
   settled, _ = settle(coupling, keep, variables)
-  gates = {
-    name: jnp.asarray(kept, jnp.float32)
-    for name, kept in settled['channels'].items()
-    if coupling.groups[name].kind != 'layer' and not coupling.groups[name].ungated
-  }
-  branches = {b: jnp.float32(kept) for b, kept in settled['branches'].items()}
-  cut = gating.with_branches(variables, branches)
+  cut, gates = mask(coupling, variables, settled)
+  closed = {g: jnp.asarray(x) for g, x in gates['channels'].items() if not x.all()}
+  cut = gating.with_branches(cut, gates['branches'])
   dead = coupling.decision(settled).dead
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
   calibration = []  # of each batch: the network, its layers, and the arrays
@@ -138,12 +135,12 @@ def refit(
   layouts = [{_layout(*each) for each in reads.items()} for _, reads, _ in calibration]
   common = set.intersection(*layouts)
   makes_up = {path for path, count in counts.items() if count >= FEW}
-  networks = [(variables, {})] * bool(makes_up) + [(cut, gates)]
+  networks = [(variables, {})] * bool(makes_up) + [(cut, closed)]
   sides = []  # of each batch: the network in full, if it is needed, and cut
   for view, found, arrays in calibration:
     reads = {e: read for e, read in found.items() if _layout(e, read) in common}
-    for network, closed in networks:
-      execute = gating.executor(coupling, view, closed)
+    for network, shut in networks:
+      execute = gating.executor(coupling, view, shut)
       args = [*jax.tree.leaves(network), *arrays]
       sides.append(_layers(_upto(view.program, reads), args, reads, execute))
   leaves = paths_of(variables)

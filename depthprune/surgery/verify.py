@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -97,13 +98,13 @@ def verify(
   example = [_off_mesh(x) for x in _concrete(coupling, inputs)]
   masked, small = _compiled(
     (_on_arrays(coupling, plug(coupling.fn, coupling)),
-     (*_mask(coupling, variables, nothing, {}), example)),
+     (*mask(coupling, variables, nothing, {}), example)),
     (_on_arrays(coupling, slim(coupling.fn, coupling, keep)),
      (cut, example)),
   )  # fmt: skip
 
   def answers(arrays, decision, gates, probe) -> Any:
-    outputs = masked(*_mask(coupling, arrays, decision, gates), probe)
+    outputs = masked(*mask(coupling, arrays, decision, gates), probe)
     return _cut_outputs(coupling, outputs, keep)
 
   def differences(arrays, cut, probe, reference) -> tuple[float, float]:
@@ -340,8 +341,11 @@ def _on_arrays(coupling: Coupling, fn: Callable) -> Callable:
   return call
 
 
-def _mask(
-  coupling: Coupling, variables: Any, keep: Mapping, soft: Mapping
+def mask(
+  coupling: Coupling,
+  variables: Any,
+  keep: Mapping,
+  soft: Mapping = MappingProxyType({}),
 ) -> tuple[Any, dict]:
   """Returns (variables, gates) of the masked network; every gate has an entry."""
   open_ = coupling.gates()
@@ -398,7 +402,7 @@ def _blame(
     branches = {b: keep['branches'][b] for b in gates_of(coupling, name)}
     alone = {'channels': {name: kept}, 'branches': branches, 'exits': keep['exits']}
     small = _on_arrays(coupling, slim(coupling.fn, coupling, alone))
-    outputs = masked(*_mask(coupling, arrays, alone, soft), probe)
+    outputs = masked(*mask(coupling, arrays, alone, soft), probe)
     reference = _cut_outputs(coupling, outputs, alone)
     got = small(shrink(arrays, alone), probe)
     if (difference := relative(reference, got)) > tolerance:

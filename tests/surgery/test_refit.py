@@ -167,6 +167,38 @@ def test_layers_of_a_scan_are_fitted_in_their_order(reverse):
     assert np.any(expected[name] != apart[name]) == is_changed
 
 
+def test_experts_that_go_answer_no_more():
+  """What is read behind them comes from the experts that stay."""
+
+  def net(p, x, closed=np.zeros(5, bool)):
+    shares = jax.nn.softmax(jnp.where(closed, -jnp.inf, x @ p['router']))
+    h = jnp.einsum('te,td,edf->tf', shares, x, p['up'])
+    return jnp.tanh(h) @ p['out']
+
+  p = {'router': uniform(0, 4, 5), 'up': uniform(1, 5, 4, 6), 'out': uniform(2, 6, 2)}
+  x, kept = uniform(3, 300, 4), np.array([True, False, True, False, True])
+  new = refit(dp.couple(net, p, x), p, {'channels': {'router:1': kept}}, [x], RIDGE)
+  read = net({**p, 'out': jnp.eye(6)}, x, ~kept)
+  expected = np.linalg.lstsq(np.asarray(read), np.asarray(net(p, x)), rcond=None)[0]
+  np.testing.assert_allclose(new['out'], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_gates_of_branches_that_stay_keep_their_values():
+  """The cut multiplies them into the weights: so there is nothing to make up for."""
+
+  def net(p, x):
+    return (x + p['branches']['b'] * jnp.tanh(x @ p['a'])) @ p['c']
+
+  p = {
+    'a': uniform(0, 4, 4),
+    'c': uniform(1, 4, 3),
+    'branches': {'b': jnp.float32(0.3)},
+  }
+  x = uniform(2, 200, 4)
+  new = refit(dp.couple(net, p, x), p, {}, [x])
+  jax.tree.map(np.testing.assert_array_equal, new, p)
+
+
 def test_batches_may_have_any_sizes():
   p = {'a': uniform(0, 5, 8), 'b': uniform(1, 8, 6), 'c': uniform(2, 6, 3)}
   x = uniform(3, 64, 5)
