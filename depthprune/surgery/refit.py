@@ -81,7 +81,9 @@ def refit(
   its inputs, a layer also makes up for what those before it could not.
 
   Batch statistics are those of before, and fit the new weights. `recalibrate` measures
-  them anew, as training will: compare on held-out data.
+  them anew, as training will: compare on held-out data. Compare also where gates learnt
+  together what may go and examples are few: a layer may no longer need what closed
+  channels gave, and a refit brings it back.
 
   Args:
     coupling: of the network, made by `couple` in evaluation mode.

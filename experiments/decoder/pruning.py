@@ -35,7 +35,16 @@ from depthprune.train.importance import taylor
 from depthprune.train.rounds import carried
 from depthprune.train.step import branches_of
 from depthprune.train.task import Tree
-from experiments.result_files import Case, Row, Rows, files_with, link, path_of, table
+from experiments.result_files import (
+  Case,
+  Row,
+  Rows,
+  files_with,
+  link,
+  notes,
+  path_of,
+  table,
+)
 from experiments.run import Arguments, fill
 
 NETWORK, TEXTS = 'SmolLM2-135M-Instruct', 'ag_news_subset'
@@ -254,6 +263,6 @@ def _table(path: Path, content: dict[str, Any]) -> str:
   return (
     f'{config["network"]}, perplexity on {count("report")} of {config["data"]} without '
     f'any training after the cut; {count("score")} score and refit; whole: '
-    f'{f"{uncut:.1f}" if uncut else "–"} ({link(path)}):\n\n'
+    f'{f"{uncut:.1f}" if uncut else "–"} ({link(path)}).{notes(content)}\n\n'
     + table(['parameters', *(f'{100 * part:g} %' for part in parts)], lines)
   )

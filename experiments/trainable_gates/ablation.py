@@ -18,7 +18,7 @@ from depthprune.methods.trainable_gates import GateOptions
 from depthprune.report.numbers import spread
 from depthprune.run import rounds
 from depthprune.run.config import Config
-from experiments.result_files import Row, files_with, link, percent, table
+from experiments.result_files import Row, files_with, link, notes, percent, table
 from experiments.run import Arguments, Case, compare, sized
 from experiments.trainable_gates.comparison import base_of, job_of
 
@@ -108,5 +108,5 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     f'The recipe of trainable gates, one thing changed at a time: {config["model"]} on '
     f'{config["data"]} to {target:g} % of its FLOPs, {config["subset"]:,} training '
     f'images, {config["gate_epochs"]} + {config["finetune_epochs"]} epochs; accuracy '
-    f'in % on held-out images ({link(path)}):\n\n' + table(head, lines)
+    f'in % on held-out images ({link(path)}).{notes(content)}\n\n' + table(head, lines)
   )
