@@ -109,8 +109,8 @@ def refit(
       finite.
 
   Memory: what the full and the cut network hold at one place for the whole calibration
-  set, and a square matrix of the number of inputs of one layer, for a convolution times
-  its window.
+  set, and of one layer all that it reads in one batch and a square matrix of the number
+  of its inputs; for a convolution both times its window.
 
   Source: He, Zhang, Sun, arXiv 1707.06168, section 3.1.
   """
