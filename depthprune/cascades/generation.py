@@ -297,6 +297,8 @@ def check(model: Any, exits: Sequence[str], confidence: str) -> dict[str, str]:
   for name in exits:
     if name not in there:
       has = f'expected some of {arguments.listed(there)}, got {name!r}'
+      if not there:
+        has = f'{name!r}: this network has no exit before its last layer'
       raise arguments.wrong('exits', has)
   if confidence not in KINDS:
     has = f'expected one of {", ".join(KINDS)}, got {confidence!r}'

@@ -84,13 +84,13 @@ def save_exits(
 def load_exits(path: str | Path) -> SavedExits:
   """Reads a language model that `save_exits` or `depthprune run sidenet` wrote.
 
-      early = dp.load_exits('runs/.../exits')
+      early = dp.load_exits('runs/...')
       text = dp.generate_early(
         early.model, early.variables, tokens, 20, early.exits, early.confidence
       )
 
   Args:
-    path: the folder.
+    path: the folder, or that of a run.
 
   Returns:
     The SavedExits.
@@ -99,6 +99,8 @@ def load_exits(path: str | Path) -> SavedExits:
     CheckpointError: the folder has no such network, or is damaged.
   """
   path = Path(arguments.path('path', path))
+  if (path / 'exits' / EXITS_RECORD).is_file():
+    path /= 'exits'
   file = path / EXITS_RECORD
   if not file.is_file():
     raise CheckpointError(

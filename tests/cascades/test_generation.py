@@ -328,12 +328,12 @@ def test_thresholds_are_chosen_by_agreement_or_by_a_budget():
         )
       },
       ValueError,
-      "exits: expected some of none, got 'layer0'",
+      "exits: 'layer0': this network has no exit before its last",
     ),
     (
       {'model': HEADS.clone(arch={'exit/main': 0, 'exit/near': 0})},
       ValueError,
-      "exits: expected some of none, got 'layer0'",
+      "exits: 'layer0': this network has no exit before its last",
     ),
     ({'model': WithHeads(build('mlp'), {'e': Head('layer1')})}, TypeError, 'heads on'),
   ],

@@ -86,7 +86,7 @@ def test_a_run_reaches_what_the_saved_network_reaches(run):
   """Costs, too, which the run computes for all exits and the network for its own."""
   found, texts = run
   result, cascade = found.result, found.result.cascade
-  early = dp.load_exits(found.path / 'exits')
+  early = dp.load_exits(found.path)
   assert early.exits and early.confidence == 'probability'
   own, limits = early[:2], np.array([*early.exits.values()], np.float32)
 
