@@ -44,8 +44,8 @@ def verdicts() -> str:
       goal=0.91,
     ),
     gates(
-      'Trainable gates: the same ResNet-56 with half an epoch in all; gates learn, what '
-      'is left is refitted, and nothing is trained after the cut',
+      'Trainable gates: the same ResNet-56 with half an epoch in all; gates learn, '
+      'what is left is refitted, and nothing is trained after the cut',
       'resnet56_half_an_epoch',
       full=False,
       target=round(1 / 2.1, 4),
