@@ -328,12 +328,13 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
     model, method, state, keep, coupling, job.inputs, rounding(job)
   )
   pruned.report['notes'] += notes
-  fresh = small
+  scores, held_out = job.scores(model), job.images.held_out
+  fresh, at_once = small, scores(small, held_out)['accuracy']
+  anew = at_once
   if are_outdated(pruned):
     batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)
     fresh = local(recalibrate(model, job.on_mesh(small), batches))
-  scores, held_out = job.scores(model), job.images.held_out
-  at_once, anew = (scores(v, held_out)['accuracy'] for v in (small, fresh))
+    anew = scores(fresh, held_out)['accuracy']
   before = evaluate({})['accuracy']
   accuracies = Accuracies(before, pruned=at_once, recalibrated=anew)
   best = fresh if anew >= at_once else small

@@ -277,9 +277,7 @@ def _refit(
     more = _sums(z, x, w, w * read.kept[:, None])
     G += np.asarray(more[0], float)
     missing += np.asarray(more[1], float)
-  if not (np.isfinite(G).all() and np.isfinite(missing).all()):
-    has = f'what {read.path} reads is not finite'
-    raise arguments.wrong('batches', has, 'look at the inputs and the variables')
+  _check_finite(read.path, G, missing)
   return fitted(read, old, G, missing, ridge)
 
 
@@ -314,10 +312,7 @@ def _placed_like(old: Any, new: np.ndarray) -> jax.Array:
 
 
 def moments(
-  coupling: Coupling,
-  variables: Any,
-  batches: Iterable[Any],
-  keep: Mapping | None = None,
+  coupling: Coupling, variables: Any, batches: Iterable[Any]
 ) -> dict[str, np.ndarray]:
   """Measures what layers read over a calibration set, for any number of decisions.
 
@@ -325,7 +320,6 @@ def moments(
     coupling: of the network, made by `couple` in evaluation mode.
     variables: its arrays.
     batches: the calibration set, as `refit` takes it.
-    keep: the decision that will be cut; None to measure for any decision.
 
   Returns:
     {path: float64 [inputs, inputs], in a scan [layers, inputs, inputs]}, for every
@@ -336,11 +330,11 @@ def moments(
       coupled, or one on which a layer reads numbers that are not finite.
   """
   arguments.coupling(coupling).fits(variables)
-  if keep is None:  # every group loses a slice, so every weight that can be cut is
-    groups = coupling.gates()['channels']
-    keep = {
-      'channels': {g: np.arange(x.size) > 0 for g, x in groups.items() if x.size > 1}
-    }
+  # Every group loses a slice, so every weight that can be cut is.
+  groups = coupling.gates()['channels']
+  keep = {
+    'channels': {g: np.arange(x.size) > 0 for g, x in groups.items() if x.size > 1}
+  }
   settled, _ = settle(coupling, keep, variables)
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
 
@@ -357,10 +351,15 @@ def moments(
     for path, G in measured(variables, inputs, named).items():
       totals[path] = totals.get(path, 0) + np.asarray(G, float)
   for path, G in totals.items():
-    if not np.isfinite(G).all():
-      has = f'what {path} reads is not finite'
-      raise arguments.wrong('batches', has, 'look at the inputs and the variables')
+    _check_finite(path, G)
   return totals
+
+
+def _check_finite(path: str, *sums: np.ndarray) -> None:
+  """Raises ValueError unless the sums over what a layer reads are finite."""
+  if not all(np.isfinite(x).all() for x in sums):
+    has = f'what {path} reads is not finite'
+    raise arguments.wrong('batches', has, 'look at the inputs and the variables')
 
 
 def refitted(

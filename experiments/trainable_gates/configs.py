@@ -22,6 +22,9 @@ RESNET20 = Config(
   learning_rate=0.02,
   distill=True,
 )
+RESNET56 = dataclasses.replace(
+  RESNET20, model='resnet56', pretrained=WEIGHTS.format('resnet56')
+)
 METHODS = ('gates', 'l1', 'global', 'uncut', *('torch_pruning',) * HAS_TORCH)
 CHANGES = {  # each differs from the base, which is the first, in one thing
   'nothing': {},
@@ -102,14 +105,7 @@ def resnet56_cifar10(arguments: Arguments) -> list[Case]:
   of which 93.78 -> 93.74 % at 1.99 times is published; others are 93.53 -> 93.77 /
   93.64 % at 2.13 / 2.57 times (DepGraph, sparse learning).
   """
-  full = dataclasses.replace(
-    RESNET20,
-    model='resnet56',
-    pretrained=WEIGHTS.format('resnet56'),
-    subset=None,
-    gate_epochs=1,
-    finetune_epochs=44,
-  )
+  full = dataclasses.replace(RESNET56, subset=None, gate_epochs=1, finetune_epochs=44)
   small = {'subset': 10_000, 'gate_epochs': 0.5, 'finetune_epochs': 1.5}
   targets = [round(1 / 2.1, 4)] + [round(1 / 2.57, 4)] * arguments.full
   return comparison.run('resnet56_cifar10', full, small, targets, METHODS, arguments)
@@ -127,13 +123,7 @@ def resnet56_half_an_epoch(arguments: Arguments) -> list[Case]:
 
   About 5 minutes a row on one core; there is no other size.
   """
-  config = dataclasses.replace(
-    RESNET20,
-    model='resnet56',
-    pretrained=WEIGHTS.format('resnet56'),
-    subset=10_000,
-    finetune_epochs=0,
-  )
+  config = dataclasses.replace(RESNET56, subset=10_000, finetune_epochs=0)
   about = 'resnet56_half_an_epoch', config, {}, (round(1 / 2.1, 4),)
   return comparison.run(*about, ('gates', 'l1', 'global'), arguments)
 
