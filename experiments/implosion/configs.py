@@ -118,6 +118,7 @@ def resnet56_distilled(arguments: Arguments) -> list[Case]:
   small = {
     'options': ImplosionOptions(depth=21, per_round=6, importance='greedy'),
     'finetune_epochs': 2,
+    'learning_rate': 0.005,
     'subset': 10_000,
   }
   about = 'resnet56_distilled', full, small

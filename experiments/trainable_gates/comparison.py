@@ -58,7 +58,7 @@ from experiments.run import (
 )
 from experiments.trainable_gates import torch_pruned
 
-FEW = 512  # held-out images on which the stages of a run are measured
+FEW = 2048  # held-out images on which the stages of a run are measured
 NAMES = {
   'gates': 'trainable gates',
   'l1': 'uniform L1',
@@ -176,7 +176,8 @@ def _base(config: Config[GateOptions]) -> Base:
 
 
 def job_of(base: Base, config: Config[GateOptions]) -> Job:
-  """The job of one run. Gates decide nothing on held-out images, so few are enough."""
+  """The job of one run, with fewer held-out images: only what is refitted or measured
+  anew at a cut, or after training, is decided on them."""
   few = jax.tree.map(lambda x: x[:FEW], base.job.images.held_out)
   images = base.job.images._replace(held_out=few)
   return base.job._replace(config=config, folder=config.path, images=images)

@@ -22,6 +22,7 @@ RESNET20 = Config(
   learning_rate=0.02,
   distill=True,
 )
+RESNET20_LONGER = dataclasses.replace(RESNET20, subset=15_000, finetune_epochs=3.5)
 RESNET56 = dataclasses.replace(
   RESNET20, model='resnet56', pretrained=WEIGHTS.format('resnet56')
 )
@@ -106,7 +107,8 @@ def resnet56_cifar10(arguments: Arguments) -> list[Case]:
   93.64 % at 2.13 / 2.57 times (DepGraph, sparse learning).
   """
   full = dataclasses.replace(RESNET56, subset=None, gate_epochs=1, finetune_epochs=44)
-  small = {'subset': 10_000, 'gate_epochs': 0.5, 'finetune_epochs': 1.5}
+  small = {'subset': 10_000, 'learning_rate': 0.01}
+  small |= {'gate_epochs': 0.5, 'finetune_epochs': 1.5}
   targets = [round(1 / 2.1, 4)] + [round(1 / 2.57, 4)] * arguments.full
   return comparison.run('resnet56_cifar10', full, small, targets, METHODS, arguments)
 
@@ -129,7 +131,7 @@ def resnet56_half_an_epoch(arguments: Arguments) -> list[Case]:
 
 
 def resnet20_cifar10(arguments: Arguments) -> list[Case]:
-  """A pretrained ResNet-20 on CIFAR-10, at 50 and 73 % of its FLOPs, sized for a CPU.
+  """A pretrained ResNet-20 on CIFAR-10, at half of its FLOPs, sized for a CPU.
 
   As `resnet56_cifar10`, with 91.73 % on the test images: 15,000 training images, 0.5
   epochs with gates and 3.5 after the cut, 4 for the controls.
@@ -137,13 +139,26 @@ def resnet20_cifar10(arguments: Arguments) -> list[Case]:
     TFDS_DATA_DIR=../shared/data/tfds \
       python -m experiments.run trainable_gates.resnet20_cifar10
 
-  There is no other size. Goal: at 50 % above both controls by more than a standard
-  deviation of the difference; at 73 % a drop of at most 0.3 point.
+  There is no other size. Goal: above both controls by more than a standard deviation of
+  the difference.
   """
-  config = dataclasses.replace(
-    RESNET20, subset=15_000, gate_epochs=0.5, finetune_epochs=3.5
-  )
-  about = 'resnet20_cifar10', config, {}, (0.5, 0.73)
+  about = 'resnet20_cifar10', RESNET20_LONGER, {}, (0.5,)
+  return comparison.run(*about, METHODS, arguments)
+
+
+def resnet20_small_drop(arguments: Arguments) -> list[Case]:
+  """A pretrained ResNet-20 on CIFAR-10, at 73 % of its FLOPs, sized for a CPU.
+
+  As `resnet20_cifar10`, at a seventh of its learning rate: so much of the network is
+  left that larger steps lose more than they heal.
+
+    TFDS_DATA_DIR=../shared/data/tfds \
+      python -m experiments.run trainable_gates.resnet20_small_drop
+
+  There is no other size. Goal: a drop of at most 0.3 point.
+  """
+  config = dataclasses.replace(RESNET20_LONGER, learning_rate=0.003)
+  about = 'resnet20_small_drop', config, {}, (0.73,)
   return comparison.run(*about, METHODS, arguments)
 
 
