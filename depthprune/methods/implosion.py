@@ -309,6 +309,10 @@ class ImplosionOptions:
   keep: Annotated[tuple[str, ...], PATTERNS] = ()
   """Units that are never erased: names, or patterns of them, such as 'stage3/*'."""
 
+  refit: bool = False
+  """After an erasure the weights that stay are refitted to do the work of the units
+  that went, where that helps on held-out data."""
+
   def __post_init__(self):
     one_of(self, 'importance', get_args(Importance))
     for name in ('depth', 'per_round'):
@@ -385,6 +389,8 @@ RECIPE = Recipe(
     '': Epochs(train=0, gates=160, finetune=60),
   },
   erases_units=True,
+  refits=lambda o: o.refit,
+  formerly={'refit': False},
   name='Network Implosion',
   question=lambda result, network: f'which units can {network} do without?',
   legend=(

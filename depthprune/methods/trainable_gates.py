@@ -489,6 +489,7 @@ RECIPE = Recipe(
   round_to=lambda o: o.round_to,
   score=lambda o: 'taylor' if o.by_loss else 'l1',
   frozen=lambda o: o.frozen,
+  refits=lambda o: o.frozen,
   formerly={'round_to': 1, 'frozen': False},
   name='Trainable gates',
   question=_question,

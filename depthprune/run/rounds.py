@@ -321,9 +321,11 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   evaluate = judged(job.on_mesh(state))
   decision = method.decide(jax.device_get(state.theta), state.stats, evaluate)
   keep, notes = distributed.agreed(decision), []
-  if frozen:
+  if job.config.recipe.refits(job.config.options):
     batches = map(inputs_of, _augmented_batches(job, 'refit', REFITTING))
-    rest = dict(refit(coupling, variables, keep, batches))
+    # Weights that rest do not know the batch statistics that moved meanwhile.
+    source = variables if frozen else trained(method, state)
+    rest = dict(refit(coupling, source, keep, batches))
     fitted = dataclasses.replace(state, params=rest.pop('params'), model_state=rest)
     score = lambda evaluate: evaluate(keep)[job.task.decides_by]
     helps = score(judged(job.on_mesh(fitted))) > score(evaluate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,21 @@ from depthprune.program.resize import decided
 from depthprune.program.trace import View
 
 MOVES = frozenset(('convert_element_type', 'reshape', 'rev', 'squeeze', 'transpose'))
+SUMS = frozenset(('add', 'add_any'))
+AFFINE = SUMS | {'convert_element_type', 'div', 'mul', 'neg', 'sub'}  # per element
 TINY = 1e-30  # keeps layers solvable that read nothing but zeros
+
+
+class Sum(NamedTuple):
+  """Where the answer of a layer is added to a residual stream, or to something else.
+
+  Attributes:
+    way: equations that bring the answer there, affine in each element, in order.
+    stream: what it is added to.
+  """
+
+  way: tuple[jx.Equation, ...]
+  stream: jx.Value
 
 
 class Read(NamedTuple):
@@ -33,6 +47,7 @@ class Read(NamedTuple):
     weight: which input of the equation has the weight.
     summed: the axes of the weight that are summed over, as it is read.
     kept: bool [product of these axes], what stays of them.
+    sum: where the answer is added to, if nothing else reads it.
   """
 
   path: str
@@ -43,6 +58,7 @@ class Read(NamedTuple):
   weight: int
   summed: tuple[int, ...]
   kept: np.ndarray
+  sum: Sum | None
 
 
 def reads_of(view: View, settled: Mapping) -> dict[jx.Equation, Read]:
@@ -64,6 +80,8 @@ def _reads(
   """As `reads_of`; `stored` is {value: (path of the variable, scans around it)}."""
   made_by = {v: e for e in program.equations for v in e.outputs}
   uses = Counter(v for e in program.equations for v in e.inputs)
+  uses.update(program.outputs)
+  reader = {v: e for e in program.equations for v in e.inputs}
   for e in program.equations:
     if (sides := _sides(view, e)) is not None:
       source, over, weight, summed = sides
@@ -78,7 +96,11 @@ def _reads(
       real = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (v, *e.outputs))
       if real and uses[v] == 1 and v in stored and mask.any():
         path, loops = stored[v]
-        yield e, Read(path, loops, tuple(moves), source, over, weight, summed, mask)
+        total = _sum(view, e.outputs[0], uses, reader)
+        yield (
+          e,
+          Read(path, loops, tuple(moves), source, over, weight, summed, mask, total),
+        )
     if e.name == 'scan':
       (body,) = e.bodies
       scanned = zip(*(jx.scan_parts(e, x)[2] for x in (e.inputs, body.inputs)))
@@ -88,6 +110,45 @@ def _reads(
         if v in stored and uses[v] == 1
       }
       yield from _reads(view, body, inside, kept)
+
+
+def _sum(view: View, v: jx.Value, uses: Counter, reader: Mapping) -> Sum | None:
+  """Where a value is added to, if all that is done to it before is affine."""
+  way: list[jx.Equation] = []
+  while uses[v] == 1 and v in reader:
+    e = reader[v]
+    others = [x for x in e.inputs if x is not v]
+    same = e.outputs[0].shape == v.shape
+    if not same or e.name not in AFFINE or (e.name == 'div' and e.inputs[0] is not v):
+      return None
+    if data := [x for x in others if x in view.facts.activations]:
+      alike = e.name in SUMS and data[0].shape == v.shape
+      return Sum(tuple(way), data[0]) if alike else None
+    way.append(e)
+    v = e.outputs[0]
+  return None
+
+
+def slope(e: jx.Equation, total: Sum, value: Callable[[jx.Value], Any]) -> jax.Array:
+  """How fast what is added to a stream changes with the answer of a layer, per element.
+
+  Args:
+    e: the layer.
+    total: where its answer is added.
+    value: the value of anything that depends on variables alone.
+  """
+  (answer,) = e.outputs
+
+  def run(x):
+    v = answer
+    for each in total.way:
+      ins = [x if i is v else value(i) for i in each.inputs]
+      (x,) = jx.bind(each, ins, each.params, jx.run)
+      (v,) = each.outputs
+    return x
+
+  start = jnp.zeros(answer.shape, answer.dtype)
+  return jax.jvp(run, (start,), (jnp.ones_like(start),))[1]
 
 
 def _sides(view: View, e: jx.Equation) -> tuple[int, tuple, int, tuple] | None:
@@ -122,6 +183,18 @@ def rows(e: jx.Equation, read: Read, ins: Sequence) -> jax.Array:
   else:
     x = jnp.moveaxis(x, read.over, range(-len(read.over), 0))
   return x.reshape(-1, read.kept.size)
+
+
+def answers(e: jx.Equation, read: Read, y: jax.Array) -> jax.Array:
+  """An array like what a layer gives, as [examples and positions, outputs]."""
+  if e.name == 'conv_general_dilated':
+    _, _, (example, channel, *positions) = e.params['dimension_numbers']
+    y = y.transpose(example, *positions, channel)
+  elif read.source == 1:  # the axes of the weight come first
+    own = len(e.inputs[read.weight].shape) - len(read.summed)
+    y = jnp.moveaxis(y, range(own), range(-own, 0))
+  outputs = math.prod(e.inputs[read.weight].shape) // read.kept.size
+  return y.reshape(-1, outputs)
 
 
 def _windows(e: jx.Equation, x: jax.Array) -> jax.Array:

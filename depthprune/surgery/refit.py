@@ -10,9 +10,11 @@ from what it still reads:
   z        what it reads from channels that stay, behind layers that are refitted, of a
            convolution its whole window
   t        W' x, where x is what it reads in the full network: so it also makes up for
-           what layers before it could not. With few rows for each of its inputs that
-           would fit noise; then x is what it reads behind refitted layers, from all
-           channels
+           what layers before it could not. If it is added to a residual stream, what
+           that lacks by now is added to t, divided by the slope of what lies between,
+           such as a normalisation by stored statistics. With few rows for each of its
+           inputs all this would fit noise; then t = W' x of what it reads behind
+           refitted layers, from all channels
   lambda   `ridge` times the mean of the diagonal of G
 
 `refitted` takes all layers at once, for many decisions after one measurement: x is that
@@ -21,9 +23,9 @@ of the full network, and z the part of it that stays.
 The arrays change before the cut, so what `prune` proves stays the same: the small
 network is the full one with closed gates.
 
-Sources: He, Zhang, Sun, arXiv 1707.06168, section 3.1, for the fit in order; Chee,
-Flynn, Damle, De Sa, arXiv 2108.00065, for that at once. There the fit also chooses the
-channels that stay; here any decision does. The rule for few rows is ours.
+Sources: He, Zhang, Sun, arXiv 1707.06168, for the fit in order and residual streams;
+Chee, Flynn, Damle, De Sa, arXiv 2108.00065, for that at once. There the fit also
+chooses the channels that stay; here any decision does. The rule for few rows is ours.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +48,7 @@ from depthprune.program.trace import View, paths_of, remembered, split_arrays
 from depthprune.surgery.activations import calls
 from depthprune.surgery.reads import (
   Read,
+  answers,
   as_read,
   as_stored,
   fitted,
@@ -52,12 +56,15 @@ from depthprune.surgery.reads import (
   reads_of,
   row_count,
   rows,
+  slope,
 )
 from depthprune.surgery.settle import settle
+from depthprune.surgery.statistics import restated
 from depthprune.surgery.verify import mask
 
 ROWS = 64  # examples and positions for each input of a layer: more change little
 FEW = 32  # with fewer, errors of layers before would be fitted as noise
+FLAT = 0.01  # of the steepest slope: a stream is not made up for where it is flatter
 
 
 def refit(
@@ -78,12 +85,15 @@ def refit(
 
   Layers are refitted in the order in which they run, each on what it reads behind those
   that are refitted already. With at least 32 examples, positions included, for each of
-  its inputs, a layer also makes up for what those before it could not.
+  its inputs, a layer also makes up for what those before it could not, and for what the
+  residual stream lacks to which its answer is added: also behind a branch that goes.
 
-  Batch statistics are those of before, and fit the new weights. `recalibrate` measures
-  them anew, as training will: compare on held-out data. Compare also where gates learnt
-  together what may go and examples are few: a layer may no longer need what closed
-  channels gave, and a refit brings it back.
+  Batch statistics become those of what is read now, and scale and bias make up for
+  that: training normalises by those of its batches, and so begins with the network that
+  answers here. This is done outside of scans.
+
+  Compare on held-out data where gates learnt together what may go and examples are few:
+  a layer may no longer need what closed channels gave, and a refit brings it back.
 
   Args:
     coupling: of the network, made by `couple` in evaluation mode.
@@ -112,7 +122,7 @@ def refit(
   set, and of one layer all that it reads in one batch and a square matrix of the number
   of its inputs; for a convolution both times its window.
 
-  Source: He, Zhang, Sun, arXiv 1707.06168, section 3.1.
+  Source: He, Zhang, Sun, arXiv 1707.06168.
   """
   arguments.number('ridge', ridge, above=0)
   arguments.coupling(coupling).fits(variables)
@@ -144,12 +154,13 @@ def refit(
     for network, shut in networks:
       execute = gating.executor(coupling, view, shut)
       args = [*jax.tree.leaves(network), *arrays]
-      sides.append(_layers(_upto(view.program, reads), args, reads, execute))
+      program, made = _upto(view.program, reads), view.facts.made
+      sides.append(_layers(program, args, reads, made, execute))
   leaves = paths_of(variables)
   changed: dict[str, np.ndarray] = {}
   for layers in zip(*sides, strict=True):
     full, small = layers[:: len(networks)], layers[len(networks) - 1 :: len(networks)]
-    _, read, ins, at = layers[0]
+    read, ins, at = layers[0].read, layers[0].ins, layers[0].at
     path = read.path
     goals = full if path in makes_up else small
     if read.kept.all() and _read_the_same(goals, small):
@@ -160,9 +171,26 @@ def refit(
     changed[path][at] = as_stored(read, new)
     for layer in small:
       layer.ins[layer.read.weight] = jnp.asarray(new, ins[read.weight].dtype)
+  if changed:
+    refitted = {
+      **paths_of(cut),
+      **{path: jnp.asarray(w) for path, w in changed.items()},
+    }
+    runs = (
+      (view, arrays, gating.executor(coupling, view, closed))
+      for view, _, arrays in calibration
+    )
+    changed |= restated(refitted, runs)
   for path, w in changed.items():
     leaves[path] = _placed_like(leaves[path], w)
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))
+
+
+class _Stream(NamedTuple):
+  """What the answer of a layer is added to, and how that changes with the answer."""
+
+  value: jax.Array
+  slope: Callable[[], jax.Array]
 
 
 class _Layer(NamedTuple):
@@ -173,18 +201,21 @@ class _Layer(NamedTuple):
     read: how.
     ins: inputs of the equation; what replaces the weight here is run.
     at: index of the layer in each scan that it lies in.
+    stream: what its answer is added to; None if that is nothing, or not there yet.
   """
 
   equation: jx.Equation
   read: Read
   ins: list
   at: tuple[int, ...]
+  stream: _Stream | None
 
 
 def _layers(
   program: jx.Program,
   args: Sequence,
   reads: Mapping[jx.Equation, Read],
+  made: Mapping[jx.Value, jx.Equation],
   execute: Callable[[jx.Equation, list], list],
   at: tuple[int, ...] = (),
 ) -> Generator[_Layer, None, list]:
@@ -194,25 +225,42 @@ def _layers(
     program: of a network, or the body of a scan in it.
     args: its inputs.
     reads: the layers that can be refitted, by their equations.
+    made: the equation that makes a value, of the whole network.
     execute: (equation, inputs) -> outputs.
     at: index of the body in each scan that it lies in.
   """
-  last = {v: e for e in program.equations for v in e.inputs}  # its last reader
+  last: dict[jx.Value, jx.Equation | None] = {}  # its last reader
+  for e in program.equations:
+    total = reads[e].sum if e in reads else None
+    last |= dict.fromkeys((*e.inputs, *((total.stream,) if total else ())), e)
   last |= dict.fromkeys(program.outputs)
-  env = {**program.constants, **dict(zip(program.inputs, args, strict=True))}
-  value = lambda v: v.val if isinstance(v, jx.Literal) else env[v]
+  given = {**program.constants, **dict(zip(program.inputs, args, strict=True))}
+  env = dict(given)
+
+  def value(v: jx.Value) -> Any:
+    if isinstance(v, jx.Literal):
+      return v.val
+    if v not in env:  # a slope may depend on variables that are read later
+      e = made[v]
+      outs = jx.bind(e, [value(x) for x in e.inputs], e.params, jx.run)
+      env.update(zip(e.outputs, outs, strict=True))
+    return env[v]
+
   for e in program.equations:
     ins = [value(v) for v in e.inputs]
     if e in reads:
-      yield _Layer(e, reads[e], ins, at)
+      stream = None
+      if (total := reads[e].sum) and total.stream in env:
+        stream = _Stream(env[total.stream], partial(slope, e, total, value))
+      yield _Layer(e, reads[e], ins, at, stream)
     if e.name == 'scan' and _has_reads(e, reads):
-      outs = yield from _scan_layers(e, ins, reads, execute, at)
+      outs = yield from _scan_layers(e, ins, reads, made, execute, at)
     else:
       outs = execute(e, ins)
     ins.clear()  # whoever was given the layer still holds this list
     env.update(zip(e.outputs, outs, strict=True))
     for v in (*e.inputs, *e.outputs):
-      if last.get(v, e) is e:
+      if last.get(v, e) is e and v not in given:
         env.pop(v, None)
   return [value(v) for v in program.outputs]
 
@@ -221,6 +269,7 @@ def _scan_layers(
   e: jx.Equation,
   ins: list,
   reads: Mapping[jx.Equation, Read],
+  made: Mapping[jx.Value, jx.Equation],
   execute: Callable[[jx.Equation, list], list],
   at: tuple[int, ...],
 ) -> Generator[_Layer, None, list]:
@@ -230,7 +279,7 @@ def _scan_layers(
   stacked = []
   for i in reversed(order) if e.params['reverse'] else order:
     args = [*consts, *carry, *(x[i] for x in xs)]
-    outs = yield from _layers(e.bodies[0], args, reads, execute, (*at, i))
+    outs = yield from _layers(e.bodies[0], args, reads, made, execute, (*at, i))
     carry, ys = outs[: len(carry)], outs[len(carry) :]
     stacked.append(ys)
   along = -1 if e.params['reverse'] else 1
@@ -243,9 +292,20 @@ def _layout(e: jx.Equation, read: Read) -> tuple:
 
 
 def _read_the_same(full: Sequence[_Layer], cut: Sequence[_Layer]) -> bool:
-  """Whether the layers of two networks read the same in all batches."""
-  pairs = ((x.ins[x.read.source], z.ins[z.read.source]) for x, z in zip(full, cut))
+  """Whether layers of two networks read, and add to, the same in all batches."""
+  pairs = [(x.ins[x.read.source], z.ins[z.read.source]) for x, z in zip(full, cut)]
+  streams = ((x.stream, z.stream) for x, z in zip(full, cut))
+  pairs += [(x.value, z.value) for x, z in streams if x and z]
   return all(x is z or jnp.array_equal(x, z) for x, z in pairs)
+
+
+def _lacking(layer: _Layer, full: _Stream, cut: _Stream) -> jax.Array:
+  """What a layer must answer besides, for its sum with a stream to be as in full."""
+  slope = cut.slope().astype(jnp.float32)
+  is_flat = jnp.abs(slope) <= FLAT * jnp.abs(slope).max()
+  lost = full.value.astype(jnp.float32) - cut.value.astype(jnp.float32)
+  more = jnp.where(is_flat, 0, lost / jnp.where(is_flat, 1, slope))
+  return answers(layer.equation, layer.read, more)
 
 
 def _refit(
@@ -271,10 +331,12 @@ def _refit(
     if share < 1:
       drawn = draw(count, math.ceil(share * count), replace=False)
     z = rows(layer.equation, layer.read, layer.ins)[drawn]
-    x = z
+    x, lacking = z, jnp.zeros(())
     if goal is not layer:
       x = rows(goal.equation, goal.read, goal.ins)[drawn]
-    more = _sums(z, x, w, w * read.kept[:, None])
+      if goal.stream and layer.stream:
+        lacking = _lacking(layer, goal.stream, layer.stream)[drawn]
+    more = _sums(z, x, w, w * read.kept[:, None], lacking)
     G += np.asarray(more[0], float)
     missing += np.asarray(more[1], float)
   _check_finite(read.path, G, missing)
@@ -283,11 +345,11 @@ def _refit(
 
 @jax.jit
 def _sums(
-  z: jax.Array, x: jax.Array, w: jax.Array, left: jax.Array
+  z: jax.Array, x: jax.Array, w: jax.Array, left: jax.Array, more: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The sums over rows of z z', and of z times what z' `left` lacks of x' `w`."""
+  """Sums over rows of z z', and of z times what z' `left` lacks of x' `w` + `more`."""
   with jax.default_matmul_precision('highest'):
-    return z.T @ z, z.T @ (x @ w - z @ left)
+    return z.T @ z, z.T @ (x @ w + more - z @ left)
 
 
 def _upto(program: jx.Program, reads: Mapping[jx.Equation, Read]) -> jx.Program:

@@ -171,8 +171,9 @@ class Recipe(NamedTuple):
     round_to: (options) -> the number that widths are multiples of, or 'auto'.
     score: (options) -> the score of the channels in a `Setting`: 'l1', the norms of
       their kernels, or 'taylor', see `train.importance`.
-    frozen: (options) -> whether the network's weights rest until the cut, and are then
-      refitted to do the work of the channels that go, see `surgery.refit`.
+    frozen: (options) -> whether the network's weights rest until the cut.
+    refits: (options) -> whether the weights that stay are refitted at a cut to do the
+      work of what goes, where that helps on held-out data; see `surgery.refit`.
     control: (options) -> the options of the network that is trained as long for
       comparison, or None where it is not asked for.
     formerly: {option: default} of options whose default was another in an earlier
@@ -208,6 +209,7 @@ class Recipe(NamedTuple):
   round_to: Callable[[Any], int | Literal['auto']] = lambda options: 1
   score: Callable[[Any], Literal['l1', 'taylor']] = lambda options: 'l1'
   frozen: Callable[[Any], bool] = lambda options: False
+  refits: Callable[[Any], bool] = lambda options: False
   control: Callable[[Any], Any] = lambda options: None
   formerly: Mapping[str, Any] = {}
   erases_units: bool = False

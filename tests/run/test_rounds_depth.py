@@ -239,6 +239,32 @@ def test_implosion_erases_the_smallest_priority_of_each_round(imploded):
   assert dict(arch) == {f'{unit}/branch': 0 for unit in gone}
 
 
+def test_units_that_stay_are_refitted_where_that_helps(tmp_path, monkeypatch):
+  calls, cuts, refit, cut = [], [], rounds.refit, rounds.cut_round
+
+  def recorded_refit(coupling, variables, keep, batches):
+    calls.append((variables, keep, refit(coupling, variables, keep, batches)))
+    return calls[-1][-1]
+
+  def recorded_cut(model, method, state, *args):
+    cuts.append(state.params)
+    return cut(model, method, state, *args)
+
+  monkeypatch.setattr(rounds, 'refit', recorded_refit)
+  monkeypatch.setattr(rounds, 'cut_round', recorded_cut)
+  options = ImplosionOptions(depth=5, units=('stage1/block0',), refit=True)
+  config = dataclasses.replace(IMPLOSION, options=options, workdir=str(tmp_path))
+  result = to_json(rounds.run(config, show=False))
+  ((before, keep, after),), (params,), (found,) = calls, cuts, result['rounds']
+  assert [b for b, kept in keep['branches'].items() if not kept] == [
+    'stage1/block0/branch'
+  ]
+  same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+  assert not same(before['params'], after['params'])
+  is_left_out = rounds.NOT_REFITTED in found['notes']
+  assert same(params, (before if is_left_out else after)['params'])
+
+
 def test_priorities_go_on_from_round_to_round(imploded):
   config, _ = imploded
   rows = lines(config.path / 'gates.jsonl')

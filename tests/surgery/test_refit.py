@@ -139,6 +139,50 @@ def test_a_layer_is_fitted_to_what_it_reads_behind_refitted_ones(rows):
   np.testing.assert_allclose(new['c'][second], expected, rtol=1e-2, atol=1e-3)
 
 
+def test_what_a_stream_lacks_is_made_up_for():
+  """Behind a factor and a shift for each channel; what a flat one hides is not."""
+  factor, shift = np.array([2.0, -0.5, 0.0, 3.0]), np.array([1.0, 2.0, 3.0, 4.0])
+
+  def net(p, x):
+    stream = x + jnp.tanh(x @ p['a']) @ p['b']
+    answer = jnp.tanh(stream @ p['c']) @ p['d']
+    return stream, stream + (answer * factor + shift)
+
+  p = {'a': uniform(0, 4, 8), 'b': uniform(1, 8, 4)}
+  p |= {'c': uniform(2, 4, 6), 'd': uniform(3, 6, 4)}
+  x, kept = uniform(4, 300, 4), np.arange(8) > 3
+  new = refit(dp.couple(net, p, x), p, {'channels': {'a:1': kept}}, [x], RIDGE)
+  full, _ = net(p, x)
+  stream = x + jnp.tanh(x @ p['a'])[:, kept] @ new['b'][kept]
+  lacking = np.where(factor, (full - stream) / np.where(factor, factor, 1), 0)
+  asked = jnp.tanh(full @ p['c']) @ p['d'] + lacking
+  expected = np.linalg.lstsq(np.tanh(stream @ new['c']), asked, rcond=None)[0]
+  np.testing.assert_allclose(new['d'], expected, rtol=1e-2, atol=1e-3)
+
+
+class TwoBranches(nn.Module):
+  """x + x A + (x + x A) B, or without the first branch."""
+
+  @nn.compact
+  def __call__(self, x):
+    dense = lambda name: nn.Dense(4, use_bias=False, name=name)
+    x = x + dp.branch(self, dense('a')(x), 'first')
+    return x + dense('b')(x)
+
+
+def test_a_branch_makes_up_for_one_that_goes():
+  """Both are linear, so that the second can do the work of both."""
+  model, x = TwoBranches(), uniform(0, 200, 4)
+  variables = model.init(jax.random.key(0), x)
+  coupling = dp.couple(model, variables, x)
+  (branch,) = coupling.branches
+  keep = {'branches': {branch: np.asarray(False)}}
+  new = refit(coupling, variables, keep, [x], RIDGE)
+  small = dp.prune(model, new, keep, x, coupling=coupling)
+  found, expected = small.apply(small.variables, x), model.apply(variables, x)
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize('reverse', [False, True])
 def test_layers_of_a_scan_are_fitted_in_their_order(reverse):
   """As layers outside of a scan are, in both directions."""

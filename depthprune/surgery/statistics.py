@@ -1,0 +1,175 @@
+"""Batch normalisation that training leaves as it is, for `surgery.refit`.
+
+In training a batch is normalised by its own statistics, whatever the stored ones are.
+Where a network reads something else than when those were measured, as it does behind
+refitted layers, it would be another one from the first step. So they are measured
+anew, in evaluation mode, and scale and bias make up for them:
+
+  a (x - m) / s + b  =  a' (x - m') / s' + b'
+  a' = a s' / s,  b' = b + a (m' - m) / s,  s = sqrt(var + epsilon)
+
+  m, s     stored mean and deviation;   m', s'   those of what is read
+  a, b     scale and bias
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program import jaxpr as jx
+from depthprune.program.trace import View
+
+MOVES = frozenset(('broadcast_in_dim', 'convert_element_type', 'copy', 'reshape'))
+
+
+class Norm(NamedTuple):
+  """A batch normalisation in evaluation mode; its arrays by their paths.
+
+  Attributes:
+    centred: the equation that subtracts the mean.
+    axis: the axis of what it reads that has the channels.
+    epsilon: what is added to the variance.
+  """
+
+  centred: jx.Equation
+  axis: int
+  mean: str
+  var: str
+  scale: str
+  bias: str
+  epsilon: float
+
+
+def norms_of(view: View) -> list[Norm]:
+  """The batch normalisations of a network, outside of scans.
+
+  Each has a stored mean and variance, a scale and a bias, which nothing else reads.
+  """
+  return [*_norms(view)]
+
+
+def _norms(view: View) -> Iterator[Norm]:
+  program, made = view.program, view.facts.made
+  path_of = {v: path for path, v in view.leaves.items()}
+  uses = Counter(v for e in program.equations for v in e.inputs)
+  reader = {v: e for e in program.equations for v in e.inputs if uses[v] == 1}
+
+  def source(v: jx.Value) -> str | None:
+    """The path of the variable that a value is, but for its shape."""
+    while v in made and made[v].name in MOVES and uses[v] == 1:
+      v = made[v].inputs[0]
+    return path_of.get(v) if uses[v] == 1 else None
+
+  def met(v: jx.Value, *names: str) -> tuple[jx.Equation, jx.Value] | None:
+    """The equation that reads a value, and what it meets there."""
+    e = reader.get(v)
+    if e is None or e.name not in names or len(e.inputs) != 2:
+      return None
+    return e, e.inputs[0] if e.inputs[1] is v else e.inputs[1]
+
+  for e in program.equations:
+    x, mean = e.inputs if e.name == 'sub' else (None, None)
+    if mean is None or x not in view.facts.activations or source(mean) is None:
+      continue
+    scaled = met(e.outputs[0], 'mul')
+    shifted = met(scaled[0].outputs[0], 'add', 'add_any') if scaled else None
+    parts = _factor(scaled[1], made, source) if scaled else None
+    bias = source(shifted[1]) if shifted else None
+    axis = _axis(mean, made)
+    if parts and bias and axis is not None:
+      var, epsilon, scale = parts
+      yield Norm(e, axis, source(mean) or '', var, scale, bias, epsilon)
+
+
+def _factor(
+  v: jx.Value, made: Mapping[jx.Value, jx.Equation], source: Callable
+) -> tuple[str, float, str] | None:
+  """(variance, epsilon, scale) of scale / sqrt(variance + epsilon), if it is that."""
+  product = made.get(v)
+  if product is None or product.name != 'mul':
+    return None
+  for root, scale in (product.inputs, product.inputs[::-1]):
+    inverse = made.get(root)
+    total = made.get(inverse.inputs[0]) if inverse and inverse.name == 'rsqrt' else None
+    if total is None or total.name != 'add' or source(scale) is None:
+      continue
+    var, epsilon = total.inputs
+    if isinstance(epsilon, jx.Literal) and source(var):
+      return source(var), float(np.asarray(epsilon.val)), source(scale)
+  return None
+
+
+def _axis(v: jx.Value, made: Mapping[jx.Value, jx.Equation]) -> int | None:
+  """The axis of a value that an array of one axis became; None if that is unclear."""
+  while (e := made.get(v)) is not None and e.name in MOVES:
+    if e.name == 'broadcast_in_dim' and len(e.inputs[0].shape) == 1:
+      return e.params['broadcast_dimensions'][0]
+    long = [i for i, n in enumerate(v.shape) if n > 1]
+    if e.name == 'reshape' and len(e.inputs[0].shape) == 1:
+      return long[0] if len(long) == 1 else None
+    if e.name in ('broadcast_in_dim', 'reshape'):
+      return None
+    v = e.inputs[0]
+  return 0 if len(v.shape) == 1 else None
+
+
+def restated(
+  variables: Mapping[str, Any],
+  batches: Iterable[tuple[View, Sequence, Callable]],
+) -> dict[str, np.ndarray]:
+  """The arrays of normalisations that store the statistics of what they read.
+
+  Args:
+    variables: {path: array}, in the order of the inputs of the network.
+    batches: for each of the calibration set, the network, its inputs, and how its
+      equations are run: (equation, inputs) -> outputs.
+
+  Returns:
+    {path: new array}, with which the network answers as before.
+  """
+  sums: dict[Norm, np.ndarray] = {}  # of 1, x - mean and its square
+  for view, arrays, execute in batches:
+    norms = norms_of(view)
+    args = [*variables.values(), *arrays]
+    for norm, more in zip(
+      norms, _sums(view.program, norms, args, execute), strict=True
+    ):
+      own = norm._replace(centred=None)  # pyright: ignore[reportArgumentType]
+      sums[own] = sums.get(own, 0) + np.asarray(more, float)
+  found: dict[str, np.ndarray] = {}
+  for norm, (count, first, second) in sums.items():
+    stored = (norm.mean, norm.var, norm.scale, norm.bias)
+    mean, var, scale, bias = (np.asarray(variables[p]).astype(float) for p in stored)
+    moved = first / np.maximum(count, 1)
+    spread = np.maximum(second / np.maximum(count, 1) - moved**2, 0)
+    before, after = np.sqrt(var + norm.epsilon), np.sqrt(spread + norm.epsilon)
+    new = mean + moved, spread, scale * after / before, bias + scale * moved / before
+    for path, values in zip(stored, new, strict=True):
+      found[path] = values.astype(variables[path].dtype)
+  return found
+
+
+def _sums(
+  program: jx.Program, norms: Sequence[Norm], args: Sequence, execute: Callable
+) -> list[jax.Array]:
+  """For each normalisation the sums of 1, x - mean and its square, [3, channels]."""
+  at = {norm.centred: i for i, norm in enumerate(norms)}
+  found: dict[int, jax.Array] = {}
+
+  def measured(e: jx.Equation, ins: list) -> list:
+    outs = execute(e, ins)
+    if (i := at.get(e)) is not None:
+      rows = jnp.moveaxis(outs[0], norms[i].axis, -1).astype(jnp.float32)
+      rows = rows.reshape(-1, rows.shape[-1])
+      ones = jnp.full(rows.shape[-1:], len(rows), jnp.float32)
+      found[i] = jnp.stack([ones, rows.sum(0), jnp.square(rows).sum(0)])
+    return outs
+
+  jx.interpret(program, args, measured)
+  return [found[i] for i in range(len(norms))]
