@@ -139,8 +139,12 @@ def test_a_layer_is_fitted_to_what_it_reads_behind_refitted_ones(rows):
   np.testing.assert_allclose(new['c'][second], expected, rtol=1e-2, atol=1e-3)
 
 
-def test_what_a_stream_lacks_is_made_up_for():
-  """Behind a factor and a shift for each channel; what a flat one hides is not."""
+@pytest.mark.parametrize('are_rows', [True, False])
+def test_what_a_stream_lacks_is_made_up_for(are_rows):
+  """Behind a factor and a shift for each channel; what a flat one hides is not.
+
+  Examples are rows of the arrays, or columns.
+  """
   factor, shift = np.array([2.0, -0.5, 0.0, 3.0]), np.array([1.0, 2.0, 3.0, 4.0])
 
   def net(p, x):
@@ -148,10 +152,17 @@ def test_what_a_stream_lacks_is_made_up_for():
     answer = jnp.tanh(stream @ p['c']) @ p['d']
     return stream, stream + (answer * factor + shift)
 
+  def turned(p, x):
+    column = lambda vector: vector[:, None]
+    stream = x + p['b'].T @ jnp.tanh(p['a'].T @ x)
+    answer = p['d'].T @ jnp.tanh(p['c'].T @ stream)
+    return stream, stream + (answer * column(factor) + column(shift))
+
   p = {'a': uniform(0, 4, 8), 'b': uniform(1, 8, 4)}
   p |= {'c': uniform(2, 4, 6), 'd': uniform(3, 6, 4)}
   x, kept = uniform(4, 300, 4), np.arange(8) > 3
-  new = refit(dp.couple(net, p, x), p, {'channels': {'a:1': kept}}, [x], RIDGE)
+  fn, inputs, group = (net, x, 'a:1') if are_rows else (turned, x.T, 'b:0')
+  new = refit(dp.couple(fn, p, inputs), p, {'channels': {group: kept}}, [inputs], RIDGE)
   full, _ = net(p, x)
   stream = x + jnp.tanh(x @ p['a'])[:, kept] @ new['b'][kept]
   lacking = np.where(factor, (full - stream) / np.where(factor, factor, 1), 0)
