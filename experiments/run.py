@@ -66,6 +66,7 @@ CPU_ONLY = (
   'trainable_gates.resnet20_cifar10',
   'trainable_gates.resnet20_small_drop',
   'trainable_gates.resnet20_ablation',
+  'implosion.resnet56_refitted',
   'decoder.smollm2',
   'decoder.healing',
   'decoder.speculation',
