@@ -118,14 +118,15 @@ def _sum(view: View, v: jx.Value, uses: Counter, reader: Mapping) -> Sum | None:
   while uses[v] == 1 and v in reader:
     e = reader[v]
     others = [x for x in e.inputs if x is not v]
-    same = e.outputs[0].shape == v.shape
+    (out,) = e.outputs
+    same = out.shape == v.shape and jnp.issubdtype(out.dtype, jnp.floating)
     if not same or e.name not in AFFINE or (e.name == 'div' and e.inputs[0] is not v):
       return None
     if data := [x for x in others if x in view.facts.activations]:
       alike = e.name in SUMS and data[0].shape == v.shape
       return Sum(tuple(way), data[0]) if alike else None
     way.append(e)
-    v = e.outputs[0]
+    v = out
   return None
 
 

@@ -302,8 +302,9 @@ def _read_the_same(full: Sequence[_Layer], cut: Sequence[_Layer]) -> bool:
 def _lacking(layer: _Layer, full: _Stream, cut: _Stream) -> jax.Array:
   """What a layer must answer besides, for its sum with a stream to be as in full."""
   slope = cut.slope().astype(jnp.float32)
-  is_flat = jnp.abs(slope) <= FLAT * jnp.abs(slope).max()
-  lost = full.value.astype(jnp.float32) - cut.value.astype(jnp.float32)
+  is_flat = jnp.abs(slope) <= FLAT * jnp.abs(slope).max(initial=0)
+  goal, found = full.value.astype(jnp.float32), cut.value.astype(jnp.float32)
+  lost = jnp.where(goal == found, 0, goal - found)  # both may be -inf, in a mask
   more = jnp.where(is_flat, 0, lost / jnp.where(is_flat, 1, slope))
   return answers(layer.equation, layer.read, more)
 

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,7 +48,8 @@ class Norm(NamedTuple):
 def norms_of(view: View) -> list[Norm]:
   """The batch normalisations of a network, outside of scans.
 
-  Each has a stored mean and variance, a scale and a bias, which nothing else reads.
+  Each has a stored mean and variance, a scale and a bias, all a real number for each
+  channel, which nothing else reads.
   """
   return [*_norms(view)]
 
@@ -58,13 +58,14 @@ def _norms(view: View) -> Iterator[Norm]:
   program, made = view.program, view.facts.made
   path_of = {v: path for path, v in view.leaves.items()}
   uses = Counter(v for e in program.equations for v in e.inputs)
+  uses.update(program.outputs)
   reader = {v: e for e in program.equations for v in e.inputs if uses[v] == 1}
 
-  def source(v: jx.Value) -> str | None:
-    """The path of the variable that a value is, but for its shape."""
+  def source(v: jx.Value) -> jx.Value | None:
+    """The variable that a value is, but for its shape."""
     while v in made and made[v].name in MOVES and uses[v] == 1:
       v = made[v].inputs[0]
-    return path_of.get(v) if uses[v] == 1 else None
+    return v if uses[v] == 1 and v in path_of else None
 
   def met(v: jx.Value, *names: str) -> tuple[jx.Equation, jx.Value] | None:
     """The equation that reads a value, and what it meets there."""
@@ -80,17 +81,23 @@ def _norms(view: View) -> Iterator[Norm]:
     scaled = met(e.outputs[0], 'mul')
     shifted = met(scaled[0].outputs[0], 'add', 'add_any') if scaled else None
     parts = _factor(scaled[1], made, source) if scaled else None
-    bias = source(shifted[1]) if shifted else None
-    axis = _axis(mean, made)
-    if parts and bias and axis is not None:
-      var, epsilon, scale = parts
-      yield Norm(e, axis, source(mean) or '', var, scale, bias, epsilon)
+    if not parts or not shifted:
+      continue
+    var, scale, epsilon = parts
+    values = mean, var, scale, shifted[1]
+    axis, *others = (_axis(v, made) for v in values)
+    if axis is None or {*others} != {axis}:
+      continue
+    like = (x.shape[axis],)
+    stored = [v for v in map(source, values) if v and v.shape == like and _is_real(v)]
+    if len(stored) == len(values):
+      yield Norm(e, axis, *(path_of[v] for v in stored), epsilon)
 
 
 def _factor(
   v: jx.Value, made: Mapping[jx.Value, jx.Equation], source: Callable
-) -> tuple[str, float, str] | None:
-  """(variance, epsilon, scale) of scale / sqrt(variance + epsilon), if it is that."""
+) -> tuple[jx.Value, jx.Value, float] | None:
+  """(variance, scale, epsilon) of scale / sqrt(variance + epsilon), if it is that."""
   product = made.get(v)
   if product is None or product.name != 'mul':
     return None
@@ -101,8 +108,12 @@ def _factor(
       continue
     var, epsilon = total.inputs
     if isinstance(epsilon, jx.Literal) and source(var):
-      return source(var), float(np.asarray(epsilon.val)), source(scale)
+      return var, scale, float(np.asarray(epsilon.val))
   return None
+
+
+def _is_real(v: jx.Value) -> bool:
+  return jnp.issubdtype(v.dtype, jnp.floating)
 
 
 def _axis(v: jx.Value, made: Mapping[jx.Value, jx.Equation]) -> int | None:
@@ -137,17 +148,21 @@ def restated(
   for view, arrays, execute in batches:
     norms = norms_of(view)
     args = [*variables.values(), *arrays]
-    for norm, more in zip(
-      norms, _sums(view.program, norms, args, execute), strict=True
-    ):
+    measured = _sums(view.program, norms, args, execute)
+    for norm, more in zip(norms, measured, strict=True):
       own = norm._replace(centred=None)  # pyright: ignore[reportArgumentType]
-      sums[own] = sums.get(own, 0) + np.asarray(more, float)
+      sums[own] = sums.get(own, 0) + more
   found: dict[str, np.ndarray] = {}
   for norm, (count, first, second) in sums.items():
     stored = (norm.mean, norm.var, norm.scale, norm.bias)
     mean, var, scale, bias = (np.asarray(variables[p]).astype(float) for p in stored)
     moved = first / np.maximum(count, 1)
-    spread = np.maximum(second / np.maximum(count, 1) - moved**2, 0)
+    spread = second / np.maximum(count, 1) - moved**2
+    spread = np.where(spread > 0, spread, var)  # nothing can be told from one number
+    # Scale and bias also make up for how the statistics are rounded.
+    rounded = lambda path, x: x.astype(variables[path].dtype).astype(float)
+    moved = rounded(norm.mean, mean + moved) - mean
+    spread = rounded(norm.var, spread)
     before, after = np.sqrt(var + norm.epsilon), np.sqrt(spread + norm.epsilon)
     new = mean + moved, spread, scale * after / before, bias + scale * moved / before
     for path, values in zip(stored, new, strict=True):
@@ -157,18 +172,21 @@ def restated(
 
 def _sums(
   program: jx.Program, norms: Sequence[Norm], args: Sequence, execute: Callable
-) -> list[jax.Array]:
+) -> list[np.ndarray]:
   """For each normalisation the sums of 1, x - mean and its square, [3, channels]."""
   at = {norm.centred: i for i, norm in enumerate(norms)}
-  found: dict[int, jax.Array] = {}
+  found: dict[int, np.ndarray] = {}
 
   def measured(e: jx.Equation, ins: list) -> list:
     outs = execute(e, ins)
     if (i := at.get(e)) is not None:
       rows = jnp.moveaxis(outs[0], norms[i].axis, -1).astype(jnp.float32)
       rows = rows.reshape(-1, rows.shape[-1])
-      ones = jnp.full(rows.shape[-1:], len(rows), jnp.float32)
-      found[i] = jnp.stack([ones, rows.sum(0), jnp.square(rows).sum(0)])
+      middle = rows.sum(0) / max(len(rows), 1)  # else float32 loses a small variance
+      spread = np.asarray(jnp.square(rows - middle).sum(0), float)
+      middle = np.asarray(middle, float)
+      ones = np.full(middle.shape, float(len(rows)))
+      found[i] = np.stack([ones, ones * middle, spread + ones * middle**2])
     return outs
 
   jx.interpret(program, args, measured)

@@ -171,6 +171,47 @@ def test_what_a_stream_lacks_is_made_up_for(are_rows):
   np.testing.assert_allclose(new['d'], expected, rtol=1e-2, atol=1e-3)
 
 
+def stream_and_layer(join, read=lambda x, stream: stream):
+  """What is read of a stream behind a layer that may be cut, and another's answer."""
+
+  def net(p, x):
+    stream = x + jnp.tanh(x @ p['a']) @ p['b']
+    return join(read(x, stream), jnp.tanh(stream @ p['c']) @ p['d'])
+
+  p = {'a': uniform(0, 4, 8), 'b': uniform(1, 8, 4)}
+  return net, p | {'c': uniform(2, 4, 6), 'd': uniform(3, 6, 4)}
+
+
+def test_a_stream_of_what_is_masked_lacks_nothing_there():
+  """Infinities are no difference, and others are as with a mask of finite numbers."""
+  x, keep = uniform(4, 300, 4), {'channels': {'a:1': np.arange(8) > 3}}
+
+  def last(least):
+    masked = lambda x, stream: jnp.where(x > 1, least, stream)
+    net, p = stream_and_layer(lambda stream, y: stream + y, masked)
+    return refit(dp.couple(net, p, x), p, keep, [x])['d']
+
+  np.testing.assert_array_equal(last(-np.inf), last(-9.0))
+
+
+def test_a_stream_of_integers_is_not_made_up_for():
+  whole = lambda x: (10 * x).astype(jnp.int32)
+  join = lambda stream, y: stream + whole(y)
+  net, p = stream_and_layer(join, lambda x, stream: whole(stream))
+  apart, _ = stream_and_layer(lambda stream, y: (stream, jnp.square(y)))
+  x, keep = uniform(4, 300, 4), {'channels': {'a:1': np.arange(8) > 3}}
+  found, expected = (refit(dp.couple(f, p, x), p, keep, [x])['d'] for f in (net, apart))
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_of_several_batches_one_may_have_no_examples():
+  net, p = stream_and_layer(lambda stream, y: stream + y)
+  x, keep = uniform(4, 300, 4), {'channels': {'a:1': np.arange(8) > 3}}
+  coupling = dp.couple(net, p, x)
+  found, expected = (refit(coupling, p, keep, batches) for batches in ([x, x[:0]], [x]))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 class TwoBranches(nn.Module):
   """x + x A + (x + x A) B, or without the first branch."""
 

@@ -102,3 +102,73 @@ def test_without_normalisations_there_is_nothing_to_do():
   fn = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
   p = {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))}
   assert not norms_of(dp.couple(fn, p, jnp.ones((2, 3))).view)
+
+
+def by_hand(p, x):
+  """A normalisation of [examples, positions, channels] behind a layer."""
+  y = jnp.tanh(x @ p['a']) @ p['b']
+  e = {k: p[k].astype(y.dtype)[None, None] for k in ('mean', 'var', 'scale')}
+  bias = p['bias'] if p['bias'].ndim > 1 else p['bias'][None, None]
+  centred = y - e['mean']
+  factor = jax.lax.rsqrt(e['var'] + 1e-5) * e['scale']
+  return centred, jnp.square(centred * factor + bias)
+
+
+def hand_made(**shapes):
+  normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  shapes = dict.fromkeys(('mean', 'var', 'scale', 'bias'), (4,)) | shapes
+  p = {name: abs(normal(i, *n)) + 0.5 for i, (name, n) in enumerate(shapes.items())}
+  return p | {'a': normal(5, 4, 8), 'b': normal(6, 8, 4)}, normal(7, 60, 4, 4)
+
+
+normed = lambda p, x: by_hand(p, x)[1]
+
+
+def test_what_is_not_one_number_for_each_channel_stays():
+  assert len(norms_of(dp.couple(normed, *hand_made()).view)) == 1
+  for name in ('mean', 'var', 'scale', 'bias'):
+    assert not norms_of(dp.couple(normed, *hand_made(**{name: (1,)})).view)
+  # along the positions, of which there are as many
+  assert not norms_of(dp.couple(normed, *hand_made(bias=(4, 1))).view)
+
+
+def test_what_is_returned_before_its_end_stays():
+  assert not norms_of(dp.couple(by_hand, *hand_made()).view)
+
+
+def test_without_examples_statistics_stay():
+  p, x = hand_made()
+  coupling, keep = dp.couple(normed, p, x), {'channels': {'a:1': np.arange(8) > 3}}
+  new = dp.refit(coupling, p, keep, [x[:0]])
+  jax.tree.map(np.testing.assert_array_equal, new, p)
+
+
+def test_a_channel_that_is_constant_keeps_its_variance():
+  """From one number no scale can be told with which to train on more."""
+  p, x = hand_made()
+  x, keep = x[:1, :1], {'channels': {'a:1': np.arange(8) > 3}}
+  new = dp.refit(dp.couple(normed, p, x), p, keep, [x])
+  for name in ('var', 'scale'):
+    np.testing.assert_allclose(new[name], p[name], rtol=1e-6)
+  assert np.all(new['mean'] != p['mean'])
+
+
+def test_scale_and_bias_make_up_for_rounded_statistics():
+  p, x = hand_made()
+  half = {name: p[name].astype(jnp.bfloat16) for name in ('mean', 'var')}
+  p |= half | {'mean': half['mean'] + 10}
+  coupling, keep = dp.couple(normed, p, x), {'channels': {'a:1': np.arange(8) > 3}}
+  new = dp.refit(coupling, p, keep, [x])
+  assert new['mean'].dtype == new['var'].dtype == jnp.bfloat16
+  found, expected = (normed({**p, **each}, x) for each in (new, {'b': new['b']}))
+  assert np.any(new['mean'] != p['mean'])
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_small_variance_far_from_the_stored_mean_is_measured():
+  p, x = hand_made()
+  p['mean'] = p['mean'] - 30000
+  coupling, keep = dp.couple(normed, p, x), {'channels': {'a:1': np.arange(8) > 3}}
+  new = dp.refit(coupling, p, keep, [x])
+  read = np.tanh(x @ p['a'])[..., 4:] @ new['b'][4:]
+  np.testing.assert_allclose(new['var'], read.var((0, 1)), rtol=1e-2)
