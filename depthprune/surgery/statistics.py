@@ -28,21 +28,22 @@ MOVES = frozenset(('broadcast_in_dim', 'convert_element_type', 'copy', 'reshape'
 
 
 class Norm(NamedTuple):
-  """A batch normalisation in evaluation mode; its arrays by their paths.
+  """A batch normalisation in evaluation mode.
 
   Attributes:
     centred: the equation that subtracts the mean.
     axis: the axis of what it reads that has the channels.
     epsilon: what is added to the variance.
+    mean, var, scale, bias: its arrays, by their paths.
   """
 
   centred: jx.Equation
   axis: int
+  epsilon: float
   mean: str
   var: str
   scale: str
   bias: str
-  epsilon: float
 
 
 def norms_of(view: View) -> list[Norm]:
@@ -75,9 +76,9 @@ def _norms(view: View) -> Iterator[Norm]:
     return e, e.inputs[0] if e.inputs[1] is v else e.inputs[1]
 
   for e in program.equations:
-    x, mean = e.inputs if e.name == 'sub' else (None, None)
-    if mean is None or x not in view.facts.activations or source(mean) is None:
+    if e.name != 'sub' or e.inputs[0] not in view.facts.activations:
       continue
+    x, mean = e.inputs
     scaled = met(e.outputs[0], 'mul')
     shifted = met(scaled[0].outputs[0], 'add', 'add_any') if scaled else None
     parts = _factor(scaled[1], made, source) if scaled else None
@@ -91,7 +92,8 @@ def _norms(view: View) -> Iterator[Norm]:
     like = (x.shape[axis],)
     stored = [v for v in map(source, values) if v and v.shape == like and _is_real(v)]
     if len(stored) == len(values):
-      yield Norm(e, axis, *(path_of[v] for v in stored), epsilon)
+      paths = (path_of[v] for v in stored)
+      yield Norm(e, axis, epsilon, *paths)
 
 
 def _factor(
