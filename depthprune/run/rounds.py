@@ -259,7 +259,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
   score, held_out = job.scores(last.model), job.images.held_out
   variables, accuracy = state.variables, score(state.variables, held_out)['accuracy']
   if config.epochs.finetune and jax.tree.leaves(variables.get(COLLECTION, {})):
-    # Those of training are of its last batches, most of all.
+    # Training has left those of its last batches.
     fresh = _with_fresh_statistics(job, last.model, variables, 'after-finetune')
     if (anew := score(fresh, held_out)['accuracy']) >= accuracy:
       variables, accuracy = fresh, anew

@@ -24,7 +24,7 @@ TINY = 1e-30  # keeps layers solvable that read nothing but zeros
 
 
 class Sum(NamedTuple):
-  """Where the answer of a layer is added to a residual stream, or to something else.
+  """Where the answer of a layer is added to something else, such as a residual stream.
 
   Attributes:
     way: equations that bring the answer there, affine in each element, in order.

@@ -160,7 +160,7 @@ def refit(
   changed: dict[str, np.ndarray] = {}
   for layers in zip(*sides, strict=True):
     full, small = layers[:: len(networks)], layers[len(networks) - 1 :: len(networks)]
-    read, ins, at = layers[0].read, layers[0].ins, layers[0].at
+    _, read, ins, at, _ = layers[0]
     path = read.path
     goals = full if path in makes_up else small
     if read.kept.all() and _read_the_same(goals, small):
@@ -172,10 +172,7 @@ def refit(
     for layer in small:
       layer.ins[layer.read.weight] = jnp.asarray(new, ins[read.weight].dtype)
   if changed:
-    refitted = {
-      **paths_of(cut),
-      **{path: jnp.asarray(w) for path, w in changed.items()},
-    }
+    refitted = paths_of(cut) | {k: jnp.asarray(w) for k, w in changed.items()}
     runs = (
       (view, arrays, gating.executor(coupling, view, closed))
       for view, _, arrays in calibration

@@ -50,7 +50,6 @@ def test_gates_stand_beside_the_better_of_the_norms(results):
   rows = [gates_row('gates', seed, 0.900 + 0.001 * seed) for seed in range(3)]
   rows += [gates_row('l1', seed, 0.890 + 0.001 * seed) for seed in range(3)]
   rows += [gates_row('global', seed, 0.880) for seed in range(3)]
-  rows += [gates_row('gates', seed, 0.916, 0.73) for seed in range(3)]
   write(results / 'trainable_gates/results/resnet20_cifar10.json', rows)
   line = verdicts.gates('claim', 'resnet20_cifar10', full=False, target=0.5)
   assert line.measured.startswith('90.10 ± 0.10 (')
@@ -58,6 +57,11 @@ def test_gates_stand_beside_the_better_of_the_norms(results):
     'uncut 92.00 ± 0.00, uniform L1 89.10 ± 0.10, global L1 88.00 ± 0.00'
   )
   assert line.verdict == 'reached: above the control by 1.00 ± 0.00 points'
+
+
+def test_a_small_drop_is_what_the_uncut_network_has_more(results):
+  rows = [gates_row('gates', seed, 0.916, 0.73) for seed in range(3)]
+  write(results / 'trainable_gates/results/resnet20_small_drop.json', rows)
   assert verdicts.gates_small_drop().verdict == 'not reached, by 0.10 point'
 
 
