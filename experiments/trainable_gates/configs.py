@@ -161,8 +161,7 @@ def resnet20_cifar10(arguments: Arguments) -> list[Case]:
 def resnet20_small_drop(arguments: Arguments) -> list[Case]:
   """A pretrained ResNet-20 on CIFAR-10, at 73 % of its FLOPs, sized for a CPU.
 
-  As `resnet20_cifar10`, at a seventh of its learning rate: so much of the network is
-  left that larger steps lose more than they heal.
+  As `resnet20_cifar10`, at a seventh of its learning rate.
 
     TFDS_DATA_DIR=../shared/data/tfds \
       python -m experiments.run trainable_gates.resnet20_small_drop
