@@ -78,7 +78,7 @@ def _reads(
   kept: ax.Keep,
 ) -> Iterator[tuple[jx.Equation, Read]]:
   """As `reads_of`; `stored` is {value: (path of the variable, scans around it)}."""
-  made_by = {v: e for e in program.equations for v in e.outputs}
+  made = view.facts.made
   uses = Counter(v for e in program.equations for v in e.inputs)
   uses.update(program.outputs)
   reader = {v: e for e in program.equations for v in e.inputs}
@@ -90,17 +90,15 @@ def _reads(
       for i in summed:
         mask = np.outer(mask, ax.mask(dims[i], kept)).ravel()
       v, moves = e.inputs[weight], []
-      while uses[v] == 1 and v in made_by and made_by[v].name in MOVES:
-        moves.insert(0, made_by[v])
-        v = made_by[v].inputs[0]
+      while uses[v] == 1 and v in made and made[v].name in MOVES:
+        moves.insert(0, made[v])
+        v = made[v].inputs[0]
       real = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (v, *e.outputs))
       if real and uses[v] == 1 and v in stored and mask.any():
         path, loops = stored[v]
         total = _sum(view, e.outputs[0], uses, reader)
-        yield (
-          e,
-          Read(path, loops, tuple(moves), source, over, weight, summed, mask, total),
-        )
+        read = path, loops, tuple(moves), source, over, weight, summed, mask, total
+        yield e, Read(*read)
     if e.name == 'scan':
       (body,) = e.bodies
       scanned = zip(*(jx.scan_parts(e, x)[2] for x in (e.inputs, body.inputs)))
@@ -172,8 +170,12 @@ def _sides(view: View, e: jx.Equation) -> tuple[int, tuple, int, tuple] | None:
 
 def row_count(e: jx.Equation, read: Read) -> int:
   """How many rows `rows` returns."""
-  outputs = math.prod(e.inputs[read.weight].shape) // read.kept.size
-  return math.prod(e.outputs[0].shape) // max(outputs, 1)
+  return math.prod(e.outputs[0].shape) // max(_outputs(e, read), 1)
+
+
+def _outputs(e: jx.Equation, read: Read) -> int:
+  """How many outputs a layer has."""
+  return math.prod(e.inputs[read.weight].shape) // read.kept.size
 
 
 def rows(e: jx.Equation, read: Read, ins: Sequence) -> jax.Array:
@@ -194,8 +196,7 @@ def answers(e: jx.Equation, read: Read, y: jax.Array) -> jax.Array:
   elif read.source == 1:  # the axes of the weight come first
     own = len(e.inputs[read.weight].shape) - len(read.summed)
     y = jnp.moveaxis(y, range(own), range(-own, 0))
-  outputs = math.prod(e.inputs[read.weight].shape) // read.kept.size
-  return y.reshape(-1, outputs)
+  return y.reshape(-1, _outputs(e, read))
 
 
 def _windows(e: jx.Equation, x: jax.Array) -> jax.Array:

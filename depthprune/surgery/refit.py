@@ -59,7 +59,7 @@ from depthprune.surgery.reads import (
   slope,
 )
 from depthprune.surgery.settle import settle
-from depthprune.surgery.statistics import restated
+from depthprune.surgery.statistics import norms_of, restated
 from depthprune.surgery.verify import mask
 
 ROWS = 64  # examples and positions for each input of a layer: more change little
@@ -108,7 +108,8 @@ def refit(
   Returns:
     The variables, of the same structure and shapes. What is refitted is every dense
     layer, einsum or convolution whose weight is stored as a variable, read once, and
-    reads something else than before; layers of a scan too. Grouped convolutions,
+    reads something else than before; layers of a scan too. If any is, the arrays of
+    batch normalisation are new as well. Grouped convolutions,
     weights of batched products (experts), shared ones and those that are complex or
     integers are as they were.
 
@@ -132,28 +133,32 @@ def refit(
   cut = gating.with_branches(cut, gates['branches'])
   dead = coupling.decision(settled).dead
   views = remembered(lambda inputs, kw: coupling.retrace(coupling.fn, inputs, kw))
-  calibration = []  # of each batch: the network, its layers, and the arrays
+  known: dict[jx.Program, tuple] = {}  # the layers and normalisations of a network
+  calibration = []  # of each batch: the network, these, and the arrays
   counts: dict[str, float] = {}  # of rows that a layer reads, for each of its inputs
   for inputs, named in calls(coupling, batches):
     kwargs = {**coupling.kwargs, **named}
     view = views(inputs, kwargs)
-    found = reads_of(view, settled)
-    reads = {e: read for e, read in found.items() if read.path not in dead}
-    calibration.append((view, reads, split_arrays((inputs, kwargs))[0]))
+    if view.program not in known:
+      found = reads_of(view, settled)
+      reads = {e: read for e, read in found.items() if read.path not in dead}
+      known[view.program] = reads, norms_of(view)
+    reads, norms = known[view.program]
+    calibration.append((view, reads, norms, split_arrays((inputs, kwargs))[0]))
     for e, read in reads.items():
       more = row_count(e, read) / read.kept.size
       counts[read.path] = counts.get(read.path, 0) + more
   # Batches of another size may be traced in another way.
-  layouts = [{_layout(*each) for each in reads.items()} for _, reads, _ in calibration]
+  layouts = [{_layout(*each) for each in reads.items()} for _, reads, *_ in calibration]
   common = set.intersection(*layouts)
   makes_up = {path for path, count in counts.items() if count >= FEW}
   networks = [(variables, {})] * bool(makes_up) + [(cut, closed)]
   sides = []  # of each batch: the network in full, if it is needed, and cut
-  for view, found, arrays in calibration:
+  for view, found, _, arrays in calibration:
     reads = {e: read for e, read in found.items() if _layout(e, read) in common}
-    for network, shut in networks:
+    for own, shut in networks:
       execute = gating.executor(coupling, view, shut)
-      args = [*jax.tree.leaves(network), *arrays]
+      args = [*jax.tree.leaves(own), *arrays]
       program, made = _upto(view.program, reads), view.facts.made
       sides.append(_layers(program, args, reads, made, execute))
   leaves = paths_of(variables)
@@ -172,12 +177,12 @@ def refit(
     for layer in small:
       layer.ins[layer.read.weight] = jnp.asarray(new, ins[read.weight].dtype)
   if changed:
-    refitted = paths_of(cut) | {k: jnp.asarray(w) for k, w in changed.items()}
+    now = paths_of(cut) | {k: jnp.asarray(w) for k, w in changed.items()}
     runs = (
-      (view, arrays, gating.executor(coupling, view, closed))
-      for view, _, arrays in calibration
+      (view.program, norms, arrays, gating.executor(coupling, view, closed))
+      for view, _, norms, arrays in calibration
     )
-    changed |= restated(refitted, runs)
+    changed |= restated(now, runs)
   for path, w in changed.items():
     leaves[path] = _placed_like(leaves[path], w)
   return jax.tree.unflatten(jax.tree.structure(variables), list(leaves.values()))

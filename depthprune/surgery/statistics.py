@@ -15,7 +15,7 @@ anew, in evaluation mode, and scale and bias make up for them:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from depthprune.program import jaxpr as jx
 from depthprune.program.trace import View
+from depthprune.surgery.reads import SUMS
 
 MOVES = frozenset(('broadcast_in_dim', 'convert_element_type', 'copy', 'reshape'))
 
@@ -31,13 +32,11 @@ class Norm(NamedTuple):
   """A batch normalisation in evaluation mode.
 
   Attributes:
-    centred: the equation that subtracts the mean.
     axis: the axis of what it reads that has the channels.
     epsilon: what is added to the variance.
     mean, var, scale, bias: its arrays, by their paths.
   """
 
-  centred: jx.Equation
   axis: int
   epsilon: float
   mean: str
@@ -46,16 +45,12 @@ class Norm(NamedTuple):
   bias: str
 
 
-def norms_of(view: View) -> list[Norm]:
-  """The batch normalisations of a network, outside of scans.
+def norms_of(view: View) -> dict[jx.Equation, Norm]:
+  """The batch normalisations of a network, by the equations that subtract the mean.
 
-  Each has a stored mean and variance, a scale and a bias, all a real number for each
-  channel, which nothing else reads.
+  They lie outside of scans, and each has a stored mean and variance, a scale and a
+  bias, all a real number for each channel, which nothing else reads.
   """
-  return [*_norms(view)]
-
-
-def _norms(view: View) -> Iterator[Norm]:
   program, made = view.program, view.facts.made
   path_of = {v: path for path, v in view.leaves.items()}
   uses = Counter(v for e in program.equations for v in e.inputs)
@@ -68,19 +63,20 @@ def _norms(view: View) -> Iterator[Norm]:
       v = made[v].inputs[0]
     return v if uses[v] == 1 and v in path_of else None
 
-  def met(v: jx.Value, *names: str) -> tuple[jx.Equation, jx.Value] | None:
+  def met(v: jx.Value, names: Container) -> tuple[jx.Equation, jx.Value] | None:
     """The equation that reads a value, and what it meets there."""
     e = reader.get(v)
     if e is None or e.name not in names or len(e.inputs) != 2:
       return None
     return e, e.inputs[0] if e.inputs[1] is v else e.inputs[1]
 
+  found: dict[jx.Equation, Norm] = {}
   for e in program.equations:
     if e.name != 'sub' or e.inputs[0] not in view.facts.activations:
       continue
     x, mean = e.inputs
-    scaled = met(e.outputs[0], 'mul')
-    shifted = met(scaled[0].outputs[0], 'add', 'add_any') if scaled else None
+    scaled = met(e.outputs[0], ('mul',))
+    shifted = met(scaled[0].outputs[0], SUMS) if scaled else None
     parts = _factor(scaled[1], made, source) if scaled else None
     if not parts or not shifted:
       continue
@@ -89,11 +85,11 @@ def _norms(view: View) -> Iterator[Norm]:
     axis, *others = (_axis(v, made) for v in values)
     if axis is None or {*others} != {axis}:
       continue
-    like = (x.shape[axis],)
-    stored = [v for v in map(source, values) if v and v.shape == like and _is_real(v)]
+    like, is_real = (x.shape[axis],), lambda v: jnp.issubdtype(v.dtype, jnp.floating)
+    stored = [v for v in map(source, values) if v and v.shape == like and is_real(v)]
     if len(stored) == len(values):
-      paths = (path_of[v] for v in stored)
-      yield Norm(e, axis, epsilon, *paths)
+      found[e] = Norm(axis, epsilon, *(path_of[v] for v in stored))
+  return found
 
 
 def _factor(
@@ -114,10 +110,6 @@ def _factor(
   return None
 
 
-def _is_real(v: jx.Value) -> bool:
-  return jnp.issubdtype(v.dtype, jnp.floating)
-
-
 def _axis(v: jx.Value, made: Mapping[jx.Value, jx.Equation]) -> int | None:
   """The axis of a value that an array of one axis became; None if that is unclear."""
   while (e := made.get(v)) is not None and e.name in MOVES:
@@ -134,26 +126,23 @@ def _axis(v: jx.Value, made: Mapping[jx.Value, jx.Equation]) -> int | None:
 
 def restated(
   variables: Mapping[str, Any],
-  batches: Iterable[tuple[View, Sequence, Callable]],
+  batches: Iterable[tuple[jx.Program, Mapping[jx.Equation, Norm], Sequence, Callable]],
 ) -> dict[str, np.ndarray]:
   """The arrays of normalisations that store the statistics of what they read.
 
   Args:
     variables: {path: array}, in the order of the inputs of the network.
-    batches: for each of the calibration set, the network, its inputs, and how its
-      equations are run: (equation, inputs) -> outputs.
+    batches: for each of the calibration set, the network, its normalisations, its
+      inputs, and how its equations are run: (equation, inputs) -> outputs.
 
   Returns:
     {path: new array}, with which the network answers as before.
   """
   sums: dict[Norm, np.ndarray] = {}  # of 1, x - mean and its square
-  for view, arrays, execute in batches:
-    norms = norms_of(view)
+  for program, norms, arrays, execute in batches:
     args = [*variables.values(), *arrays]
-    measured = _sums(view.program, norms, args, execute)
-    for norm, more in zip(norms, measured, strict=True):
-      own = norm._replace(centred=None)  # pyright: ignore[reportArgumentType]
-      sums[own] = sums.get(own, 0) + more
+    for norm, more in _sums(program, norms, args, execute).items():
+      sums[norm] = sums.get(norm, 0) + more
   found: dict[str, np.ndarray] = {}
   for norm, (count, first, second) in sums.items():
     stored = (norm.mean, norm.var, norm.scale, norm.bias)
@@ -173,23 +162,25 @@ def restated(
 
 
 def _sums(
-  program: jx.Program, norms: Sequence[Norm], args: Sequence, execute: Callable
-) -> list[np.ndarray]:
+  program: jx.Program,
+  norms: Mapping[jx.Equation, Norm],
+  args: Sequence,
+  execute: Callable,
+) -> dict[Norm, np.ndarray]:
   """For each normalisation the sums of 1, x - mean and its square, [3, channels]."""
-  at = {norm.centred: i for i, norm in enumerate(norms)}
-  found: dict[int, np.ndarray] = {}
+  found: dict[Norm, np.ndarray] = {}
 
   def measured(e: jx.Equation, ins: list) -> list:
     outs = execute(e, ins)
-    if (i := at.get(e)) is not None:
-      rows = jnp.moveaxis(outs[0], norms[i].axis, -1).astype(jnp.float32)
+    if (norm := norms.get(e)) is not None:
+      rows = jnp.moveaxis(outs[0], norm.axis, -1).astype(jnp.float32)
       rows = rows.reshape(-1, rows.shape[-1])
       middle = rows.sum(0) / max(len(rows), 1)  # else float32 loses a small variance
       spread = np.asarray(jnp.square(rows - middle).sum(0), float)
       middle = np.asarray(middle, float)
       ones = np.full(middle.shape, float(len(rows)))
-      found[i] = np.stack([ones, ones * middle, spread + ones * middle**2])
+      found[norm] = np.stack([ones, ones * middle, spread + ones * middle**2])
     return outs
 
   jx.interpret(program, args, measured)
-  return [found[i] for i in range(len(norms))]
+  return found

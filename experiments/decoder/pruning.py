@@ -147,8 +147,9 @@ def cut(part: float, by: str, refitted: bool) -> tuple[Decoder, Tree]:
   tokens = [batch['image'] for batch in texts['score']]
   if by == 'mixed':
     shallow = _shallower(network, (1 - LAYERS * (1 - part)) * count, anew=False)
-    return _narrower(*shallow, part * count)
-  coupling, keep = _coupled(), _decided(part, by)
+    (model, variables), (coupling, keep) = shallow, _narrowed(*shallow, part * count)
+  else:
+    coupling, keep = _coupled(), _decided(part, by)
   if refitted:
     variables = dp.refit(coupling, variables, keep, tokens)
   small = dp.prune(model, variables, keep, tokens[0][:1], coupling=coupling)
@@ -192,15 +193,13 @@ def _decided(part: float, by: str) -> Tree:
   )  # fmt: skip
 
 
-def _narrower(model: Decoder, variables: Tree, count: float) -> tuple[Decoder, Tree]:
-  """Removes channels, as gates decide, until at most `count` parameters stay."""
+def _narrowed(model, variables: Tree, count: float) -> tuple[Coupling, Tree]:
+  """Which channels stay, as gates decide, for at most `count` parameters."""
   tokens = [batch['image'] for batch in whole().texts['score']]
   coupling = dp.couple(model, variables, tokens[0][:1])
   score = dp.activations(coupling, variables, tokens, 'square')
   part = count / sum(x.size for x in jax.tree.leaves(variables['params']))
-  keep = _learnt(model, variables, coupling, part, score)
-  small = dp.prune(model, variables, keep, tokens[0][:1], coupling=coupling)
-  return small.model, small.variables
+  return coupling, _learnt(model, variables, coupling, part, score)
 
 
 def _learnt(

@@ -50,7 +50,7 @@ def linen():
 
 
 def test_they_are_found_with_their_arrays(linen):
-  norms = norms_of(linen[2].view)
+  norms = norms_of(linen[2].view).values()
   assert [norm.epsilon for norm in norms] == pytest.approx([1e-3, 1e-5])
   for i, norm in enumerate(norms):
     stats, params = f'batch_stats/BatchNorm_{i}/', f'params/BatchNorm_{i}/'
