@@ -30,6 +30,9 @@ spaced, in their group or in the network: equal ones would close in one step. Th
 largest gate of a group stays open whatever its weight: a network with an empty layer
 has no gradient to lead it back. Where widths are rounded, the gates are so in training
 too, with the same gradient.
+
+Also ours: residual branches may have gates of the same kind, so that layers and
+channels are weighed against each other.
 """
 
 from __future__ import annotations
@@ -63,17 +66,19 @@ with epy.lazy_imports():
   from depthprune import gates as gating
   from depthprune.gates import Surrogate
   from depthprune.program import arguments, rounding, widths
+  from depthprune.program import units as unit_search
   from depthprune.program.coupling import Coupling
   from depthprune.program.rounding import RoundTo
   from depthprune.program.widths import Count, Counts, Range
-  from depthprune.timing import latency, layers
+  from depthprune.timing import latency
+  from depthprune.timing import layers as times
   from depthprune.timing.layers import CostFunction
+  from depthprune.train import starts
   from depthprune.train import target as targets
   from depthprune.train.result import Result
   from depthprune.train.task import Tree
 
-START = 0.1  # mean gate weight of a group at the start
-RANKED = 'surgery.oneshot.rank(coupling, variables, "l1") makes them'
+TRUNK = 'dp.trunk(model, variables, *inputs) puts one on every residual unit'
 LEAST = 0.1  # of the mean price of a channel, where prices are measured
 
 
@@ -91,6 +96,7 @@ def trainable_gates(
   exclude: str | Sequence[str] = (),
   at_least: Counts | None = None,
   at_most: Counts | None = None,
+  layers: bool = False,
 ) -> Method:
   """Learns by gradient descent which channels of a network may go.
 
@@ -127,44 +133,66 @@ def trainable_gates(
       gates rest in its last quarter. 0 asks for the target at once and lets no gate
       rest.
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
-      start nearer to closing. By default the order is arbitrary.
+      start nearer to closing. By default the order is arbitrary. With `layers` also
+      {branch: () or [layers]}.
     scope: 'uniform' compares the scores within each group, so that at first all groups
       close alike; 'global' compares them throughout the network, divided by what a
       channel of the group costs, and takes scores of all groups for that.
     exclude: patterns of groups, arrays or modules that are left whole, as in `oneshot`.
       They have no gates.
     at_least: fewest channels of every group, or {pattern: channels}, as in `oneshot`.
-      So many gates stay open throughout.
+      So many gates stay open throughout, unless their layer goes.
     at_most: most channels, in the same way. Gates above that close one by one during
       the first half of the training.
+    layers: whether layers may go too: every residual branch F of x + F(x) that can be
+      erased gets a gate. `trunk` finds the branches of any network, and `branch` writes
+      one into a module. The branches of each layer of a scanned stack share a gate.
+      Without scores all start in the upper half, so that channels go first.
 
   Returns:
-    The Method. Its `decide` keeps the open channels, corrected to meet the target.
+    The Method. Its `decide` keeps the open channels and layers, corrected to meet the
+    target.
 
   Raises:
     ValueError: no channel can be gated; the target is not in (0, 1], or is out of reach
       with the narrowest widths that round_to, floors and ceilings allow; a pattern that
-      matches nothing; or a floor above the ceiling.
+      matches nothing; a floor above the ceiling; or `layers` where none can go, or with
+      a target in channels or milliseconds.
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
   _check(strength, gate_lr, surrogate, steps, scores, scope)
-  for group in scores or {}:
-    arguments.coupling(coupling).axis(group)
+  for group in {*(scores or {})} - {*arguments.coupling(coupling).branches}:
+    coupling.axis(group)
   ratios = target if isinstance(target, Mapping) else None
   limits = widths.ranges(coupling, round_to, exclude, at_least, at_most, ratios)
-  name, C = layers.counted(coupling, of, round_to)
+  name, C = times.counted(coupling, of, round_to)
+  if layers and (ratios or name == times.TIME):
+    told = 'channels' if ratios else 'milliseconds, which know widths alone'
+    what = f'a target in {told}, does not say which layers may go'
+    raise arguments.wrong('layers', what, "write of='flops'")
+  branches = _erasable(coupling, exclude) if layers else {}
   rho = _remaining(coupling, C, limits) if isinstance(target, Mapping) else target
   if isinstance(rho, str) and rho.strip().endswith('%'):
     rho = fraction(rho, 'trainable_gates: target')
-  targets.reachable(coupling, rho, C, round_to, limits)
+  targets.reachable(coupling, rho, C, round_to, limits, branches)
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
   limits = widths.in_multiples(
     coupling, round_to, limits, lambda keep: C(coupling, keep) <= rho * C_0
   )
-  start = {group: coupling.gates()['channels'][group] for group in limits}
-  c = jax.grad(lambda b: C(coupling, b) / C_0)({'channels': start})
-  if name == layers.TIME:
+  gates = coupling.gates()
+  start = {'channels': {group: gates['channels'][group] for group in limits}}
+  if layers:
+    start['branches'] = {branch: gates['branches'][branch] for branch in branches}
+
+  def everywhere(gates):
+    """Gives all branches that go together their gate."""
+    own = gates.get('branches', {})
+    each = {path: own[b] for b, paths in branches.items() for path in paths}
+    return {**gates, 'branches': each} if each else gates
+
+  c = jax.grad(lambda b: C(coupling, everywhere(b)) / C_0)(start)
+  if name == times.TIME:
     c = _not_free(c)
 
   part = lambda step: jnp.asarray(step).astype(jnp.float32) / steps
@@ -179,9 +207,11 @@ def trainable_gates(
       least, most = limits[group]
       return gate(w, surrogate, round_to, least, w.size + (most - w.size) * there)
 
-    return {
-      'channels': {group: one(group, w) for group, w in theta['channels'].items()}
-    }
+    gates = {'channels': {g: one(g, w) for g, w in theta['channels'].items()}}
+    if layers:
+      step_of = lambda w: gating.straight_through(w, surrogate)
+      gates['branches'] = jax.tree.map(step_of, theta['branches'])
+    return everywhere(gates)
 
   share = lambda theta, step=None: C(coupling, forward(theta, None, step)) / C_0
   rho_t = lambda step: 1 + (rho - 1) * approach(step)
@@ -191,6 +221,13 @@ def trainable_gates(
     loss, metrics = supervised(task, outputs, batch, theta, step)
     return loss, {**metrics, name: share(theta, step), 'target': rho_t(step)}
 
+  may_go = [u for u in unit_search.units(coupling) if u.branches[0] in branches]
+
+  def report(theta):
+    open_ = {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])}
+    of = lambda u: theta['branches'][u.branches[0]][... if u.layer is None else u.layer]
+    return {**open_, 'layers': {u.name: of(u) for u in may_go}} if may_go else open_
+
   def open_part(trained):
     params = openness(coupling, forward(trained['theta']), trained['params'])
     return {'params': params, 'theta': jax.tree.map(jnp.ones_like, trained['theta'])}
@@ -198,16 +235,22 @@ def trainable_gates(
   return Method(
     objective=objective,
     decide=lambda theta, stats, evaluate: targets.on_target(
-      coupling, theta['channels'], rho, C, round_to, limits
+      coupling,
+      {name: w for part in theta.values() for name, w in part.items()},
+      rho,
+      C,
+      round_to,
+      limits,
+      branches,
     ),
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta, step)) ** 2,
-    init=lambda gates, outputs: {
-      'channels': _spread_globally(start, scores or {}, c)
+    init=lambda gates, outputs: (
+      starts.spread_globally(start, scores or {}, c)
       if scope == 'global'
-      else _spread(start, scores or {})
-    },
+      else starts.spread(start, scores or {})
+    ),
     forward=forward,
-    report=lambda theta: {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])},
+    report=report,
     transform=lambda tx: spare_closed(apart(tx, _gate_tx(c, eta_t)), open_part),
   )
 
@@ -239,7 +282,7 @@ def _check(strength, gate_lr, surrogate, steps, scores, scope) -> None:
   arguments.whole('steps', steps, least=0)
   gating.surrogate_gradient(jnp.zeros(()), surrogate)  # refuses another name
   if scores is not None:
-    arguments.kind_of('scores', scores, Mapping, '{group: [slices]}', RANKED)
+    arguments.kind_of('scores', scores, Mapping, '{group: [slices]}', starts.RANKED)
   if scope not in ('uniform', 'global'):
     expected = 'uniform or global'
     raise arguments.refused('scope', expected, scope, kind=ValueError)
@@ -263,44 +306,33 @@ def _not_free(c: Tree) -> Tree:
   return jax.tree.map(lambda price: jnp.maximum(price.mean(), least), c)
 
 
-def _spread(start: Mapping, scores: Mapping) -> dict[str, jax.Array]:
-  """Gate weights in (0, 2 START), evenly spaced in every group, ordered by score.
+def _erasable(
+  coupling: Coupling, exclude: str | Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+  """The branches that may go, {first: those that go with it}.
 
-  Groups are out of step with each other, so that their gates close one by one.
+  Raises:
+    ValueError: there are none.
   """
-  spread = {}
-  for i, (group, b) in enumerate(start.items()):
-    score = scores.get(group, np.random.RandomState(i).permutation(b.size))
-    _check_size(group, b, score)
-    w = (_ranks(score) + (i + 0.5) / len(start)) / b.size
-    spread[group] = jnp.asarray(2 * START * w, jnp.float32)
-  return spread
 
+  def may_go(paths: Sequence[str]) -> bool:
+    closed = {b: np.zeros(coupling.branch_shape(b), bool) for b in paths}
+    dead = coupling.decision({'branches': closed}).dead
+    gone = {*dead, *(f'branches/{b}' for b in paths)}
+    return not widths.excludes(coupling, exclude, gone)
 
-def _spread_globally(start: Mapping, scores: Mapping, c: Tree) -> dict[str, jax.Array]:
-  """Gate weights in (0, 2 START), evenly spaced in the network, by score per price."""
-  for group, b in start.items():
-    if group not in scores:
-      raise arguments.wrong(
-        'scores', f"{group}: scope='global' needs its scores", RANKED
+  found = {
+    b: paths for b, paths in unit_search.erasable(coupling).items() if may_go(paths)
+  }
+  if not found:
+    why = '; '.join(u.why_not for u in unit_search.units(coupling) if u.why_not)
+    raise arguments.brief(
+      ValueError(
+        'layers: no layer of this network may go: '
+        + (why or 'it has no branches, or exclude leaves none; ' + TRUNK)
       )
-    _check_size(group, b, scores[group])
-  worth = [scores[group] / np.mean(c['channels'][group]) for group in start]
-  w = 2 * START * (_ranks(np.concatenate(worth)) + 0.5) / sum(map(len, worth))
-  ends = np.cumsum([len(each) for each in worth])[:-1]
-  parts = np.split(w.astype(np.float32), ends)
-  return {group: jnp.asarray(part) for group, part in zip(start, parts, strict=True)}
-
-
-def _check_size(group: str, b: np.ndarray, score: np.ndarray) -> None:
-  if np.shape(score) != b.shape:
-    has = f'{group}: has shape {np.shape(score)}, its slices are {b.size}'
-    raise arguments.wrong('scores', has, RANKED)
-
-
-def _ranks(score: np.ndarray) -> np.ndarray:
-  """The place of every score in their order, from 0."""
-  return np.argsort(np.argsort(score, kind='stable'), kind='stable')
+    )
+  return found
 
 
 def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:
@@ -346,6 +378,9 @@ class GateOptions:
   closing, in the whole network; else those of the smallest kernels, equally many in
   every group."""
 
+  layers: bool = False
+  """Layers may go as well as channels: residual units have gates too."""
+
   frozen: bool = False
   """Only gates learn before the cut, in part of an epoch: for a network that is already
   trained. The weights that stay are then refitted to do the work of the channels that
@@ -364,6 +399,10 @@ class GateOptions:
         'it is the part that remains, so 0.5 (or 50%) halves the network'
       )
     one_of(self, 'of', tuple(COSTS))
+    if self.layers and self.of == 'milliseconds':
+      raise ConfigError(
+        'layers: milliseconds know the widths of layers alone; count flops or params'
+      )
     at_least(self, 'latency_batch', 1)
     if self.round_to != 'auto':
       at_least(self, 'round_to', 1)
@@ -373,7 +412,7 @@ class GateOptions:
   @property
   def label(self) -> str:
     batch = f'-batch{self.latency_batch}' if self.of == 'milliseconds' else ''
-    return f'{self.of}{100 * self.target:g}{batch}'
+    return f'{self.of}{100 * self.target:g}{batch}{"-layers" * self.layers}'
 
 
 def _build(setting: Setting) -> Method:
@@ -381,7 +420,7 @@ def _build(setting: Setting) -> Method:
   return trainable_gates(
     setting.coupling,
     target=o.target,
-    of=_cost(setting) if o.of == layers.TIME else o.of,
+    of=_cost(setting) if o.of == times.TIME else o.of,
     strength=o.strength,
     gate_lr=o.gate_learning_rate,
     round_to=setting.round_to,
@@ -389,17 +428,18 @@ def _build(setting: Setting) -> Method:
     scores=setting.scores,
     scope='global' if o.by_loss and setting.scores else 'uniform',
     exclude=o.keep,
+    layers=o.layers,
   )
 
 
 def _cost(setting: Setting) -> CostFunction:
   """Milliseconds, measured once: a run that is resumed goes on with its first table."""
   o = setting.options
-  timed = layers.session(setting.coupling, o.latency_batch, setting.round_to)
+  timed = times.session(setting.coupling, o.latency_batch, setting.round_to)
 
   def to_json(measured: np.ndarray) -> dict[str, Any]:
     table = [
-      {'layer': layer or 'network', 'widths': widths, layers.TIME: float(taken)}
+      {'layer': layer or 'network', 'widths': widths, times.TIME: float(taken)}
       for (layer, widths), taken in zip(timed.rows, measured, strict=True)
     ]
     return {'device': latency.device(), 'batch': timed.batch, 'table': table}
@@ -409,7 +449,7 @@ def _cost(setting: Setting) -> CostFunction:
     same = [row['widths'] for row in table] == [widths for _, widths in timed.rows]
     if not same or known['batch'] != timed.batch:
       return None
-    return np.array([row[layers.TIME] for row in table])
+    return np.array([row[times.TIME] for row in table])
 
   return timed.cost(setting.remember(timed.measure, to_json, from_json))
 
@@ -487,14 +527,18 @@ RECIPE = Recipe(
   peaks=(0.5, 0.5),
   target=_target,
   round_to=lambda o: o.round_to,
-  score=lambda o: 'taylor' if o.by_loss else 'l1',
+  score=lambda o: 'taylor' if o.by_loss or o.layers else 'l1',
+  scores_layers=lambda o: o.layers,
   frozen=lambda o: o.frozen,
   refits=lambda o: o.frozen,
-  formerly={'round_to': 1, 'frozen': False},
+  formerly={'round_to': 1, 'frozen': False, 'layers': False},
   name='Trainable gates',
   question=_question,
   legend='cut: right after surgery; after: at the end of the run',
   sentence=_sentence,
   remarks=_remarks,
-  charts=(Chart('Gates over time', 'channels', 'open', 'open channels'),),
+  charts=(
+    Chart('Gates over time', 'channels', 'open', 'open channels'),
+    Chart('Layers over time', 'units', 'layers', 'gate weight'),
+  ),
 )

@@ -101,6 +101,17 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
   return tuple(in_order)
 
 
+def erasable(coupling: Coupling) -> dict[str, tuple[str, ...]]:
+  """Returns the branches that can be erased, {first: all that go with it}.
+
+  Every branch goes by itself, but those of a scanned stack go layer by layer, together.
+
+  Args:
+    coupling: of the network, made by `couple`.
+  """
+  return {u.branches[0]: u.branches for u in units(coupling) if not u.why_not}
+
+
 def closing(closed: Sequence[ResidualUnit], coupling: Coupling) -> dict:
   """Returns the keep tree that closes these units and leaves all others open.
 

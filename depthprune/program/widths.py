@@ -118,6 +118,22 @@ def produced(
   return {*_by_group(coupling, groups, dict.fromkeys(patterns, 1), argument)}
 
 
+def excludes(coupling: Coupling, patterns: str | Sequence[str], gone: set) -> bool:
+  """Returns whether something that is to be left whole is among arrays that go.
+
+  Args:
+    coupling: of the network, made by `couple`.
+    patterns: of groups, arrays and modules.
+    gone: paths of the arrays.
+  """
+  for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    arrays, groups = _matching(coupling, pattern)
+    lost = lambda group: gone.issuperset(path for path, _ in group.members)
+    if arrays & gone or any(map(lost, groups)):
+      return True
+  return False
+
+
 def allowed(
   sizes: Mapping[str, int], round_to: RoundTo, limits: Mapping[str, Range] | None
 ) -> dict[str, list[int]]:
@@ -274,16 +290,22 @@ def _excluded(coupling: Coupling, patterns: Sequence[str]) -> dict[str, str]:
   """{group: the pattern by which it is left whole}."""
   excluded = {}
   for pattern in patterns:
-    arrays = {p for p in coupling.axes if _any(_names(coupling, p), pattern)}
-    groups = [
-      g.name
-      for g in coupling.groups.values()
-      if _any(_names_of_group(g), pattern) or any(p in arrays for p, _ in g.members)
-    ]
+    arrays, groups = _matching(coupling, pattern)
     if not arrays and not groups:
       raise _unmatched(coupling, 'to leave whole', pattern, coupling.axes)
-    excluded |= dict.fromkeys(groups, pattern)
+    excluded |= dict.fromkeys((group.name for group in groups), pattern)
   return excluded
+
+
+def _matching(coupling: Coupling, pattern: str) -> tuple[set[str], list[Group]]:
+  """The arrays that a pattern matches, and the groups that these or it belong to."""
+  arrays = {p for p in coupling.axes if _any(_names(coupling, p), pattern)}
+  groups = [
+    g
+    for g in coupling.groups.values()
+    if _any(_names_of_group(g), pattern) or any(p in arrays for p, _ in g.members)
+  ]
+  return arrays, groups
 
 
 def _by_group(

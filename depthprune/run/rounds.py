@@ -256,13 +256,11 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     peak=config.recipe.peaks[1] * config.learning_rate,
     teacher=teacher,
   )
-  score, held_out = job.scores(last.model), job.images.held_out
-  variables, accuracy = state.variables, score(state.variables, held_out)['accuracy']
-  if config.epochs.finetune and jax.tree.leaves(variables.get(COLLECTION, {})):
-    # Training has left those of its last batches.
-    fresh = _with_fresh_statistics(job, last.model, variables, 'after-finetune')
-    if (anew := score(fresh, held_out)['accuracy']) >= accuracy:
-      variables, accuracy = fresh, anew
+  # Training has left the statistics of its last batches, if there are any.
+  has_some = bool(jax.tree.leaves(state.variables.get(COLLECTION, {})))
+  anew = config.epochs.finetune > 0 and has_some
+  found = _statistics(job, last.model, state.variables, 'after-finetune', anew)
+  accuracy = max(found.stored, found.measured)
   # The accuracy of a round after retraining is the next one's before its cut.
   afters = [*(each.held_out.before for each in rounds[1:]), accuracy]
   epochs = config.epochs
@@ -273,7 +271,7 @@ def shrink(job: Job, model: Any, variables: Tree, build: Build) -> Shrunk:
     pruned=last.pruned,
     model=last.model,
     recalibrated=last.fresh,
-    variables=variables,
+    variables=found.best,
     rounds=tuple(map(_round_result, rounds, afters)),
     reports=tuple(each.pruned.report for each in rounds),
     epochs=Change(
@@ -337,30 +335,52 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
     model, method, state, keep, coupling, job.inputs, rounding(job)
   )
   pruned.report['notes'] += notes
-  scores, held_out = job.scores(model), job.images.held_out
-  fresh, at_once = small, scores(small, held_out)['accuracy']
-  anew = at_once
-  if are_outdated(pruned):
-    fresh = _with_fresh_statistics(job, model, small, 'recalibrate')
-    anew = scores(fresh, held_out)['accuracy']
-  before = evaluate({})['accuracy']
-  accuracies = Accuracies(before, pruned=at_once, recalibrated=anew)
-  best = fresh if anew >= at_once else small
-  return _Round(coupling, method, state, pruned, model, fresh, best, accuracies)
+  found = _statistics(job, model, small, 'recalibrate', are_outdated(pruned))
+  accuracies = Accuracies(
+    evaluate({})['accuracy'], pruned=found.stored, recalibrated=found.measured
+  )
+  variables = found.fresh, found.best
+  return _Round(coupling, method, state, pruned, model, *variables, accuracies)
 
 
-def _with_fresh_statistics(job: Job, model, variables: Tree, name: str) -> Tree:
-  """Measures batch statistics anew; `name` selects the random numbers of batches."""
+class _Statistics(NamedTuple):
+  """Variables with fresh batch statistics, beside those with the stored ones.
+
+  Attributes:
+    fresh: variables with fresh statistics.
+    best: those, or the ones of before, whichever answers held-out data better.
+    stored: accuracy on held-out data with the statistics of before.
+    measured: that with fresh ones.
+  """
+
+  fresh: Tree
+  best: Tree
+  stored: float
+  measured: float
+
+
+def _statistics(job: Job, model, variables: Tree, name: str, anew: bool) -> _Statistics:
+  """Measures batch statistics anew, if asked; `name` selects the random numbers."""
+  score = job.scores(model)
+  accuracy = lambda v: score(v, job.images.held_out)['accuracy']
+  stored = accuracy(variables)
+  if not anew:
+    return _Statistics(variables, variables, stored, stored)
   batches = _augmented_batches(job, name, RECALIBRATION)
-  return local(recalibrate(model, job.on_mesh(variables), batches))
+  fresh = local(recalibrate(model, job.on_mesh(variables), batches))
+  measured = accuracy(fresh)
+  best = fresh if measured >= stored else variables
+  return _Statistics(fresh, best, stored, measured)
 
 
 def _scores(job: Job, coupling: Coupling, model, variables) -> dict[str, np.ndarray]:
-  """Scores of all channels, of the kind that the method starts from."""
-  if job.config.recipe.score(job.config.options) == 'l1':
+  """Scores of what the method gates, of the kind that it starts from."""
+  recipe, options = job.config.recipe, job.config.options
+  if recipe.score(options) == 'l1':
     return rank(coupling, variables, 'l1')
   batches = _augmented_batches(job, 'scores', SCORING)
-  return taylor(model, coupling, job.on_mesh(variables), job.task, batches)
+  arrays, branches = job.on_mesh(variables), recipe.scores_layers(options)
+  return taylor(model, coupling, arrays, job.task, batches, branches)
 
 
 def _augmented_batches(job: Job, name: str, most: int) -> Iterator[Tree]:

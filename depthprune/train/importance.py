@@ -22,7 +22,12 @@ from depthprune.train.task import Task, Tree, as_dict
 
 
 def taylor(
-  model: Any, coupling: Coupling, variables: Tree, task: Task, batches: Iterable[Tree]
+  model: Any,
+  coupling: Coupling,
+  variables: Tree,
+  task: Task,
+  batches: Iterable[Tree],
+  branches: bool = False,
 ) -> dict[str, np.ndarray]:
   """Estimates how much the loss changes when a channel is closed, for all channels.
 
@@ -32,10 +37,12 @@ def taylor(
     variables: its arrays.
     task: whose loss it is.
     batches: batches of training data, at least one; smaller ones tell more.
+    branches: whether to score the branches of the network too.
 
   Returns:
     {group: float [slices]}, the mean over batches of the squared slope of the loss by
-    the channel's gate, for all groups that can be gated.
+    the channel's gate, for all groups that can be gated; and with `branches`
+    {path: float () or [layers]} for their gates.
   """
   run = partial(gated(model, coupling), train=False)
 
@@ -45,10 +52,12 @@ def taylor(
       outputs = as_dict(run(variables, gates, *inputs_of(batch)))
       return task.loss(task.answer(outputs), batch)
 
-    slopes = jax.grad(loss)(gates)['channels']
-    return jax.tree.map(jnp.square, slopes)
+    slopes = jax.grad(loss)(gates)
+    return {k: jnp.square(s) for part in slopes.values() for k, s in part.items()}
 
-  channels = coupling.gates()['channels']
-  gates = {'channels': jax.tree.map(jnp.asarray, channels)}
+  gates = coupling.gates()
+  if not branches:
+    del gates['branches']
+  gates = jax.tree.map(jnp.asarray, gates)
   each = [squared(variables, gates, batch) for batch in batches]
-  return {g: np.mean([fetch(one[g]) for one in each], axis=0) for g in channels}
+  return {name: np.mean([fetch(one[name]) for one in each], axis=0) for name in each[0]}

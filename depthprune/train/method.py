@@ -16,6 +16,7 @@ from etils import epy
 with epy.lazy_imports():  # the command line's --help imports methods, but no jax
   import jax
   import jax.numpy as jnp
+  import numpy as np
   import optax
 
   from depthprune.program import arguments, gating
@@ -292,7 +293,8 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
 
   Args:
     coupling: the network's coupling.
-    gates: {'channels': {group: [n]}}; other parts are ignored.
+    gates: {'channels': {group: [n]}, 'branches': {path: () or [layers]}}; what it does
+      not name is open.
     params: the coupled variables, or the tree under 'params' of them.
 
   Returns:
@@ -302,23 +304,32 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
     ValueError: params has an array that the coupled variables do not have.
   """
   weights = {coupling.axis(g): w for g, w in gates.get('channels', {}).items()}
+  inside: dict[str, list[jax.Array]] = {}  # the gates of the branches around an array
+  for branch, gate in gates.get('branches', {}).items():
+    closed = {'branches': {branch: np.zeros(coupling.branch_shape(branch), bool)}}
+    for path in coupling.decision(closed).dead:
+      inside.setdefault(path, []).append(gate)
 
   def factor(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     product = jnp.ones((), jnp.float32)
-    axes = coupling.axes.get(f'params/{name}', coupling.axes.get(name))
+    full = f'params/{name}' if f'params/{name}' in coupling.axes else name
+    axes = coupling.axes.get(full)
     if axes is None:
       raise ValueError(
         f'optimizer: {name} is none of the arrays that were coupled '
         f"({', '.join([*coupling.axes][:3])}, ...); train {{'params': variables, or "
         "variables['params'], 'theta': theta}"
       )
+    along = lambda gate, i: gate.reshape(
+      [-1 if k == i else 1 for k in range(leaf.ndim)]
+    )
     for i, axis in enumerate(axes):
       gate = gating.expand(axis, weights)
       if gate is not None:
-        product = product * gate.reshape(
-          [-1 if k == i else 1 for k in range(leaf.ndim)]
-        )
+        product = product * along(gate, i)
+    for gate in inside.get(full, ()):
+      product = product * (along(gate, 0) if jnp.ndim(gate) else gate)
     return product
 
   return jax.tree_util.tree_map_with_path(factor, params)

@@ -171,6 +171,7 @@ class Recipe(NamedTuple):
     round_to: (options) -> the number that widths are multiples of, or 'auto'.
     score: (options) -> the score of the channels in a `Setting`: 'l1', the norms of
       their kernels, or 'taylor', see `train.importance`.
+    scores_layers: (options) -> whether residual branches are scored too, by 'taylor'.
     frozen: (options) -> whether the network's weights rest until the cut.
     refits: (options) -> whether the weights that stay are refitted at a cut to do the
       work of what goes, where that helps on held-out data; see `surgery.refit`.
@@ -208,6 +209,7 @@ class Recipe(NamedTuple):
   target: Callable[[Mapping[str, Any]], Target | None] = lambda options: None
   round_to: Callable[[Any], int | Literal['auto']] = lambda options: 1
   score: Callable[[Any], Literal['l1', 'taylor']] = lambda options: 'l1'
+  scores_layers: Callable[[Any], bool] = lambda options: False
   frozen: Callable[[Any], bool] = lambda options: False
   refits: Callable[[Any], bool] = lambda options: False
   control: Callable[[Any], Any] = lambda options: None

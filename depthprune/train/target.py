@@ -1,6 +1,6 @@
 """The decision that trained gate weights call for, corrected to meet a cost target."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,12 +8,16 @@ from depthprune.program import arguments, rounding
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.rounding import RoundTo, possible
 from depthprune.program.widths import Range, allowed, nearest
+from depthprune.surgery.oneshot import closing, complemented
 from depthprune.timing.layers import TIME, CostFunction, counted
 from depthprune.train.recipe import TOLERANCE
 from depthprune.train.task import Tree
 
 Weights = Mapping[str, np.ndarray]
-"""{group: [n]}; channels with a weight above 0 are to be kept."""
+"""{group: [n]}, {branch: () or [layers]}; what has a weight above 0 is to be kept."""
+
+Branches = Mapping[str, Sequence[str]]
+"""{branch that has weights: all branches that are closed with it}."""
 
 
 def on_target(
@@ -23,6 +27,7 @@ def on_target(
   of: str | CostFunction = 'flops',
   round_to: RoundTo = 1,
   limits: Mapping[str, Range] | None = None,
+  branches: Branches | None = None,
 ) -> Tree:
   """Returns keep = w > 0, corrected where that is off the target.
 
@@ -39,20 +44,23 @@ def on_target(
     of: 'flops', 'params' or a cost of `timing.layers`.
     round_to: widths become multiples of it, or 'auto'.
     limits: {group: Range} of the widths that each group may have; by default any.
+    branches: the branches of which `w` has weights.
 
   Returns:
-    {'channels': {group: bool [n]}}, in which groups without a weight are whole.
+    {'channels': {group: bool [n]}}, in which groups without a weight are whole, and
+    with `branches` those too.
   """
   name, C = counted(coupling, of, round_to)
   w = {group: np.asarray(value) for group, value in w.items()}
   C_0 = C(coupling, None)
-  choices = allowed({g: value.size for g, value in w.items()}, round_to, limits)
-  widths = {
-    group: int(rounding.built(max(1, (value > 0).sum()), value.size, round_to))
-    for group, value in w.items()
-  }
-  widths = {g: min(max(n, choices[g][0]), choices[g][-1]) for g, n in widths.items()}
-  error = lambda widths: C(coupling, _widest(w, widths)) / C_0 - target
+  branches = branches or {}
+  choices = _choices(w, round_to, limits, branches)
+  widths = {group: int((value > 0).sum()) for group, value in w.items()}
+  for group in w.keys() - branches:
+    width = int(rounding.built(max(1, widths[group]), w[group].size, round_to))
+    widths[group] = min(max(width, choices[group][0]), choices[group][-1])
+  kept = lambda widths: _widest(coupling, w, widths, branches)
+  error = lambda widths: C(coupling, kept(widths)) / C_0 - target
   off = error(widths)
   for group, width in _nearest_first(w, widths, choices):
     if abs(off) <= TOLERANCE:
@@ -62,9 +70,9 @@ def on_target(
       if abs(error(changed)) < abs(off):
         widths, off = changed, error(changed)
   if round_to != 1 and name != TIME:
-    widths = nearest(widths, choices, error, TOLERANCE)
-  whole = {group: gate > 0 for group, gate in coupling.gates()['channels'].items()}
-  return {'channels': {**whole, **_widest(w, widths)['channels']}}
+    as_they_are = {branch: [widths[branch]] for branch in branches}
+    widths = nearest(widths, {**choices, **as_they_are}, error, TOLERANCE)
+  return kept(widths)
 
 
 def reachable(
@@ -73,6 +81,7 @@ def reachable(
   of: str | CostFunction = 'flops',
   round_to: RoundTo = 1,
   limits: Mapping[str, Range] | None = None,
+  branches: Branches | None = None,
 ) -> None:
   """Checks that a network can be cut to a target; arguments as for `on_target`.
 
@@ -90,25 +99,29 @@ def reachable(
       f'it is the part of the {name} that is to remain',
       TypeError if is_text else ValueError,
     )
-  gates = coupling.gates()['channels']
-  if not gates:
+  branches, there = branches or {}, coupling.gates()
+  gates = there['channels']
+  if not gates and not branches:
     raise ValueError(f'target: no group of channels can be gated; {WHY}')
   if limits is not None:
     gates = {group: gates[group] for group in limits}
+  gates = gates | {branch: there['branches'][branch] for branch in branches}
   if not gates:
     raise ValueError(
       'target: all groups are to be left whole, so there is nothing to cut'
     )
-  choices = allowed({g: gate.size for g, gate in gates.items()}, round_to, limits)
-  share = lambda widths: C(coupling, _widest(gates, widths)) / C(coupling, None)
+  choices = _choices(gates, round_to, limits, branches)
+  kept = lambda widths: _widest(coupling, gates, widths, branches)
+  share = lambda widths: C(coupling, kept(widths)) / C(coupling, None)
   floor = share({group: widths[0] for group, widths in choices.items()})
   ceiling = share({group: widths[-1] for group, widths in choices.items()})
   if target < floor:
     fewest = possible(max(gate.size for gate in gates.values()), round_to)[0]
-    kept = '' if limits is None else ', or as many as are to stay,'
+    stay = '' if limits is None else ', or as many as are to stay,'
+    stay += ' and without the layers that may go' * bool(branches)
     raise ValueError(
       f'target: {target:g} of the {name} cannot be reached: with {fewest} channel(s) '
-      f'left in every group{kept} {floor:.4f} remain; ask for that or more, or lower '
+      f'left in every group{stay} {floor:.4f} remain; ask for that or more, or lower '
       'round_to'
     )
   if target > ceiling:
@@ -118,13 +131,23 @@ def reachable(
     )
 
 
+def _choices(
+  w: Weights, round_to: RoundTo, limits: Mapping[str, Range] | None, branches: Branches
+) -> dict[str, list[int]]:
+  """Returns how many slices may be kept of everything that has weights."""
+  sizes = {name: value.size for name, value in w.items()}
+  groups = {name: size for name, size in sizes.items() if name not in branches}
+  any_ = {name: [*range(sizes[name] + 1)] for name in branches}
+  return allowed(groups, round_to, limits) | any_
+
+
 def _nearest_first(
   w: Weights, widths: Mapping[str, int], choices: Mapping[str, list[int]]
 ) -> list[tuple[str, int]]:
   """Returns all other (group, width), those first for which gates move least."""
   moves = []
   for group, value in w.items():
-    falling = -np.sort(-value)
+    falling = -np.sort(-value, axis=None)
     for width in choices[group]:
       if width != widths[group]:
         farthest = falling[width if width < widths[group] else width - 1]
@@ -132,7 +155,15 @@ def _nearest_first(
   return [(group, width) for _, group, width in sorted(moves)]
 
 
-def _widest(w: Weights, widths: Mapping[str, int]) -> Tree:
-  """Returns the keep tree of the channels with the largest weights of every group."""
-  rank = lambda value: np.argsort(np.argsort(-value, kind='stable'), kind='stable')
-  return {'channels': {g: rank(value) < widths[g] for g, value in w.items()}}
+def _widest(
+  coupling: Coupling, w: Weights, widths: Mapping[str, int], branches: Branches
+) -> Tree:
+  """Returns the keep tree of the channels and layers with the largest weights."""
+  order = lambda value: np.argsort(value, axis=None, kind='stable')
+  kept = {
+    name: (order(order(-value)) < widths[name]).reshape(value.shape)
+    for name, value in w.items()
+  }
+  closed = {path: kept[name] for name, paths in branches.items() for path in paths}
+  channels = {group: kept[group] for group in w if group not in branches}
+  return complemented(coupling, closing(coupling, closed), channels)

@@ -154,7 +154,8 @@ def resnet20_cifar10(arguments: Arguments) -> list[Case]:
   There is no other size. Goal: above both controls by more than a standard deviation of
   the difference.
   """
-  about = 'resnet20_cifar10', RESNET20_LONGER, {}, (0.5,)
+  config = dataclasses.replace(RESNET20_LONGER, learning_rate=0.01)
+  about = 'resnet20_cifar10', config, {}, (0.5,)
   return comparison.run(*about, METHODS, arguments)
 
 

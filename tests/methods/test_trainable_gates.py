@@ -7,18 +7,14 @@ import optax
 import pytest
 
 from depthprune import methods
-from depthprune.methods.trainable_gates import (
-  START,
-  GateOptions,
-  gate,
-  trainable_gates,
-)
+from depthprune.methods.trainable_gates import GateOptions, gate, trainable_gates
 from depthprune.program.coupling import couple
 from depthprune.program.gating import plug
 from depthprune.run.job import remembering
 from depthprune.timing import layers
 from depthprune.timing.layers import counted
 from depthprune.train.method import optimizer
+from depthprune.train.starts import START
 from depthprune.train.task import classification
 
 SIZES = (5, 16, 12, 3)
@@ -160,7 +156,7 @@ def test_globally_gates_start_in_the_order_of_score_by_price():
   ('wrong', 'message'),
   [
     ({'scope': 'local'}, 'scope: expected uniform or global'),
-    ({'scope': 'global'}, "first:1: scope='global' needs its scores"),
+    ({'scope': 'global'}, 'first:1: needs its scores'),
     ({'scores': {'first:1': np.ones(3)}}, r'first:1: has shape \(3,\)'),
   ],
 )

@@ -1,0 +1,87 @@
+"""Where the weights of trainable gates start: all open, and evenly spaced."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthprune.program import arguments
+from depthprune.train.task import Tree
+
+START = 0.1  # mean gate weight of a group at the start
+RANKED = 'surgery.oneshot.rank(coupling, variables, "l1") makes them'
+
+
+def spread(start: Tree, scores: Mapping) -> Tree:
+  """Spaces the gates of every group evenly in (0, 2 START), in the order of the scores.
+
+  Groups are out of step with each other, so that their gates close one by one. All
+  branches together are one group, which lies in (START, 2 START) without scores.
+
+  Args:
+    start: open gates, {'channels': {group: [n]}, 'branches': {path: () or [layers]}}.
+    scores: {group or branch: an array like its gate}. The order of a group without
+      scores is arbitrary.
+
+  Returns:
+    Gate weights in the form of `start`.
+  """
+  channels = {}
+  for i, (group, b) in enumerate(start['channels'].items()):
+    score = scores.get(group, np.random.RandomState(i).permutation(b.size))
+    _check_size(group, b, score)
+    w = (_ranks(score) + (i + 0.5) / len(start['channels'])) / b.size
+    channels[group] = jnp.asarray(2 * START * w, jnp.float32)
+  if 'branches' not in start:
+    return {'channels': channels}
+  if scores.keys() & start['branches']:
+    branches = _evenly(start['branches'], scores)
+  else:
+    w = _evenly(start['branches'], jax.tree.map(np.zeros_like, start['branches']))
+    branches = jax.tree.map(lambda w: START + w / 2, w)
+  return {'channels': channels, 'branches': branches}
+
+
+def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:
+  """Spaces all gates of a network evenly in (0, 2 START), by their score per price.
+
+  Args:
+    start: open gates, as for `spread`.
+    scores: {group or branch: an array like its gate}, of all of them.
+    prices: what an open gate costs, in the form of `start`; its mean in a group counts.
+
+  Returns:
+    Gate weights in the form of `start`.
+  """
+  price = {name: np.mean(c) for part in prices.values() for name, c in part.items()}
+  flat = {name: gate for part in start.values() for name, gate in part.items()}
+  w = _evenly(flat, {n: s / price[n] for n, s in scores.items() if n in flat})
+  return {part: {name: w[name] for name in gates} for part, gates in start.items()}
+
+
+def _evenly(gates: Mapping, scores: Mapping) -> dict[str, jax.Array]:
+  """Spaces gates evenly in (0, 2 START), whatever group they belong to."""
+  for name, gate in gates.items():
+    if name not in scores:
+      what = f'{name}: needs its scores, for it is compared with others'
+      raise arguments.wrong('scores', what, RANKED)
+    _check_size(name, gate, scores[name])
+  worth = np.concatenate([np.ravel(scores[name]) for name in gates])
+  w = 2 * START * (_ranks(worth) + 0.5) / worth.size
+  parts = np.split(w.astype(np.float32), np.cumsum([b.size for b in gates.values()]))
+  return {
+    name: jnp.asarray(part.reshape(gate.shape))
+    for (name, gate), part in zip(gates.items(), parts, strict=False)
+  }
+
+
+def _check_size(group: str, b: np.ndarray, score: np.ndarray) -> None:
+  if np.shape(score) != b.shape:
+    has = f'{group}: has shape {np.shape(score)}, its slices are {b.size}'
+    raise arguments.wrong('scores', has, RANKED)
+
+
+def _ranks(score: np.ndarray) -> np.ndarray:
+  """The place of every score in their order, from 0."""
+  return np.argsort(np.argsort(score, kind='stable'), kind='stable')

@@ -1,0 +1,275 @@
+"""Trainable gates of whole layers, beside those of channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import depthprune as dp
+from depthprune import methods
+from depthprune.methods.trainable_gates import GateOptions, trainable_gates
+from depthprune.models.decoder import Decoder
+from depthprune.program import cost
+from depthprune.program.coupling import couple
+from depthprune.train.method import openness
+from depthprune.train.options import ConfigError
+from depthprune.train.starts import START
+
+WIDTH, INNER = 8, 6
+UNITS = 'one', 'two', 'three'
+STEP = jnp.zeros((), jnp.int32)
+
+
+def network(variables, x, train=False):
+  del train
+  p = variables['params']
+  h = x @ p['first']
+  for unit in UNITS:
+    inner = jax.nn.relu(h @ p[unit]['into'])
+    h = h + variables['branches'][unit]['branch'] * (inner @ p[unit]['out'])
+  return h @ p['last']
+
+
+def weights(seed=0):
+  keys = iter(jax.random.split(jax.random.key(seed), 8))
+  draw = lambda *shape: jax.random.normal(next(keys), shape) / np.sqrt(shape[0])
+  unit = lambda: {'into': draw(WIDTH, INNER), 'out': draw(INNER, WIDTH)}
+  return {
+    'params': {
+      'first': draw(5, WIDTH), **{u: unit() for u in UNITS}, 'last': draw(WIDTH, 3),
+    },
+    'branches': {u: {'branch': jnp.ones(())} for u in UNITS},
+  }  # fmt: skip
+
+
+COUPLING = couple(network, weights(), jnp.ones((1, 5)))
+BRANCHES = tuple(f'{unit}/branch' for unit in UNITS)
+
+
+def flops(stream, *inner):
+  """Of the network with so many channels, by hand; 0 inner ones are no unit."""
+  return 2 * stream * (5 + 2 * sum(inner) + 3)
+
+
+FULL = flops(8, 6, 6, 6)
+
+
+def theta_of(stream, *inner, branches=(1, 1, 1)):
+  """Gate weights with so many channels open, and these of the branches."""
+  w = lambda size, n: jnp.where(jnp.arange(size) < n, 0.1, -0.1)
+  channels = {'first:1': w(WIDTH, stream)}
+  channels |= {f'{u}/into:1': w(INNER, n) for u, n in zip(UNITS, inner, strict=True)}
+  own = zip(BRANCHES, branches, strict=True)
+  return {'channels': channels, 'branches': {b: jnp.asarray(w, float) for b, w in own}}
+
+
+def decided(method, theta):
+  keep = method.decide(theta, {}, None)
+  return [bool(keep['branches'][b]) for b in BRANCHES], keep
+
+
+def test_a_closed_layer_costs_nothing_by_hand():
+  assert cost.flops(COUPLING) == FULL
+  method = trainable_gates(COUPLING, 0.5, strength=7.0, layers=True)
+  theta = theta_of(8, 6, 3, 6, branches=(1, 1, -1))
+  share = flops(8, 6, 3) / FULL
+  assert float(method.penalty(theta, STEP)) == pytest.approx(7 * (share - 0.5) ** 2)
+
+
+def test_the_slope_of_a_layer_is_what_it_costs():
+  """Divided by its price in the full network, which all gates move alike."""
+  method = trainable_gates(COUPLING, 0.5, strength=3.0, gate_lr=0.1, layers=True)
+  trained = {'params': weights()['params'], 'theta': theta_of(8, 6, 6, 6)}
+  tx = dp.optimizer(method, optax.sgd(0.1))
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  moved, _ = tx.update(zeros, tx.init(trained), trained)
+  for u in jax.tree.leaves(moved['theta']):
+    np.testing.assert_allclose(u, -0.1 * 2 * 3.0 * (1 - 0.5), rtol=1e-5)
+
+
+def test_the_decision_is_the_sign_of_the_weights_where_that_is_on_target():
+  target = flops(8, 6, 3) / FULL
+  method = trainable_gates(COUPLING, target, layers=True)
+  kept, keep = decided(method, theta_of(8, 6, 3, 6, branches=(1, 0.1, -0.1)))
+  assert kept == [True, True, False]
+  assert cost.flops(COUPLING, keep) == flops(8, 6, 3)
+
+
+@pytest.mark.parametrize(
+  ('branches', 'inner', 'expected'),
+  [
+    ((1.0, 0.01, 1.0), (6, 6), [True, False, True]),  # too much: the nearest closes
+    ((1.0, -0.01, -1.0), (6, 6), [True, True, False]),  # too little: it opens
+  ],
+)
+def test_off_target_the_layer_nearest_to_zero_moves(branches, inner, expected):
+  method = trainable_gates(COUPLING, flops(8, *inner) / FULL, layers=True)
+  theta = theta_of(8, 6, 6, 6, branches=branches)
+  theta['channels'] = jax.tree.map(lambda w: 10 * w, theta['channels'])
+  kept, keep = decided(method, theta)
+  assert kept == expected and cost.flops(COUPLING, keep) == flops(8, *inner)
+
+
+def test_layers_reach_a_target_that_channels_do_not():
+  whole = {'at_least': '100%'}
+  target = flops(8) / FULL
+  with pytest.raises(ValueError, match='nothing to cut'):
+    trainable_gates(COUPLING, target, **whole)
+  method = trainable_gates(COUPLING, target, **whole, layers=True)
+  kept, keep = decided(method, method.init(COUPLING.gates(), {}))
+  assert kept == [False] * 3 and cost.flops(COUPLING, keep) == flops(8)
+  assert flops(1) / FULL == pytest.approx(0.0227, abs=1e-4)
+  least = r'1 channel.* and without the layers that may go 0\.0227 remain'
+  with pytest.raises(ValueError, match=least):
+    trainable_gates(COUPLING, 0.02, layers=True)
+
+
+@pytest.mark.parametrize('useful', range(3))
+def test_the_layer_that_matters_stays(useful):
+  """Two layers change the answer little, and start farther from closing."""
+  variables = weights()
+  variables['params']['last'] *= 5  # of a loss that counts beside the target
+  for i, unit in enumerate(UNITS):
+    if i != useful:
+      out = variables['params'][unit]['out']
+      variables['params'][unit]['out'] = 0.05 * out
+  scores = {b: np.asarray(1.0 + (i != useful)) for i, b in enumerate(BRANCHES)}
+  x = np.asarray(jax.random.normal(jax.random.key(1), (256, 5)))
+  method = trainable_gates(
+    COUPLING, flops(8, 6) / FULL, at_least='100%', layers=True, scores=scores,
+    steps=80, gate_lr=2e-3,
+  )  # fmt: skip
+  tx, task = optax.set_to_zero(), dp.regression(3)
+  step = dp.make_step(network, method, task, tx, COUPLING)
+  state = dp.init_state(network, method, tx, variables, COUPLING)
+  data = x, np.asarray(network(variables, x))
+  state = dp.fit(step, state, jax.random.key(0), data, batch=32, steps=80)
+  kept, keep = decided(method, jax.device_get(state.theta))
+  assert kept == [i == useful for i in range(3)]
+  small = dp.prune(network, variables, keep, x[:1], coupling=COUPLING)
+  assert cost.flops(couple(small.apply, small.variables, x[:1])) == flops(8, 6)
+
+
+# ---- where gates start ---------------------------------------------------------------
+
+
+def starts(scores=None, **arguments):
+  method = trainable_gates(COUPLING, 0.5, layers=True, scores=scores, **arguments)
+  theta = method.init({}, {})
+  return theta['channels'], [float(theta['branches'][b]) for b in BRANCHES]
+
+
+def test_without_scores_layers_start_evenly_in_the_upper_half():
+  channels, layers = starts()
+  np.testing.assert_allclose(layers, START * (1 + (np.arange(3) + 0.5) / 3), rtol=1e-5)
+  alone = trainable_gates(COUPLING, 0.5).init({}, {})
+  assert alone.keys() == {'channels'}  # as checkpoints have it
+  jax.tree.map(np.testing.assert_array_equal, channels, alone['channels'])
+
+
+def test_with_scores_they_start_in_their_order():
+  _, layers = starts(dict(zip(BRANCHES, np.float32([2, 9, 1]), strict=True)))
+  np.testing.assert_allclose(layers, 2 * START * np.array([1.5, 2.5, 0.5]) / 3)
+
+
+def test_globally_they_start_in_the_order_of_score_by_price():
+  """A layer costs 192 FLOPs, an inner channel 32, one of the stream 88."""
+  scores = {g: np.ones(gate.size) for g, gate in COUPLING.gates()['channels'].items()}
+  scores |= dict(zip(BRANCHES, [np.float32(x) for x in (5.9, 6.1, 2.1)], strict=True))
+  channels, layers = starts(scores, scope='global')
+  stream, inner = channels.pop('first:1'), np.concatenate([*channels.values()])
+  assert layers[2] < stream.min() and stream.max() < layers[0] < inner.min()
+  assert inner.max() < layers[1]
+  with pytest.raises(ValueError, match='three/branch: needs its scores'):
+    starts({k: v for k, v in scores.items() if k != 'three/branch'}, scope='global')
+
+
+# ---- networks ------------------------------------------------------------------------
+
+
+def test_layers_of_a_scan_have_one_gate_for_all_of_their_branches():
+  model = Decoder(
+    vocab=11,
+    positions=8,
+    width=8,
+    depth=4,
+    heads=2,
+    groups=1,
+    size=4,
+    inner=12,
+    scan=True,
+  )
+  tokens = jnp.ones((1, 8), jnp.int32)
+  variables = model.init(jax.random.key(0), tokens)
+  coupling = couple(model, variables, tokens)
+  assert len(coupling.branches) == 2
+  method = trainable_gates(coupling, 0.5, 'params', layers=True)
+  theta = jax.device_get(method.init(coupling.gates(), {}))
+  (name,) = theta['branches']
+  assert theta['branches'][name].shape == (4,)
+  theta['branches'][name] = np.float32([0.1, -0.1, 0.1, -0.1])
+  theta['channels'] = {g: np.abs(w) + 1 for g, w in theta['channels'].items()}
+  gates = method.forward(theta)['branches']
+  for branch in coupling.branches:
+    np.testing.assert_array_equal(gates[branch], [1, 0, 1, 0])
+  keep = method.decide(theta, {}, None)
+  share = cost.params(coupling, keep) / cost.params(coupling)
+  assert abs(share - 0.5) < 0.1
+  small = dp.prune(model, variables, keep, tokens, coupling=coupling)
+  assert small.report['verify']['difference'] < 1e-4
+  left = [bool(x) for x in keep['branches'][name]]
+  stacked = jax.tree.leaves(small.variables['params']['layers0'])
+  assert sum(left) < 4 and {len(x) for x in stacked} == {sum(left)}
+
+
+def test_weight_decay_spares_the_arrays_of_a_closed_layer():
+  gates = {'branches': {b: jnp.float32(b != 'two/branch') for b in BRANCHES}}
+  found = openness(COUPLING, gates, weights()['params'])
+  assert {k: float(np.min(jax.tree.leaves(v)[0])) for k, v in found.items()} == {
+    'first': 1, 'one': 1, 'two': 0, 'three': 1, 'last': 1,
+  }  # fmt: skip
+
+
+# ---- what is refused -----------------------------------------------------------------
+
+
+def test_what_is_to_be_left_whole_does_not_go_with_a_layer():
+  may_go = lambda exclude: {
+    *trainable_gates(COUPLING, 0.5, exclude=exclude, layers=True).init({}, {})[
+      'branches'
+    ]
+  }
+  assert may_go('two/out') == may_go('two') == may_go('two/into:1')
+  assert may_go('two') == {'one/branch', 'three/branch'}
+  assert may_go('first') == {*BRANCHES}  # the stream stays where a layer goes
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'message'),
+  [
+    ({'exclude': ['one', 'two', 'three']}, 'layers: no layer .* exclude leaves none'),
+    ({'target': {'one': 3}}, 'layers: a target in channels'),
+    ({'of': 'milliseconds'}, 'layers: .*milliseconds'),
+    ({'scores': {'one/branch': np.ones(2)}}, r'one/branch: has shape \(2,\)'),
+    ({'scores': {'one/brunch': np.ones(())}}, 'no such group'),
+  ],
+)
+def test_what_cannot_be_is_refused(wrong, message):
+  with pytest.raises((ValueError, KeyError), match=message):
+    trainable_gates(COUPLING, **{'target': 0.5, **wrong}, layers=True).init({}, {})
+
+
+def test_a_network_without_branches_says_how_to_get_them():
+  net = lambda v, x: jnp.tanh(x @ v['a']) @ v['b']
+  coupling = couple(net, {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))}, jnp.ones(3))
+  with pytest.raises(ValueError, match=r'no layer .*dp\.trunk'):
+    trainable_gates(coupling, 0.5, layers=True)
+
+
+def test_a_run_gates_layers_where_its_options_say_so():
+  with pytest.raises(ConfigError, match='milliseconds know the widths'):
+    GateOptions(layers=True, of='milliseconds')
+  method = methods.build(GateOptions(0.5, layers=True), COUPLING, 0)
+  assert method.init({}, {}).keys() == {'channels', 'branches'}
+  assert GateOptions(0.5, layers=True).label == 'flops50-layers'
