@@ -147,7 +147,7 @@ def trainable_gates(
     layers: whether layers may go too: every residual branch F of x + F(x) that can be
       erased gets a gate. `trunk` finds the branches of any network, and `branch` writes
       one into a module. The branches of each layer of a scanned stack share a gate.
-      Without scores all start in the upper half, so that channels go first.
+      Without scores the later ones start nearer to closing.
 
   Returns:
     The Method. Its `decide` keeps the open channels and layers, corrected to meet the

@@ -17,12 +17,12 @@ def spread(start: Tree, scores: Mapping) -> Tree:
   """Spaces the gates of every group evenly in (0, 2 START), in the order of the scores.
 
   Groups are out of step with each other, so that their gates close one by one. All
-  branches together are one group, which lies in (START, 2 START) without scores.
+  branches together are one group.
 
   Args:
     start: open gates, {'channels': {group: [n]}, 'branches': {path: () or [layers]}}.
     scores: {group or branch: an array like its gate}. The order of a group without
-      scores is arbitrary.
+      scores is arbitrary; of branches the later ones are nearer to closing.
 
   Returns:
     Gate weights in the form of `start`.
@@ -35,12 +35,9 @@ def spread(start: Tree, scores: Mapping) -> Tree:
     channels[group] = jnp.asarray(2 * START * w, jnp.float32)
   if 'branches' not in start:
     return {'channels': channels}
-  if scores.keys() & start['branches']:
-    branches = _evenly(start['branches'], scores)
-  else:
-    w = _evenly(start['branches'], jax.tree.map(np.zeros_like, start['branches']))
-    branches = jax.tree.map(lambda w: START + w / 2, w)
-  return {'channels': channels, 'branches': branches}
+  branches = start['branches']
+  known = scores if scores.keys() & branches else None
+  return {'channels': channels, 'branches': _evenly(branches, known)}
 
 
 def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:
@@ -60,14 +57,16 @@ def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   return {part: {name: w[name] for name in gates} for part, gates in start.items()}
 
 
-def _evenly(gates: Mapping, scores: Mapping) -> dict[str, jax.Array]:
+def _evenly(gates: Mapping, scores: Mapping | None) -> dict[str, jax.Array]:
   """Spaces gates evenly in (0, 2 START), whatever group they belong to."""
-  for name, gate in gates.items():
-    if name not in scores:
-      what = f'{name}: needs its scores, for it is compared with others'
-      raise arguments.wrong('scores', what, RANKED)
-    _check_size(name, gate, scores[name])
-  worth = np.concatenate([np.ravel(scores[name]) for name in gates])
+  worth = -np.arange(sum(gate.size for gate in gates.values()))
+  if scores is not None:
+    for name, gate in gates.items():
+      if name not in scores:
+        what = f'{name}: needs its scores, for it is compared with others'
+        raise arguments.wrong('scores', what, RANKED)
+      _check_size(name, gate, scores[name])
+    worth = np.concatenate([np.ravel(scores[name]) for name in gates])
   w = 2 * START * (_ranks(worth) + 0.5) / worth.size
   parts = np.split(w.astype(np.float32), np.cumsum([b.size for b in gates.values()]))
   return {

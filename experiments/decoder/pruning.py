@@ -7,6 +7,7 @@
   gates       the same, by gates on frozen weights that learn from the whole network
   search      layers by `influence` and widths by `activation`, split by `dp.search`
   mixed       layers by `influence` for a third of what goes, then widths by `gates`
+  joint       attentions, perceptrons and widths, by gates that learn at the same time
 
 Every (part of the parameters, method, refitted) is one row; `refitted` lets the weights
 that stay make up for the channels that go. Texts that score and refit are others than
@@ -62,6 +63,7 @@ NAMES = {
   'gates': 'width, by trained gates',
   'search': 'depth and width, searched',
   'mixed': 'depth by block influence, then width by trained gates',
+  'joint': 'depth and width, by trained gates',
 }
 
 
@@ -179,6 +181,12 @@ def _decided(part: float, by: str) -> Tree:
   score = _scores('taylor' if by == 'taylor' else 'activation')
   if by == 'gates':
     return _learnt(whole().model, variables, coupling, part, score)
+  if by == 'joint':
+    tokens = [batch['image'] for batch in texts['score']]
+    blocks = {branch: [branch] for branch in coupling.branches}
+    influence = dp.block_influence(coupling, variables, tokens, blocks)
+    score = score | {branch: np.asarray(value) for branch, value in influence.items()}
+    return _learnt(whole().model, variables, coupling, part, score, layers=True)
   if by == 'search':
     tokens, blocks = [batch['image'] for batch in texts['score']], _blocks(coupling)
     influence = dp.block_influence(coupling, variables, tokens, blocks)
@@ -203,12 +211,18 @@ def _narrowed(model, variables: Tree, count: float) -> tuple[Coupling, Tree]:
 
 
 def _learnt(
-  model, variables: Tree, coupling: Coupling, part: float, score: Any
+  model, variables: Tree, coupling: Coupling, part: float, score: Any, layers=False
 ) -> Tree:
   """What gates keep, trained on the answers of the whole network, weights frozen."""
   teacher = whole()
   method = dp.trainable_gates(
-    coupling, part, of='params', steps=STEPS, scores=score, exclude='embed'
+    coupling,
+    part,
+    of='params',
+    steps=STEPS,
+    scores=score,
+    exclude='embed',
+    layers=layers,
   )
   method, tx = dp.distill(method, weight=1.0), optax.set_to_zero()
   step = dp.make_step(

@@ -160,9 +160,9 @@ def starts(scores=None, **arguments):
   return theta['channels'], [float(theta['branches'][b]) for b in BRANCHES]
 
 
-def test_without_scores_layers_start_evenly_in_the_upper_half():
+def test_without_scores_the_later_layers_start_nearer_to_closing():
   channels, layers = starts()
-  np.testing.assert_allclose(layers, START * (1 + (np.arange(3) + 0.5) / 3), rtol=1e-5)
+  np.testing.assert_allclose(layers, 2 * START * np.array([2.5, 1.5, 0.5]) / 3)
   alone = trainable_gates(COUPLING, 0.5).init({}, {})
   assert alone.keys() == {'channels'}  # as checkpoints have it
   jax.tree.map(np.testing.assert_array_equal, channels, alone['channels'])
