@@ -63,7 +63,6 @@ CPU_ONLY = (
   'trainable_gates.digits',
   'trainable_gates.fashion_mnist',
   'trainable_gates.resnet56_half_an_epoch',
-  'trainable_gates.resnet56_smaller_rate',
   'trainable_gates.resnet20_cifar10',
   'trainable_gates.resnet20_small_drop',
   'trainable_gates.resnet20_ablation',

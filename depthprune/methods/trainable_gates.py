@@ -221,7 +221,8 @@ def trainable_gates(
     loss, metrics = supervised(task, outputs, batch, theta, step)
     return loss, {**metrics, name: share(theta, step), 'target': rho_t(step)}
 
-  may_go = [u for u in unit_search.units(coupling) if u.branches[0] in branches]
+  present = unit_search.units(coupling) if layers else ()
+  may_go = [unit for unit in present if unit.branches[0] in branches]
 
   def report(theta):
     open_ = {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])}
