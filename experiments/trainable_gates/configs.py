@@ -94,12 +94,13 @@ def resnet56_cifar10(arguments: Arguments) -> list[Case]:
 
   Weights: akamaster/pytorch_resnet_cifar10, 93.39 % on the test images, 93.14 % on the
   second half of them, which is the one that reports. Gates learn on frozen weights, and
-  start in the order of what closing them does to the loss. All networks, also those of the controls, are refitted by least squares at the cut, and
-  learn from the uncut one besides the labels. `--full` has 1 epoch with gates and 44
-  after the cut; the controls cut by uniform L1 norm (that of arXiv 2301.05219), by
-  global L1 norm and, where it is installed, by Torch-Pruning, and are fine-tuned for
-  45, as the network is that is not cut. The size for a CPU: 2.1 times fewer, 10,000
-  images, 0.5 + 1.5 epochs, at half of the learning rate.
+  start in the order of what closing them does to the loss. All networks, also those of
+  the controls, are refitted by least squares at the cut, and learn from the uncut one
+  besides the labels. `--full` has 1 epoch with gates and 44 after the cut; the controls
+  cut by uniform L1 norm (that of arXiv 2301.05219), by global L1 norm and, where it is
+  installed, by Torch-Pruning, and are fine-tuned for 45, as the network is that is not
+  cut. The size for a CPU: 2.1 times fewer, 10,000 images, 0.5 + 1.5 epochs, at half of
+  the learning rate.
 
     TFDS_DATA_DIR=../shared/data/tfds \
       python -m experiments.run trainable_gates.resnet56_cifar10 --seeds 0
