@@ -134,7 +134,8 @@ def trainable_gates(
       rest.
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
       start nearer to closing. By default the order is arbitrary. With `layers` also
-      {branch: () or [layers]}.
+      {branch: () or [layers]}, such as `block_influence` gives; those of branches that
+      share a gate are added.
     scope: 'uniform' compares the scores within each group, so that at first all groups
       close alike; 'global' compares them throughout the network, divided by what a
       channel of the group costs, and takes scores of all groups for that.
@@ -157,7 +158,8 @@ def trainable_gates(
     ValueError: no channel can be gated; the target is not in (0, 1], or is out of reach
       with the narrowest widths that round_to, floors and ceilings allow; a pattern that
       matches nothing; a floor above the ceiling; or `layers` where none can go, or with
-      a target in channels or milliseconds.
+      a target in channels or milliseconds. From `Method.init`, scores of another shape
+      or not finite, and with `layers` branches whose gates in the variables are not 1.
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
@@ -171,7 +173,9 @@ def trainable_gates(
     told = 'channels' if ratios else 'milliseconds, which know widths alone'
     what = f'a target in {told}, does not say which layers may go'
     raise arguments.wrong('layers', what, "write of='flops'")
+  arguments.kind_of('layers', layers, bool, 'True or False')
   branches = _erasable(coupling, exclude) if layers else {}
+  scores = starts.shared(scores or {}, branches)
   rho = _remaining(coupling, C, limits) if isinstance(target, Mapping) else target
   if isinstance(rho, str) and rho.strip().endswith('%'):
     rho = fraction(rho, 'trainable_gates: target')
@@ -192,8 +196,7 @@ def trainable_gates(
     return {**gates, 'branches': each} if each else gates
 
   c = jax.grad(lambda b: C(coupling, everywhere(b)) / C_0)(start)
-  if name == times.TIME:
-    c = _not_free(c)
+  c = _not_free(c, LEAST if name == times.TIME else 0)
 
   part = lambda step: jnp.asarray(step).astype(jnp.float32) / steps
   passed = lambda step: part(step) if steps else jnp.float32(0.5)
@@ -233,6 +236,14 @@ def trainable_gates(
     params = openness(coupling, forward(trained['theta']), trained['params'])
     return {'params': params, 'theta': jax.tree.map(jnp.ones_like, trained['theta'])}
 
+  def init(gates, outputs):
+    del outputs
+    mine = {path for paths in branches.values() for path in paths}
+    starts.check_open({b: g for b, g in gates.get('branches', {}).items() if b in mine})
+    if scope == 'global':
+      return starts.spread_globally(start, scores, c)
+    return starts.spread(start, scores)
+
   return Method(
     objective=objective,
     decide=lambda theta, stats, evaluate: targets.on_target(
@@ -245,11 +256,7 @@ def trainable_gates(
       branches,
     ),
     penalty=lambda theta, step: strength * (rho_t(step) - share(theta, step)) ** 2,
-    init=lambda gates, outputs: (
-      starts.spread_globally(start, scores or {}, c)
-      if scope == 'global'
-      else starts.spread(start, scores or {})
-    ),
+    init=init,
     forward=forward,
     report=report,
     transform=lambda tx: spare_closed(apart(tx, _gate_tx(c, eta_t)), open_part),
@@ -300,11 +307,16 @@ def _remaining(
   return C(coupling, {'channels': kept}) / C(coupling, None)
 
 
-def _not_free(c: Tree) -> Tree:
-  """Prices of channels, none below LEAST of the mean one."""
-  prices = [price.mean() for price in jax.tree.leaves(c)]
-  least = max(LEAST * float(np.mean(prices)), 1e-12)
-  return jax.tree.map(lambda price: jnp.maximum(price.mean(), least), c)
+def _not_free(c: Tree, least: float) -> Tree:
+  """Prices, none below a part of the mean one; what costs nothing has LEAST of it."""
+  mean = max(float(np.mean([p.mean() for p in jax.tree.leaves(c)])), 1e-12)
+
+  def one(price):
+    if float(price.mean()) <= 0:
+      return jnp.full_like(price, LEAST * mean)
+    return jnp.maximum(price.mean(), least * mean) if least else price
+
+  return jax.tree.map(one, c)
 
 
 def _erasable(
@@ -316,15 +328,11 @@ def _erasable(
     ValueError: there are none.
   """
 
-  def may_go(paths: Sequence[str]) -> bool:
-    closed = {b: np.zeros(coupling.branch_shape(b), bool) for b in paths}
-    dead = coupling.decision({'branches': closed}).dead
-    gone = {*dead, *(f'branches/{b}' for b in paths)}
-    return not widths.excludes(coupling, exclude, gone)
-
-  found = {
-    b: paths for b, paths in unit_search.erasable(coupling).items() if may_go(paths)
-  }
+  found: dict[str, tuple[str, ...]] = {}
+  for first, paths in unit_search.erasable(coupling).items():
+    closing = [b for these in (*found.values(), paths) for b in these]
+    if not widths.excludes(coupling, exclude, unit_search.gone(coupling, closing)):
+      found[first] = paths
   if not found:
     why = '; '.join(u.why_not for u in unit_search.units(coupling) if u.why_not)
     raise arguments.brief(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from depthprune.program import arguments
+from depthprune.program import axes as ax
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.deadcode import LAYOUT, fold
@@ -89,8 +90,13 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
     if len(branches) > 1:
       names = [branch.removesuffix('/branch') for branch in branches]
       name = os.path.commonpath(names) or '+'.join(names)
-    reasons = (m.why_not for _, ends in met for m in ends if m.why_not)
-    why_not = next((f'{reason} ({name})' for reason in reasons), '')
+    reasons = [m.why_not for _, ends in met for m in ends if m.why_not]
+    reasons += [
+      f'its gate has {axes} axes'
+      for branch in branches
+      if (axes := len(coupling.branch_shape(branch))) > 1
+    ]
+    why_not = f'{reasons[0]} ({name})' if reasons else ''
     if not isinstance(key, tuple):
       in_order.append(ResidualUnit(name, branches, None, why_not))
       continue
@@ -110,6 +116,16 @@ def erasable(coupling: Coupling) -> dict[str, tuple[str, ...]]:
     coupling: of the network, made by `couple`.
   """
   return {u.branches[0]: u.branches for u in units(coupling) if not u.why_not}
+
+
+def gone(coupling: Coupling, branches: Sequence[str]) -> set[str]:
+  """Returns the paths of the arrays that go, or lose layers, with closed branches."""
+  closed = {b: np.zeros(coupling.branch_shape(b), bool) for b in branches}
+  dead = coupling.decision({'branches': closed}).dead
+  parts = lambda path: {v for axis in coupling.axes[path] for v in ax.leaves(axis)}
+  stacks = {v for branch in branches for v in parts(f'branches/{branch}')}
+  shorter = {path for path in coupling.axes if parts(path) & stacks}
+  return {*dead, *shorter, *(f'branches/{branch}' for branch in branches)}
 
 
 def closing(closed: Sequence[ResidualUnit], coupling: Coupling) -> dict:

@@ -20,6 +20,7 @@ with epy.lazy_imports():  # the command line's --help imports methods, but no ja
   import optax
 
   from depthprune.program import arguments, gating
+  from depthprune.program import axes as ax
   from depthprune.program.coupling import Coupling
   from depthprune.train.task import Task, Tree
 
@@ -303,10 +304,15 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
   Raises:
     ValueError: params has an array that the coupled variables do not have.
   """
-  weights = {coupling.axis(g): w for g, w in gates.get('channels', {}).items()}
+  channels = gates.get('channels', {}).items()
+  weights: dict[ax.Axis, Any] = {coupling.axis(g): w for g, w in channels}
   inside: dict[str, list[jax.Array]] = {}  # the gates of the branches around an array
   for branch, gate in gates.get('branches', {}).items():
-    closed = {'branches': {branch: np.zeros(coupling.branch_shape(branch), bool)}}
+    if layers := coupling.axes[f'branches/{branch}']:  # open where any branch is
+      layer = ax.norm(layers[0])
+      weights[layer] = jnp.maximum(gate, weights.get(layer, 0))
+      continue
+    closed = {'branches': {branch: np.asarray(False)}}
     for path in coupling.decision(closed).dead:
       inside.setdefault(path, []).append(gate)
 
@@ -321,15 +327,14 @@ def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
         f"({', '.join([*coupling.axes][:3])}, ...); train {{'params': variables, or "
         "variables['params'], 'theta': theta}"
       )
-    along = lambda gate, i: gate.reshape(
-      [-1 if k == i else 1 for k in range(leaf.ndim)]
-    )
     for i, axis in enumerate(axes):
       gate = gating.expand(axis, weights)
       if gate is not None:
-        product = product * along(gate, i)
+        product = product * gate.reshape(
+          [-1 if k == i else 1 for k in range(leaf.ndim)]
+        )
     for gate in inside.get(full, ()):
-      product = product * (along(gate, 0) if jnp.ndim(gate) else gate)
+      product = product * gate
     return product
 
   return jax.tree_util.tree_map_with_path(factor, params)

@@ -1,16 +1,59 @@
 """Where the weights of trainable gates start: all open, and evenly spaced."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from depthprune.program import arguments
 from depthprune.train.task import Tree
 
 START = 0.1  # mean gate weight of a group at the start
-RANKED = 'surgery.oneshot.rank(coupling, variables, "l1") makes them'
+RANKED = (
+  'surgery.oneshot.rank(coupling, variables, "l1") makes those of channels, and '
+  'block_influence those of branches'
+)
+
+
+def check_open(gates: Mapping[str, jax.Array]) -> None:
+  """Checks that the gates of branches have not been trained before.
+
+  Raises:
+    ValueError: one is not 1.
+  """
+  for path, gate in gates.items():
+    if not isinstance(gate, Tracer) and np.any(np.asarray(gate) != 1):
+      what = f'{path}: its gate is {gate}, expected 1'
+      raise arguments.wrong('layers', what, 'dp.prune folds gates into the weights')
+
+
+def shared(scores: Mapping, branches: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+  """Gives the gate that branches share the sum of their scores.
+
+  Args:
+    scores: {group or branch: an array like its gate}.
+    branches: {branch that has a gate: all that share it}.
+
+  Raises:
+    ValueError: some of the branches that share a gate have scores and some have not, or
+      scores are not finite.
+  """
+  found = {name: np.asarray(score) for name, score in scores.items()}
+  for name, score in found.items():
+    if not np.isfinite(score).all():
+      raise arguments.wrong('scores', f'{name}: its scores are not finite', RANKED)
+  for first, paths in branches.items():
+    given = [found[path] for path in paths if path in found]
+    if given and len(given) < len(paths):
+      missing = next(path for path in paths if path not in found)
+      what = f'{missing}: needs its scores, for {first} has some and shares its gate'
+      raise arguments.wrong('scores', what, RANKED)
+    if given:
+      found[first] = np.sum(given, axis=0)
+  return found
 
 
 def spread(start: Tree, scores: Mapping) -> Tree:
@@ -77,7 +120,7 @@ def _evenly(gates: Mapping, scores: Mapping | None) -> dict[str, jax.Array]:
 
 def _check_size(group: str, b: np.ndarray, score: np.ndarray) -> None:
   if np.shape(score) != b.shape:
-    has = f'{group}: has shape {np.shape(score)}, its slices are {b.size}'
+    has = f'{group}: has shape {np.shape(score)}, expected {b.shape}'
     raise arguments.wrong('scores', has, RANKED)
 
 

@@ -35,7 +35,8 @@ def on_target(
   limits. Then, while the cost is more than TOLERANCE off, the gates nearest to zero
   whose flip brings it nearer are flipped: one gate, or as many as make a multiple.
   Where multiples are too coarse for that, two groups at a time move by one width, in
-  opposite directions.
+  opposite directions. A layer is flipped if that leads to the target, or not quite
+  there; or else together with channels that make up for it.
 
   Args:
     coupling: the network's coupling.
@@ -61,14 +62,8 @@ def on_target(
     widths[group] = min(max(width, choices[group][0]), choices[group][-1])
   kept = lambda widths: _widest(coupling, w, widths, branches)
   error = lambda widths: C(coupling, kept(widths)) / C_0 - target
-  off = error(widths)
-  for group, width in _nearest_first(w, widths, choices):
-    if abs(off) <= TOLERANCE:
-      break
-    if (width < widths[group]) == (off > 0):
-      changed = {**widths, group: width}
-      if abs(error(changed)) < abs(off):
-        widths, off = changed, error(changed)
+  widths = _flipped(w, widths, choices, error, branches)
+  widths = _exchanged(w, widths, choices, error, branches)
   if round_to != 1 and name != TIME:
     as_they_are = {branch: [widths[branch]] for branch in branches}
     widths = nearest(widths, {**choices, **as_they_are}, error, TOLERANCE)
@@ -139,6 +134,39 @@ def _choices(
   groups = {name: size for name, size in sizes.items() if name not in branches}
   any_ = {name: [*range(sizes[name] + 1)] for name in branches}
   return allowed(groups, round_to, limits) | any_
+
+
+def _flipped(w: Weights, widths, choices, error, branches: Branches) -> dict[str, int]:
+  """Moves widths nearer to the target, those first for which gates move least."""
+  off = error(widths)
+  for name, width in _nearest_first(w, widths, choices):
+    if abs(off) <= TOLERANCE:
+      break
+    if (width < widths[name]) == (off > 0):
+      changed = {**widths, name: width}
+      left = error(changed)
+      beyond = name in branches and left * off < 0 and abs(left) > TOLERANCE
+      if abs(left) < abs(off) and not beyond:
+        widths, off = changed, left
+  return widths
+
+
+def _exchanged(
+  w: Weights, widths, choices, error, branches: Branches
+) -> dict[str, int]:
+  """Moves a layer beyond the target and channels back, where that brings it nearer."""
+  best, off = widths, error(widths)
+  layers = {branch: w[branch] for branch in branches}
+  for branch, count in _nearest_first(layers, widths, choices):
+    if abs(error(best)) <= TOLERANCE:
+      break
+    if (count < widths[branch]) == (off > 0):
+      start = {**widths, branch: count}
+      fixed = {name: [start[name]] for name in layers}
+      moved = _flipped(w, start, choices | fixed, error, branches)
+      if abs(error(moved)) < abs(error(best)):
+        best = moved
+  return best
 
 
 def _nearest_first(

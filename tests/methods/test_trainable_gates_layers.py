@@ -251,8 +251,12 @@ def test_what_is_to_be_left_whole_does_not_go_with_a_layer():
     ({'exclude': ['one', 'two', 'three']}, 'layers: no layer .* exclude leaves none'),
     ({'target': {'one': 3}}, 'layers: a target in channels'),
     ({'of': 'milliseconds'}, 'layers: .*milliseconds'),
-    ({'scores': {'one/branch': np.ones(2)}}, r'one/branch: has shape \(2,\)'),
+    (
+      {'scores': {'one/branch': np.ones(2)}},
+      r'one/branch: has shape \(2,\), expected \(\)',
+    ),
     ({'scores': {'one/brunch': np.ones(())}}, 'no such group'),
+    ({'scores': {'one/branch': np.float32(np.nan)}}, 'its scores are not finite'),
   ],
 )
 def test_what_cannot_be_is_refused(wrong, message):
@@ -273,3 +277,142 @@ def test_a_run_gates_layers_where_its_options_say_so():
   method = methods.build(GateOptions(0.5, layers=True), COUPLING, 0)
   assert method.init({}, {}).keys() == {'channels', 'branches'}
   assert GateOptions(0.5, layers=True).label == 'flops50-layers'
+
+
+# ---- what once went wrong ------------------------------------------------------------
+
+
+def stacked(branches=1):
+  """A function with three layers in a scan, each with so many branches, and its gates.
+
+  No code for gates is in it; `dp.trunk` finds the units.
+  """
+  keys = iter(jax.random.split(jax.random.key(0), 9))
+  draw = lambda *shape: jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])
+  layer = {str(i): (draw(3, 8, 6), draw(3, 6, 8)) for i in range(branches)}
+  variables = {'first': draw(5, 8), 'layers': layer, 'last': draw(8, 3)}
+
+  def run(p, x):
+    def body(h, q):
+      for into, out in q.values():
+        h = h + jax.nn.relu(h @ into) @ out
+      return h, None
+
+    return jax.lax.scan(body, x @ p['first'], p['layers'])[0] @ p['last']
+
+  x = jnp.ones((1, 5))
+  net = dp.trunk(run, variables, x)
+  variables = net.init(jax.random.key(0), x)
+  return net, variables, couple(net, variables, x)
+
+
+def test_an_array_of_a_stack_that_is_to_be_left_whole_keeps_all_layers():
+  _, _, coupling = stacked()
+  (array,) = (p for p in coupling.axes if p.endswith('layers/0/0'))
+  with pytest.raises(ValueError, match='exclude leaves none'):
+    trainable_gates(coupling, 0.7, layers=True, exclude=array, at_least='100%')
+
+
+def test_weight_decay_spares_the_closed_layers_of_a_stack():
+  _, variables, coupling = stacked()
+  gates = {'branches': {b: jnp.float32([1, 0, 1]) for b in coupling.branches}}
+  found = openness(coupling, gates, variables['params'])
+  of_layers = [x for x in jax.tree.leaves(found) if jnp.ndim(x)]
+  assert len(of_layers) == 2
+  for each in of_layers:
+    np.testing.assert_array_equal(np.ravel(each), [1, 0, 1])
+
+
+def test_of_arrays_that_two_layers_share_one_layer_stays():
+  def tied(v, x):
+    p, b = v['params'], v['branches']
+    h = x @ p['first']
+    for unit in ('one', 'two'):
+      h = h + b[unit]['branch'] * (jax.nn.relu(h @ p['into']) @ p['out'])
+    return h @ p['last']
+
+  own = weights()
+  own['params'] |= own['params']['one']
+  own['params'] = {k: own['params'][k] for k in ('first', 'into', 'out', 'last')}
+  del own['branches']['three']
+  coupling = couple(tied, own, jnp.ones((1, 5)))
+  method = trainable_gates(coupling, 0.8, layers=True, exclude='into')
+  assert [*method.init({}, {})['branches']] == ['one/branch']
+  assert len(trainable_gates(coupling, 0.8, layers=True).init({}, {})['branches']) == 2
+
+
+@pytest.mark.parametrize(
+  ('target', 'branches', 'closed'),
+  [(0.85, (1, 0.01, 1), 0), (0.6, (-1, 0.01, -0.02), 1)],
+)
+def test_a_layer_is_not_moved_beyond_a_target_that_channels_meet(
+  target, branches, closed
+):
+  """From above, channels alone meet it; from below, a layer opens and channels go."""
+  method = trainable_gates(COUPLING, target, layers=True)
+  theta = theta_of(8, 6, 6, 6, branches=branches)
+  theta['channels'] = jax.tree.map(
+    lambda w: 10 * w - jnp.arange(w.size) / 100, theta['channels']
+  )
+  kept, keep = decided(method, theta)
+  assert kept.count(False) == closed
+  assert cost.flops(COUPLING, keep) / FULL == pytest.approx(target, abs=0.02)
+
+
+def test_a_layer_that_costs_nothing_has_a_finite_price():
+  def net(v, x):
+    p, b = v['params'], v['branches']
+    h = x @ p['first']
+    h = h + b['free']['branch'] * jnp.tanh(h * p['scale'])
+    return (h + b['one']['branch'] * (jax.nn.relu(h @ p['into']) @ p['out'])) @ p[
+      'last'
+    ]
+
+  own = weights()['params']
+  variables = {
+    'params': {k: own[k] for k in ('first', 'last')} | own['one'],
+    'branches': {k: {'branch': jnp.ones(())} for k in ('free', 'one')},
+  }
+  variables['params']['scale'] = jnp.ones(8)
+  coupling = couple(net, variables, jnp.ones((1, 5)))
+  method = trainable_gates(coupling, 0.6, layers=True, gate_lr=1e-3)
+  trained = {'params': variables['params'], 'theta': method.init({}, {})}
+  tx = dp.optimizer(method, optax.sgd(0.1))
+  ones = jax.tree.map(jnp.ones_like, trained)
+  moved, _ = tx.update(ones, tx.init(trained), trained)
+  assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(moved))
+
+
+def test_gates_that_were_trained_before_are_refused():
+  variables = weights()
+  variables['branches']['two']['branch'] = jnp.float32(0.5)
+  method = trainable_gates(COUPLING, 0.5, layers=True)
+  with pytest.raises(ValueError, match=r'two/branch: its gate is 0\.5, expected 1'):
+    dp.init_state(network, method, optax.sgd(0.1), variables, COUPLING)
+
+
+def test_the_scores_of_branches_that_share_a_gate_are_added():
+  _, _, coupling = stacked(branches=2)
+  first, second = coupling.branches
+  scores = {first: np.float32([4, 3, 2]), second: np.float32([0, 0, 1000])}
+  of = lambda scores: trainable_gates(coupling, 0.5, layers=True, scores=scores)
+  (w,) = of(scores).init({}, {})['branches'].values()
+  np.testing.assert_array_equal(np.argsort(w), [1, 0, 2])
+  for one in (first, second):
+    with pytest.raises(ValueError, match='needs its scores'):
+      of({one: scores[one]})
+
+
+def test_a_gate_of_several_axes_is_no_layer():
+  def deep(v, x):
+    p, gates = v['params'], v['branches']['s']['branch']
+    inner = lambda h, q: (h + q[1] * (jax.nn.relu(h @ q[0][0]) @ q[0][1]), None)
+    outer = lambda h, q: (jax.lax.scan(inner, h, q)[0], None)
+    return jax.lax.scan(outer, x @ p['first'], (p['s'], gates))[0] @ p['last']
+
+  p = {k: weights()['params'][k] for k in ('first', 'last')}
+  p['s'] = jnp.ones((2, 3, 8, 6)), jnp.ones((2, 3, 6, 8))
+  variables = {'params': p, 'branches': {'s': {'branch': jnp.ones((2, 3))}}}
+  coupling = couple(deep, variables, jnp.ones((1, 5)))
+  with pytest.raises(ValueError, match='no layer .* its gate has 2 axes'):
+    trainable_gates(coupling, 0.5, layers=True)
