@@ -15,7 +15,14 @@ from depthprune.program.resize import slim
 from depthprune.program.rounding import RoundTo
 from depthprune.program.trace import paths_of, several
 from depthprune.surgery.fold import fold, fold_channels
-from depthprune.surgery.plan import IndexPlan, complete, cut, cut_optimizer, index_plan
+from depthprune.surgery.plan import (
+  IndexPlan,
+  complete,
+  cut,
+  cut_optimizer,
+  gates_of,
+  index_plan,
+)
 from depthprune.surgery.settle import settle
 from depthprune.surgery.verify import Verdict, agrees, verify
 
@@ -248,11 +255,18 @@ def _folded(
 ) -> Any:
   """Multiplies gates that stay open, of branches and of channels, into the arrays."""
   leaves = paths_of(variables)
+  layers = {
+    branch: keep['channels'].get(group.name, True)
+    for group in coupling.groups.values()
+    if group.kind == 'layer'
+    for branch in gates_of(coupling, group.name)
+  }
   values = {}
   for branch in coupling.branches:
     kept = np.asarray(keep['branches'].get(branch, True))
     if kept.any():
-      values[branch] = np.asarray(leaves[f'branches/{branch}']) * kept
+      value = np.asarray(leaves[f'branches/{branch}']) * kept
+      values[branch] = np.where(layers.get(branch, True), value, 1)  # if not cut out
   variables = fold(coupling.view, variables, values, keep['exits'])
   open_ = {
     group: np.where(keep['channels'].get(group, True), np.asarray(gate), 1)

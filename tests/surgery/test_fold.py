@@ -305,3 +305,31 @@ def test_a_channel_gate_that_no_weight_can_carry_is_refused():
   assert soft['channels']
   with pytest.raises(ValueError, match='neither 0 nor 1 cannot be folded'):
     prune(model, variables, {}, x, gates=soft)
+
+
+def test_layers_that_are_cut_out_need_no_factor():
+  """Of a stack whose layers lie along axis 1, which could not carry one."""
+
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      inner = nn.Dense(6, use_bias=False)(x)
+      return x + dp.branch(self, nn.Dense(8, use_bias=False)(nn.relu(inner))), None
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      axes, split = {'params': 1, 'branches': 0}, {'params': True}
+      layers = nn.scan(Layer, variable_axes=axes, split_rngs=split, length=3)
+      return nn.Dense(2)(layers()(nn.Dense(8)(x), None)[0])
+
+  x = jax.random.normal(jax.random.key(0), (4, 5))
+  variables = Net().init(jax.random.key(1), x)
+  coupling = dp.couple(Net(), variables, x)
+  (branch,) = coupling.branches
+  keep = {'branches': {branch: np.array([True, False, True])}}
+  small = dp.prune(Net(), variables, keep, x, coupling=coupling)
+  masked = dp.plug(Net(), coupling)(
+    variables, {'branches': {branch: jnp.array([1.0, 0, 1])}}, x
+  )
+  np.testing.assert_allclose(small.apply(small.variables, x), masked, atol=1e-6)
