@@ -19,9 +19,11 @@ from depthprune.exports import networks
 from depthprune.methods.auxiliary import AuxiliaryOptions
 from depthprune.methods.implosion import ImplosionOptions
 from depthprune.methods.netcut import NetCutOptions, netcut
+from depthprune.methods.trainable_gates import GateOptions
 from depthprune.models.heads import every_tap
 from depthprune.models.mlp import MLP
 from depthprune.program.coupling import couple
+from depthprune.report.page import write
 from depthprune.run import rounds
 from depthprune.run.config import Config, default
 from depthprune.run.interrupts import Preempted
@@ -263,6 +265,25 @@ def test_units_that_stay_are_refitted_where_that_helps(tmp_path, monkeypatch):
   assert not same(before['params'], after['params'])
   is_left_out = rounds.NOT_REFITTED in found['notes']
   assert same(params, (before if is_left_out else after)['params'])
+
+
+def test_gates_close_layers_and_channels_for_one_target(tmp_path):
+  options = GateOptions(0.2, round_to=1, layers=True, frozen=True)
+  config = dataclasses.replace(
+    IMPLOSION,
+    options=options,
+    train_epochs=2,
+    gate_epochs=4,
+    workdir=str(tmp_path),
+  )
+  result = rounds.run(config, show=False)
+  (found,) = result.rounds
+  assert result.flops.after / result.flops.before == pytest.approx(0.2, abs=0.01)
+  arch = networks.load(tmp_path / 'pruned').model.arch
+  assert found.erased == [key.removesuffix('/branch') for key in arch if not arch[key]]
+  assert 0 < len(found.erased) < len(found.learned['layers'])
+  assert any(width > 0 for width in arch.values())  # others are narrower
+  assert 'Layers over time' in write(tmp_path).read_text()
 
 
 def test_priorities_go_on_from_round_to_round(imploded):
