@@ -134,8 +134,8 @@ def trainable_gates(
       rest.
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
       start nearer to closing. By default the order is arbitrary. With `layers` also
-      {branch: () or [layers]}, such as `block_influence` gives; those of branches that
-      share a gate are added.
+      {branch: () or [layers]}, such as `block_influence` gives with {branch: [branch]}
+      as blocks; those of branches that share a gate are added.
     scope: 'uniform' compares the scores within each group, so that at first all groups
       close alike; 'global' compares them throughout the network, divided by what a
       channel of the group costs, and takes scores of all groups for that.

@@ -13,8 +13,8 @@ from depthprune.train.task import Tree
 
 START = 0.1  # mean gate weight of a group at the start
 RANKED = (
-  'surgery.oneshot.rank(coupling, variables, "l1") makes those of channels, and '
-  'block_influence those of branches'
+  'surgery.oneshot.rank(coupling, variables, "l1") makes those of channels, '
+  'block_influence with blocks={branch: [branch]} those of branches'
 )
 
 

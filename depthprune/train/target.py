@@ -35,8 +35,8 @@ def on_target(
   limits. Then, while the cost is more than TOLERANCE off, the gates nearest to zero
   whose flip brings it nearer are flipped: one gate, or as many as make a multiple.
   Where multiples are too coarse for that, two groups at a time move by one width, in
-  opposite directions. A layer is flipped if that leads to the target, or not quite
-  there; or else together with channels that make up for it.
+  opposite directions. Layers are flipped while that does not overshoot the target. If
+  it is not met so, one that overshoots is flipped, and channels make up for it.
 
   Args:
     coupling: the network's coupling.
