@@ -79,7 +79,7 @@ with epy.lazy_imports():
   from depthprune.train.task import Tree
 
 TRUNK = 'dp.trunk(model, variables, *inputs) puts one on every residual unit'
-LEAST = 0.1  # of the mean price of a channel, where prices are measured
+LEAST = 0.1  # of the mean price: of what costs nothing, and at least where measured
 
 
 def trainable_gates(
@@ -98,7 +98,7 @@ def trainable_gates(
   at_most: Counts | None = None,
   layers: bool = False,
 ) -> Method:
-  """Learns by gradient descent which channels of a network may go.
+  """Learns by gradient descent which channels, or also layers, of a network may go.
 
   Every group of coupled channels gets a gate weight per channel; a channel is open
   where it is positive. The weights are trained together with the network's own, with a
@@ -134,8 +134,8 @@ def trainable_gates(
       rest.
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
       start nearer to closing. By default the order is arbitrary. With `layers` also
-      {branch: () or [layers]}, such as `block_influence` gives with {branch: [branch]}
-      as blocks; those of branches that share a gate are added.
+      {branch: () or [layers]}. Outside of scans `block_influence` gives these, with
+      {branch: [branch]} as blocks. Those of branches that share a gate are added.
     scope: 'uniform' compares the scores within each group, so that at first all groups
       close alike; 'global' compares them throughout the network, divided by what a
       channel of the group costs, and takes scores of all groups for that.
@@ -148,7 +148,7 @@ def trainable_gates(
     layers: whether layers may go too: every residual branch F of x + F(x) that can be
       erased gets a gate. `trunk` finds the branches of any network, and `branch` writes
       one into a module. The branches of each layer of a scanned stack share a gate.
-      Without scores the later ones start nearer to closing.
+      Without scores, later layers start nearer to closing.
 
   Returns:
     The Method. Its `decide` keeps the open channels and layers, corrected to meet the
@@ -157,23 +157,25 @@ def trainable_gates(
   Raises:
     ValueError: no channel can be gated; the target is not in (0, 1], or is out of reach
       with the narrowest widths that round_to, floors and ceilings allow; a pattern that
-      matches nothing; a floor above the ceiling; or `layers` where none can go, or with
-      a target in channels or milliseconds. From `Method.init`, scores of another shape
-      or not finite, and with `layers` branches whose gates in the variables are not 1.
+      matches nothing; a floor above the ceiling; `layers` where none can go, or with a
+      target in channels or milliseconds; or scores that are not finite, or of only some
+      of the branches that share a gate. From `Method.init`: scores of another shape,
+      and with `layers` branches whose gates in the variables are not 1.
 
   Source: Kim, Park, Jung, Choe, arXiv 1904.10921.
   """
-  _check(strength, gate_lr, surrogate, steps, scores, scope)
+  _check(strength, gate_lr, surrogate, steps, scores, scope, layers)
   for group in {*(scores or {})} - {*arguments.coupling(coupling).branches}:
     coupling.axis(group)
   ratios = target if isinstance(target, Mapping) else None
   limits = widths.ranges(coupling, round_to, exclude, at_least, at_most, ratios)
-  name, C = times.counted(coupling, of, round_to)
-  if layers and (ratios or name == times.TIME):
-    told = 'channels' if ratios else 'milliseconds, which know widths alone'
-    what = f'a target in {told}, does not say which layers may go'
+  if layers and (of == times.TIME or isinstance(of, times.Milliseconds)):
+    what = 'milliseconds know the widths of layers, not which are there'
     raise arguments.wrong('layers', what, "write of='flops'")
-  arguments.kind_of('layers', layers, bool, 'True or False')
+  if layers and ratios is not None:
+    what = 'a target in channels does not say which layers may go'
+    raise arguments.wrong('layers', what, 'write a part of the cost: target=0.5')
+  name, C = times.counted(coupling, of, round_to)
   branches = _erasable(coupling, exclude) if layers else {}
   scores = starts.shared(scores or {}, branches)
   rho = _remaining(coupling, C, limits) if isinstance(target, Mapping) else target
@@ -181,9 +183,10 @@ def trainable_gates(
     rho = fraction(rho, 'trainable_gates: target')
   targets.reachable(coupling, rho, C, round_to, limits, branches)
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
-  limits = widths.in_multiples(
-    coupling, round_to, limits, lambda keep: C(coupling, keep) <= rho * C_0
-  )
+  every = [path for paths in branches.values() for path in paths]
+  gone = {path: np.zeros(coupling.branch_shape(path), bool) for path in every}
+  fits = lambda keep: C(coupling, {**keep, 'branches': gone}) <= rho * C_0
+  limits = widths.in_multiples(coupling, round_to, limits, fits)
   gates = coupling.gates()
   start = {'channels': {group: gates['channels'][group] for group in limits}}
   if layers:
@@ -224,13 +227,17 @@ def trainable_gates(
     loss, metrics = supervised(task, outputs, batch, theta, step)
     return loss, {**metrics, name: share(theta, step), 'target': rho_t(step)}
 
-  present = unit_search.units(coupling) if layers else ()
-  may_go = [unit for unit in present if unit.branches[0] in branches]
+  units = unit_search.units(coupling) if layers else ()
 
   def report(theta):
-    open_ = {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])}
-    of = lambda u: theta['branches'][u.branches[0]][... if u.layer is None else u.layer]
-    return {**open_, 'layers': {u.name: of(u) for u in may_go}} if may_go else open_
+    found = {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])}
+    if layers:
+      found['layers'] = {
+        u.name: theta['branches'][u.branches[0]][... if u.layer is None else u.layer]
+        for u in units
+        if u.branches[0] in branches
+      }
+    return found
 
   def open_part(trained):
     params = openness(coupling, forward(trained['theta']), trained['params'])
@@ -238,8 +245,8 @@ def trainable_gates(
 
   def init(gates, outputs):
     del outputs
-    mine = {path for paths in branches.values() for path in paths}
-    starts.check_open({b: g for b, g in gates.get('branches', {}).items() if b in mine})
+    stored = gates.get('branches', {})
+    starts.check_open({path: stored[path] for path in every if path in stored})
     if scope == 'global':
       return starts.spread_globally(start, scores, c)
     return starts.spread(start, scores)
@@ -284,13 +291,14 @@ def gate(
   return b + jax.lax.stop_gradient(built - b)
 
 
-def _check(strength, gate_lr, surrogate, steps, scores, scope) -> None:
+def _check(strength, gate_lr, surrogate, steps, scores, scope, layers) -> None:
   arguments.number('strength', strength, least=0)
   arguments.number('gate_lr', gate_lr, least=0)
   arguments.whole('steps', steps, least=0)
   gating.surrogate_gradient(jnp.zeros(()), surrogate)  # refuses another name
   if scores is not None:
     arguments.kind_of('scores', scores, Mapping, '{group: [slices]}', starts.RANKED)
+  arguments.kind_of('layers', layers, bool, 'True or False')
   if scope not in ('uniform', 'global'):
     expected = 'uniform or global'
     raise arguments.refused('scope', expected, scope, kind=ValueError)
@@ -307,16 +315,11 @@ def _remaining(
   return C(coupling, {'channels': kept}) / C(coupling, None)
 
 
-def _not_free(c: Tree, least: float) -> Tree:
-  """Prices, none below a part of the mean one; what costs nothing has LEAST of it."""
+def _not_free(c: Tree, floor: float) -> Tree:
+  """Prices; those of at most `floor` times the mean one become LEAST times it."""
   mean = max(float(np.mean([p.mean() for p in jax.tree.leaves(c)])), 1e-12)
-
-  def one(price):
-    if float(price.mean()) <= 0:
-      return jnp.full_like(price, LEAST * mean)
-    return jnp.maximum(price.mean(), least * mean) if least else price
-
-  return jax.tree.map(one, c)
+  is_low = lambda p: float(p.mean()) <= floor * mean
+  return jax.tree.map(lambda p: jnp.full_like(p, LEAST * mean) if is_low(p) else p, c)
 
 
 def _erasable(
@@ -327,7 +330,6 @@ def _erasable(
   Raises:
     ValueError: there are none.
   """
-
   found: dict[str, tuple[str, ...]] = {}
   for first, paths in unit_search.erasable(coupling).items():
     closing = [b for these in (*found.values(), paths) for b in these]
@@ -345,7 +347,7 @@ def _erasable(
 
 
 def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:
-  """SGD on theta, with the gradient divided by the price of a channel."""
+  """SGD on theta, with the gradient divided by the price of a channel or layer."""
 
   def divided(updates, params):
     del params
@@ -384,8 +386,8 @@ class GateOptions:
 
   by_loss: bool = False
   """Channels whose closing changes the loss least, for what they cost, start nearest to
-  closing, in the whole network; else those of the smallest kernels, equally many in
-  every group."""
+  closing, in the whole network; else those of the smallest kernels (with layers those
+  that change the loss least), equally many in every group."""
 
   layers: bool = False
   """Layers may go as well as channels: residual units have gates too."""

@@ -110,7 +110,8 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
 def erasable(coupling: Coupling) -> dict[str, tuple[str, ...]]:
   """Returns the branches that can be erased, {first: all that go with it}.
 
-  Every branch goes by itself, but those of a scanned stack go layer by layer, together.
+  Outside of scans every branch goes by itself; those of a scanned stack go together,
+  layer by layer.
 
   Args:
     coupling: of the network, made by `couple`.

@@ -118,8 +118,8 @@ def produced(
   return {*_by_group(coupling, groups, dict.fromkeys(patterns, 1), argument)}
 
 
-def excludes(coupling: Coupling, patterns: str | Sequence[str], gone: set) -> bool:
-  """Returns whether something that is to be left whole is among arrays that go.
+def excludes(coupling: Coupling, patterns: str | Sequence[str], gone: set[str]) -> bool:
+  """Returns whether patterns name an array that goes, or a group whose arrays all go.
 
   Args:
     coupling: of the network, made by `couple`.

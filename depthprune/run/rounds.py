@@ -64,7 +64,7 @@ NOT_REFITTED = (
 )
 
 Build = Callable[..., Method]
-"""(coupling, steps, scores, whole) -> method; `scores` are those of the channels, and
+"""(coupling, steps, scores, whole) -> method; `scores` are those of a `Setting`, and
 `whole` is the coupling of the network before any cut."""
 
 
@@ -339,8 +339,8 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   accuracies = Accuracies(
     evaluate({})['accuracy'], pruned=found.stored, recalibrated=found.measured
   )
-  variables = found.fresh, found.best
-  return _Round(coupling, method, state, pruned, model, *variables, accuracies)
+  both = found.fresh, found.best
+  return _Round(coupling, method, state, pruned, model, *both, accuracies)
 
 
 class _Statistics(NamedTuple):

@@ -266,7 +266,8 @@ def _folded(
     kept = np.asarray(keep['branches'].get(branch, True))
     if kept.any():
       value = np.asarray(leaves[f'branches/{branch}']) * kept
-      values[branch] = np.where(layers.get(branch, True), value, 1)  # if not cut out
+      # A layer that is cut out takes its gate along, so its factor is 1.
+      values[branch] = np.where(layers.get(branch, True), value, 1)
   variables = fold(coupling.view, variables, values, keep['exits'])
   open_ = {
     group: np.where(keep['channels'].get(group, True), np.asarray(gate), 1)

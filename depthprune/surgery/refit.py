@@ -108,10 +108,10 @@ def refit(
   Returns:
     The variables, of the same structure and shapes. What is refitted is every dense
     layer, einsum or convolution whose weight is stored as a variable, read once, and
-    reads something else than before; layers of a scan too. If any is, the arrays of
-    batch normalisation are new as well. Grouped convolutions,
-    weights of batched products (experts), shared ones and those that are complex or
-    integers are as they were.
+    reads something else than before; layers of a scan too. If a layer is refitted, the
+    arrays of batch normalisations are new as well. Grouped convolutions, weights of
+    batched products (experts), shared ones and those that are complex or integers are
+    as they were.
 
   Raises:
     KeyError: `keep` has a group, branch or exit that the network does not have.

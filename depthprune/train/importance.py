@@ -17,7 +17,7 @@ import numpy as np
 from depthprune.data.dataset import inputs_of
 from depthprune.distributed import fetch
 from depthprune.program.coupling import Coupling
-from depthprune.train.step import gated
+from depthprune.train.step import branches_of, gated
 from depthprune.train.task import Task, Tree, as_dict
 
 
@@ -29,7 +29,7 @@ def taylor(
   batches: Iterable[Tree],
   branches: bool = False,
 ) -> dict[str, np.ndarray]:
-  """Estimates how much the loss changes when a channel is closed, for all channels.
+  """Estimates how much the loss changes when a channel, or a branch, is closed.
 
   Args:
     model: the network, in evaluation mode.
@@ -55,9 +55,9 @@ def taylor(
     slopes = jax.grad(loss)(gates)
     return {k: jnp.square(s) for part in slopes.values() for k, s in part.items()}
 
-  gates = coupling.gates()
-  if not branches:
-    del gates['branches']
+  gates = {'channels': coupling.gates()['channels']}
+  if branches:
+    gates['branches'] = branches_of(variables)
   gates = jax.tree.map(jnp.asarray, gates)
   each = [squared(variables, gates, batch) for batch in batches]
   return {name: np.mean([fetch(one[name]) for one in each], axis=0) for name in each[0]}

@@ -260,7 +260,7 @@ def spare_closed(
   Args:
     tx: the optimizer to wrap.
     openness: (params) -> tree of factors that broadcast to params, 0 for closed slices
-      and 1 for open ones; `train.method.openness` computes it from channel gates.
+      and 1 for open ones; `train.method.openness` computes it from gates.
 
   Returns:
     An optax optimizer, whose `update` has to be called with params.
@@ -290,7 +290,7 @@ def spare_closed(
 
 
 def openness(coupling: Coupling, gates: Any, params: Any) -> Any:
-  """Computes how open every slice of every parameter is, from the gates of its axes.
+  """Computes how open every slice of every parameter is, from the gates around it.
 
   Args:
     coupling: the network's coupling.

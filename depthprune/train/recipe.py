@@ -37,7 +37,8 @@ class Setting(NamedTuple):
     coupling: coupling of the network as it is now.
     whole: coupling of the network before any cut; the same in the first round.
     steps: length of the stage that trains gates and weights together.
-    scores: {group: [n]}, estimates of how much every channel is worth.
+    scores: {group: [n]}, estimates of how much every channel is worth; also of
+      branches, {path: () or [layers]}, where `scores_layers` says so.
     seed: the run's seed.
     stage: name of the stage that is trained.
     round_to: what widths are multiples of; where the options say 'auto', it stands for

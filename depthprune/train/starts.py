@@ -14,7 +14,7 @@ from depthprune.train.task import Tree
 START = 0.1  # mean gate weight of a group at the start
 RANKED = (
   'surgery.oneshot.rank(coupling, variables, "l1") makes those of channels, '
-  'block_influence with blocks={branch: [branch]} those of branches'
+  'block_influence with blocks={branch: [branch]} those of branches outside of scans'
 )
 
 
@@ -52,6 +52,8 @@ def shared(scores: Mapping, branches: Mapping[str, Sequence[str]]) -> dict[str, 
       what = f'{missing}: needs its scores, for {first} has some and shares its gate'
       raise arguments.wrong('scores', what, RANKED)
     if given:
+      for path, score in zip(paths, given, strict=True):
+        _check_size(path, given[0], score)
       found[first] = np.sum(given, axis=0)
   return found
 
@@ -102,8 +104,10 @@ def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:
 
 def _evenly(gates: Mapping, scores: Mapping | None) -> dict[str, jax.Array]:
   """Spaces gates evenly in (0, 2 START), whatever group they belong to."""
-  worth = -np.arange(sum(gate.size for gate in gates.values()))
-  if scores is not None:
+  sizes = [gate.size for gate in gates.values()]
+  if scores is None:
+    worth = -np.arange(sum(sizes))
+  else:
     for name, gate in gates.items():
       if name not in scores:
         what = f'{name}: needs its scores, for it is compared with others'
@@ -111,10 +115,10 @@ def _evenly(gates: Mapping, scores: Mapping | None) -> dict[str, jax.Array]:
       _check_size(name, gate, scores[name])
     worth = np.concatenate([np.ravel(scores[name]) for name in gates])
   w = 2 * START * (_ranks(worth) + 0.5) / worth.size
-  parts = np.split(w.astype(np.float32), np.cumsum([b.size for b in gates.values()]))
+  parts = np.split(w.astype(np.float32), np.cumsum(sizes)[:-1])
   return {
     name: jnp.asarray(part.reshape(gate.shape))
-    for (name, gate), part in zip(gates.items(), parts, strict=False)
+    for (name, gate), part in zip(gates.items(), parts, strict=True)
   }
 
 

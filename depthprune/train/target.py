@@ -45,11 +45,11 @@ def on_target(
     of: 'flops', 'params' or a cost of `timing.layers`.
     round_to: widths become multiples of it, or 'auto'.
     limits: {group: Range} of the widths that each group may have; by default any.
-    branches: the branches of which `w` has weights.
+    branches: {branch of which `w` has a weight: all branches that are closed with it}.
 
   Returns:
     {'channels': {group: bool [n]}}, in which groups without a weight are whole, and
-    with `branches` those too.
+    with `branches` also {'branches': {path: bool () or [layers]}}.
   """
   name, C = counted(coupling, of, round_to)
   w = {group: np.asarray(value) for group, value in w.items()}
@@ -111,7 +111,8 @@ def reachable(
   floor = share({group: widths[0] for group, widths in choices.items()})
   ceiling = share({group: widths[-1] for group, widths in choices.items()})
   if target < floor:
-    fewest = possible(max(gate.size for gate in gates.values()), round_to)[0]
+    sizes = [gate.size for group, gate in gates.items() if group not in branches]
+    fewest = possible(max(sizes, default=1), round_to)[0]
     stay = '' if limits is None else ', or as many as are to stay,'
     stay += ' and without the layers that may go' * bool(branches)
     raise ValueError(
@@ -155,17 +156,18 @@ def _exchanged(
   w: Weights, widths, choices, error, branches: Branches
 ) -> dict[str, int]:
   """Moves a layer beyond the target and channels back, where that brings it nearer."""
-  best, off = widths, error(widths)
+  off = error(widths)
+  best, left = widths, abs(off)
   layers = {branch: w[branch] for branch in branches}
   for branch, count in _nearest_first(layers, widths, choices):
-    if abs(error(best)) <= TOLERANCE:
+    if left <= TOLERANCE:
       break
     if (count < widths[branch]) == (off > 0):
       start = {**widths, branch: count}
       fixed = {name: [start[name]] for name in layers}
       moved = _flipped(w, start, choices | fixed, error, branches)
-      if abs(error(moved)) < abs(error(best)):
-        best = moved
+      if abs(error(moved)) < left:
+        best, left = moved, abs(error(moved))
   return best
 
 

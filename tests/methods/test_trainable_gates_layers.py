@@ -249,7 +249,7 @@ def test_what_is_to_be_left_whole_does_not_go_with_a_layer():
   ('wrong', 'message'),
   [
     ({'exclude': ['one', 'two', 'three']}, 'layers: no layer .* exclude leaves none'),
-    ({'target': {'one': 3}}, 'layers: a target in channels'),
+    ({'target': {'one': 3}}, 'layers: a target in channels does not say'),
     ({'of': 'milliseconds'}, 'layers: .*milliseconds'),
     (
       {'scores': {'one/branch': np.ones(2)}},
@@ -262,6 +262,11 @@ def test_what_is_to_be_left_whole_does_not_go_with_a_layer():
 def test_what_cannot_be_is_refused(wrong, message):
   with pytest.raises((ValueError, KeyError), match=message):
     trainable_gates(COUPLING, **{'target': 0.5, **wrong}, layers=True).init({}, {})
+
+
+def test_layers_is_no_pattern():
+  with pytest.raises(TypeError, match='layers: expected True or False'):
+    trainable_gates(COUPLING, 0.5, layers='one/*')
 
 
 def test_a_network_without_branches_says_how_to_get_them():
@@ -401,6 +406,8 @@ def test_the_scores_of_branches_that_share_a_gate_are_added():
   for one in (first, second):
     with pytest.raises(ValueError, match='needs its scores'):
       of({one: scores[one]})
+  with pytest.raises(ValueError, match=r'has shape \(\), expected \(3,\)'):
+    of({first: scores[first], second: np.float32(1)})
 
 
 def test_a_gate_of_several_axes_is_no_layer():
