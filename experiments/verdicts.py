@@ -21,6 +21,7 @@ from experiments.result_files import (
 from experiments.trainable_gates.comparison import NAMES
 
 NOT_RUN = 'not run'
+FEW = {1: 'one seed', 2: 'two seeds'}
 
 
 class Line(NamedTuple):
@@ -324,10 +325,11 @@ def above(values: Iterable[float], controls: Iterable[float]) -> str:
   """Whether the first are above the second, by more than the spread of differences."""
   gains = [100 * (a - b) for a, b in zip(values, controls, strict=True)]
   mean, deviation = statistics.mean(gains), deviation_of(gains)
-  if len(gains) < 2:
+  spread = f' ± {deviation:.2f}' if len(gains) > 1 else ''
+  by = f'by {abs(mean):.2f}{spread} points'
+  if len(gains) in FEW:  # which decide nothing
     where = 'above' if mean > 0 else 'below'
-    return f'{where} the control by {abs(mean):.2f} points, one seed'
-  by = f'by {abs(mean):.2f} ± {deviation:.2f} points'
+    return f'{where} the control {by}, {FEW[len(gains)]}'
   if mean > deviation:
     return f'reached: above the control {by}'
   return f'not reached: {"below" if mean < 0 else "within the spread of"} it, {by}'
@@ -354,7 +356,8 @@ def deviation_of(values: Sequence[float]) -> float:
 
 
 def accuracy(rows: Sequence[Row]) -> str:
-  return percent(r['accuracy'] for r in rows) + ' (one seed)' * (len(rows) == 1)
+  few = f' ({FEW[len(rows)]})' if len(rows) in FEW else ''
+  return percent(r['accuracy'] for r in rows) + few
 
 
 def mean_of(rows: Sequence[Row]) -> float:

@@ -33,6 +33,9 @@ def test_a_gain_counts_where_it_is_above_the_spread_of_the_differences():
     'not reached: below it, by 1.00'
   )
   assert above([0.82], [0.80]) == 'above the control by 2.00 points, one seed'
+  assert above([0.82, 0.81], [0.80, 0.80]) == (
+    'above the control by 1.50 ± 0.71 points, two seeds'
+  )
 
 
 def test_a_goal_is_reached_or_missed_by_so_many_points():
