@@ -74,6 +74,7 @@ def test_a_closed_layer_costs_nothing_by_hand():
   method = trainable_gates(COUPLING, 0.5, strength=7.0, layers=True)
   theta = theta_of(8, 6, 3, 6, branches=(1, 1, -1))
   share = flops(8, 6, 3) / FULL
+  assert method.penalty is not None
   assert float(method.penalty(theta, STEP)) == pytest.approx(7 * (share - 0.5) ** 2)
 
 
