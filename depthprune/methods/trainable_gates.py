@@ -69,6 +69,7 @@ with epy.lazy_imports():
   from depthprune.program import units as unit_search
   from depthprune.program.coupling import Coupling
   from depthprune.program.rounding import RoundTo
+  from depthprune.program.units import ResidualUnit
   from depthprune.program.widths import Count, Counts, Range
   from depthprune.timing import latency
   from depthprune.timing import layers as times
@@ -78,7 +79,6 @@ with epy.lazy_imports():
   from depthprune.train.result import Result
   from depthprune.train.task import Tree
 
-TRUNK = 'dp.trunk(model, variables, *inputs) puts one on every residual unit'
 LEAST = 0.1  # of the mean price: of what costs nothing, and at least where measured
 
 
@@ -176,16 +176,16 @@ def trainable_gates(
     what = 'a target in channels does not say which layers may go'
     raise arguments.wrong('layers', what, 'write a part of the cost: target=0.5')
   name, C = times.counted(coupling, of, round_to)
-  branches = _erasable(coupling, exclude) if layers else {}
+  units = _may_go(coupling, exclude) if layers else []
+  branches = {unit.branches[0]: unit.branches for unit in units}
   scores = starts.shared(scores or {}, branches)
   rho = _remaining(coupling, C, limits) if isinstance(target, Mapping) else target
   if isinstance(rho, str) and rho.strip().endswith('%'):
     rho = fraction(rho, 'trainable_gates: target')
   targets.reachable(coupling, rho, C, round_to, limits, branches)
   C_0 = float(C(coupling, None))  # of a ResNet-50 it is no int32
-  every = [path for paths in branches.values() for path in paths]
-  gone = {path: np.zeros(coupling.branch_shape(path), bool) for path in every}
-  fits = lambda keep: C(coupling, {**keep, 'branches': gone}) <= rho * C_0
+  shallowest = unit_search.closing(units, coupling)
+  fits = lambda keep: C(coupling, {**keep, **shallowest}) <= rho * C_0
   limits = widths.in_multiples(coupling, round_to, limits, fits)
   gates = coupling.gates()
   start = {'channels': {group: gates['channels'][group] for group in limits}}
@@ -227,15 +227,12 @@ def trainable_gates(
     loss, metrics = supervised(task, outputs, batch, theta, step)
     return loss, {**metrics, name: share(theta, step), 'target': rho_t(step)}
 
-  units = unit_search.units(coupling) if layers else ()
-
   def report(theta):
     found = {'open': jax.tree.map(jnp.sum, forward(theta)['channels'])}
     if layers:
       found['layers'] = {
         u.name: theta['branches'][u.branches[0]][... if u.layer is None else u.layer]
         for u in units
-        if u.branches[0] in branches
       }
     return found
 
@@ -245,8 +242,8 @@ def trainable_gates(
 
   def init(gates, outputs):
     del outputs
-    stored = gates.get('branches', {})
-    starts.check_open({path: stored[path] for path in every if path in stored})
+    mine = {path for paths in branches.values() for path in paths}
+    starts.check_open({p: x for p, x in gates.get('branches', {}).items() if p in mine})
     if scope == 'global':
       return starts.spread_globally(start, scores, c)
     return starts.spread(start, scores)
@@ -322,28 +319,24 @@ def _not_free(c: Tree, floor: float) -> Tree:
   return jax.tree.map(lambda p: jnp.full_like(p, LEAST * mean) if is_low(p) else p, c)
 
 
-def _erasable(
-  coupling: Coupling, exclude: str | Sequence[str]
-) -> dict[str, tuple[str, ...]]:
-  """The branches that may go, {first: those that go with it}.
+def _may_go(coupling: Coupling, exclude: str | Sequence[str]) -> list[ResidualUnit]:
+  """The layers that may be closed, those of a scanned stack all or none of them.
 
   Raises:
     ValueError: there are none.
   """
-  found: dict[str, tuple[str, ...]] = {}
-  for first, paths in unit_search.erasable(coupling).items():
-    closing = [b for these in (*found.values(), paths) for b in these]
-    if not widths.excludes(coupling, exclude, unit_search.gone(coupling, closing)):
-      found[first] = paths
-  if not found:
-    why = '; '.join(u.why_not for u in unit_search.units(coupling) if u.why_not)
-    raise arguments.brief(
-      ValueError(
-        'layers: no layer of this network may go: '
-        + (why or 'it has no branches, or exclude leaves none; ' + TRUNK)
-      )
-    )
-  return found
+  present = unit_search.units(coupling)
+  closed: list[str] = []
+  for branches in dict.fromkeys(u.branches for u in present if not u.why_not):
+    gone = unit_search.gone(coupling, [*closed, *branches])
+    if not widths.excludes(coupling, exclude, gone):
+      closed += branches
+  if not closed:
+    why = '; '.join(u.why_not for u in present if u.why_not)
+    none = f'it has no branches, or exclude leaves none; {unit_search.TRUNK}'
+    said = f'layers: no layer of this network may go: {why or none}'
+    raise arguments.brief(ValueError(said))
+  return [unit for unit in present if unit.branches[0] in closed]
 
 
 def _gate_tx(c: Tree, eta: Callable) -> optax.GradientTransformation:

@@ -19,6 +19,7 @@ from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.deadcode import LAYOUT, fold
 
+TRUNK = 'dp.trunk(model, variables, *inputs) puts one on every residual unit'
 NOT_IDENTITY = 'its shortcut is not the identity: it'
 
 
@@ -105,18 +106,6 @@ def units(coupling: Coupling) -> tuple[ResidualUnit, ...]:
       ResidualUnit(f'{name}[{i}]', branches, i, why_not) for i in range(layers)
     ]
   return tuple(in_order)
-
-
-def erasable(coupling: Coupling) -> dict[str, tuple[str, ...]]:
-  """Returns the branches that can be erased, {first: all that go with it}.
-
-  Outside of scans every branch goes by itself; those of a scanned stack go together,
-  layer by layer.
-
-  Args:
-    coupling: of the network, made by `couple`.
-  """
-  return {u.branches[0]: u.branches for u in units(coupling) if not u.why_not}
 
 
 def gone(coupling: Coupling, branches: Sequence[str]) -> set[str]:

@@ -339,8 +339,9 @@ def _round(job: Job, model, variables, build: Build, teacher, before) -> _Round:
   accuracies = Accuracies(
     evaluate({})['accuracy'], pruned=found.stored, recalibrated=found.measured
   )
-  both = found.fresh, found.best
-  return _Round(coupling, method, state, pruned, model, *both, accuracies)
+  return _Round(
+    coupling, method, state, pruned, model, found.fresh, found.best, accuracies
+  )
 
 
 class _Statistics(NamedTuple):

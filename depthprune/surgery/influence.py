@@ -18,7 +18,7 @@ from depthprune.program import arguments
 from depthprune.program import jaxpr as jx
 from depthprune.program.coupling import Coupling
 from depthprune.program.trace import View, remembered, split_arrays
-from depthprune.program.units import meetings
+from depthprune.program.units import TRUNK, meetings
 from depthprune.surgery.activations import calls
 
 TINY = 1e-12  # for vectors of zeros
@@ -66,8 +66,7 @@ def block_influence(
   if blocks is None:
     blocks = {b.removesuffix('/branch'): [b] for b in coupling.branches}
   if not blocks:
-    write = 'dp.trunk(model, variables, *inputs) puts one on every residual unit'
-    raise arguments.wrong('coupling', 'the network has no branches to score', write)
+    raise arguments.wrong('coupling', 'the network has no branches to score', TRUNK)
   for branch in (b for branches in blocks.values() for b in branches):
     if branch not in coupling.branches:
       there = arguments.listed(coupling.branches)

@@ -143,7 +143,7 @@ def oneshot(
   )
   scores = rank(coupling, variables, score, grads, key, limits)
   if ratios is not None:
-    kept = {g: _best(s, limits[g].most) for g, s in scores.items()}
+    kept = {g: highest(s, limits[g].most) for g, s in scores.items()}
     return complemented(coupling, closed, kept)
   asked = constraints(coupling, target, of, round_to, closed)
   least = 'at least one slice per group'
@@ -173,7 +173,7 @@ def oneshot(
     return keep
   choices = allowed({g: s.size for g, s in scores.items()}, round_to, limits)
   best = lambda widths: complemented(
-    coupling, closed, {g: _best(scores[g], n) for g, n in widths.items()}
+    coupling, closed, {g: highest(scores[g], n) for g, n in widths.items()}
   )
   off = lambda widths: (price(best(widths)) - one.goal) / one.total
   built = {g: int(keep['channels'][g].sum()) for g in scores}
@@ -454,12 +454,12 @@ def _built(scores, widths, limits, round_to: RoundTo) -> dict[str, np.ndarray]:
   built = {}
   for group, s in scores.items():
     width = int(rounding.built(widths[group], s.size, round_to))
-    built[group] = _best(s, min(max(width, limits[group].least), limits[group].most))
+    built[group] = highest(s, min(max(width, limits[group].least), limits[group].most))
   return built
 
 
-def _best(scores: np.ndarray, width: int) -> np.ndarray:
-  """The `width` highest scores. bool [len(scores)]"""
+def highest(scores: np.ndarray, width: int) -> np.ndarray:
+  """Returns where the `width` highest scores are, bool [len(scores)]."""
   kept = np.zeros(scores.size, bool)
   kept[np.argsort(-scores, kind='stable')[:width]] = True
   return kept

@@ -8,7 +8,7 @@ from depthprune.program import arguments, rounding
 from depthprune.program.coupling import WHY, Coupling
 from depthprune.program.rounding import RoundTo, possible
 from depthprune.program.widths import Range, allowed, nearest
-from depthprune.surgery.oneshot import closing, complemented
+from depthprune.surgery.oneshot import closing, complemented, highest
 from depthprune.timing.layers import TIME, CostFunction, counted
 from depthprune.train.recipe import TOLERANCE
 from depthprune.train.task import Tree
@@ -66,8 +66,8 @@ def on_target(
   widths = _exchanged(w, widths, choices, error, branches)
   if round_to != 1 and name != TIME:
     as_they_are = {branch: [widths[branch]] for branch in branches}
-    widths = nearest(widths, {**choices, **as_they_are}, error, TOLERANCE)
-  return kept(widths)
+    widths = nearest(widths, choices | as_they_are, error, TOLERANCE)
+  return complemented(coupling, kept(widths), {})
 
 
 def reachable(
@@ -166,8 +166,8 @@ def _exchanged(
       start = {**widths, branch: count}
       fixed = {name: [start[name]] for name in layers}
       moved = _flipped(w, start, choices | fixed, error, branches)
-      if abs(error(moved)) < left:
-        best, left = moved, abs(error(moved))
+      if (now := abs(error(moved))) < left:
+        best, left = moved, now
   return best
 
 
@@ -189,11 +189,11 @@ def _widest(
   coupling: Coupling, w: Weights, widths: Mapping[str, int], branches: Branches
 ) -> Tree:
   """Returns the keep tree of the channels and layers with the largest weights."""
-  order = lambda value: np.argsort(value, axis=None, kind='stable')
   kept = {
-    name: (order(order(-value)) < widths[name]).reshape(value.shape)
+    name: highest(np.ravel(value), widths[name]).reshape(value.shape)
     for name, value in w.items()
   }
   closed = {path: kept[name] for name, paths in branches.items() for path in paths}
   channels = {group: kept[group] for group in w if group not in branches}
-  return complemented(coupling, closing(coupling, closed), channels)
+  keep = closing(coupling, closed)
+  return {**keep, 'channels': keep['channels'] | channels}

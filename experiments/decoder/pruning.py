@@ -179,16 +179,16 @@ def _decided(part: float, by: str) -> Tree:
   """What stays: widths by a score or by gates, or layers and widths together."""
   (_, variables, texts), coupling = whole(), _coupled()
   score = _scores('taylor' if by == 'taylor' else 'activation')
+  tokens = [batch['image'] for batch in texts['score']]
   if by == 'gates':
     return _learnt(whole().model, variables, coupling, part, score)
   if by == 'joint':
-    tokens = [batch['image'] for batch in texts['score']]
     blocks = {branch: [branch] for branch in coupling.branches}
     influence = dp.block_influence(coupling, variables, tokens, blocks)
     score = score | {branch: np.asarray(value) for branch, value in influence.items()}
     return _learnt(whole().model, variables, coupling, part, score, layers=True)
   if by == 'search':
-    tokens, blocks = [batch['image'] for batch in texts['score']], _blocks(coupling)
+    blocks = _blocks(coupling)
     influence = dp.block_influence(coupling, variables, tokens, blocks)
     (best, *_) = dp.search(
       coupling, variables, part, influence, blocks=blocks, score=score, scope='uniform',
