@@ -18,13 +18,16 @@ from depthprune.cascades.predictions import (
   losses,
   measure,
   scored,
+  take,
   validate,
 )
 from depthprune.cascades.risk import Certificate, certify
 from depthprune.data.metrics import Metric
+from depthprune.program import arguments
 
 # The share of test data that may look like held-out data, by chance or duplication.
 SHARED = 0.5
+LEVELS = 21  # drops that are tried in cross-validation, down to 0
 
 
 class Choice(NamedTuple):
@@ -144,8 +147,14 @@ def for_drop(
   points: int = 40,
   metric: Metric = 'accuracy',
   shared: bool = False,
+  folds: int = 5,
 ) -> Choice:
   """Finds the cheapest thresholds that lose at most `drop` points of accuracy.
+
+  Thresholds that are fitted to some samples lose more on others. So what they lose, and
+  cost, is estimated by cross-validation: on each fold by those that the other folds
+  chose. Of all ways to choose, for `drop` or for less, with one threshold for each exit
+  or for all, the cheapest is taken that loses at most `drop` there.
 
   Args:
     p: predictions on held-out data, with labels.
@@ -157,27 +166,25 @@ def for_drop(
       'balanced_accuracy', 'f1' (the mean of the classes), or a function (labels [n],
       answers [n]) -> score, higher is better. Where classes are unbalanced, the
       accuracy hardly notices if nobody of a rare one is found any more.
-    shared: whether all exits have the same threshold. It saves less on the held-out
-      data than a threshold for each, and keeps to the drop on other data, where many
-      thresholds that were fitted to few samples lose more than was asked for.
+    shared: whether all exits have the same threshold. One number hardly fits the
+      samples that it is chosen on, so nothing is cross-validated.
+    folds: number of folds; with 1, what thresholds lose on the samples that chose them
+      is at most `drop`, and more on others.
 
   Raises:
-    ValueError: drop is below 0, there is no such metric, or the predictions are
-      invalid.
+    ValueError: drop is below 0, folds is below 1, there is no such metric, or the
+      predictions are invalid.
   """
   p = validate(p)
   if not drop >= 0:
     raise ValueError(f'drop={drop}: expected percentage points, 0 or more')
-  # Counted in samples, so that rounding does not refuse a drop that is met exactly.
-  n, own = p.scores.shape[1], int(np.count_nonzero(losses(p, 'error')[-1]))
-  allowed = np.floor(own + n * drop / 100 + 1e-9)
-  within = lambda q: round(q.risk * n) <= allowed
-  if metric != 'accuracy':
-    lowest = scored(p, np.full(n, len(p.exits) - 1), metric) - drop / 100 - 1e-9
-    within = lambda q: scored(p, leave(p.scores, q.thresholds), metric) >= lowest
-  candidates = _candidates(p, metric, least, points, within, shared)
-  cheapest = min(filter(within, candidates), key=lambda q: q.measured.cost)
-  return _choice(p, cheapest.thresholds, 'drop', drop)
+  arguments.whole('folds', folds, least=1)
+  folds = 1 if shared else min(folds, p.scores.shape[1])
+  if folds > 1:
+    best = _cross_validated(p, drop, least, points, metric, folds)
+  else:
+    (best,) = _cheapest(p, [drop], least, points, metric, shared)
+  return _choice(p, best, 'drop', drop)
 
 
 def for_risk(
@@ -211,6 +218,58 @@ def for_risk(
   p = validate(p)
   thresholds, certificate = certify(p, alpha, delta, risk, least, points, seed)
   return _choice(p, thresholds, 'risk', alpha, certificate)
+
+
+def _cross_validated(
+  p: Predictions, drop: float, least: int, points: int, metric: Metric, folds: int
+) -> np.ndarray:
+  """The thresholds of `for_drop`, of the way to choose that is best on unseen folds."""
+  drops = (drop * np.linspace(1, 0, LEVELS)).tolist()
+
+  def ways(p: Predictions, least: int) -> list[np.ndarray]:
+    """For each drop a threshold for each exit, for each one for all, and no exits."""
+    about = p, drops, least, points, metric
+    none = np.full(len(p.scores), np.inf)
+    return [*_cheapest(*about, shared=False), *_cheapest(*about, shared=True), none]
+
+  n = p.scores.shape[1]
+  fold = np.random.default_rng(0).permutation(n) % folds
+  left = np.empty((2 * LEVELS + 1, n), int)
+  for k in range(folds):
+    found = ways(take(p, fold != k), least * (folds - 1) // folds)
+    left[:, fold == k] = [leave(p.scores[:, fold == k], each) for each in found]
+  lowest = _lowest(p, drop, metric)
+  kept = [i for i, at in enumerate(left) if scored(p, at, metric) >= lowest]
+  best = min(kept, key=lambda i: p.cost[left[i]].mean())
+  return ways(p, least)[best]
+
+
+def _cheapest(
+  p: Predictions,
+  drops: Sequence[float],
+  least: int,
+  points: int,
+  metric: Metric,
+  shared: bool,
+) -> list[np.ndarray]:
+  """The cheapest thresholds for each of some drops, the largest first."""
+
+  def worth(q: Point) -> float:
+    if metric == 'accuracy':
+      return q.measured.accuracy
+    return scored(p, leave(p.scores, q.thresholds), metric)
+
+  lowest = [_lowest(p, drop, metric) for drop in drops]
+  within = lambda q: worth(q) >= lowest[0]
+  found = _candidates(p, metric, least, points, within, shared)
+  found = [(q, worth(q)) for q in sorted(found, key=lambda q: q.measured.cost)]
+  return [next(q.thresholds for q, w in found if w >= limit) for limit in lowest]
+
+
+def _lowest(p: Predictions, drop: float, metric: Metric) -> float:
+  """The lowest score that is at most `drop` points below that of the network alone."""
+  own = scored(p, np.full(p.scores.shape[1], len(p.exits) - 1), metric)
+  return own - drop / 100 - 1e-9  # rounding does not refuse what is met exactly
 
 
 def _candidates(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from depthprune.cascades.thresholds import for_drop
 from depthprune.data.features import FeatureSet
 from depthprune.methods.sidenet import SideNetOptions
 from depthprune.report.numbers import spread
@@ -36,7 +37,8 @@ SHOWN = '0.5'  # of them, in the table
 HEAD = (
   *('variant', 'heads, % of the FLOPs', 'where chosen, %', 'points lost'),
   *('FLOPs saved, %', 'at best, %', 'points lost, each', 'FLOPs saved, each, %'),
-  *('points lost, learned', 'FLOPs saved, learned, %', 'seeds'),
+  *('points lost, learned', 'FLOPs saved, learned, %'),
+  *('points lost, cross-validated', 'FLOPs saved, cross-validated, %', 'seeds'),
 )
 
 
@@ -123,14 +125,15 @@ def _asked(decided: Mapping[str, reached.Decided], drop: float) -> dict[str, Any
   """What thresholds for a drop reach: one for all exits, and one for each of them.
 
   'learned' is one for all exits too, on a confidence that was fitted to the half that
-  chooses. 'at_best' is chosen on the reporting images, where it is measured too: what
-  the heads would allow, if the threshold were known.
+  chooses; 'cross' is chosen by cross-validation. 'at_best' is chosen on the reporting
+  images, where it is measured too: what the heads would allow, if the threshold were
+  known.
   """
 
-  def reach(confidence: str, shared: bool) -> dict[str, Any]:
+  def reach(confidence: str, shared: bool, folds: int = 1) -> dict[str, Any]:
     own = decided[confidence]
-    choice = reached.choose(own.held_out, 'drop', drop, shared=shared)
-    best = reached.choose(own.test, 'drop', drop, shared=shared)
+    choice = for_drop(own.held_out, drop, shared=shared, folds=folds)
+    best = for_drop(own.test, drop, shared=shared, folds=1)
     saved = lambda cost: 1 - cost / own.test.whole
     return {
       **reached.outcome(own, choice),
@@ -142,6 +145,7 @@ def _asked(decided: Mapping[str, reached.Decided], drop: float) -> dict[str, Any
     'shared': reach('probability', True),
     'each': reach('probability', False),
     'learned': reach('learned', True),
+    'cross': reach('probability', False, folds=5),
   }
 
 
@@ -163,12 +167,21 @@ def _table(path: Path, content: dict[str, Any]) -> str:
     'that chose them, and what they lose and save on the other half, heads paid for, '
     'with one threshold for all exits; at best: the most that a threshold chosen on '
     'that other half would save; each: with a threshold for each exit instead; '
-    'learned: one threshold for a confidence that was learnt where it was chosen '
+    'learned: one threshold for a confidence that was learnt where it was chosen; '
+    'cross-validated: one for each or for all, by cross-validation there '
     f'({link(path)}). Plain: five heads on features as they are; normalised: with '
     'batch normalisation of them, the default; all: besides, nine heads that see the '
     'answer before theirs and learn half from that of the network.'
     f'{notes(content)}\n\n' + table(HEAD, lines)
   )
+
+
+def _lost_and_saved(rows: list[dict[str, Any] | None]) -> tuple[str, str]:
+  """What thresholds lose and save on the half that reports, or dashes."""
+  tests = [row['test'] for row in rows if row]
+  if len(tests) < len(rows):
+    return '–', '–'
+  return spread(t['drop'] for t in tests), percent(t['saved'] for t in tests)
 
 
 def trained_on(config: Mapping[str, Any]) -> str:
@@ -180,7 +193,8 @@ def trained_on(config: Mapping[str, Any]) -> str:
 
 def _line(variant: str, rows: list[Row]) -> tuple[str, ...]:
   of = lambda way: [row['drops'][SHOWN].get(way) for row in rows]
-  shared, each, learned = of('shared'), of('each'), of('learned')
+  shared, each = of('shared'), of('each')
+  later = [of('learned'), of('cross')]  # ways that the first rows do not have
   return (
     variant,
     percent(row['heads'] for row in rows),
@@ -190,7 +204,6 @@ def _line(variant: str, rows: list[Row]) -> tuple[str, ...]:
     percent(one['saved_at_best'] for one in shared),
     spread(one['test']['drop'] for one in each),
     percent(one['test']['saved'] for one in each),
-    spread(one['test']['drop'] for one in learned) if all(learned) else '–',
-    percent(one['test']['saved'] for one in learned) if all(learned) else '–',
+    *(text for way in later for text in _lost_and_saved(way)),
     str(len(rows)),
   )

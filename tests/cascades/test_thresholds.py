@@ -55,7 +55,7 @@ def test_a_budget_by_hand():
 
 def test_a_drop_by_hand():
   p = one_exit([1] * 6 + [0, 1, 1, 0])
-  within = lambda drop: thresholds.for_drop(p, drop, least=1).held_out.exits[0]
+  within = lambda drop: thresholds.for_drop(p, drop, least=1, folds=1).held_out.exits[0]
   assert within(0) == within(9.9) == 0.6
   assert within(10) == within(19) == 0.9  # 10 points of 10 samples: one of them
   assert within(20) == within(100) == 1
@@ -65,7 +65,8 @@ def test_a_drop_that_was_measured_can_be_asked_for():
   p = predictions.validate(one_exit([1, 1, 1, 1, 0]))
   measured = predictions.drop(thresholds.fixed(p, 0).held_out, p)
   assert measured < 20  # by the last bit
-  assert thresholds.for_drop(p, measured, least=1).held_out.exits[0] == 1
+  chosen = thresholds.for_drop(p, measured, least=1, folds=1)
+  assert chosen.held_out.exits[0] == 1
 
 
 def test_a_budget_prefers_an_early_answer_that_is_better():
@@ -92,7 +93,9 @@ def test_a_drop_is_kept(seed, drop):
 
 
 def test_more_drop_is_cheaper_and_more_budget_is_better():
-  costs = [thresholds.for_drop(P, drop).held_out.cost for drop in (0, 1, 3, 10, 40)]
+  costs = [
+    thresholds.for_drop(P, drop, folds=1).held_out.cost for drop in (0, 1, 3, 10, 40)
+  ]
   assert np.all(np.diff(costs) < 0)
   found = [
     thresholds.for_budget(P, b).held_out.accuracy for b in (1, 1.3, 1.6, 1.9, 2.2)
@@ -231,14 +234,44 @@ def test_a_shared_threshold_within_a_budget():
   assert floor.exits == (1, 0, 0, 0)
 
 
-def test_on_other_data_a_shared_threshold_keeps_to_the_drop_and_many_do_not():
+WAYS = {'one': {'shared': True}, 'each': {'folds': 1}, 'cross-validated': {}}
+
+
+def on_other_data(samples, exits, drop, seeds):
+  """{way: (points lost, cost)} on other data, the mean over some choices."""
+  test = predictions.validate(drawn(20_000, exits=exits, seed=99))
+
+  def reached(seed, way):
+    chosen = thresholds.for_drop(drawn(samples, exits=exits, seed=seed), drop, **way)
+    found = thresholds.measured(chosen, test)
+    return predictions.drop(found, test), found.cost
+
+  means = lambda way: np.mean([reached(seed, way) for seed in range(seeds)], 0).tolist()
+  return {name: means(way) for name, way in WAYS.items()}
+
+
+def test_on_other_data_many_thresholds_lose_more_than_was_asked_for():
   """Nine thresholds are fitted to what 1,000 samples are wrong by chance."""
-  lost = {True: [], False: []}
-  test = predictions.validate(drawn(20_000, exits=10, seed=99))
-  for seed in range(4):
-    p = drawn(1000, exits=10, seed=seed)
-    for shared, drops in lost.items():
-      chosen = thresholds.for_drop(p, 1.0, shared=shared)
-      drops.append(predictions.drop(thresholds.measured(chosen, test), test))
-  assert np.mean(lost[True]) < 1.5
-  assert np.mean(lost[False]) > np.mean(lost[True]) + 0.5
+  found = on_other_data(samples=1000, exits=10, drop=1.0, seeds=4)
+  lost = {way: drop for way, (drop, _) in found.items()}
+  assert lost['each'] > lost['one'] + 0.5
+  assert max(lost['one'], lost['cross-validated']) < 1.5
+
+
+def test_cross_validation_saves_more_than_one_threshold_where_there_are_samples():
+  found = on_other_data(samples=5000, exits=10, drop=1.0, seeds=2)
+  assert found['cross-validated'][0] < 1.0 < found['each'][0]
+  assert found['cross-validated'][1] < found['one'][1] - 0.5
+
+
+@pytest.mark.parametrize('samples', [1, 2, 3, 19])
+def test_a_few_samples_have_as_many_folds(samples):
+  p = drawn(samples)
+  assert thresholds.for_drop(p, 100.0).held_out.exits == (0, 0, 1)
+  assert predictions.drop(thresholds.for_drop(p, 5.0, least=1).held_out, p) <= 5
+
+
+@pytest.mark.parametrize('folds', [0, -1])
+def test_no_folds_are_refused(folds):
+  with pytest.raises(ValueError, match='folds.*1'):
+    thresholds.for_drop(P, 1.0, folds=folds)
