@@ -32,7 +32,8 @@ has no gradient to lead it back. Where widths are rounded, the gates are so in t
 too, with the same gradient.
 
 Also ours: residual branches may have gates of the same kind, so that layers and
-channels are weighed against each other.
+channels are weighed against each other. They start in the upper three quarters,
+and so close after some of the channels, unless what the task says closes them earlier.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def trainable_gates(
     scores: {group: [n]}, such as `surgery.oneshot.rank` gives: channels of lower scores
       start nearer to closing. By default the order is arbitrary. With `layers` also
       {branch: () or [layers]}. Outside of scans `block_influence` gives these, with
-      {branch: [branch]} as blocks. Those of branches that share a gate are added.
+      {branch: [branch]} as blocks. Those of branches that share a gate are added, and
+      branches start in the order of their score by what they cost.
     scope: 'uniform' compares the scores within each group, so that at first all groups
       close alike; 'global' compares them throughout the network, divided by what a
       channel of the group costs, and takes scores of all groups for that.
@@ -246,7 +248,7 @@ def trainable_gates(
     starts.check_open({p: x for p, x in gates.get('branches', {}).items() if p in mine})
     if scope == 'global':
       return starts.spread_globally(start, scores, c)
-    return starts.spread(start, scores)
+    return starts.spread(start, scores, c)
 
   return Method(
     objective=objective,

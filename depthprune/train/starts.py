@@ -58,16 +58,19 @@ def shared(scores: Mapping, branches: Mapping[str, Sequence[str]]) -> dict[str, 
   return found
 
 
-def spread(start: Tree, scores: Mapping) -> Tree:
+def spread(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   """Spaces the gates of every group evenly in (0, 2 START), in the order of the scores.
 
   Groups are out of step with each other, so that their gates close one by one. All
-  branches together are one group.
+  branches together are one group in (START / 2, 2 START), in the order of their score
+  per price: while less than a quarter of the channels goes, layers stay unless what the
+  task says about one closes it.
 
   Args:
     start: open gates, {'channels': {group: [n]}, 'branches': {path: () or [layers]}}.
     scores: {group or branch: an array like its gate}. The order of a group without
       scores is arbitrary; of branches the later ones are nearer to closing.
+    prices: what an open gate costs, in the form of `start`; its mean counts.
 
   Returns:
     Gate weights in the form of `start`.
@@ -81,8 +84,11 @@ def spread(start: Tree, scores: Mapping) -> Tree:
   if 'branches' not in start:
     return {'channels': channels}
   branches = start['branches']
-  known = scores if scores.keys() & branches else None
-  return {'channels': channels, 'branches': _evenly(branches, known)}
+  price = {b: np.mean(c) for b, c in prices['branches'].items()}
+  known = {b: scores[b] / price[b] for b in branches if b in scores}
+  below = _evenly(branches, known or None)
+  upper = {b: START / 2 + 3 / 4 * w for b, w in below.items()}
+  return {'channels': channels, 'branches': upper}
 
 
 def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:

@@ -163,7 +163,8 @@ def starts(scores=None, **arguments):
 
 def test_without_scores_the_later_layers_start_nearer_to_closing():
   channels, layers = starts()
-  np.testing.assert_allclose(layers, 2 * START * np.array([2.5, 1.5, 0.5]) / 3)
+  expected = START * (0.5 + 1.5 * np.array([2.5, 1.5, 0.5]) / 3)
+  np.testing.assert_allclose(layers, expected, rtol=1e-6)
   alone = trainable_gates(COUPLING, 0.5).init({}, {})
   assert alone.keys() == {'channels'}  # as checkpoints have it
   jax.tree.map(np.testing.assert_array_equal, channels, alone['channels'])
@@ -171,7 +172,30 @@ def test_without_scores_the_later_layers_start_nearer_to_closing():
 
 def test_with_scores_they_start_in_their_order():
   _, layers = starts(dict(zip(BRANCHES, np.float32([2, 9, 1]), strict=True)))
-  np.testing.assert_allclose(layers, 2 * START * np.array([1.5, 2.5, 0.5]) / 3)
+  expected = START * (0.5 + 1.5 * np.array([1.5, 2.5, 0.5]) / 3)
+  np.testing.assert_allclose(layers, expected, rtol=1e-6)
+
+
+def test_of_layers_that_matter_alike_the_dearest_starts_nearest_to_closing():
+  """A layer that is twice as wide, and so twice as dear."""
+  variables = weights()
+  into, out = (jnp.ones(shape) for shape in ((WIDTH, 2 * INNER), (2 * INNER, WIDTH)))
+  variables['params']['two'] = {**variables['params']['two'], 'into': into, 'out': out}
+  coupling = couple(network, variables, jnp.ones((1, 5)))
+  scores = dict(zip(BRANCHES, np.float32([2, 3, 1]), strict=True))
+  method = trainable_gates(coupling, 0.5, layers=True, scores=scores)
+  first, two, three = (method.init({}, {})['branches'][b] for b in BRANCHES)
+  assert first > two > three
+  scores[BRANCHES[1]] = np.float32(1.9)  # by its price 0.95, where the third has 1
+  method = trainable_gates(coupling, 0.5, layers=True, scores=scores)
+  first, two, three = (method.init({}, {})['branches'][b] for b in BRANCHES)
+  assert first > three > two
+
+
+def test_layers_start_farther_from_closing_than_a_quarter_of_the_channels():
+  channels, layers = starts()
+  for w in channels.values():
+    assert np.quantile(w, 0.25) < START / 2 < min(layers)
 
 
 def test_globally_they_start_in_the_order_of_score_by_price():
