@@ -22,12 +22,12 @@ from depthprune.cascades.predictions import (
   validate,
 )
 from depthprune.cascades.risk import Certificate, certify
-from depthprune.data.metrics import Metric
+from depthprune.data.metrics import Metric, name_of
 from depthprune.program import arguments
 
 # The share of test data that may look like held-out data, by chance or duplication.
 SHARED = 0.5
-LEVELS = 21  # drops that are tried in cross-validation, down to 0
+LEVELS = 20  # smaller drops that cross-validation tries
 
 
 class Choice(NamedTuple):
@@ -151,10 +151,11 @@ def for_drop(
 ) -> Choice:
   """Finds the cheapest thresholds that lose at most `drop` points of accuracy.
 
-  Thresholds that are fitted to some samples lose more on others. So what they lose, and
-  cost, is estimated by cross-validation: on each fold by those that the other folds
-  chose. Of all ways to choose, for `drop` or for less, with one threshold for each exit
-  or for all, the cheapest is taken that loses at most `drop` there.
+  Thresholds fit the samples that chose them, and lose more on others. So the loss is
+  estimated by cross-validation: each fold is answered with thresholds that the other
+  folds chose. Of several ways to choose (for `drop` or for less, one threshold for each
+  exit or one for all) the cheapest is taken whose estimate is at most `drop`. On `p`
+  itself the thresholds lose at most `drop` as well.
 
   Args:
     p: predictions on held-out data, with labels.
@@ -168,22 +169,25 @@ def for_drop(
       accuracy hardly notices if nobody of a rare one is found any more.
     shared: whether all exits have the same threshold. One number hardly fits the
       samples that it is chosen on, so nothing is cross-validated.
-    folds: number of folds; with 1, what thresholds lose on the samples that chose them
-      is at most `drop`, and more on others.
+    folds: number of folds, about as many times as long as without; 1 does without.
+      Samples with equal answers are in one fold, and their order does not matter.
 
   Raises:
-    ValueError: drop is below 0, folds is below 1, there is no such metric, or the
-      predictions are invalid.
+    TypeError: folds is no whole number.
+    ValueError: drop is below 0, folds is below 1, there is no such metric or it is nan,
+      or the predictions are invalid.
   """
   p = validate(p)
   if not drop >= 0:
     raise ValueError(f'drop={drop}: expected percentage points, 0 or more')
-  arguments.whole('folds', folds, least=1)
-  folds = 1 if shared else min(folds, p.scores.shape[1])
-  if folds > 1:
-    best = _cross_validated(p, drop, least, points, metric, folds)
-  else:
+  folds = arguments.whole('folds', folds, least=1)
+  if np.isnan(_lowest(p, drop, metric)):
+    raise ValueError(f'metric {name_of(metric)!r} is nan of the answers of the network')
+  fold = np.unique(digest(p), return_inverse=True)[1] % folds
+  if shared or not fold.any():
     (best,) = _cheapest(p, [drop], least, points, metric, shared)
+  else:
+    best = _cross_validated(p, fold, drop, least, points, metric)
   return _choice(p, best, 'drop', drop)
 
 
@@ -221,20 +225,23 @@ def for_risk(
 
 
 def _cross_validated(
-  p: Predictions, drop: float, least: int, points: int, metric: Metric, folds: int
+  p: Predictions, fold: np.ndarray, drop: float, least: int, points: int, metric: Metric
 ) -> np.ndarray:
-  """The thresholds of `for_drop`, of the way to choose that is best on unseen folds."""
-  drops = (drop * np.linspace(1, 0, LEVELS)).tolist()
+  """The thresholds of `for_drop`, chosen in the way that is best on unseen folds.
+
+  Args:
+    fold: int [n], the fold of every sample, from 0; there are two or more.
+  """
+  drops = [drop * i / LEVELS if i else 0.0 for i in reversed(range(LEVELS + 1))]
 
   def ways(p: Predictions, least: int) -> list[np.ndarray]:
-    """For each drop a threshold for each exit, for each one for all, and no exits."""
+    """The thresholds of every way: for each drop own and shared ones, and no exits."""
     about = p, drops, least, points, metric
-    none = np.full(len(p.scores), np.inf)
-    return [*_cheapest(*about, shared=False), *_cheapest(*about, shared=True), none]
+    never = np.full(len(p.scores), np.inf)
+    return [*_cheapest(*about, shared=False), *_cheapest(*about, shared=True), never]
 
-  n = p.scores.shape[1]
-  fold = np.random.default_rng(0).permutation(n) % folds
-  left = np.empty((2 * LEVELS + 1, n), int)
+  folds = fold.max() + 1
+  left = np.empty((2 * len(drops) + 1, len(fold)), int)
   for k in range(folds):
     found = ways(take(p, fold != k), least * (folds - 1) // folds)
     left[:, fold == k] = [leave(p.scores[:, fold == k], each) for each in found]
@@ -252,18 +259,28 @@ def _cheapest(
   metric: Metric,
   shared: bool,
 ) -> list[np.ndarray]:
-  """The cheapest thresholds for each of some drops, the largest first."""
+  """The cheapest thresholds for each of some drops, the largest first.
+
+  Where the metric is nan, as it may be of a few samples, no exit is used.
+  """
+  known: dict[bytes, float] = {}  # a metric may be slow
 
   def worth(q: Point) -> float:
     if metric == 'accuracy':
       return q.measured.accuracy
-    return scored(p, leave(p.scores, q.thresholds), metric)
+    name = q.thresholds.tobytes()
+    if name not in known:
+      known[name] = scored(p, leave(p.scores, q.thresholds), metric)
+    return known[name]
 
-  lowest = [_lowest(p, drop, metric) for drop in drops]
+  own = _lowest(p, 0.0, metric)
+  lowest = [own - drop / 100 for drop in drops]
   within = lambda q: worth(q) >= lowest[0]
   found = _candidates(p, metric, least, points, within, shared)
-  found = [(q, worth(q)) for q in sorted(found, key=lambda q: q.measured.cost)]
-  return [next(q.thresholds for q, w in found if w >= limit) for limit in lowest]
+  found = sorted(found, key=lambda q: q.measured.cost)
+  never = np.full(len(p.scores), np.inf)
+  fit = lambda limit: (q.thresholds for q in found if worth(q) >= limit)
+  return [next(fit(limit), never) for limit in lowest]
 
 
 def _lowest(p: Predictions, drop: float, metric: Metric) -> float:

@@ -62,15 +62,15 @@ def spread(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   """Spaces the gates of every group evenly in (0, 2 START), in the order of the scores.
 
   Groups are out of step with each other, so that their gates close one by one. All
-  branches together are one group in (START / 2, 2 START), in the order of their score
-  per price: while less than a quarter of the channels goes, layers stay unless what the
-  task says about one closes it.
+  branches together are one group, spaced in (START / 2, 2 START) and in the order of
+  their score per price. So until about a quarter of the channels is closed, a layer
+  goes only if its gradient closes it.
 
   Args:
     start: open gates, {'channels': {group: [n]}, 'branches': {path: () or [layers]}}.
     scores: {group or branch: an array like its gate}. The order of a group without
       scores is arbitrary; of branches the later ones are nearer to closing.
-    prices: what an open gate costs, in the form of `start`; its mean counts.
+    prices: what an open gate costs, in the form of `start`; of each entry the mean.
 
   Returns:
     Gate weights in the form of `start`.
@@ -84,9 +84,8 @@ def spread(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   if 'branches' not in start:
     return {'channels': channels}
   branches = start['branches']
-  price = {b: np.mean(c) for b, c in prices['branches'].items()}
-  known = {b: scores[b] / price[b] for b in branches if b in scores}
-  below = _evenly(branches, known or None)
+  known = {b: scores[b] for b in branches if b in scores}
+  below = _evenly(branches, _per_price(known, prices['branches']) or None)
   upper = {b: START / 2 + 3 / 4 * w for b, w in below.items()}
   return {'channels': channels, 'branches': upper}
 
@@ -102,10 +101,19 @@ def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   Returns:
     Gate weights in the form of `start`.
   """
-  price = {name: np.mean(c) for part in prices.values() for name, c in part.items()}
+  price = {name: c for part in prices.values() for name, c in part.items()}
   flat = {name: gate for part in start.values() for name, gate in part.items()}
-  w = _evenly(flat, {n: s / price[n] for n, s in scores.items() if n in flat})
+  w = _evenly(flat, _per_price({n: s for n, s in scores.items() if n in flat}, price))
   return {part: {name: w[name] for name in gates} for part, gates in start.items()}
+
+
+def _per_price(scores: Mapping, prices: Mapping) -> dict[str, np.ndarray]:
+  """Scores divided by the mean price of their gates; those below 0 multiplied by it."""
+  found = {}
+  for name, score in scores.items():
+    score, price = np.asarray(score), float(np.mean(prices[name]))
+    found[name] = np.where(score < 0, score * price, score / price)
+  return found
 
 
 def _evenly(gates: Mapping, scores: Mapping | None) -> dict[str, jax.Array]:

@@ -1,5 +1,7 @@
 """The choosers: each keeps its promise on the data it chose on."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -275,3 +277,64 @@ def test_a_few_samples_have_as_many_folds(samples):
 def test_no_folds_are_refused(folds):
   with pytest.raises(ValueError, match='folds.*1'):
     thresholds.for_drop(P, 1.0, folds=folds)
+
+
+def test_an_infinite_drop_allows_everything():
+  chosen = thresholds.for_drop(P, INF)
+  assert chosen.held_out.exits == (1, 0, 0)
+
+
+def test_the_order_of_samples_does_not_matter():
+  p = predictions.validate(drawn(300, exits=4, seed=3))
+  order = np.random.default_rng(0).permutation(300)
+  again = thresholds.for_drop(predictions.take(p, order), 2.0, points=5)
+  np.testing.assert_array_equal(
+    thresholds.for_drop(p, 2.0, points=5).thresholds, again.thresholds
+  )
+
+
+def test_a_sample_that_is_there_again_is_not_in_another_fold():
+  """Five times the same samples tell no more of others than they do once."""
+  p = predictions.validate(drawn(200, exits=8, seed=2))
+  again = predictions.take(p, np.tile(np.arange(200), 5))
+  once = thresholds.for_drop(p, 1.0, least=4, points=5)
+  five = thresholds.for_drop(again, 1.0, least=20, points=5)
+  np.testing.assert_array_equal(once.thresholds, five.thresholds)
+
+
+def test_a_metric_that_a_fold_cannot_have_uses_no_exits_there():
+  labels = np.zeros(600, int)
+  labels[7] = 1
+  found_rare = lambda labels, answers: (answers[labels == 1] == 1).mean()
+  p = P._replace(labels=labels)
+  with np.errstate(invalid='ignore'), warnings.catch_warnings():
+    warnings.simplefilter('ignore', RuntimeWarning)  # the mean of nothing
+    chosen = thresholds.for_drop(p, 5.0, metric=found_rare, points=5)
+    kept = predictions.leave(predictions.validate(p).scores, chosen.thresholds)
+    own = predictions.scored(predictions.validate(p), np.full(600, 2), found_rare)
+    assert predictions.scored(predictions.validate(p), kept, found_rare) >= own
+    with pytest.raises(ValueError, match='is nan of the answers of the network'):
+      thresholds.for_drop(P, 5.0, metric=found_rare)
+
+
+def test_a_slow_metric_is_asked_once_for_the_same_thresholds():
+  asked = []
+
+  def metric(labels, answers):
+    asked.append(answers.tobytes())
+    return (labels == answers).mean()
+
+  thresholds.for_drop(drawn(200), 5.0, points=5, metric=metric)
+  assert len(asked) < 2500
+
+
+@pytest.mark.parametrize('folds', [np.int8(5), np.uint8(5), np.int64(5)])
+def test_folds_may_be_any_integer(folds):
+  chosen = thresholds.for_drop(P, 5.0, least=300, points=5, folds=folds)
+  expected = thresholds.for_drop(P, 5.0, least=300, points=5)
+  np.testing.assert_array_equal(chosen.thresholds, expected.thresholds)
+
+
+def test_folds_are_a_number():
+  with pytest.raises(TypeError, match='folds: expected a whole number'):
+    thresholds.for_drop(P, 1.0, folds=2.0)

@@ -190,6 +190,10 @@ def test_of_layers_that_matter_alike_the_dearest_starts_nearest_to_closing():
   method = trainable_gates(coupling, 0.5, layers=True, scores=scores)
   first, two, three = (method.init({}, {})['branches'][b] for b in BRANCHES)
   assert first > three > two
+  scores = dict(zip(BRANCHES, np.float32([-1, -1, 1]), strict=True))
+  method = trainable_gates(coupling, 0.5, layers=True, scores=scores)
+  first, two, three = (method.init({}, {})['branches'][b] for b in BRANCHES)
+  assert three > first > two  # also of layers that seem to do harm
 
 
 def test_some_channels_start_nearer_to_closing_than_all_layers():
