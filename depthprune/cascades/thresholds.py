@@ -169,8 +169,8 @@ def for_drop(
       accuracy hardly notices if nobody of a rare one is found any more.
     shared: whether all exits have the same threshold. One number hardly fits the
       samples that it is chosen on, so nothing is cross-validated.
-    folds: number of folds, about as many times as long as without; 1 does without.
-      Samples with equal answers are in one fold, and their order does not matter.
+    folds: number of folds, each of which takes a search of its own; with 1 nothing is
+      cross-validated. Samples with equal answers are in one fold, whatever their order.
 
   Raises:
     TypeError: folds is no whole number.
