@@ -28,6 +28,7 @@ from depthprune.program import arguments
 # The share of test data that may look like held-out data, by chance or duplication.
 SHARED = 0.5
 LEVELS = 20  # smaller drops that cross-validation tries
+REPEATS = 3  # of it, with other folds: one alone varies as much as what it estimates
 
 
 class Choice(NamedTuple):
@@ -151,11 +152,11 @@ def for_drop(
 ) -> Choice:
   """Finds the cheapest thresholds that lose at most `drop` points of accuracy.
 
-  Thresholds fit the samples that chose them, and lose more on others. So the loss is
-  estimated by cross-validation: each fold is answered with thresholds that the other
-  folds chose. Of several ways to choose (for `drop` or for less, one threshold for each
-  exit or one for all) the cheapest is taken whose estimate is at most `drop`. On `p`
-  itself the thresholds lose at most `drop` as well.
+  A threshold for each exit saves more than one for all, but many thresholds fit the
+  samples that chose them, and lose more on others. So each exit has its own where this
+  is cheaper and loses at most `drop` in cross-validation: each fold is answered with
+  thresholds that the other folds chose, for `drop` or for less. Else all have the same.
+  On `p` itself the thresholds lose at most `drop` in both cases.
 
   Args:
     p: predictions on held-out data, with labels.
@@ -167,10 +168,10 @@ def for_drop(
       'balanced_accuracy', 'f1' (the mean of the classes), or a function (labels [n],
       answers [n]) -> score, higher is better. Where classes are unbalanced, the
       accuracy hardly notices if nobody of a rare one is found any more.
-    shared: whether all exits have the same threshold. One number hardly fits the
-      samples that it is chosen on, so nothing is cross-validated.
-    folds: number of folds, each of which takes a search of its own; with 1 nothing is
-      cross-validated. Samples with equal answers are in one fold, whatever their order.
+    shared: whether all exits have the same threshold in any case.
+    folds: number of folds, each of which takes three searches; with 1 each exit has its
+      own threshold, and nothing is cross-validated. Samples with equal answers are in
+      one fold, whatever their order.
 
   Raises:
     TypeError: folds is no whole number.
@@ -183,11 +184,11 @@ def for_drop(
   folds = arguments.whole('folds', folds, least=1)
   if np.isnan(_lowest(p, drop, metric)):
     raise ValueError(f'metric {name_of(metric)!r} is nan of the answers of the network')
-  fold = np.unique(digest(p), return_inverse=True)[1] % folds
-  if shared or not fold.any():
-    (best,) = _cheapest(p, [drop], least, points, metric, shared)
+  folds = 1 if shared else min(folds, len({*digest(p).tolist()}))
+  if folds > 1:
+    best = _cross_validated(p, drop, least, points, metric, folds)
   else:
-    best = _cross_validated(p, fold, drop, least, points, metric)
+    (best,) = _cheapest(p, [drop], least, points, metric, shared)
   return _choice(p, best, 'drop', drop)
 
 
@@ -225,29 +226,29 @@ def for_risk(
 
 
 def _cross_validated(
-  p: Predictions, fold: np.ndarray, drop: float, least: int, points: int, metric: Metric
+  p: Predictions, drop: float, least: int, points: int, metric: Metric, folds: int
 ) -> np.ndarray:
-  """The thresholds of `for_drop`, chosen in the way that is best on unseen folds.
-
-  Args:
-    fold: int [n], the fold of every sample, from 0; there are two or more.
-  """
+  """The thresholds of `for_drop`, chosen in the way that is best on unseen folds."""
   drops = [drop * i / LEVELS if i else 0.0 for i in reversed(range(LEVELS + 1))]
 
   def ways(p: Predictions, least: int) -> list[np.ndarray]:
-    """The thresholds of every way: for each drop own and shared ones, and no exits."""
-    about = p, drops, least, points, metric
-    never = np.full(len(p.scores), np.inf)
-    return [*_cheapest(*about, shared=False), *_cheapest(*about, shared=True), never]
+    """A threshold for all exits, and for each of the drops one for each exit."""
+    one = _cheapest(p, [drop], least, points, metric, shared=True)
+    return one + _cheapest(p, drops, least, points, metric, shared=False)
 
-  folds = fold.max() + 1
-  left = np.empty((2 * len(drops) + 1, len(fold)), int)
-  for k in range(folds):
-    found = ways(take(p, fold != k), least * (folds - 1) // folds)
-    left[:, fold == k] = [leave(p.scores[:, fold == k], each) for each in found]
-  lowest = _lowest(p, drop, metric)
-  kept = [i for i, at in enumerate(left) if scored(p, at, metric) >= lowest]
-  best = min(kept, key=lambda i: p.cost[left[i]].mean())
+  samples, which = np.unique(digest(p), return_inverse=True)
+  worth, cost = [], []
+  for seed in range(REPEATS):
+    fold = (np.random.default_rng(seed).permutation(len(samples)) % folds)[which]
+    left = np.empty((1 + len(drops), len(fold)), int)
+    for k in range(folds):
+      found = ways(take(p, fold != k), least * (folds - 1) // folds)
+      left[:, fold == k] = [leave(p.scores[:, fold == k], each) for each in found]
+    worth.append([scored(p, at, metric) for at in left])
+    cost.append([p.cost[at].mean() for at in left])
+  kept = np.mean(worth, 0) >= _lowest(p, drop, metric)
+  kept[0] = True  # one number hardly fits the samples that it is chosen on
+  best = np.where(kept, np.mean(cost, 0), np.inf).argmin()
   return ways(p, least)[best]
 
 

@@ -245,7 +245,7 @@ class SideNetOptions:
 
   shared_threshold: bool = True
   """One threshold for all exits, which keeps to a drop on new data too; else one for
-  each, fitted closer to the data that decide."""
+  each, for a drop by cross-validation."""
 
   decide_on: Literal['auto', 'train', 'test'] = 'auto'
   """train: thresholds come from images held out of training. test: from the first half

