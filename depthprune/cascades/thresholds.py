@@ -228,7 +228,7 @@ def for_risk(
 def _cross_validated(
   p: Predictions, drop: float, least: int, points: int, metric: Metric, folds: int
 ) -> np.ndarray:
-  """The thresholds of `for_drop`, chosen in the way that is best on unseen folds."""
+  """The cheapest thresholds that are chosen in a way that keeps to a drop elsewhere."""
   drops = [drop * i / LEVELS if i else 0.0 for i in reversed(range(LEVELS + 1))]
 
   def ways(p: Predictions, least: int) -> list[np.ndarray]:
@@ -237,7 +237,7 @@ def _cross_validated(
     return one + _cheapest(p, drops, least, points, metric, shared=False)
 
   samples, which = np.unique(digest(p), return_inverse=True)
-  worth, cost = [], []
+  worth = []
   for seed in range(REPEATS):
     fold = (np.random.default_rng(seed).permutation(len(samples)) % folds)[which]
     left = np.empty((1 + len(drops), len(fold)), int)
@@ -245,11 +245,10 @@ def _cross_validated(
       found = ways(take(p, fold != k), least * (folds - 1) // folds)
       left[:, fold == k] = [leave(p.scores[:, fold == k], each) for each in found]
     worth.append([scored(p, at, metric) for at in left])
-    cost.append([p.cost[at].mean() for at in left])
   kept = np.mean(worth, 0) >= _lowest(p, drop, metric)
   kept[0] = True  # one number hardly fits the samples that it is chosen on
-  best = np.where(kept, np.mean(cost, 0), np.inf).argmin()
-  return ways(p, least)[best]
+  found = [each for each, keeps in zip(ways(p, least), kept) if keeps]
+  return min(found, key=lambda each: p.cost[leave(p.scores, each)].mean())
 
 
 def _cheapest(
