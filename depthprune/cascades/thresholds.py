@@ -4,12 +4,19 @@ The number is a threshold, a mean cost, a drop in accuracy, or a level of risk t
 then certified. What the choice reaches is measured on test data, which never chooses.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from depthprune.cascades.pareto import Point, alike, front
+from depthprune.cascades.drops import (
+  candidates,
+  cheapest,
+  cross_validated,
+  lowest,
+  worth,
+)
+from depthprune.cascades.pareto import front as front  # `thresholds.front` is public
 from depthprune.cascades.predictions import (
   Measured,
   Predictions,
@@ -17,8 +24,6 @@ from depthprune.cascades.predictions import (
   leave,
   losses,
   measure,
-  scored,
-  take,
   validate,
 )
 from depthprune.cascades.risk import Certificate, certify
@@ -27,8 +32,6 @@ from depthprune.program import arguments
 
 # The share of test data that may look like held-out data, by chance or duplication.
 SHARED = 0.5
-LEVELS = 20  # smaller drops that cross-validation tries
-REPEATS = 3  # of it, with other folds: one alone varies as much as what it estimates
 
 
 class Choice(NamedTuple):
@@ -125,19 +128,17 @@ def for_budget(
       f'budget {budget:g} is below the floor: exit {p.exits[0]}, the cheapest, costs '
       f'{p.cost[0]:g} a sample'
     )
-  candidates = _candidates(p, metric, least, points, within, shared)
-  allowed = [q for q in candidates if within(q)]
+  found = candidates(p, metric, least, points, within, shared)
+  allowed = [q for q in found if within(q)]
   if not allowed:
-    floor = min(q.measured.cost for q in candidates)
+    floor = min(q.measured.cost for q in found)
     raise ValueError(
       f'budget {budget:g} is below the floor: on the held-out data no thresholds cost '
       f'less than {floor:g} a sample, where at least {least} '
       f'must leave at an exit and a score of nan never leaves'
     )
-  worth = lambda q: -q.risk
-  if metric != 'accuracy':
-    worth = lambda q: scored(p, leave(p.scores, q.thresholds), metric)
-  best = min(allowed, key=lambda q: (-worth(q), q.measured.cost))
+  value = worth(p, metric)
+  best = min(allowed, key=lambda q: (-value(q), q.measured.cost))
   return _choice(p, best.thresholds, 'budget', budget)
 
 
@@ -182,13 +183,12 @@ def for_drop(
   if not drop >= 0:
     raise ValueError(f'drop={drop}: expected percentage points, 0 or more')
   folds = arguments.whole('folds', folds, least=1)
-  if np.isnan(_lowest(p, drop, metric)):
+  if np.isnan(lowest(p, drop, metric)):
     raise ValueError(f'metric {name_of(metric)!r} is nan of the answers of the network')
-  folds = 1 if shared else min(folds, len({*digest(p).tolist()}))
-  if folds > 1:
-    best = _cross_validated(p, drop, least, points, metric, folds)
+  if shared:
+    (best,) = cheapest(p, [drop], least, points, metric, shared)
   else:
-    (best,) = _cheapest(p, [drop], least, points, metric, shared)
+    best = cross_validated(p, drop, least, points, metric, folds)
   return _choice(p, best, 'drop', drop)
 
 
@@ -223,90 +223,6 @@ def for_risk(
   p = validate(p)
   thresholds, certificate = certify(p, alpha, delta, risk, least, points, seed)
   return _choice(p, thresholds, 'risk', alpha, certificate)
-
-
-def _cross_validated(
-  p: Predictions, drop: float, least: int, points: int, metric: Metric, folds: int
-) -> np.ndarray:
-  """The cheapest thresholds that are chosen in a way that keeps to a drop elsewhere."""
-  drops = [drop * i / LEVELS if i else 0.0 for i in reversed(range(LEVELS + 1))]
-
-  def ways(p: Predictions, least: int) -> list[np.ndarray]:
-    """A threshold for all exits, and for each of the drops one for each exit."""
-    one = _cheapest(p, [drop], least, points, metric, shared=True)
-    return one + _cheapest(p, drops, least, points, metric, shared=False)
-
-  samples, which = np.unique(digest(p), return_inverse=True)
-  worth = []
-  for seed in range(REPEATS):
-    fold = (np.random.default_rng(seed).permutation(len(samples)) % folds)[which]
-    left = np.empty((1 + len(drops), len(fold)), int)
-    for k in range(folds):
-      found = ways(take(p, fold != k), least * (folds - 1) // folds)
-      left[:, fold == k] = [leave(p.scores[:, fold == k], each) for each in found]
-    worth.append([scored(p, at, metric) for at in left])
-  kept = np.mean(worth, 0) >= _lowest(p, drop, metric)
-  kept[0] = True  # one number hardly fits the samples that it is chosen on
-  found = [each for each, keeps in zip(ways(p, least), kept) if keeps]
-  return min(found, key=lambda each: p.cost[leave(p.scores, each)].mean())
-
-
-def _cheapest(
-  p: Predictions,
-  drops: Sequence[float],
-  least: int,
-  points: int,
-  metric: Metric,
-  shared: bool,
-) -> list[np.ndarray]:
-  """The cheapest thresholds for each of some drops, the largest first.
-
-  Where the metric is nan, as it may be of a few samples, no exit is used.
-  """
-  known: dict[bytes, float] = {}  # a metric may be slow
-
-  def worth(q: Point) -> float:
-    if metric == 'accuracy':
-      return q.measured.accuracy
-    name = q.thresholds.tobytes()
-    if name not in known:
-      known[name] = scored(p, leave(p.scores, q.thresholds), metric)
-    return known[name]
-
-  own = _lowest(p, 0.0, metric)
-  lowest = [own - drop / 100 for drop in drops]
-  within = lambda q: worth(q) >= lowest[0]
-  found = _candidates(p, metric, least, points, within, shared)
-  found = sorted(found, key=lambda q: q.measured.cost)
-  never = np.full(len(p.scores), np.inf)
-  fit = lambda limit: (q.thresholds for q in found if worth(q) >= limit)
-  return [next(fit(limit), never) for limit in lowest]
-
-
-def _lowest(p: Predictions, drop: float, metric: Metric) -> float:
-  """The lowest score that is at most `drop` points below that of the network alone."""
-  own = scored(p, np.full(p.scores.shape[1], len(p.exits) - 1), metric)
-  return own - drop / 100 - 1e-9  # rounding does not refuse what is met exactly
-
-
-def _candidates(
-  p: Predictions,
-  metric: Metric,
-  least: int,
-  points: int,
-  within: Callable,
-  shared: bool,
-) -> list[Point]:
-  """Returns thresholds on the front; for another metric, on two that are near its own.
-
-  A metric that is no mean over samples has no front that prices could search.
-  """
-  if shared:
-    return alike(p, least)
-  found = front(p, least=least, points=points, within=within)
-  if metric == 'accuracy':
-    return found
-  return [*found, *front(p, 'balanced', least, points, within)]
 
 
 def _choice(

@@ -84,8 +84,7 @@ def spread(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   if 'branches' not in start:
     return {'channels': channels}
   branches = start['branches']
-  known = {b: scores[b] for b in branches if b in scores}
-  below = _evenly(branches, _per_price(known, prices['branches']) or None)
+  below = _evenly(branches, _per_price(scores, prices['branches']) or None)
   upper = {b: START / 2 + 3 / 4 * w for b, w in below.items()}
   return {'channels': channels, 'branches': upper}
 
@@ -103,15 +102,15 @@ def spread_globally(start: Tree, scores: Mapping, prices: Tree) -> Tree:
   """
   price = {name: c for part in prices.values() for name, c in part.items()}
   flat = {name: gate for part in start.values() for name, gate in part.items()}
-  w = _evenly(flat, _per_price({n: s for n, s in scores.items() if n in flat}, price))
+  w = _evenly(flat, _per_price(scores, price))
   return {part: {name: w[name] for name in gates} for part, gates in start.items()}
 
 
 def _per_price(scores: Mapping, prices: Mapping) -> dict[str, np.ndarray]:
-  """Scores divided by the mean price of their gates; those below 0 multiplied by it."""
+  """Scores of gates divided by their mean price; those below 0 multiplied by it."""
   found = {}
-  for name, score in scores.items():
-    score, price = np.asarray(score), float(np.mean(prices[name]))
+  for name in scores.keys() & prices:
+    score, price = np.asarray(scores[name]), float(np.mean(prices[name]))
     found[name] = np.where(score < 0, score * price, score / price)
   return found
 
